@@ -1,0 +1,100 @@
+"""MyGPT: GPT-2 written from scratch in PyTorch, whole.
+
+Names are loaded at first use (PEP 562), so that `import MyGPT` costs nothing and `mygpt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from MyGPT.config import GPT2_CONFIGS, GPT_CONFIG, GPT_CONFIG_SMALL, GPTConfig, as_config
+    from MyGPT.data.windows import GPTDataset, create_dataloader
+    from MyGPT.generation import generate, generate_stream
+    from MyGPT.model import GPTModel, KVCache
+    from MyGPT.sampling import SamplingConfig
+    from MyGPT.tokenizers import (
+        BPETokenizer,
+        CharTokenizer,
+        SimpleTokenizer,
+        get_tokenizer,
+        load_tokenizer,
+    )
+    from MyGPT.training.config import TrainConfig
+    from MyGPT.training.simple import (
+        calc_loss_batch,
+        calc_loss_loader,
+        evaluate_model,
+        generate_and_print_sample,
+        train_model_simple,
+    )
+    from MyGPT.training.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "BPETokenizer": "tokenizers",
+    "CharTokenizer": "tokenizers",
+    "GPT2_CONFIGS": "config",
+    "GPTConfig": "config",
+    "GPTDataset": "data.windows",
+    "GPTModel": "model",
+    "GPT_CONFIG": "config",
+    "GPT_CONFIG_SMALL": "config",
+    "KVCache": "model",
+    "SamplingConfig": "sampling",
+    "SimpleTokenizer": "tokenizers",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "as_config": "config",
+    "calc_loss_batch": "training.simple",
+    "calc_loss_loader": "training.simple",
+    "create_dataloader": "data.windows",
+    "evaluate_model": "training.simple",
+    "generate": "generation",
+    "generate_and_print_sample": "training.simple",
+    "generate_stream": "generation",
+    "get_tokenizer": "tokenizers",
+    "load_tokenizer": "tokenizers",
+    "train_model_simple": "training.simple",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of the table above
+    "BPETokenizer",
+    "CharTokenizer",
+    "GPT2_CONFIGS",
+    "GPTConfig",
+    "GPTDataset",
+    "GPTModel",
+    "GPT_CONFIG",
+    "GPT_CONFIG_SMALL",
+    "KVCache",
+    "SamplingConfig",
+    "SimpleTokenizer",
+    "TrainConfig",
+    "Trainer",
+    "as_config",
+    "calc_loss_batch",
+    "calc_loss_loader",
+    "create_dataloader",
+    "evaluate_model",
+    "generate",
+    "generate_and_print_sample",
+    "generate_stream",
+    "get_tokenizer",
+    "load_tokenizer",
+    "train_model_simple",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'MyGPT' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"MyGPT.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

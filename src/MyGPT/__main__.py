@@ -1,0 +1,7 @@
+"""`python -m MyGPT` is `mygpt`."""
+
+import sys
+
+from MyGPT.cli import main
+
+sys.exit(main())

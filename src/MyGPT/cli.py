@@ -1,0 +1,131 @@
+"""The command `mygpt`: a table of commands, each a function whose signature is its options, and one place for errors.
+
+Nothing heavy is imported until a command runs, so that `mygpt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+COMMANDS = {
+    "train": "train a GPT on a text",
+    "generate": "continue a prompt with a trained model",
+    "prepare": "turn text files into a token file for long training",
+    "info": "say what a model or a configuration costs",
+    "plot": "draw the loss curves of runs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0, 2 for an error that a user can cause, 130 for Ctrl-C.
+
+    An error is one line on stderr; MYGPT_DEBUG=1 shows where it came from.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from MyGPT import __version__
+
+        print(f"mygpt {__version__}")
+        return 0
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+        run_command(name, arguments[1:])
+    except KeyboardInterrupt as interrupt:
+        print(f"\nmygpt {name}: {interrupt or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("MYGPT_DEBUG"):
+            raise
+        print(f"mygpt {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Parses the options and calls the command's function."""
+    command = getattr(importlib.import_module(f"MyGPT.commands.{name}"), name)
+    parser = make_parser(name, command)
+    call(command, parser.parse_args(list(arguments)))
+
+
+def make_parser(name: str, command: Callable[..., Any]) -> Any:
+    """A parser whose options are the function's parameters; a parameter that is a dataclass gives an option for each field.
+
+    A `*names: str` parameter takes one or more values without an option's name. Defaults can be set by the function's
+    module in `DEFAULTS`, fields left out in `HIDDEN`.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+            raise ValueError(f"{_plain(message)} (see mygpt {name} --help)") from ex
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    module = sys.modules[command.__module__]
+    parser = Parser(prog=f"mygpt {name}", description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0])
+    parser.add_argument("--config", action="config", help="a YAML file with options; those after it win")
+    listed = [p.name for p in inspect.signature(command).parameters.values() if p.kind is p.VAR_POSITIONAL]
+    for parameter in listed:
+        parser.add_argument(parameter, nargs="+", type=str, help=_help_of(command, parameter))
+    described = _dataclasses_of(command)
+    parser.add_function_arguments(command, as_group=False, skip={*listed, *described})
+    for kind in described.values():
+        parser.add_class_arguments(kind, skip=set(getattr(module, "HIDDEN", ())))
+    parser.set_defaults(getattr(module, "DEFAULTS", {}))
+    return parser
+
+
+def call(command: Callable[..., Any], options: Any) -> None:
+    """Calls the function with the parsed options, dataclasses built from their fields."""
+    values = {name: value for name, value in options.as_dict().items() if name != "config"}
+    keywords = {}
+    for parameter, kind in _dataclasses_of(command).items():
+        fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
+        keywords[parameter] = kind(**{field: values[field] for field in fields})
+    positional: list[Any] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional = values[parameter.name]
+        elif parameter.name not in keywords:
+            keywords[parameter.name] = values[parameter.name]
+    command(*positional, **keywords)
+
+
+def _dataclasses_of(command: Callable[..., Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(command)
+    return {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
+
+
+def _help_of(command: Callable[..., Any], parameter: str) -> str:
+    import docstring_parser
+
+    parsed = docstring_parser.parse(command.__doc__ or "")
+    return next((p.description or "" for p in parsed.params if p.arg_name.lstrip("*") == parameter), "")
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in one line, without the parser's own vocabulary."""
+    message = message.replace("<class '", "").replace("'>", "").replace("typing.", "")
+    return " ".join(message.replace('Parser key "', 'option "').split())
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: mygpt COMMAND [options]", "", *lines, "", "mygpt COMMAND --help tells a command's options."]
+    )

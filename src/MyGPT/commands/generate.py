@@ -1,0 +1,75 @@
+"""mygpt generate"""
+
+from __future__ import annotations
+
+import sys
+
+from MyGPT.sampling import SamplingConfig
+
+DEFAULTS = {"temperature": 0.8, "top_k": 50}
+
+
+def generate(
+    model: str,
+    sampling: SamplingConfig,
+    prompt: str = "\n",
+    max_new_tokens: int = 200,
+    n_samples: int = 1,
+    stop: list[str] | None = None,
+    slide: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Continue a prompt with a trained model, printing as it goes.
+
+    Example: mygpt generate --model runs/book --prompt "The wizard" --temperature 0.7
+
+    Args:
+        model: a run's directory, or a model's
+        prompt: the text to continue; - reads it from standard input
+        max_new_tokens: most tokens to add
+        n_samples: how many continuations
+        stop: texts at which to stop, as '["first", "second"]'
+        slide: allow a prompt longer than the model's context, of which it sees the end only
+        seed: makes the sample repeatable
+        device: auto, cpu, cuda or mps
+    """
+    import torch
+
+    from MyGPT.commands._model import open_model
+    from MyGPT.generation import TextStream, generate_stream
+
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    gpt, tokenizer, place = open_model(model, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    context = gpt.config.context_length
+    if len(ids) > context and not slide:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or let the model see its "
+            f"last {context} tokens only with --slide true"
+        )
+    for i in range(n_samples):
+        if i:
+            print("\n---")
+        print(text, end="", flush=True)
+        stream = TextStream(tokenizer, ids, stop or [])
+        for new in generate_stream(
+            gpt,
+            torch.tensor([ids], device=place),
+            max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_id=tokenizer.eot_token,
+            stop=stop,
+            seed=None if seed is None else seed + i,
+            tokenizer=tokenizer,
+        ):
+            print(stream.add(int(new)), end="", flush=True)
+        print(stream.end())

@@ -1,0 +1,117 @@
+"""mygpt train"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from MyGPT.config import GPTConfig
+from MyGPT.training.config import TrainConfig
+
+# A model that a laptop trains in minutes; the released sizes are in configs/.
+DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
+HIDDEN = ("vocab_size",)
+
+
+def train(
+    model: GPTConfig,
+    training: TrainConfig,
+    data: str | list[str] = "alice",
+    tokenizer: str = "chars",
+    tokenizer_size: int = 1024,
+    val_fraction: float = 0.1,
+    out: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Train a GPT on a text, from text files to a model directory.
+
+    The run's directory gets config.yaml, metrics.jsonl, model/ (the best model), loss.png and samples.txt. Ctrl-C saves
+    the model and says where. Example: mygpt train --data book.txt --max_steps 500 --out runs/book
+
+    Args:
+        data: text files (.txt, .jsonl, .gz, patterns such as 'texts/*.txt'), a directory made by mygpt prepare, or the
+            name of a text: alice (built in), tinyshakespeare (downloaded)
+        tokenizer: chars, words, bpe (learned from the text), gpt2, or a directory with a tokenizer
+        tokenizer_size: number of tokens that bpe learns
+        val_fraction: part of the text, at its end, that is kept for validation
+        out: the run's directory; default runs/ and the time
+        device: auto, cpu, cuda or mps
+        overwrite: replace the run that is in the directory
+    """
+    import torch
+
+    from MyGPT.commands._model import pick_device
+    from MyGPT.model import GPTModel
+    from MyGPT.training.trainer import Trainer, check_run_directory
+
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be from 0 up to but not including 1, got {val_fraction}")
+    place = pick_device(device)
+    run = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    check_run_directory(run, overwrite)  # before the work of reading the text
+    ids, coder = load_data(data, tokenizer, tokenizer_size)
+    n_train = len(ids) - round(len(ids) * val_fraction)
+    torch.manual_seed(training.seed)
+    gpt = GPTModel(dataclasses.replace(model, vocab_size=coder.n_vocab))
+    trainer = Trainer(
+        gpt,
+        training,
+        ids[:n_train],
+        ids[n_train:],
+        tokenizer=coder,
+        run_dir=run,
+        recipe={
+            "data": data,
+            "tokenizer": tokenizer,
+            "tokenizer_size": tokenizer_size,
+            "val_fraction": val_fraction,
+            "device": device,
+            **{
+                field.name: getattr(model, field.name)
+                for field in dataclasses.fields(model)
+                if field.name not in HIDDEN
+            },
+        },
+        device=place,
+        overwrite=overwrite,
+    )
+    precision = "bf16" if trainer.autocast_dtype else "fp32"
+    print(
+        f"{n_train:,} training and {len(ids) - n_train:,} validation tokens, vocabulary {coder.n_vocab:,}; "
+        f"{gpt.num_parameters():,} parameters; {place.type}, {precision}"
+    )
+    loss = trainer.run()
+    if loss == loss:  # not nan: there was a validation text
+        print(f"validation loss {loss:.4f} nats a token over the whole validation text (step {trainer.best_step})")
+    draw_losses(run)
+    print(f"the model is in {run / 'model'}; try: mygpt generate --model {run}")
+
+
+def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
+    """The token ids of a prepared directory or of texts, and their tokenizer."""
+    from MyGPT.data.prepare import tokenize
+    from MyGPT.data.sources import find_files, read_documents
+    from MyGPT.data.tokens import is_prepared, open_tokens
+    from MyGPT.tokenizers import load_tokenizer, make_tokenizer
+
+    if isinstance(data, str) and is_prepared(data):
+        return open_tokens(data)[0], load_tokenizer(data)
+    files = find_files(data)
+    if not any(next(read_documents([file]), "") for file in files):
+        raise ValueError(f"there is no text in {', '.join(map(str, files))}")
+    coder = make_tokenizer(tokenizer, read_documents(files), tokenizer_size)
+    return tokenize(files, coder), coder
+
+
+def draw_losses(run: Path) -> None:
+    """loss.png, if matplotlib is there."""
+    try:
+        from MyGPT.plots import plot_losses, save_figure
+
+        save_figure(plot_losses([run]), run / "loss.png")
+    except ImportError:
+        print("no loss.png, since matplotlib is not installed: pip install 'mygpt[plots]'", file=sys.stderr)

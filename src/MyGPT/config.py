@@ -1,0 +1,164 @@
+"""What a model is: one frozen description, checked when it is made.
+
+`GPTConfig` feeds Python, YAML, the command line and `config.json` alike. `as_config` is the only door through which a
+plain dict becomes one. The sizes are those of "Language Models are Unsupervised Multitask Learners"
+(Radford et al., 2019).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+# Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
+_HUGGING_FACE_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "tie_weights": "tie_word_embeddings",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "init_std": "initializer_range",
+    "qkv_bias": "qkv_bias",  # unknown to transformers, which ignores it: there the biases are zeros
+}
+_HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The size and shape of a GPT-2 model. A value out of range is a ValueError."""
+
+    vocab_size: int = 50257
+    """Number of token ids; ids are 0 to vocab_size - 1."""
+    context_length: int = 1024
+    """Longest sequence, in tokens, that the model can see."""
+    emb_dim: int = 768
+    """Width of the residual stream (C); a multiple of n_heads."""
+    n_heads: int = 12
+    """Attention heads a block; each is emb_dim / n_heads wide."""
+    n_layers: int = 12
+    """Transformer blocks."""
+    drop_rate: float = 0.1
+    """Probability of dropping an activation in training, from 0 up to but not including 1."""
+    qkv_bias: bool = False
+    """Whether the query, key and value projections have biases; the released GPT-2 models have them."""
+    tie_weights: bool = True
+    """Whether the output head shares the token embedding's weights, as GPT-2's does."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    model_type: ClassVar[str] = "gpt2"
+
+    def __post_init__(self) -> None:
+        for name in _REQUIRED:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("qkv_bias", "tie_weights"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        if not _is_number(self.drop_rate) or not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate must be a number from 0 up to but not including 1, got {self.drop_rate!r}")
+        for name in ("layer_norm_eps", "init_std"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < 1:
+                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
+        if self.emb_dim % self.n_heads:
+            raise ValueError(
+                f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
+                f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
+            )
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Hugging Face's name for tie_weights; PEFT asks for it."""
+        return self.tie_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Hugging Face's `config.json` of this model, as a dict."""
+        named = {theirs: getattr(self, ours) for ours, theirs in _HUGGING_FACE_KEYS.items()}
+        dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": self.model_type,
+            "activation_function": "gelu_new",
+            **named,
+            **dropouts,
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
+        """The model that Hugging Face's `config.json` describes. What we cannot express is a ValueError."""
+        for key, only in (
+            ("model_type", (cls.model_type,)),
+            ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),
+            ("n_inner", (None, 4 * config.get("n_embd", 768))),
+            ("scale_attn_weights", (True,)),
+            ("scale_attn_by_inverse_layer_idx", (False,)),
+            ("add_cross_attention", (False,)),
+        ):
+            if config.get(key, only[0]) not in only:
+                raise ValueError(f"config.json has {key}={config[key]!r}, a GPT-2 model here needs {only[0]!r}")
+        dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
+        if len(dropouts) > 1:
+            raise ValueError(f"config.json has different dropout rates {sorted(dropouts)}, a model here has one")
+        ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
+        # Hugging Face's GPT-2 always has the biases, so a config.json that does not say otherwise means them.
+        return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
+    """A GPTConfig from itself or from a dict of its fields.
+
+    The five sizes must be there, the rest has defaults. An unknown key, a missing size or a value out of range is a
+    ValueError that names the key, the value and what is allowed.
+    """
+    if isinstance(config, GPTConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a model is described by a GPTConfig or a dict, got {type(config).__name__}")
+    fields = [field.name for field in dataclasses.fields(GPTConfig)]
+    for key in config:
+        if key not in fields:
+            raise ValueError(
+                f"unknown key {key!r} (value {config[key]!r}) in the model config; known: {', '.join(fields)}"
+            )
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise ValueError(f"the model config lacks {', '.join(missing)}; it must have {', '.join(_REQUIRED)}")
+    return GPTConfig(**config)
+
+
+GPT_CONFIG: dict[str, Any] = {
+    "vocab_size": 50257,
+    "context_length": 1024,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+GPT_CONFIG_SMALL: dict[str, Any] = {**GPT_CONFIG, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
+
+_RELEASED = {
+    "124M": ("gpt2", 768, 12, 12),
+    "355M": ("gpt2-medium", 1024, 16, 24),
+    "774M": ("gpt2-large", 1280, 20, 36),
+    "1558M": ("gpt2-xl", 1600, 25, 48),
+}
+GPT2_CONFIGS: dict[str, GPTConfig] = {
+    name: GPTConfig(emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers, qkv_bias=True)
+    for size, (alias, emb_dim, n_heads, n_layers) in _RELEASED.items()
+    for name in (size, alias)
+}

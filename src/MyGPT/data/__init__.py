@@ -1,0 +1,1 @@
+"""From text to batches: token files, windows, samplers."""

@@ -1,0 +1,173 @@
+"""Where texts come from: built-in and well-known ones by name, files by path or pattern, read piece by piece.
+
+A text file is one document; a `.jsonl` file has one a line, under a key. `.gz` is unpacked on the way.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from MyGPT.files import atomic_write, refuse_binary
+
+BLOCK_BYTES = 1 << 22
+
+
+class Piece(NamedTuple):
+    """A part of a document, cut where a token ends in any case."""
+
+    text: str
+    ends_document: bool
+
+
+@dataclass(frozen=True)
+class Download:
+    """A text on the network: where, and the SHA-256 it must have."""
+
+    url: str
+    sha256: str
+
+
+BUILT_IN = {"alice": "alice.txt"}
+DOWNLOADS = {
+    "tinyshakespeare": Download(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    )
+}
+
+
+def find_files(names: str | Iterable[str]) -> list[Path]:
+    """The files that names, paths and patterns (`data/*.txt`, `**` for any depth) stand for, each pattern's in order.
+
+    An unknown name, a directory, or a pattern without a file is a ValueError.
+    """
+    paths: list[Path] = []
+    for name in [names] if isinstance(names, (str, os.PathLike)) else names:
+        name = os.fspath(name)
+        if Path(name).is_file():
+            paths.append(Path(name))
+        elif name in BUILT_IN:
+            paths.append(Path(str(resources.files("MyGPT") / "assets" / BUILT_IN[name])))
+        elif name in DOWNLOADS:
+            paths.append(fetch(DOWNLOADS[name], cache_directory() / f"{name}.txt"))
+        elif Path(name).is_dir():
+            raise ValueError(f"{name} is a directory: name its files, for example {os.path.join(name, '*.txt')!r}")
+        elif glob.has_magic(name):
+            found = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+            if not found:
+                raise ValueError(f"no file matches {name!r}")
+            paths += map(Path, found)
+        else:
+            raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join([*BUILT_IN, *DOWNLOADS])}")
+    if not paths:
+        raise ValueError("no text was named; give at least one file")
+    return paths
+
+
+def cache_directory() -> Path:
+    """Where downloads are kept: $MYGPT_CACHE, or mygpt in the user's cache directory."""
+    if "MYGPT_CACHE" in os.environ:
+        return Path(os.environ["MYGPT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
+
+
+def fetch(download: Download, path: Path, timeout: float = 30) -> Path:
+    """`path`, downloaded first if it is not there with the right content. What goes wrong is an OSError that says how to help."""
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == download.sha256:
+        return path
+    try:
+        with urllib.request.urlopen(download.url, timeout=timeout) as response:
+            content = response.read()
+    except OSError as error:
+        raise OSError(f"cannot download {download.url} ({error}); copy it by hand to {path}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != download.sha256:
+        raise OSError(f"{download.url} gave {len(content)} bytes with SHA-256 {found}, expected {download.sha256}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def read_pieces(
+    path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
+) -> Iterator[Piece]:
+    """The documents of a file, long ones in pieces of some megabytes.
+
+    `advance` is told how many bytes of the file have been read since. Text that is not UTF-8, a binary file, a damaged
+    archive, a line that is no JSON object with a text: a ValueError that names the file and the place.
+    """
+    with open(path, "rb") as raw:
+        inner: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        position = 0
+        try:
+            for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
+                yield piece
+                advance(raw.tell() - position)
+                position = raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged archive: {error}") from None
+
+
+def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
+    """The text of each piece of the files, for learning a vocabulary."""
+    for path in paths:
+        for piece in read_pieces(path, text_key):
+            yield piece.text
+
+
+# Any tokenizer of ours ends a token between a visible ASCII character and a following space or line end.
+_TOKEN_END = re.compile(r"[!-~](?=[ \n])")
+
+
+def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    pending, offset, seen_text = "", 0, False
+    while True:
+        block = file.read(BLOCK_BYTES)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            place = offset + len(block) - len(error.object) + error.start
+            raise ValueError(f"{path} is not UTF-8 text: byte {place} is 0x{error.object[error.start]:02x}") from None
+        refuse_binary(text, path)
+        offset += len(block)
+        pending += text
+        seen_text = seen_text or bool(text)
+        if not block:
+            break
+        ends = [match.end() for match in _TOKEN_END.finditer(pending, max(0, len(pending) - 10_000))]
+        if ends:
+            yield Piece(pending[: ends[-1]], False)
+            pending = pending[ends[-1] :]
+    if seen_text:
+        yield Piece(pending, True)
+
+
+def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+            raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
+        if record[text_key]:
+            yield Piece(record[text_key], True)

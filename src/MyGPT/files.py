@@ -1,0 +1,140 @@
+"""Files that survive us: what stands under its final name is whole, whatever fails while it is written.
+
+Everything is written beside its place, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file object (UTF-8 text with `\\n`, or bytes with mode "wb") that becomes `path` when the block ends well.
+
+    If the block fails, `path` stays as it was and nothing is left behind.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with os.fdopen(descriptor, mode, **text_options) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new, empty directory to fill, which takes the place of `path` when the block ends well.
+
+    Files of the old directory that the new one does not have are carried over: they may be the user's. There is one
+    instant between two renames in which `path` is missing; `restore_directory` undoes a kill at that instant.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    restore_directory(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        if path.exists():
+            _carry_over(path, temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            os.rename(path, _aside(path))
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        restore_directory(path)
+        raise
+    _sync_directory(path.parent)
+    if _aside(path).exists():
+        shutil.rmtree(_aside(path))
+
+
+def restore_directory(path: str | os.PathLike[str]) -> None:
+    """Brings `path` back if a kill struck while `atomic_directory` was replacing it."""
+    path = Path(path)
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside)  # The new directory had arrived; only the clearing up was missed.
+    else:
+        os.rename(aside, path)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal, read in bounded memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, line ends as `\\n`; anything else is a ValueError that says at which byte."""
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
+    refuse_binary(text, path)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def refuse_binary(text: str, path: str | os.PathLike[str]) -> None:
+    """A ValueError if the text holds NUL, which no text file does and most binary files do."""
+    position = text.find("\0")
+    if position >= 0:
+        raise ValueError(f"{path} looks like a binary file: it holds a NUL character at position {position}")
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.previous"
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    for entry in old.iterdir():
+        target = new / entry.name
+        if target.exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True)
+        else:
+            shutil.copy2(entry, target, follow_symlinks=False)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

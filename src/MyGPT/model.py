@@ -1,0 +1,294 @@
+"""The GPT-2 transformer (Radford et al., 2019): token ids in, next-token logits out.
+
+B batch, T time (new tokens), S time seen so far, C embedding width, H heads, D = C // H, V vocabulary.
+Names of layers are those of OpenAI's checkpoint. Sampling is in sampling.py, the decoding loop in generation.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from MyGPT.config import GPTConfig, as_config
+from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.weights.directory import read_directory, write_directory
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(QKᵀ/√D + mask)V (Vaswani et al., 2017), as it is written in the paper.
+
+    q (..., T, D), k and v (..., S, D); mask (..., T, S) is True where a query may look. Without a mask a query sees the
+    keys up to its own time, the T queries being the last of the S. `CausalSelfAttention` computes the same through
+    torch's fused kernel.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v  # (..., T, D)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory taken once. Each forward that gets it appends T tokens."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, length: int, like: Tensor) -> None:
+        D = config.emb_dim // config.n_heads
+        self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, (B, H, S, D), the new ones (B, H, T, D) included."""
+        S = self.length + k.shape[2]
+        keys, values = self.storage[layer]
+        keys[:, :, self.length : S] = k
+        values[:, :, self.length : S] = v
+        return keys[:, :, :S], values[:, :, :S]
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token gathers from itself and those before it, in H heads at once."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.drop_rate = config.drop_rate
+        self.c_attn = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        # Without a mask there is either no past, or one new token that may see all of it.
+        is_causal = mask is None and T > 1
+        drop_rate = self.drop_rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.drop_rate, self.training)
+
+
+class MLP(nn.Module):
+    """Every token for itself: four times as wide, GELU (tanh form, Hendrycks & Gimpel, 2016), and back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.drop_rate = config.drop_rate
+        self.c_fc = nn.Linear(config.emb_dim, 4 * config.emb_dim)
+        self.c_proj = nn.Linear(4 * config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 * C)
+        return F.dropout(self.c_proj(x), self.drop_rate, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each reading a normalised copy of the residual stream and adding to it (pre-LN)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.emb_dim, config.layer_norm_eps)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.emb_dim, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+@dataclass
+class CausalLMOutput:
+    """What the model returns when it is given labels."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats over the labels that are not -100; nan if there is none."""
+    logits: Tensor
+    """(B, T, V)."""
+
+
+class GPTModel(nn.Module):
+    """GPT-2 of the size that `config` (a GPTConfig or a dict of its fields) describes, freshly initialised."""
+
+    def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        config = as_config(config)
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.emb_dim),
+                "wpe": nn.Embedding(config.context_length, config.emb_dim),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
+                "ln_f": nn.LayerNorm(config.emb_dim, config.layer_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self._initialise()
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal weights, zero biases, and residual projections smaller by the root of their number."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=self.config.init_std / math.sqrt(2 * self.config.n_layers))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.init_std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Any:
+        """Logits (B, T, V), or with labels a `CausalLMOutput`.
+
+        input_ids (B, T) int64, or inputs_embeds (B, T, C) in their place. attention_mask (B, S) is 1 for tokens and 0
+        for padding on either side; positions count the tokens only. labels (B, T) int64 are the ids themselves, shifted
+        in here as in transformers. With a cache the T tokens follow the S - T that it holds. `last_only` computes the
+        last position's logits alone, (B, 1, V).
+        """
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions and output_hidden_states are not supported; leave them unset")
+        hidden = self.hidden_states(input_ids, attention_mask, inputs_embeds, cache)
+        logits = self.lm_head(hidden[:, -1:] if last_only else hidden)
+        if labels is None:
+            return logits
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, the logits are for {tuple(logits.shape[:2])}")
+        total, count = token_loss(logits[:, :-1], labels[:, 1:])
+        return CausalLMOutput(loss=total / count, logits=logits)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the output head reads, (B, T, C): everything of `forward` but the head."""
+        x = self._embed_tokens(input_ids, inputs_embeds)
+        B, T, _ = x.shape
+        S = T + (cache.length if cache is not None else 0)
+        if self.config.context_length < S:
+            raise ValueError(f"the sequence has {S} tokens, the model's context_length is {self.config.context_length}")
+        positions, mask = _positions_and_mask(attention_mask, B, T, S, x.device)
+        x = x + self.transformer.wpe(positions)
+        x = F.dropout(x, self.config.drop_rate, self.training)
+        for block in self.transformer.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length = S
+        return self.transformer.ln_f(x)  # type: ignore[no-any-return]
+
+    def token_loss(
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of `targets` (B, T), already shifted, and how many count; no (B, T, V) logits are made."""
+        hidden = self.hidden_states(input_ids, attention_mask)
+        if type(self.lm_head) is not nn.Linear:  # an adapter sits on the head: its weight alone is not the head
+            return token_loss(self.lm_head(hidden), targets)
+        return linear_token_loss(hidden, self.lm_head.weight, targets)
+
+    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
+        """An empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        length = self.config.context_length if length is None else length
+        return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has; shared ones count once. The embeddings are tokens' and positions'."""
+        embeddings = {id(self.transformer.wte.weight), id(self.transformer.wpe.weight)}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable)
+            and not (exclude_embeddings and id(parameter) in embeddings)
+        )
+
+    def estimate_flops(self, n_tokens: int | None = None, backward: bool = True) -> int:
+        """Floating-point operations a token at a sequence of n_tokens (default: the context), forward and backward.
+
+        2 for each weight that multiplies and 4 C T for attention a layer, three times that with backward (Chowdhery et
+        al., 2022, appendix B, counting attention in full).
+        """
+        T = self.config.context_length if n_tokens is None else n_tokens
+        # The head multiplies whether or not it shares the token embedding, which itself is a look-up.
+        multiplying = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        forward = 2 * multiplying + 4 * self.config.n_layers * self.config.emb_dim * T
+        return 3 * forward if backward else forward
+
+    def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes a model directory that transformers opens too: config.json, model.safetensors and the tokenizer's files.
+
+        A failure leaves a directory that was there before as it was.
+        """
+        write_directory(directory, self.config, self.state_dict(), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTModel:
+        """The model of a directory in Hugging Face's GPT-2 layout, or of a run's, in evaluation mode."""
+        config, state_dict = read_directory(name_or_dir)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state_dict, assign=True)
+        if config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.eval()
+
+    def _embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be (batch, time) with at least one token, got {tuple(input_ids.shape)}")
+        if input_ids.dtype != torch.int64:
+            raise ValueError(f"input_ids must be int64, got {input_ids.dtype}")
+        # On a GPU looking at the ids would make the host wait for it; while compiling there are none yet.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            smallest, largest = (int(bound) for bound in input_ids.aminmax())
+            if smallest < 0 or largest >= self.config.vocab_size:
+                wrong = smallest if smallest < 0 else largest
+                raise IndexError(f"id {wrong} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
+        return self.transformer.wte(input_ids)  # type: ignore[no-any-return]
+
+
+def _positions_and_mask(
+    attention_mask: Tensor | None, B: int, T: int, S: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Positions (T,) or (B, T) of the new tokens, and where they may look, (1 or B, 1, T, S), None if the rule is plain.
+
+    The rule is plain when nothing is padded and there is no past, or one new token.
+    """
+    if attention_mask is None:
+        positions = torch.arange(S - T, S, device=device)
+        if T in (1, S):
+            return positions, None
+        return positions, torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
+    if attention_mask.shape != (B, S):
+        raise ValueError(f"attention_mask must be (batch, time seen) = {(B, S)}, got {tuple(attention_mask.shape)}")
+    attends = attention_mask.to(torch.bool)  # (B, S)
+    positions = (attends.long().cumsum(1) - 1).clamp_min(0)[:, S - T :]  # (B, T)
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T) & attends[:, None]  # (B, T, S)
+    # A padding token sees itself: a query that sees nothing would be nan, which would spread.
+    mask |= torch.eye(S, dtype=torch.bool, device=device)[S - T :]
+    return positions, mask[:, None]

@@ -1,0 +1,99 @@
+"""From logits to the next token: small pure filters, (B, V) -> (B, V), and the pick.
+
+A filter gives the tokens that it rules out a logit of minus infinity. Their order is transformers': repetition penalty,
+temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen. A value out of range is a ValueError."""
+
+    temperature: float = 0.0
+    """Divides the logits: below 1 bolder, above 1 more varied; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the fewest likeliest tokens whose probabilities sum to at least p."""
+    min_p: float | None = None
+    """Keep tokens at least this many times as probable as the likeliest."""
+    repetition_penalty: float | None = None
+    """Above 1, makes tokens that have already appeared less likely."""
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        if not 0 <= self.temperature < math.inf:
+            refuse("temperature", "a number of at least 0")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            refuse("top_k", "a whole number of at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            refuse("top_p", "above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            refuse("min_p", "from 0 to 1")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            refuse("repetition_penalty", "a number above 0")
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits of each row (Fan et al., 2018); equals of the smallest of them stay too."""
+    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The nucleus: the fewest likeliest tokens that together have at least probability p (Holtzman et al., 2020)."""
+    ascending, order = logits.sort()
+    outside = ascending.softmax(-1).cumsum(-1) <= 1 - p  # what lies below has at most 1 - p
+    outside[:, -1] = False
+    return logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Tokens with at least p times the probability of the likeliest (Nguyen et al., 2024)."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of seen tokens divided by the penalty where positive, multiplied where negative (Keskar et al., 2019).
+
+    seen (B, V) is True for tokens that have appeared.
+    """
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
+    """All filters that the config asks for, in order; logits (B, V), seen (B, V) for the repetition penalty."""
+    if config.repetition_penalty is not None and seen is not None:
+        logits = penalize_repetition(logits, seen, config.repetition_penalty)
+    if config.temperature == 0:
+        return logits
+    logits = logits / config.temperature
+    if config.top_k is not None:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p is not None:
+        logits = keep_top_p(logits, config.top_p)
+    if config.min_p is not None:
+        logits = keep_min_p(logits, config.min_p)
+    return logits
+
+
+def pick_next(
+    logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """The next token of each row, (B,) int64, from the last position's logits (B, V)."""
+    logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -1,0 +1,89 @@
+"""Text to ids and back: regex words, characters, byte-level BPE trained here, and GPT-2's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from MyGPT.tokenizers import chars, words
+from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
+from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
+from MyGPT.tokenizers.chars import CharTokenizer
+from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, read_openai_vocabulary
+from MyGPT.tokenizers.words import SimpleTokenizer
+
+__all__ = [
+    "ENDOFTEXT",
+    "UNKNOWN",
+    "BPETokenizer",
+    "CharTokenizer",
+    "SimpleTokenizer",
+    "Tokenizer",
+    "get_tokenizer",
+    "load_tokenizer",
+    "make_tokenizer",
+]
+
+_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
+    """GPT-2's tokenizer for "gpt2" (and the names of the larger models, which share it), else one opened from a directory.
+
+    A directory holds `tokenizer.json`, or OpenAI's `encoder.json` and `vocab.bpe`.
+    """
+    if name_or_dir in _GPT2_NAMES:
+        return gpt2_tokenizer()
+    directory = Path(name_or_dir)
+    if (directory / "tokenizer.json").is_file():
+        return load_tokenizer(directory)
+    if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
+        return read_openai_vocabulary(directory)
+    raise ValueError(
+        f"no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
+        "or with encoder.json and vocab.bpe"
+    )
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Opens what `save` wrote, or any byte-level BPE `tokenizer.json` with GPT-2's pattern."""
+    path = Path(directory) / "tokenizer.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return _from_json(data)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _from_json(data: dict[str, Any]) -> Tokenizer:
+    model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
+    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    if model["type"] == "BPE":
+        if pre_tokenizer.get("type") != "ByteLevel" or pre_tokenizer.get("add_prefix_space") or data["normalizer"]:
+            raise ValueError("only byte-level BPE with GPT-2's pattern, no normalizer and no prefix space can be read")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return from_visible(model["vocab"], merges, special)
+    if model["type"] == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
+        return SimpleTokenizer(model["vocab"])
+    if model["type"] == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
+        in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        if [model["vocab"][character] for character in in_order] != list(range(len(in_order))):
+            raise ValueError("the ids of a character vocabulary must be 0, 1, 2 and so on")
+        return CharTokenizer(in_order)
+    raise ValueError(f"a {model['type']} tokenizer with this pre_tokenizer is not one that MyGPT knows")
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
+    """A tokenizer learned from texts ("words", "chars", or "bpe" with vocab_size tokens), else `get_tokenizer(kind)`."""
+    if kind == "words":
+        return SimpleTokenizer.from_text(" ".join(texts))
+    if kind == "chars":
+        return CharTokenizer.from_text("".join(set().union(*texts)))
+    if kind == "bpe":
+        return BPETokenizer.train(texts, vocab_size, progress=progress)
+    return get_tokenizer(kind)

@@ -1,0 +1,58 @@
+"""One character, one token: nothing to learn, long sequences, and the quickest way to watch a small GPT train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from MyGPT.tokenizers.base import Tokenizer, hugging_face_json, lookup_tokens, require_text, token_ids
+
+PRE_TOKENIZER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of `characters` in that order, ids from 0."""
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        characters = list(characters)
+        for character in characters:
+            if not isinstance(character, str) or len(character) != 1:
+                raise ValueError(f"a character vocabulary holds single characters, got {character!r}")
+        self._id_of = {character: id_ for id_, character in enumerate(characters)}
+        if len(self._id_of) != len(characters):
+            raise ValueError(f"a character vocabulary holds each character once, got {''.join(characters)!r}")
+        self._character_of = token_ids(self._id_of)
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """The sorted distinct characters of `text`."""
+        require_text(text)
+        return cls(sorted(set(text)))
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self._id_of)
+
+    @property
+    def eot_token(self) -> int | None:
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """One id a character; a character that the vocabulary lacks is a ValueError."""
+        require_text(text)
+        try:
+            return [self._id_of[character] for character in text]
+        except KeyError as error:
+            character = error.args[0]
+            raise ValueError(
+                f"character {character!r} at position {text.index(character)} is not in the vocabulary of "
+                f"{self.n_vocab} characters"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        # WordLevel must name an unknown token; one that is not in the vocabulary makes an unknown character an error.
+        model = {"type": "WordLevel", "vocab": self._id_of, "unk_token": "<|none|>"}
+        return hugging_face_json(model, {}, pre_tokenizer=PRE_TOKENIZER, decoder={"type": "Fuse"})

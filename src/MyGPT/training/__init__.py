@@ -1,0 +1,1 @@
+"""Two training loops on purpose: simple.py to be read, trainer.py to be trusted."""

@@ -1,0 +1,61 @@
+"""The single record of a run: `metrics.jsonl`, a line an event, from which plots and tables are made."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` of a run, and to TensorBoard on request."""
+
+    def __init__(self, run: Path, tensorboard: bool = False) -> None:
+        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._writer = _summary_writer(run) if tensorboard else None
+
+    def write(self, step: int, **values: float) -> None:
+        """One record: after how many steps, and what was measured."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run in order. A last line that a kill cut short is left out; any other damage is a ValueError."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at {run}: it has no metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number} has no step: {line[:80]!r}")
+        records.append(record)
+    return records
+
+
+def _summary_writer(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "tensorboard is not installed: pip install 'mygpt[tensorboard]', or tensorboard=false"
+        ) from None
+    return SummaryWriter(log_dir=str(run / "tensorboard"))

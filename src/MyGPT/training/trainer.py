@@ -1,0 +1,318 @@
+"""The training loop behind `mygpt train`: schedules, accumulation, evaluation, live samples, and a run on disk.
+
+A run is one directory: `config.yaml` (all that is needed to run it again), `metrics.jsonl`, `model/` (the best model),
+`loss.png`, `samples.txt`. Nothing that a run has saved is lost by an error, a NaN or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from MyGPT.data.sampler import WindowSampler, walk_windows
+from MyGPT.data.tokens import compact_ids
+from MyGPT.data.windows import Batch, gather_windows
+from MyGPT.files import atomic_write
+from MyGPT.generation import evaluation_mode, generate
+from MyGPT.model import GPTModel
+from MyGPT.tokenizers import Tokenizer
+from MyGPT.training.config import Precision, TrainConfig
+from MyGPT.training.metrics import MetricsLog
+from MyGPT.training.optim import make_optimizers, set_learning_rate
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "model", "loss.png", "samples.txt", "tensorboard")
+
+
+class Trainer:
+    """Trains a model on token ids.
+
+    `run` does it all; `setup`, `step`, `evaluate`, `save` are its parts, for loops of one's own. Without `run_dir`
+    nothing is written. `recipe` is what config.yaml says, beside the TrainConfig's fields.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        config: TrainConfig,
+        train_ids: Any,
+        val_ids: Any = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        run_dir: str | Path | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.recipe = dict(recipe or {})
+        self.device = torch.device(device)
+        self.overwrite = overwrite
+        self.progress = progress
+        context = model.config.context_length
+        self.sampler = WindowSampler(compact_ids(train_ids), context, config.batch_size, config.order, config.seed)
+        self.val_ids = None if val_ids is None or len(val_ids) < 2 else compact_ids(val_ids)
+        self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
+        self.step_number = 0
+        self.best_loss = math.inf
+        self.best_step: int | None = None
+        self._metrics: MetricsLog | None = None
+
+    def setup(self) -> None:
+        """Seeds torch, moves the model, makes the optimizers, and claims the run's directory."""
+        if self.run_dir is not None:
+            claim_run_directory(self.run_dir, self.overwrite)
+            with atomic_write(self.run_dir / "config.yaml") as file:
+                yaml.safe_dump({**self.recipe, **vars(self.config)}, file, sort_keys=False, allow_unicode=True)
+            self._metrics = MetricsLog(self.run_dir, self.config.tensorboard)
+        torch.manual_seed(self.config.seed)
+        self.model.to(self.device).train()
+        self.optimizers = make_optimizers(self.model, self.config)
+        if self.config.compile:
+            # Block by block: one compilation serves all of them, and names, generation and saving stay as they are.
+            for block in self.model.transformer.h:
+                block.compile()
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns its loss, gradient norm and learning rate.
+
+        A loss or gradient that is not finite is a FloatingPointError, and the weights stay as they were.
+        """
+        learning_rate = set_learning_rate(self.optimizers, self.config, self.step_number)
+        loss = torch.zeros((), device=self.device)
+        inputs, targets = self._to_device(self.sampler.batch(self.step_number))
+        micro = self.config.micro_batch_size or len(inputs)
+        for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
+            part = self._token_loss(x, y)[0] / targets.numel()
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        clip = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        values = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(
+                f"at step {self.step_number} the loss is {values['loss']} and the norm of its gradient "
+                f"{values['grad_norm']}: lower learning_rate (now {learning_rate:.3g}) or raise warmup_steps"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        return values
+
+    def evaluate(self, whole: bool = False) -> float:
+        """Validation loss in nats a token, over the fixed windows or the whole validation text; nan without one."""
+        if self.val_ids is None:
+            return math.nan
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with evaluation_mode(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in self._all_windows() if whole else self._fixed_windows():
+                batch_total, batch_count = self._token_loss(*self._to_device(batch))
+                total, count = total + batch_total, count + int(batch_count)
+        return total.item() / count
+
+    def sample(self) -> str:
+        """A continuation of sample_prompt, the same at the same weights."""
+        if self.tokenizer is None:
+            raise ValueError("a sample needs the tokenizer")
+        prompt = torch.tensor([self.tokenizer.encode(self.config.sample_prompt)], device=self.device)
+        with torch.compiler.set_stance("force_eager"):
+            ids = generate(
+                self.model, prompt, self.config.sample_tokens, temperature=0.8, top_k=200, seed=self.config.seed
+            )
+        return self.tokenizer.decode(ids[0].tolist())
+
+    def save(self) -> Path | None:
+        """Writes the model as it is to the run's `model/`, whole or not at all."""
+        if self.run_dir is None:
+            return None
+        self.model.save_pretrained(self.run_dir / "model", self.tokenizer)
+        return self.run_dir / "model"
+
+    def run(self) -> float:
+        """Trains to the end, to early_stop, or to Ctrl-C (then KeyboardInterrupt, the model saved).
+
+        Returns the loss of the model that `model/` then holds, and the trainer too, over the whole validation text (nan
+        without one).
+        """
+        self.setup()
+        bar = tqdm(total=self.config.max_steps, desc="training", unit="step", disable=not self.progress)
+        try:
+            with bar, _interruptible() as interrupted:
+                self._train(bar, interrupted)
+                return self._finish(bar, bool(interrupted))
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+
+    def _train(self, bar: tqdm[Any], interrupted: list[int]) -> None:
+        config, since, tokens = self.config, time.perf_counter(), 0
+        smoothed, waited = math.nan, 0
+        while self.step_number < config.max_steps and not interrupted:
+            try:
+                values = self.step()
+            except FloatingPointError as error:
+                if self.best_step is None:
+                    self.best_step = self.step_number
+                    self.save()
+                kept = f"; the best model until then is in {self.run_dir / 'model'}" if self.run_dir else ""
+                raise FloatingPointError(f"{error}{kept}") from None
+            done = self.step_number
+            tokens += config.batch_size * self.sampler.max_length
+            smoothed = values["loss"] if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * values["loss"]
+            bar.update()
+            if done % config.log_every == 0 or done == config.max_steps:
+                now = time.perf_counter()
+                speed, since, tokens = tokens / (now - since), now, 0
+                self._log(done, **values, tokens_per_second=speed)
+                bar.set_postfix_str(f"loss {smoothed:.3f}, {speed:,.0f} tokens/s")
+            pause = time.perf_counter()
+            if done % config.eval_every == 0 and done < config.max_steps and self.val_ids is not None:
+                waited = 0 if self._evaluate_and_keep(bar) else waited + 1
+            if config.sample_every and done % config.sample_every == 0 and self.tokenizer is not None:
+                self._show_sample(bar)
+            since += time.perf_counter() - pause  # speed is the training's alone
+            if config.early_stop is not None and waited >= config.early_stop:
+                bar.write(f"step {done}: stopped early, {waited} evaluations without a new best")
+                return
+
+    def _finish(self, bar: tqdm[Any], interrupted: bool) -> float:
+        if self.val_ids is None:
+            self.best_step = self.step_number
+            self.save()
+            loss = math.nan
+        else:
+            self._evaluate_and_keep(bar)
+            if self.best_step != self.step_number and self.run_dir is not None:
+                best = GPTModel.from_pretrained(self.run_dir / "model").state_dict()
+                self.model.load_state_dict(best)
+            loss = math.nan if interrupted else self.evaluate(whole=True)
+        if interrupted:
+            where = f"; the best model (step {self.best_step}) is in {self.run_dir / 'model'}" if self.run_dir else ""
+            raise KeyboardInterrupt(f"stopped at step {self.step_number}{where}")
+        if self.val_ids is not None:
+            self._log(self.best_step or 0, final_val_loss=loss)
+        return loss
+
+    def _evaluate_and_keep(self, bar: tqdm[Any]) -> bool:
+        """Evaluates, saves a new best, tells; whether it was a new best."""
+        loss = self.evaluate()
+        self._log(self.step_number, val_loss=loss)
+        is_best = loss < self.best_loss
+        bar.write(f"step {self.step_number}: validation loss {loss:.4f}{' (best)' if is_best else ''}")
+        if is_best:
+            self.save()
+            self.best_loss, self.best_step = loss, self.step_number
+        return is_best
+
+    def _show_sample(self, bar: tqdm[Any]) -> None:
+        text = self.sample()
+        bar.write(f"--- sample at step {self.step_number} ---\n{text}\n---")
+        if self.run_dir is not None:
+            with open(self.run_dir / "samples.txt", "a", encoding="utf-8", newline="\n") as file:
+                file.write(f"--- step {self.step_number} ---\n{text}\n\n")
+
+    def _log(self, step: int, **values: float) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, **values)
+
+    def _token_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model.token_loss(inputs, targets)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
+
+    def _fixed_windows(self) -> Iterator[Batch]:
+        """The same eval_windows windows every time, spread evenly over the validation text; all, if it has fewer."""
+        assert self.val_ids is not None
+        context = self.sampler.max_length
+        if len(self.val_ids) - 1 <= self.config.eval_windows * context:
+            yield from self._all_windows()
+            return
+        last = len(self.val_ids) - context - 1
+        starts = np.linspace(0, last, self.config.eval_windows).astype(np.int64)
+        for part in np.array_split(starts, -(-len(starts) // self._eval_batch())):
+            yield gather_windows(self.val_ids, part, context)
+
+    def _all_windows(self) -> Iterator[Batch]:
+        assert self.val_ids is not None
+        return walk_windows(self.val_ids, self.sampler.max_length, self._eval_batch())
+
+    def _eval_batch(self) -> int:
+        """Windows evaluated at a time: a few thousand tokens, whatever the training batch."""
+        return max(1, 4096 // self.sampler.max_length)
+
+
+def autocast_dtype(device: torch.device, precision: Precision, emb_dim: int) -> torch.dtype | None:
+    """bfloat16 where it was asked for or, with "auto", where the machine gains from it; None for float32.
+
+    A processor gains with AVX-512 BF16 or AMX, and only when the matrices are large enough to pay for the conversions.
+    """
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type == "cpu" and emb_dim >= 256:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else None
+    return None
+
+
+def check_run_directory(run: Path, overwrite: bool) -> None:
+    """A FileExistsError if the directory is not empty, unless it holds a run and that may be overwritten."""
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{run} is not empty: choose another --out, or give --overwrite true")
+    if not (run / "config.yaml").is_file():
+        raise FileExistsError(f"{run} holds something else than a run: choose another --out")
+
+
+def claim_run_directory(run: Path, overwrite: bool) -> None:
+    """Makes the run's directory; the files of a run that may be overwritten are removed from it."""
+    check_run_directory(run, overwrite)
+    run.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        if (run / name).is_dir():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that Ctrl-C makes true, so that a step is never cut in two; a second Ctrl-C stops at once."""
+    interrupted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    default = signal.getsignal(signal.SIGINT)
+
+    def remember(number: int, frame: Any) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, default)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, default)
