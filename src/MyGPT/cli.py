@@ -98,11 +98,11 @@ def call(command: Callable[..., Any], options: Any) -> None:
         fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
         keywords[parameter] = kind(**{field: values[field] for field in fields})
     positional: list[Any] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional = values[parameter.name]
-        elif parameter.name not in keywords:
-            keywords[parameter.name] = values[parameter.name]
+    for name, described in inspect.signature(command).parameters.items():
+        if described.kind is described.VAR_POSITIONAL:
+            positional = values[name]
+        elif name not in keywords:
+            keywords[name] = values[name]
     command(*positional, **keywords)
 
 

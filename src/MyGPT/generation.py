@@ -161,13 +161,13 @@ class _Window:
             ids, mask = ids[:, -self.window :], None if mask is None else mask[:, -self.window :]
         if not self.is_ours:
             if mask is None:
-                return self.model(ids)[:, -1]  # type: ignore[no-any-return]
-            return self.model(ids, attention_mask=mask)[:, -1]  # type: ignore[no-any-return]
+                return self.model(ids)[:, -1]
+            return self.model(ids, attention_mask=mask)[:, -1]
         if self.cache_length and self.cache is None:
             self.cache = self.model.new_cache(len(ids), self.cache_length)
         if self.cache is not None:
             ids = ids[:, self.cache.length :]
-        return self.model(ids, attention_mask=mask, cache=self.cache, last_only=True)[:, -1]  # type: ignore[no-any-return]
+        return self.model(ids, attention_mask=mask, cache=self.cache, last_only=True)[:, -1]
 
 
 @contextmanager
@@ -210,7 +210,7 @@ class TextStream:
         return self._show(self._text())
 
     def _text(self) -> str:
-        text = self.tokenizer.decode(self.ids)[self.prompt_length :]
+        text: str = self.tokenizer.decode(self.ids)[self.prompt_length :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 

@@ -50,7 +50,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
             hidden, weight, flat_targets, reduction="sum", ignore_index=IGNORED, options=options
         )
     else:
-        total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, rows)  # type: ignore[no-untyped-call]
+        total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, rows)
     return total, (targets != IGNORED).sum()
 
 
@@ -58,7 +58,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
     """For torch before 2.13. d loss / d logits is softmax minus one-hot, so each chunk's gradients follow at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needs_gradient = hidden.requires_grad or weight.requires_grad
         hidden_gradient = torch.empty_like(hidden)
@@ -81,7 +81,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = grad_output.to(hidden_gradient.dtype)
         return hidden_gradient * scale, weight_gradient * scale, None, None

@@ -88,7 +88,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 * C)
-        return F.dropout(self.c_proj(x), self.drop_rate, self.training)
+        x = self.c_proj(x)
+        return F.dropout(x, self.drop_rate, self.training)
 
 
 class Block(nn.Module):
@@ -103,7 +104,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """The parts of the model under the head, by the names of OpenAI's checkpoint; `GPTModel` puts them to work."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.wpe = nn.Embedding(config.context_length, config.emb_dim)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.emb_dim, config.layer_norm_eps)
 
 
 @dataclass
@@ -123,14 +136,7 @@ class GPTModel(nn.Module):
         super().__init__()
         config = as_config(config)
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.emb_dim),
-                "wpe": nn.Embedding(config.context_length, config.emb_dim),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
-                "ln_f": nn.LayerNorm(config.emb_dim, config.layer_norm_eps),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self._initialise()
         if config.tie_weights:
@@ -197,7 +203,7 @@ class GPTModel(nn.Module):
             x = block(x, mask, cache)
         if cache is not None:
             cache.length = S
-        return self.transformer.ln_f(x)  # type: ignore[no-any-return]
+        return self.transformer.ln_f(x)
 
     def token_loss(
         self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None
@@ -269,7 +275,7 @@ class GPTModel(nn.Module):
             if smallest < 0 or largest >= self.config.vocab_size:
                 wrong = smallest if smallest < 0 else largest
                 raise IndexError(f"id {wrong} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
-        return self.transformer.wte(input_ids)  # type: ignore[no-any-return]
+        return self.transformer.wte(input_ids)
 
 
 def _positions_and_mask(

@@ -53,7 +53,7 @@ class WindowSampler:
             return starts
         random = np.random.default_rng((self.seed, epoch))
         offset = random.integers(0, len(self.ids) - starts[-1] - self.max_length)
-        return offset + random.permutation(starts)
+        return random.permutation(starts) + int(offset)
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from MyGPT.files import atomic_write, refuse_binary
 
@@ -112,7 +112,7 @@ def read_pieces(
     archive, a line that is no JSON object with a text: a ValueError that names the file and the place.
     """
     with open(path, "rb") as raw:
-        inner: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         position = 0
         try:

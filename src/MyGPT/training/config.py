@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from MyGPT.data.order import Order
 
@@ -107,5 +107,5 @@ class TrainConfig:
             ("precision", Precision),
             ("order", Order),
         ):
-            if getattr(self, name) not in allowed.__args__:
-                raise ValueError(f"{name} must be one of {', '.join(allowed.__args__)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")

@@ -51,7 +51,7 @@ def train_model_simple(
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {global_step + 1}; the weights are as before"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()
             global_step += 1
@@ -112,5 +112,5 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
 
 def _loss_sum(inputs: Tensor, targets: Tensor, model: Any) -> tuple[Tensor, Tensor]:
     if hasattr(model, "token_loss"):
-        return model.token_loss(inputs, targets)  # type: ignore[no-any-return]
+        return model.token_loss(inputs, targets)
     return token_loss(model(inputs), targets)

@@ -100,7 +100,7 @@ class Trainer:
         micro = self.config.micro_batch_size or len(inputs)
         for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
             part = self._token_loss(x, y)[0] / targets.numel()
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.detach()
         clip = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
