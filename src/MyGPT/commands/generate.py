@@ -12,7 +12,7 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50}
 def generate(
     model: str,
     sampling: SamplingConfig,
-    prompt: str = "\n",
+    prompt: str | None = None,
     max_new_tokens: int = 200,
     n_samples: int = 1,
     stop: list[str] | None = None,
@@ -26,7 +26,8 @@ def generate(
 
     Args:
         model: a run's directory, or a model's
-        prompt: the text to continue; - reads it from standard input
+        prompt: the text to continue, - to read it from standard input; without one the model begins on its own, after
+            <|endoftext|> or the first token of its vocabulary
         max_new_tokens: most tokens to add
         n_samples: how many continuations
         stop: texts at which to stop, as '["first", "second"]'
@@ -42,8 +43,8 @@ def generate(
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     gpt, tokenizer, place = open_model(model, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    ids = tokenizer.encode(text)
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     context = gpt.config.context_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -84,10 +85,13 @@ def train(
         f"{n_train:,} training and {len(ids) - n_train:,} validation tokens, vocabulary {coder.n_vocab:,}; "
         f"{gpt.num_parameters():,} parameters; {place.type}, {precision}"
     )
-    loss = trainer.run()
-    if loss == loss:  # not nan: there was a validation text
+    try:
+        loss = trainer.run()
+    finally:
+        if (run / "metrics.jsonl").is_file():  # a run that was stopped or failed is worth a look too
+            draw_losses(run)
+    if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats a token over the whole validation text (step {trainer.best_step})")
-    draw_losses(run)
     print(f"the model is in {run / 'model'}; try: mygpt generate --model {run}")
 
 

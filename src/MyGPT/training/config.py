@@ -61,8 +61,8 @@ class TrainConfig:
     """Steps between live samples, 0 for none."""
     sample_tokens: int = 200
     """Tokens of a live sample."""
-    sample_prompt: str = "\n"
-    """What live samples begin with."""
+    sample_prompt: str = ""
+    """What live samples begin with; default: the first tokens of the validation text."""
     log_every: int = 10
     """Steps between the entries in metrics.jsonl."""
     tensorboard: bool = False

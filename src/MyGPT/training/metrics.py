@@ -12,19 +12,18 @@ class MetricsLog:
     """Appends records to `metrics.jsonl` of a run, and to TensorBoard on request."""
 
     def __init__(self, run: Path, tensorboard: bool = False) -> None:
-        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._path = run / "metrics.jsonl"
         self._writer = _summary_writer(run) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
         """One record: after how many steps, and what was measured."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
         if self._writer is not None:
             self._writer.close()
 

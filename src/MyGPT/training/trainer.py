@@ -72,10 +72,13 @@ class Trainer:
         self.step_number = 0
         self.best_loss = math.inf
         self.best_step: int | None = None
+        self._evaluated_step: int | None = None
         self._metrics: MetricsLog | None = None
 
     def setup(self) -> None:
         """Seeds torch, moves the model, makes the optimizers, and claims the run's directory."""
+        if self.tokenizer is not None and self.config.sample_every:
+            self._prompt_ids()  # a prompt that cannot be encoded is an error now, not after hours
         if self.run_dir is not None:
             claim_run_directory(self.run_dir, self.overwrite)
             with atomic_write(self.run_dir / "config.yaml") as file:
@@ -131,7 +134,7 @@ class Trainer:
         """A continuation of sample_prompt, the same at the same weights."""
         if self.tokenizer is None:
             raise ValueError("a sample needs the tokenizer")
-        prompt = torch.tensor([self.tokenizer.encode(self.config.sample_prompt)], device=self.device)
+        prompt = torch.tensor([self._prompt_ids()], device=self.device)
         with torch.compiler.set_stance("force_eager"):
             ids = generate(
                 self.model, prompt, self.config.sample_tokens, temperature=0.8, top_k=200, seed=self.config.seed
@@ -148,8 +151,8 @@ class Trainer:
     def run(self) -> float:
         """Trains to the end, to early_stop, or to Ctrl-C (then KeyboardInterrupt, the model saved).
 
-        Returns the loss of the model that `model/` then holds, and the trainer too, over the whole validation text (nan
-        without one).
+        Returns the loss over the whole validation text (nan without one) of the best model, which `model/` and the
+        trainer then hold; without a run_dir, of the last.
         """
         self.setup()
         bar = tqdm(total=self.config.max_steps, desc="training", unit="step", disable=not self.progress)
@@ -160,6 +163,12 @@ class Trainer:
         finally:
             if self._metrics is not None:
                 self._metrics.close()
+
+    def _prompt_ids(self) -> list[int]:
+        if self.config.sample_prompt and self.tokenizer is not None:
+            return self.tokenizer.encode(self.config.sample_prompt)
+        text = self.sampler.ids if self.val_ids is None else self.val_ids
+        return [int(id_) for id_ in text[:8]]
 
     def _train(self, bar: tqdm[Any], interrupted: list[int]) -> None:
         config, since, tokens = self.config, time.perf_counter(), 0
@@ -198,7 +207,8 @@ class Trainer:
             self.save()
             loss = math.nan
         else:
-            self._evaluate_and_keep(bar)
+            if self._evaluated_step != self.step_number:
+                self._evaluate_and_keep(bar)
             if self.best_step != self.step_number and self.run_dir is not None:
                 best = GPTModel.from_pretrained(self.run_dir / "model").state_dict()
                 self.model.load_state_dict(best)
@@ -212,7 +222,7 @@ class Trainer:
 
     def _evaluate_and_keep(self, bar: tqdm[Any]) -> bool:
         """Evaluates, saves a new best, tells; whether it was a new best."""
-        loss = self.evaluate()
+        loss, self._evaluated_step = self.evaluate(), self.step_number
         self._log(self.step_number, val_loss=loss)
         is_best = loss < self.best_loss
         bar.write(f"step {self.step_number}: validation loss {loss:.4f}{' (best)' if is_best else ''}")

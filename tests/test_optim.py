@@ -1,0 +1,128 @@
+"""Decay groups, schedules and TrainConfig's bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from MyGPT import GPTModel, TrainConfig
+from MyGPT.training.optim import make_optimizers, schedule_factor, set_learning_rate
+
+
+def oracle_factors(make: Any, **options: Any) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = make(optimizer, **options)
+    factors = []
+    for _ in range(100):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+def test_the_cosine_is_that_of_transformers_after_the_warmup() -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    theirs = oracle_factors(
+        get_cosine_with_min_lr_schedule_with_warmup, num_warmup_steps=10, num_training_steps=100, min_lr=0.1
+    )
+    ours = [schedule_factor(config, step) for step in range(100)]
+    assert ours[10:] == pytest.approx(theirs[10:], abs=1e-12)
+
+
+def test_the_line_is_that_of_transformers_after_the_warmup() -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.0, schedule="linear")
+    theirs = oracle_factors(get_linear_schedule_with_warmup, num_warmup_steps=10, num_training_steps=100)
+    assert [schedule_factor(config, step) for step in range(10, 100)] == pytest.approx(theirs[10:], abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 20, 100])
+def test_every_schedule_rises_then_never_rises_again_and_stays_within_its_bounds(schedule: Any, warmup_steps: int) -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=warmup_steps, schedule=schedule)
+    factors = [schedule_factor(config, step) for step in range(100)]
+    rising, falling = factors[: warmup_steps + 1], factors[warmup_steps:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert min(falling, default=1) >= 0.1 - 1e-12 and max(factors) <= 1 and factors[0] > 0
+
+
+def test_wsd_is_flat_until_its_last_part() -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=5, schedule="wsd", decay_fraction=0.3, min_learning_rate=0.0)
+    assert {schedule_factor(config, step) for step in range(5, 71)} == {1.0}
+    assert schedule_factor(config, 85) == pytest.approx(0.5)
+
+
+def test_matrices_decay_vectors_do_not_and_every_parameter_is_in_one_group(tiny_model: GPTModel) -> None:
+    for name in ("adamw", "muon"):
+        optimizers = make_optimizers(tiny_model, TrainConfig(optimizer=name))  # type: ignore[arg-type]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        members = [id(parameter) for group in groups for parameter in group["params"]]
+        assert sorted(members) == sorted(id(parameter) for parameter in tiny_model.parameters())
+        for group in groups:
+            assert all((parameter.dim() == 2) == (group["weight_decay"] > 0) for parameter in group["params"])
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tiny_model: GPTModel) -> None:
+    muon, _ = make_optimizers(tiny_model, TrainConfig(optimizer="muon"))
+    taken = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    named = {name for name, parameter in tiny_model.named_parameters() if id(parameter) in taken}
+    assert named == {
+        f"transformer.h.{i}.{part}.weight"
+        for i in range(3)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+
+
+def test_an_older_torch_without_muon_is_told_apart(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"optimizer=muon needs torch 2\.9"):
+        make_optimizers(tiny_model, TrainConfig(optimizer="muon"))
+
+
+def test_every_group_keeps_its_own_peak(tiny_model: GPTModel) -> None:
+    config = TrainConfig(optimizer="muon", warmup_steps=0, max_steps=10)
+    optimizers = make_optimizers(tiny_model, config)
+    assert set_learning_rate(optimizers, config, 0) == config.learning_rate
+    factor = set_learning_rate(optimizers, config, 7) / config.learning_rate
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(config.muon_learning_rate * factor)
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(config.learning_rate * factor)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_steps", 0),
+        ("max_steps", 2.5),
+        ("max_steps", True),
+        ("batch_size", -1),
+        ("micro_batch_size", 0),
+        ("warmup_steps", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("min_learning_rate", -1.0),
+        ("min_learning_rate", 1.0),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("grad_clip", -1.0),
+        ("decay_fraction", 0.0),
+        ("decay_fraction", 1.5),
+        ("schedule", "sine"),
+        ("optimizer", "sgd"),
+        ("precision", "fp8"),
+        ("order", "backwards"),
+        ("eval_every", 0),
+        ("early_stop", 0),
+        ("sample_every", -1),
+        ("seed", -1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name_and_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field) as caught:
+        TrainConfig(**{field: value})
+    assert str(value) in str(caught.value)
+    assert "must be" in str(caught.value)
