@@ -120,7 +120,14 @@ def _help_of(command: Callable[..., Any], parameter: str) -> str:
 
 def _plain(message: str) -> str:
     """jsonargparse's message in one line, without the parser's own vocabulary."""
-    message = message.replace("<class '", "").replace("'>", "").replace("typing.", "")
+    for theirs, plain in (
+        ("<class '", ""),
+        ("'>", ""),
+        ("typing.", ""),
+        ("Expected a Literal", "Expected one of "),
+        ("Expected a int", "Expected an int"),
+    ):
+        message = message.replace(theirs, plain)
     return " ".join(message.replace('Parser key "', 'option "').split())
 
 

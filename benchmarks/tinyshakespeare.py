@@ -1,0 +1,54 @@
+"""Loss after training on tinyshakespeare's characters: nanoGPT's published recipe for a processor, and our fast one.
+
+Usage: python benchmarks/tinyshakespeare.py [--text tinyshakespeare] [--seeds 3] [RECIPE ...]
+The recipes take turns, seed by seed. Losses are nats a character over the whole validation set (the last tenth).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from MyGPT.cli import main as mygpt
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def train(recipe: str, text: str, seed: int, directory: Path) -> tuple[float, float]:
+    """Final validation loss and wall seconds of the whole command, reading and evaluating included."""
+    run = directory / f"{recipe}-{seed}"
+    start = time.perf_counter()
+    arguments = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--data", text, "--seed", str(seed), "--out", str(run)]
+    if mygpt(["train", *arguments, "--sample_every", "0"]) != 0:
+        raise SystemExit(f"{recipe} failed")
+    seconds = time.perf_counter() - start
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return last["final_val_loss"], seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=["shakespeare_char", "shakespeare_char_fast"])
+    parser.add_argument("--text", default="tinyshakespeare", help="the text's file, or its name to download it")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    results: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in options.recipes}
+    with tempfile.TemporaryDirectory() as directory:
+        for seed in range(1, options.seeds + 1):
+            for recipe in options.recipes:
+                results[recipe].append(train(recipe, options.text, seed, Path(directory)))
+    print(f"\n{'recipe':<24} {'loss: mean':>10} {'lowest':>8} {'highest':>8} {'seconds: median':>16}")
+    for recipe, pairs in results.items():
+        losses, seconds = [loss for loss, _ in pairs], [second for _, second in pairs]
+        print(
+            f"{recipe:<24} {statistics.mean(losses):>10.4f} {min(losses):>8.4f} {max(losses):>8.4f} "
+            f"{statistics.median(seconds):>16.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

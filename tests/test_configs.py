@@ -1,0 +1,24 @@
+"""Every recipe under configs/ is read by the real command and trains two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from MyGPT.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+# What makes a recipe large; everything else of it is used as it is.
+SMALL = "--data alice --max_steps 2 --batch_size 2 --micro_batch_size 1 --context_length 16 --warmup_steps 1 --eval_windows 2"
+SMALL += " --sample_tokens 3 --val_fraction 0.003 --compile false --log_every 1"
+
+
+def test_the_recipes_are_found() -> None:
+    assert {"quickstart", "shakespeare_char", "shakespeare_char_fast", "gpt2_small", "gpt2_124m"} <= {c.stem for c in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_trains(config: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), *SMALL.split()]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
