@@ -44,7 +44,8 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    # torch's own (since 2.13) gives its sum in the inputs' dtype, which for bf16 is 3 digits: not for half precision.
+    if hasattr(F, "linear_cross_entropy") and hidden.dtype.itemsize >= 4:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         total = F.linear_cross_entropy(
             hidden, weight, flat_targets, reduction="sum", ignore_index=IGNORED, options=options
@@ -55,7 +56,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
-    """For torch before 2.13. d loss / d logits is softmax minus one-hot, so each chunk's gradients follow at once."""
+    """The same in float32 sums at any precision. d loss / d logits is softmax minus one-hot, so gradients follow at once."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
