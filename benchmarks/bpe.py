@@ -69,7 +69,9 @@ def main() -> None:
     ours = statistics.median(seconds["MyGPT"])
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"{name:<12} {median:7.2f} s  ({min(times):.2f} to {max(times):.2f})  MyGPT takes {ours / median:.2f} times that")
+        print(
+            f"{name:<12} {median:7.2f} s  ({min(times):.2f} to {max(times):.2f})  MyGPT takes {ours / median:.2f} times that"
+        )
 
 
 if __name__ == "__main__":

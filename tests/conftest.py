@@ -46,7 +46,14 @@ def _fixed_seed() -> None:
 @pytest.fixture
 def tiny_config() -> GPTConfig:
     return GPTConfig(
-        vocab_size=67, context_length=16, emb_dim=24, n_heads=3, n_layers=3, drop_rate=0.0, qkv_bias=True, tie_weights=False
+        vocab_size=67,
+        context_length=16,
+        emb_dim=24,
+        n_heads=3,
+        n_layers=3,
+        drop_rate=0.0,
+        qkv_bias=True,
+        tie_weights=False,
     )
 
 

@@ -46,7 +46,10 @@ def test_training_leaves_a_run_that_generates(run: Path, capsys: pytest.CaptureF
     names = {path.name for path in run.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "model", "loss.png", "samples.txt"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["generate", "--model", str(run), "--prompt", "It was", "--max_new_tokens", "20", "--temperature", "0"]) == 0
+    assert (
+        main(["generate", "--model", str(run), "--prompt", "It was", "--max_new_tokens", "20", "--temperature", "0"])
+        == 0
+    )
     printed = capsys.readouterr().out
     model, tokenizer = GPTModel.from_pretrained(run), load_tokenizer(run / "model")
     import torch
@@ -261,6 +264,22 @@ def test_other_errors_are_one_line_too(tmp_path: Path, capsys: pytest.CaptureFix
     line = error_of(["prepare", str(tmp_path / "book.txt"), "--out", str(tmp_path / "full")], capsys)
     assert "not empty" in line
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_model(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writing past it fails in the same way, in mid-file."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); from MyGPT.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "train", *TINY, "--emb_dim", "64", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("mygpt train: cannot write") and "model.safetensors" in last
+    assert "Traceback" not in done.stderr
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith((".", "model"))]
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_the_line_is_that_of_transformers_after_the_warmup() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 20, 100])
-def test_every_schedule_rises_then_never_rises_again_and_stays_within_its_bounds(schedule: Any, warmup_steps: int) -> None:
+def test_every_schedule_rises_then_never_rises_again_and_stays_within_its_bounds(
+    schedule: Any, warmup_steps: int
+) -> None:
     config = TrainConfig(max_steps=100, warmup_steps=warmup_steps, schedule=schedule)
     factors = [schedule_factor(config, step) for step in range(100)]
     rising, falling = factors[: warmup_steps + 1], factors[warmup_steps:]

@@ -24,7 +24,14 @@ TOKENIZER = CharTokenizer.from_text(TEXT)
 IDS = np.array(TOKENIZER.encode(TEXT), dtype=np.uint16)
 CONFIG = GPTConfig(vocab_size=TOKENIZER.n_vocab, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0)
 QUICK = TrainConfig(
-    max_steps=6, batch_size=8, warmup_steps=2, eval_every=2, eval_windows=10, sample_every=0, log_every=1, learning_rate=1e-2
+    max_steps=6,
+    batch_size=8,
+    warmup_steps=2,
+    eval_every=2,
+    eval_windows=10,
+    sample_every=0,
+    log_every=1,
+    learning_rate=1e-2,
 )
 
 

@@ -77,9 +77,13 @@ def make_parser(name: str, command: Callable[..., Any]) -> Any:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]
-    parser = Parser(prog=f"mygpt {name}", description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0])
-    parser.add_argument("--config", action="config", help="a YAML file with options; those after it win")
     listed = [p.name for p in inspect.signature(command).parameters.values() if p.kind is p.VAR_POSITIONAL]
+    parser = Parser(
+        prog=f"mygpt {name}",
+        usage=" ".join(["%(prog)s", *(f"{parameter} [{parameter} ...]" for parameter in listed), "[options]"]),
+        description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0],
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with options; those after it win")
     for parameter in listed:
         parser.add_argument(parameter, nargs="+", type=str, help=_help_of(command, parameter))
     described = _dataclasses_of(command)

@@ -136,11 +136,14 @@ class GPTModel(nn.Module):
         super().__init__()
         config = as_config(config)
         self.config = config
-        self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        self._initialise()
+        # Made without memory first, so that torch's default weights are not drawn only to be drawn over.
+        with torch.device("meta"):
+            self.transformer = Transformer(config)
+            self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
+        self._initialise()
 
     def _initialise(self) -> None:
         """GPT-2's: normal weights, zero biases, and residual projections smaller by the root of their number."""
@@ -151,6 +154,8 @@ class GPTModel(nn.Module):
                 nn.init.normal_(parameter, std=self.config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
 
     def forward(
         self,

@@ -87,9 +87,10 @@ def train(
     )
     try:
         loss = trainer.run()
-    finally:
-        if (run / "metrics.jsonl").is_file():  # a run that was stopped or failed is worth a look too
-            draw_losses(run)
+    except (KeyboardInterrupt, FloatingPointError):  # a run that was stopped or diverged is worth a look too
+        draw_losses(run)
+        raise
+    draw_losses(run)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats a token over the whole validation text (step {trainer.best_step})")
     print(f"the model is in {run / 'model'}; try: mygpt generate --model {run}")
@@ -112,7 +113,9 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 
 
 def draw_losses(run: Path) -> None:
-    """loss.png, if matplotlib is there."""
+    """loss.png, if matplotlib is there and the run got as far as a loss."""
+    if not (run / "metrics.jsonl").is_file():
+        return
     try:
         from MyGPT.plots import plot_losses, save_figure
 

@@ -22,6 +22,7 @@ def write_directory(
     directory: str | os.PathLike[str], config: GPTConfig, state_dict: Mapping[str, Tensor], tokenizer: Any = None
 ) -> None:
     """Writes a model directory as a whole or not at all; other files that it held stay in it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     eot_token = getattr(tokenizer, "eot_token", None)
@@ -29,7 +30,10 @@ def write_directory(
     tensors = {name: tensor.detach().cpu() for name, tensor in to_hugging_face(state_dict, config).items()}
     with atomic_directory(directory) as temporary:
         (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, in safetensors' own words
+            raise OSError(f"cannot write {Path(directory) / 'model.safetensors'}: {error}") from error
         if tokenizer is not None:
             tokenizer.save(temporary)
 
