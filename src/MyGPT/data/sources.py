@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +94,8 @@ def fetch(download: Download, path: Path, timeout: float = 30) -> Path:
         with urllib.request.urlopen(download.url, timeout=timeout) as response:
             content = response.read()
     except OSError as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is an answer too, and holds the connection
         raise OSError(f"cannot download {download.url} ({error}); copy it by hand to {path}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != download.sha256:
