@@ -73,7 +73,9 @@ class GPTConfig:
             if not _is_number(value) or not 0 < value < 1:
                 raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
         if self.init_std is None and self.tie_weights:
-            raise ValueError("init_std=None needs tie_weights=False: torch's embeddings are 50 times too large for a head")
+            raise ValueError(
+                "init_std=None needs tie_weights=False: torch's embeddings are 50 times too large for a head"
+            )
         if self.emb_dim % self.n_heads:
             raise ValueError(
                 f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
