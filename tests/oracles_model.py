@@ -15,10 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from MyGPT import GPTConfig, GPTModel
 
-# Tensors of a few hundred numbers gain nothing from a second thread, and on a busy machine wait for it ten times as long
-# as they take.
-torch.set_num_threads(1)
-
 
 def hugging_face_config(config: GPTConfig) -> GPT2Config:
     return GPT2Config(
