@@ -13,7 +13,7 @@ from MyGPT.config import GPTConfig
 from MyGPT.training.config import TrainConfig
 
 # A model that a laptop trains in minutes; the released sizes are in configs/.
-DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
+DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
 HIDDEN = ("vocab_size",)
 
 
