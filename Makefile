@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+# The text of the benchmarks: downloaded, or a file of yours.
+TEXT   ?= tinyshakespeare
 
 .PHONY: demo test lint bench clean
 
@@ -19,8 +21,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bpe.py
-	$(BIN)/python benchmarks/tinyshakespeare.py
+	$(BIN)/python benchmarks/bpe.py --text $(TEXT)
+	$(BIN)/python benchmarks/tinyshakespeare.py --text $(TEXT)
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

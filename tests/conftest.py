@@ -16,6 +16,10 @@ from MyGPT.model import GPTModel
 # transformers, an oracle, would otherwise look for updates and models on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tensors of a few hundred numbers gain nothing from a second thread, and on a busy machine wait for it ten times as long
+# as they take.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -50,8 +50,8 @@ class GPTConfig:
     """Whether the output head shares the token embedding's weights, as GPT-2's does."""
     layer_norm_eps: float = 1e-5
     """Added to the variance in every LayerNorm."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights."""
+    init_std: float | None = 0.02
+    """Standard deviation of the initial weights, GPT-2's; None leaves torch's own, which the book uses, to an untied model."""
 
     model_type: ClassVar[str] = "gpt2"
 
@@ -68,8 +68,14 @@ class GPTConfig:
             raise ValueError(f"drop_rate must be a number from 0 up to but not including 1, got {self.drop_rate!r}")
         for name in ("layer_norm_eps", "init_std"):
             value = getattr(self, name)
+            if value is None and name == "init_std":
+                continue
             if not _is_number(value) or not 0 < value < 1:
                 raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
+        if self.init_std is None and self.tie_weights:
+            raise ValueError(
+                "init_std=None needs tie_weights=False: torch's embeddings are 50 times too large for a head"
+            )
         if self.emb_dim % self.n_heads:
             raise ValueError(
                 f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
@@ -85,6 +91,8 @@ class GPTConfig:
         """Hugging Face's `config.json` of this model, as a dict."""
         named = {theirs: getattr(self, ours) for ours, theirs in _HUGGING_FACE_KEYS.items()}
         dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
+        if self.init_std is None:
+            del named["initializer_range"]  # must be a number there, and has no meaning for trained weights
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": self.model_type,

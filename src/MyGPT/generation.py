@@ -96,15 +96,15 @@ def generate_stream(
     fill = next((id_ for id_ in (eos_id, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     window = _context(model, context_size)
-    return _decode(
-        model, idx, max_new_tokens, window, sampling, eos_id, ends, fill, generator, attention_mask, use_cache
-    )
+    ids, mask = _pad_left(idx, attention_mask)
+    return _decode(model, ids, mask, max_new_tokens, window, sampling, eos_id, ends, fill, generator, use_cache)
 
 
 @torch.no_grad()
 def _decode(
     model: Any,
-    idx: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
     max_new_tokens: int,
     window: int | None,
     sampling: SamplingConfig,
@@ -112,12 +112,10 @@ def _decode(
     ends: Callable[[list[int]], bool] | None,
     fill: int,
     generator: torch.Generator | None,
-    attention_mask: Tensor | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
-    B, T = idx.shape
-    ids, mask = _pad_left(idx, attention_mask)
-    finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    B, T = ids.shape
+    finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
     new_ids: list[list[int]] = [[] for _ in range(B)]
     logits_of = _Window(model, window, use_cache, T + max_new_tokens)
     seen: Tensor | None = None
@@ -194,23 +192,26 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids = list(prompt_ids)
         self.stop = list(stop)
-        self.prompt_length = len(tokenizer.decode(self.ids))
+        self.prompt = tokenizer.decode(self.ids)
         self.shown = 0
 
     def add(self, id_: int) -> str:
         """The text that has become certain with this id, often empty."""
         self.ids.append(id_)
-        text = self._text()
         # Half a character may become whole, and the beginning of a stop text a stop text.
+        text = self._text().rstrip("\ufffd")
         held = max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        return self._show(text.rstrip("\ufffd") if not held else text[: len(text) - held])
+        return self._show(text[: len(text) - held])
 
     def end(self) -> str:
         """What was held back."""
         return self._show(self._text())
 
     def _text(self) -> str:
-        text: str = self.tokenizer.decode(self.ids)[self.prompt_length :]
+        text: str = self.tokenizer.decode(self.ids)
+        # A prompt's last character can become another when its last bytes arrive.
+        pairs = enumerate(zip(self.prompt, text, strict=False))
+        text = text[next((i for i, (old, new) in pairs if old != new), len(self.prompt)) :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 
@@ -257,8 +258,8 @@ def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[
     """A function of a row's new ids that says whether the row has reached a stop."""
     if stop is None:
         return None
-    stops: list[Any] = [stop] if isinstance(stop, str) or (stop and isinstance(stop[0], int)) else list(stop)
-    if not stops or not all(stops):
+    stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
+    if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
         raise ValueError(f"stop must be a text or ids, or several, none of them empty, got {stop!r}")
     texts = [one for one in stops if isinstance(one, str)]
     runs = [list(one) for one in stops if not isinstance(one, str)]
@@ -276,3 +277,11 @@ def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[
         return any(text in recent for text in texts)
 
     return ends
+
+
+def _is_stop(one: object) -> bool:
+    return (isinstance(one, str) and one != "") or _are_ids(one)
+
+
+def _are_ids(one: object) -> bool:
+    return isinstance(one, (list, tuple)) and len(one) > 0 and all(type(id_) is int for id_ in one)

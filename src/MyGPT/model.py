@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MyGPT.config import GPTConfig, as_config
-from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.loss import IGNORED, linear_token_loss, token_loss
 from MyGPT.weights.directory import read_directory, write_directory
 
 
@@ -37,12 +37,25 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory taken once. Each forward that gets it appends T tokens."""
+    """Keys and values of the tokens seen so far, in memory taken once. Each forward that gets it appends T tokens.
+
+    It keeps no gradients, so it is for `torch.no_grad()` only.
+    """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int, like: Tensor) -> None:
         D = config.emb_dim // config.n_heads
         self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
         self.length = 0
+
+    def check(self, B: int, S: int) -> None:
+        """A ValueError unless it can hold S tokens of B sequences, and no gradient is asked for."""
+        _, _, batch_size, _, room, _ = self.storage.shape
+        if batch_size != B:
+            raise ValueError(f"the cache is for {batch_size} sequences, the input has {B}")
+        if room < S:
+            raise ValueError(f"the sequence has {S} tokens, the cache has room for {room}")
+        if torch.is_grad_enabled():
+            raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, (B, H, S, D), the new ones (B, H, T, D) included."""
@@ -147,11 +160,17 @@ class GPTModel(nn.Module):
 
     def _initialise(self) -> None:
         """GPT-2's: normal weights, zero biases, and residual projections smaller by the root of their number."""
+        std = self.config.init_std
+        if std is None:
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+                    module.reset_parameters()
+            return
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=self.config.init_std / math.sqrt(2 * self.config.n_layers))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layers))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=self.config.init_std)
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
@@ -179,16 +198,17 @@ class GPTModel(nn.Module):
         """
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported; leave them unset")
-        hidden = self.hidden_states(input_ids, attention_mask, inputs_embeds, cache)
+        if labels is not None and last_only:
+            raise ValueError("labels need the logits of every position: leave out last_only")
+        self._check(input_ids, attention_mask, inputs_embeds, labels, cache)
+        hidden = self._hidden_states(input_ids, attention_mask, inputs_embeds, cache)
         logits = self.lm_head(hidden[:, -1:] if last_only else hidden)
         if labels is None:
             return logits
-        if labels.shape != logits.shape[:2]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, the logits are for {tuple(logits.shape[:2])}")
         total, count = token_loss(logits[:, :-1], labels[:, 1:])
         return CausalLMOutput(loss=total / count, logits=logits)
 
-    def hidden_states(
+    def _hidden_states(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
@@ -196,11 +216,9 @@ class GPTModel(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """What the output head reads, (B, T, C): everything of `forward` but the head."""
-        x = self._embed_tokens(input_ids, inputs_embeds)
+        x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
         S = T + (cache.length if cache is not None else 0)
-        if self.config.context_length < S:
-            raise ValueError(f"the sequence has {S} tokens, the model's context_length is {self.config.context_length}")
         positions, mask = _positions_and_mask(attention_mask, B, T, S, x.device)
         x = x + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.drop_rate, self.training)
@@ -214,14 +232,21 @@ class GPTModel(nn.Module):
         self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of `targets` (B, T), already shifted, and how many count; no (B, T, V) logits are made."""
-        hidden = self.hidden_states(input_ids, attention_mask)
-        if type(self.lm_head) is not nn.Linear:  # an adapter sits on the head: its weight alone is not the head
+        self._check(input_ids, attention_mask, None, targets, None)
+        hidden = self._hidden_states(input_ids, attention_mask)
+        # With an adapter on it, or a bias, the head is more than its weight.
+        if type(self.lm_head) is not nn.Linear or getattr(self.lm_head, "bias", None) is not None:
             return token_loss(self.lm_head(hidden), targets)
         return linear_token_loss(hidden, self.lm_head.weight, targets)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """An empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
-        length = self.config.context_length if length is None else length
+        context = self.config.context_length
+        length = context if length is None else length
+        if type(length) is not int or not 1 <= length <= context:
+            raise ValueError(
+                f"a cache's length must be a whole number from 1 to {context}, the context, got {length!r}"
+            )
         return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -264,23 +289,68 @@ class GPTModel(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
 
-    def _embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _check(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        targets: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        """Refuses what no layer could make sense of, before any has run and before the cache has changed."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        assert input_ids is not None
+        if input_ids is not None:
+            B, T = self._check_ids(input_ids)
+        else:
+            assert inputs_embeds is not None
+            B, T = self._check_embeddings(inputs_embeds)
+        if targets is not None:
+            self._check_targets(targets, B, T)
+        S = T if cache is None else cache.length + T
+        if self.config.context_length < S:
+            raise ValueError(f"the sequence has {S} tokens, the model's context_length is {self.config.context_length}")
+        if attention_mask is not None and attention_mask.shape != (B, S):
+            raise ValueError(f"attention_mask must be (batch, time seen) = {(B, S)}, got {tuple(attention_mask.shape)}")
+        if cache is not None:
+            cache.check(B, S)
+
+    def _check_ids(self, input_ids: Tensor) -> tuple[int, int]:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must be (batch, time) with at least one token, got {tuple(input_ids.shape)}")
         if input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids must be int64, got {input_ids.dtype}")
-        # On a GPU looking at the ids would make the host wait for it; while compiling there are none yet.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
-            smallest, largest = (int(bound) for bound in input_ids.aminmax())
-            if smallest < 0 or largest >= self.config.vocab_size:
-                wrong = smallest if smallest < 0 else largest
-                raise IndexError(f"id {wrong} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
-        return self.transformer.wte(input_ids)
+        if _can_look_at(input_ids):
+            wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
+            if len(wrong):
+                raise IndexError(
+                    f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}"
+                )
+        return input_ids.shape[0], input_ids.shape[1]
+
+    def _check_embeddings(self, inputs_embeds: Tensor) -> tuple[int, int]:
+        shape, C = tuple(inputs_embeds.shape), self.config.emb_dim
+        if len(shape) != 3 or shape[1] == 0 or shape[2] != C:
+            raise ValueError(f"inputs_embeds must be (batch, time, {C}) with at least one token, got {shape}")
+        return shape[0], shape[1]
+
+    def _check_targets(self, targets: Tensor, B: int, T: int) -> None:
+        if targets.shape != (B, T):
+            raise ValueError(f"labels have shape {tuple(targets.shape)}, the input is {(B, T)}")
+        if targets.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {targets.dtype}")
+        if _can_look_at(targets):
+            wrong = targets[((targets < 0) & (targets != IGNORED)) | (targets >= self.config.vocab_size)]
+            if len(wrong):
+                raise IndexError(
+                    f"label {int(wrong[0])} is outside the vocabulary, labels are 0 to {self.config.vocab_size - 1}, or "
+                    f"{IGNORED} where there is none"
+                )
+
+
+def _can_look_at(ids: Tensor) -> bool:
+    """On a GPU looking at the ids would make the host wait for it; while compiling there are none yet."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _positions_and_mask(
@@ -295,8 +365,6 @@ def _positions_and_mask(
         if T in (1, S):
             return positions, None
         return positions, torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
-    if attention_mask.shape != (B, S):
-        raise ValueError(f"attention_mask must be (batch, time seen) = {(B, S)}, got {tuple(attention_mask.shape)}")
     attends = attention_mask.to(torch.bool)  # (B, S)
     positions = (attends.long().cumsum(1) - 1).clamp_min(0)[:, S - T :]  # (B, T)
     mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T) & attends[:, None]  # (B, T, S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -29,19 +30,24 @@ class SamplingConfig:
     """Above 1, makes tokens that have already appeared less likely."""
 
     def __post_init__(self) -> None:
-        def refuse(name: str, allowed: str) -> None:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-        if not 0 <= self.temperature < math.inf:
-            refuse("temperature", "a number of at least 0")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            self._refuse("temperature", "a number of at least 0")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            refuse("top_k", "a whole number of at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            refuse("top_p", "above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            refuse("min_p", "from 0 to 1")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
-            refuse("repetition_penalty", "a number above 0")
+            self._refuse("top_k", "a whole number of at least 1")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            self._refuse("top_p", "a number above 0 and at most 1")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            self._refuse("min_p", "a number from 0 to 1")
+        penalty = self.repetition_penalty
+        if penalty is not None and not (_is_number(penalty) and 0 < penalty < math.inf):
+            self._refuse("repetition_penalty", "a number above 0")
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -79,7 +85,8 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if config.temperature == 0:
         return logits
-    logits = logits / config.temperature
+    # Further out float32 has no quotient but inf and nan; 1e-30 is as good as greedy, 1e30 as good as even odds.
+    logits = logits / min(max(config.temperature, 1e-30), 1e30)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:

@@ -105,7 +105,8 @@ def evaluate_model(
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:
     """Prints 50 greedy tokens after start_context, on one line."""
     ids = torch.tensor([encode_with_specials(tokenizer, start_context)], device=device)
-    context_size = None if hasattr(model, "config") else getattr(model, "pos_emb").weight.shape[0]  # noqa: B009
+    positions = getattr(model, "pos_emb", None)  # the book's model has no config
+    context_size = None if positions is None else positions.weight.shape[0]
     text = tokenizer.decode(generate(model, ids, 50, context_size)[0].tolist())
     print(text.replace("\n", " "))
 

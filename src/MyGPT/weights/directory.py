@@ -48,7 +48,8 @@ def read_directory(directory: str | os.PathLike[str]) -> tuple[GPTConfig, dict[s
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing")
     try:
-        tensors = load_file(weights)
+        # load_file maps the file, which others may overwrite while the model is in use: keep a copy.
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {error}") from None
     try:
@@ -62,7 +63,7 @@ def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
     path = model_directory(directory) / "config.json"
     try:
         return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
 
 

@@ -21,6 +21,11 @@ _MASK_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Our state dict as `model.safetensors` has it: kernels turned, a tied head left out, missing qkv biases as zeros."""
+    if config.tie_weights and not _is_tied(state_dict):
+        raise ValueError(
+            "lm_head.weight is not transformer.wte.weight, as tie_weights=True in the config says, and would be lost: set "
+            "model.config = dataclasses.replace(model.config, tie_weights=False)"
+        )
     tensors = {
         name: (tensor.T if _TRANSPOSED.search(name) else tensor).contiguous()
         for name, tensor in state_dict.items()
@@ -40,6 +45,7 @@ def from_hugging_face(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[
             continue
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         ours[name] = tensor.T.contiguous() if _TRANSPOSED.search(name) and tensor.dim() == 2 else tensor
+    is_second_head = config.tie_weights and not _is_tied(ours)
     if config.tie_weights and "transformer.wte.weight" in ours:
         ours["lm_head.weight"] = ours["transformer.wte.weight"]
     if not config.qkv_bias:
@@ -52,6 +58,8 @@ def from_hugging_face(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[
         for name, shape in expected.items()
         if name in ours and tuple(ours[name].shape) != shape
     ]
+    if is_second_head:
+        problems.append("lm_head.weight is not transformer.wte.weight, as tie_word_embeddings in the config says")
     if problems:
         raise ValueError(f"the weights do not fit the config: {'; '.join(problems)}")
     return ours
@@ -85,6 +93,14 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         "transformer.ln_f.bias": (C,),
         "lm_head.weight": (V, C),
     }
+
+
+def _is_tied(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the head is the token embedding, or is not there."""
+    head, embedding = state_dict.get("lm_head.weight"), state_dict.get("transformer.wte.weight")
+    if head is None or embedding is None:
+        return True
+    return head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
 
 
 def _drop_zero_biases(ours: dict[str, Tensor], config: GPTConfig) -> None:
