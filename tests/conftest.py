@@ -37,7 +37,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    for name in ("MYGPT_DEBUG", "XDG_CACHE_HOME"):
+    for name in ("MYGPT_DEBUG", "MYGPT_GPT2_URL", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 

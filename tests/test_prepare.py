@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from MyGPT import BPETokenizer, CharTokenizer, SimpleTokenizer
 from MyGPT.data import prepare as prepare_module
 from MyGPT.data import sources
 from MyGPT.data.prepare import prepare, tokenize
-from MyGPT.data.sources import Download, fetch, find_files, read_pieces
+from MyGPT.data.sources import find_files, read_pieces
 from MyGPT.data.tokens import open_tokens
 from MyGPT.tokenizers import Tokenizer
 
@@ -198,7 +195,7 @@ def test_a_damaged_token_file_is_noticed(tmp_path: Path, damage: str) -> None:
         open_tokens(out)
 
 
-# --- names, files, downloads -----------------------------------------------------------------------------------------
+# --- names and files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,56 +217,3 @@ def test_a_file_is_found_by_its_path_before_its_name(in_tmp_path: Path) -> None:
     assert find_files("alice")[0].read_text(encoding="utf-8") == ALICE
     Path("alice").write_text("mine")
     assert find_files("alice")[0].read_text() == "mine"
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[str, dict[str, Any]]]:
-    """A local server: its address, and what it answers to a path (bytes, or a status)."""
-    answers: dict[str, Any] = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer = answers[self.path]
-            self.send_response(answer if isinstance(answer, int) else 200)
-            self.end_headers()
-            if isinstance(answer, bytes):
-                self.wfile.write(answer)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", answers
-        httpd.shutdown()
-        thread.join()
-
-
-def test_a_download_is_checked_kept_and_not_made_again(tmp_path: Path, server: tuple[str, dict[str, Any]]) -> None:
-    url, answers = server
-    answers["/text"] = b"a text"
-    download = Download(f"{url}/text", hashlib.sha256(b"a text").hexdigest())
-    path = tmp_path / "cache" / "text.txt"
-    assert fetch(download, path).read_bytes() == b"a text"
-    answers["/text"] = 500
-    assert fetch(download, path).read_bytes() == b"a text"
-
-
-@pytest.mark.parametrize("answer", [404, 500, b"another text", b""])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(
-    tmp_path: Path, server: tuple[str, dict[str, Any]], answer: Any
-) -> None:
-    url, answers = server
-    answers["/text"] = answer
-    path = tmp_path / "text.txt"
-    with pytest.raises(OSError, match=f"{url}/text") as caught:
-        fetch(Download(f"{url}/text", hashlib.sha256(b"a text").hexdigest()), path)
-    if isinstance(answer, int):
-        assert f"copy it by hand to {path}" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_server_that_is_not_there_is_an_error_too(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"cannot download http://127\.0\.0\.1:9/x"):
-        fetch(Download("http://127.0.0.1:9/x", ""), tmp_path / "x", timeout=1)

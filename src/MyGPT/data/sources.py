@@ -8,13 +8,10 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import hashlib
 import io
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from MyGPT.files import atomic_write, refuse_binary
+from MyGPT.download import download
+from MyGPT.files import refuse_binary
 
 BLOCK_BYTES = 1 << 22
 
@@ -64,7 +62,8 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
         elif name in BUILT_IN:
             paths.append(Path(str(resources.files("MyGPT") / "assets" / BUILT_IN[name])))
         elif name in DOWNLOADS:
-            paths.append(fetch(DOWNLOADS[name], cache_directory() / f"{name}.txt"))
+            source = DOWNLOADS[name]
+            paths.append(download(source.url, cache_directory() / f"{name}.txt", sha256=source.sha256))
         elif Path(name).is_dir():
             raise ValueError(f"{name} is a directory: name its files, for example {os.path.join(name, '*.txt')!r}")
         elif glob.has_magic(name):
@@ -84,26 +83,6 @@ def cache_directory() -> Path:
     if "MYGPT_CACHE" in os.environ:
         return Path(os.environ["MYGPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
-
-
-def fetch(download: Download, path: Path, timeout: float = 30) -> Path:
-    """`path`, downloaded first if it is not there with the right content. What goes wrong is an OSError that says how to help."""
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == download.sha256:
-        return path
-    try:
-        with urllib.request.urlopen(download.url, timeout=timeout) as response:
-            content = response.read()
-    except OSError as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is an answer too, and holds the connection
-        raise OSError(f"cannot download {download.url} ({error}); copy it by hand to {path}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != download.sha256:
-        raise OSError(f"{download.url} gave {len(content)} bytes with SHA-256 {found}, expected {download.sha256}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as file:
-        file.write(content)
-    return path
 
 
 def read_pieces(

@@ -15,7 +15,7 @@ from pathlib import Path
 from MyGPT.tokenizers.base import ENDOFTEXT
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
 
-_SHA256 = {
+VOCABULARY_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
@@ -31,7 +31,7 @@ def gpt2_tokenizer() -> BPETokenizer:
             "or give a directory that holds encoder.json and vocab.bpe"
         )
     directory = Path(spec.origin).parent / "data"
-    for name, expected in _SHA256.items():
+    for name, expected in VOCABULARY_SHA256.items():
         found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{directory / name} is not OpenAI's file: its SHA-256 is {found}, expected {expected}")

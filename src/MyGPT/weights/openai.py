@@ -1,0 +1,121 @@
+"""OpenAI's GPT-2 checkpoints as arrays, the way "Build a Large Language Model (From Scratch)" has them.
+
+The names, the nesting and the squeezed shapes are those of the book's `gpt_download.py`, which reads the same files with
+TensorFlow. Kernels stay (in, out); turning them is layout.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from MyGPT.files import read_text
+from MyGPT.weights.tf_checkpoint import Checkpoint, CheckpointError, read_checkpoint
+
+_SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sizes in `directory`/hparams.json: n_vocab, n_ctx, n_embd, n_head, n_layer. A damaged file is a CheckpointError."""
+    path = Path(directory) / "hparams.json"
+    try:
+        settings = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    problems = _settings_problems(settings) if isinstance(settings, dict) else ["it is no JSON object"]
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    return settings
+
+
+def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a GPT-2 as nested dicts: wte, wpe, g, b, and of each block attn, mlp, ln_1, ln_2.
+
+    ckpt_path is the prefix, as `latest_checkpoint` gives it: "gpt2/124M/model.ckpt"; settings is hparams.json's dict.
+    params["wte"] is (n_vocab, n_embd), params["blocks"][0]["attn"]["c_attn"]["w"] (n_embd, 3 * n_embd): axes of length 1 are
+    dropped, as the book does. The arrays are views of the mapped file (see `Checkpoint.read`). If the checkpoint is not of
+    such a model, one CheckpointError lists all that differs.
+    """
+    problems = _settings_problems(settings)
+    if problems:
+        raise CheckpointError(f"the settings are not a GPT-2's: {'; '.join(problems)}")
+    checkpoint = read_checkpoint(ckpt_path)
+    problems = _differences(checkpoint, settings)
+    if problems:
+        raise CheckpointError(
+            f"{os.fspath(ckpt_path)} and the settings differ in {len(problems)} points: {'; '.join(problems)}"
+        )
+    params: dict[str, Any] = {"blocks": [{} for _ in range(settings["n_layer"])]}
+    for name in checkpoint.names():
+        _, first, *path = name.split("/")  # model/h0/attn/c_attn/w, model/ln_f/g, model/wte
+        block = re.fullmatch(r"h(\d+)", first)
+        target = params["blocks"][int(block[1])] if block else params
+        *outer, last = path or [first]
+        for key in outer:
+            target = target.setdefault(key, {})
+        target[last] = np.squeeze(checkpoint.read(name))
+    return params
+
+
+def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
+    problems = [f"{key} is missing" for key in _SETTINGS if key not in settings]
+    sizes = {key: settings[key] for key in _SETTINGS if key in settings}
+    problems += [
+        f"{key} must be a whole number of at least 1, got {size!r}"
+        for key, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
+    if not problems and sizes["n_embd"] % sizes["n_head"]:
+        problems.append(f"n_embd must be divisible by n_head, got {sizes['n_embd']} and {sizes['n_head']}")
+    return problems
+
+
+def _differences(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[str]:
+    """What keeps the checkpoint from being that of a model with these settings, a line each."""
+    names = checkpoint.names()
+    n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, names) if match})
+    if n_blocks != settings["n_layer"]:
+        return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]
+    expected = _shapes(settings)
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
+    for name in names:
+        shape = checkpoint.shape(name)
+        if name not in expected:
+            problems.append(f"{name} {shape} is unknown")
+        elif [size for size in shape if size != 1] != [size for size in expected[name] if size != 1]:
+            problems.append(f"{name} is {shape}, expected {expected[name]}")
+        elif checkpoint.dtype(name).kind != "f":
+            problems.append(f"{name} holds {checkpoint.dtype(name)}, weights are floating-point numbers")
+    return problems
+
+
+def _shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of an OpenAI checkpoint: kernels are those of a convolution of width 1, (1, in, out)."""
+    C = settings["n_embd"]
+    block: dict[str, tuple[int, ...]] = {
+        "ln_1/g": (C,),
+        "ln_1/b": (C,),
+        "attn/c_attn/w": (1, C, 3 * C),
+        "attn/c_attn/b": (3 * C,),
+        "attn/c_proj/w": (1, C, C),
+        "attn/c_proj/b": (C,),
+        "ln_2/g": (C,),
+        "ln_2/b": (C,),
+        "mlp/c_fc/w": (1, C, 4 * C),
+        "mlp/c_fc/b": (4 * C,),
+        "mlp/c_proj/w": (1, 4 * C, C),
+        "mlp/c_proj/b": (C,),
+    }
+    return {
+        "model/wte": (settings["n_vocab"], C),
+        "model/wpe": (settings["n_ctx"], C),
+        "model/ln_f/g": (C,),
+        "model/ln_f/b": (C,),
+        **{f"model/h{i}/{name}": shape for i in range(settings["n_layer"]) for name, shape in block.items()},
+    }
