@@ -1,6 +1,6 @@
 """The training run of chapter 5 of "Build a Large Language Model (From Scratch)" (Raschka, 2024), through our functions.
 
-Usage: python benchmarks/verdict.py --text the-verdict.txt [--gpt2_init]
+Usage: python benchmarks/verdict.py --text the-verdict.txt [--eval_freq 89] [--gpt2_init]
 124 million parameters on a short story: context 256, batch 2, AdamW 4e-4 with weight decay 0.1, ten epochs. The model is
 the book's: torch's own initial weights and an untied head. With --gpt2_init it is GPT-2's instead, which in these 90
 steps without a warmup does not get beyond the frequency of words (a loss of about 6).
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="the story's file")
     parser.add_argument("--gpt2_init", action="store_true", help="GPT-2's initial weights and tied head")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--eval_freq", type=int, default=5, help="steps between evaluations")
     options = parser.parse_args()
     text = Path(options.text).read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
@@ -41,6 +42,7 @@ def main() -> None:
         optimizer,
         "cpu",
         options.epochs,
+        eval_freq=options.eval_freq,
         start_context="Every effort moves you",
         tokenizer=get_tokenizer("gpt2"),
     )

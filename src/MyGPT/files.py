@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from typing import IO, Any
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """A file object (UTF-8 text with `\\n`, or bytes with mode "wb") that becomes `path` when the block ends well.
 
-    If the block fails, `path` stays as it was and nothing is left behind.
+    If the block fails, `path` stays as it was and nothing is left behind. An old file's permissions stay, and a link
+    still points where it did.
     """
-    path = Path(path)
+    path = _real(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -29,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+        os.chmod(temporary, _mode(path, 0o666))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -41,10 +43,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new, empty directory to fill, which takes the place of `path` when the block ends well.
 
-    Files of the old directory that the new one does not have are carried over: they may be the user's. There is one
-    instant between two renames in which `path` is missing; `restore_directory` undoes a kill at that instant.
+    Files of the old directory that the new one does not have are carried over: they may be the user's. Its permissions
+    stay, and a link still points where it did. There is one instant between two renames in which `path` is missing;
+    `restore_directory` undoes a kill at that instant. The current directory cannot be replaced: a ValueError.
     """
-    path = Path(path)
+    path = _real(path)
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(
+            f"{path} is replaced as a whole, and cannot be while it is the current directory: name another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     restore_directory(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -55,7 +62,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _sync_file(file)
         if path.exists():
             _carry_over(path, temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, _mode(path, 0o777))
         if path.exists():
             os.rename(path, _aside(path))
         os.rename(temporary, path)
@@ -64,18 +71,17 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         restore_directory(path)
         raise
     _sync_directory(path.parent)
-    if _aside(path).exists():
-        shutil.rmtree(_aside(path))
+    shutil.rmtree(_aside(path), ignore_errors=True)  # what stays is cleared up by the next call
 
 
 def restore_directory(path: str | os.PathLike[str]) -> None:
     """Brings `path` back if a kill struck while `atomic_directory` was replacing it."""
-    path = Path(path)
+    path = _real(path)
     aside = _aside(path)
     if not aside.exists():
         return
     if path.exists():
-        shutil.rmtree(aside)  # The new directory had arrived; only the clearing up was missed.
+        shutil.rmtree(aside, ignore_errors=True)  # The new directory had arrived; only the clearing up was missed.
     else:
         os.rename(aside, path)
 
@@ -97,11 +103,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def refuse_binary(text: str, path: str | os.PathLike[str]) -> None:
-    """A ValueError if the text holds NUL, which no text file does and most binary files do."""
+def refuse_binary(text: str, path: str | os.PathLike[str], n_before: int = 0) -> None:
+    """A ValueError if the text, n_before characters into the file, holds NUL, which few text files do and most others."""
     position = text.find("\0")
     if position >= 0:
-        raise ValueError(f"{path} looks like a binary file: it holds a NUL character at position {position}")
+        raise ValueError(f"{path} looks like a binary file: it holds a NUL character at position {n_before + position}")
 
 
 def _aside(path: Path) -> Path:
@@ -119,10 +125,17 @@ def _carry_over(old: Path, new: Path) -> None:
             shutil.copy2(entry, target, follow_symlinks=False)
 
 
-def _umask() -> int:
+def _real(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _mode(path: Path, default: int) -> int:
+    """The permissions of `path`, or of a new one: mkstemp's and mkdtemp's are for secrets."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return default & ~mask
 
 
 def _sync_file(path: Path) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from MyGPT.data.sources import Piece, read_pieces
+from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype
-from MyGPT.files import atomic_directory
-from MyGPT.tokenizers import Tokenizer
+from MyGPT.files import atomic_directory, restore_directory
+from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
 
@@ -42,11 +42,13 @@ def prepare(
     it under `if __name__ == "__main__":`, as multiprocessing asks. An existing data set is a FileExistsError unless
     `overwrite`; on any error nothing stands under `out` that did not before.
     """
-    paths, out = list(paths), Path(out)
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    paths, out = [Path(path) for path in paths], Path(out)
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
+    restore_directory(out)
     if not overwrite and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
+    _require_whole_specials(tokenizer)
     dtype = id_dtype(tokenizer.n_vocab)
     digest = hashlib.sha256()
     n_tokens = n_documents = n_characters = 0
@@ -80,8 +82,16 @@ def prepare(
 
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:
     """The ids that `prepare` would write, in memory."""
+    _require_whole_specials(tokenizer)
     parts = [_encode(tokenizer, task)[0] for task in _tasks(paths, text_key, tqdm(disable=True))]
     return np.concatenate([*parts, np.empty(0, id_dtype(tokenizer.n_vocab))])
+
+
+def _require_whole_specials(tokenizer: Tokenizer) -> None:
+    """A ValueError if a special token could be cut in two where long documents are cut into pieces."""
+    for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
+        if TOKEN_END.search(token):
+            raise ValueError(f"the special token {token!r} has a space in it, where a long text may be cut")
 
 
 Encoded = tuple[TokenArray, int, int]

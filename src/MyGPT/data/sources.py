@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from MyGPT.download import download
 from MyGPT.files import refuse_binary
+from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
 
@@ -102,6 +103,7 @@ def read_pieces(
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()
+            advance(raw.tell() - position)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is a damaged archive: {error}") from None
 
@@ -113,13 +115,13 @@ def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[st
             yield piece.text
 
 
-# Any tokenizer of ours ends a token between a visible ASCII character and a following space or line end.
-_TOKEN_END = re.compile(r"[!-~](?=[ \n])")
+# Any tokenizer of ours ends a token before the white space behind a visible character.
+TOKEN_END = re.compile(r"\S(?=[ \n])")
 
 
 def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    pending, offset, seen_text = "", 0, False
+    pending, offset, n_characters = "", 0, 0
     while True:
         block = file.read(BLOCK_BYTES)
         try:
@@ -127,17 +129,17 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         except UnicodeDecodeError as error:
             place = offset + len(block) - len(error.object) + error.start
             raise ValueError(f"{path} is not UTF-8 text: byte {place} is 0x{error.object[error.start]:02x}") from None
-        refuse_binary(text, path)
+        refuse_binary(text, path, n_characters)
         offset += len(block)
         pending += text
-        seen_text = seen_text or bool(text)
+        n_characters += len(text)
         if not block:
             break
-        ends = [match.end() for match in _TOKEN_END.finditer(pending, max(0, len(pending) - 10_000))]
+        ends = [match.end() for match in TOKEN_END.finditer(pending, max(0, len(pending) - 10_000))]
         if ends:
             yield Piece(pending[: ends[-1]], False)
             pending = pending[ends[-1] :]
-    if seen_text:
+    if n_characters:
         yield Piece(pending, True)
 
 
@@ -147,9 +149,13 @@ def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
+        try:
+            refuse_surrogates(record[text_key])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         if record[text_key]:
             yield Piece(record[text_key], True)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from MyGPT.files import restore_directory
+
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
@@ -40,7 +42,8 @@ def compact_ids(ids: Any) -> TokenArray:
 
 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
-    """Whether `mygpt prepare` wrote this directory."""
+    """Whether `mygpt prepare` wrote this directory. One that a kill left between two names is brought back first."""
+    restore_directory(directory)
     return (Path(directory) / "tokens.json").is_file()
 
 
@@ -50,10 +53,11 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
     A file that is not as long as `tokens.json` says is a ValueError.
     """
     directory = Path(directory)
+    restore_directory(directory)
     try:
         description = json.loads((directory / "tokens.json").read_text(encoding="utf-8"))
         n_tokens, dtype = description["n_tokens"], description["dtype"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory / 'tokens.json'} is damaged: {type(error).__name__}: {error}") from None
     if dtype not in ("uint16", "uint32") or type(n_tokens) is not int or n_tokens < 1:
         raise ValueError(f"{directory / 'tokens.json'} describes {n_tokens!r} tokens of type {dtype!r}")

@@ -63,19 +63,40 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
-    if model["type"] == "BPE":
-        if pre_tokenizer.get("type") != "ByteLevel" or pre_tokenizer.get("add_prefix_space") or data["normalizer"]:
-            raise ValueError("only byte-level BPE with GPT-2's pattern, no normalizer and no prefix space can be read")
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # GPT-2's own file on the hub does not say it
+    if kind == "BPE":
+        _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return from_visible(model["vocab"], merges, special)
-    if model["type"] == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
+    if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"])
-    if model["type"] == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
+    if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
         in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
         if [model["vocab"][character] for character in in_order] != list(range(len(in_order))):
             raise ValueError("the ids of a character vocabulary must be 0, 1, 2 and so on")
         return CharTokenizer(in_order)
-    raise ValueError(f"a {model['type']} tokenizer with this pre_tokenizer is not one that MyGPT knows")
+    raise ValueError(f"a {kind} tokenizer with this pre_tokenizer is not one that MyGPT knows")
+
+
+def _require_gpt2_rules(data: dict[str, Any]) -> None:
+    """A ValueError if a byte-level BPE does anything to the text that GPT-2's does not, and would give other ids."""
+    pre_tokenizer = data["pre_tokenizer"] or {}
+    if (
+        pre_tokenizer.get("type") != "ByteLevel"
+        or pre_tokenizer.get("add_prefix_space")
+        or not pre_tokenizer.get("use_regex", True)
+        or data.get("normalizer")
+    ):
+        raise ValueError("only byte-level BPE with GPT-2's pattern, no normalizer and no prefix space can be read")
+    if (data.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
+        raise ValueError(f"a {data['post_processor']['type']} post_processor adds tokens, which is not supported")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if data["model"].get(option):
+            raise ValueError(f"the option {option}={data['model'][option]!r} is not supported")
+    for token in data["added_tokens"]:
+        for option in ("single_word", "lstrip", "rstrip"):
+            if token.get(option):
+                raise ValueError(f"the option {option} of the token {token['content']!r} is not supported")
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
@@ -83,7 +104,10 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, prog
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))
     if kind == "chars":
-        return CharTokenizer.from_text("".join(set().union(*texts)))
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return CharTokenizer(sorted(characters))
     if kind == "bpe":
         return BPETokenizer.train(texts, vocab_size, progress=progress)
     return get_tokenizer(kind)

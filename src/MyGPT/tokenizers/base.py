@@ -7,6 +7,7 @@ and turns text into the same ids.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -70,19 +71,44 @@ def require_text(text: object) -> None:
         raise TypeError(f"a tokenizer encodes a str, got {type(text).__name__}")
 
 
+def refuse_surrogates(text: str) -> None:
+    """A ValueError if `text` holds half a character, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
+            "which is half a character and has no UTF-8 form"
+        ) from None
+
+
+def whole_numbers(ids: Iterable[int]) -> list[int]:
+    """The ids as ints, from a list, array or tensor; a TypeError for floats and text, which int() would take."""
+    try:
+        return [operator.index(id_) for id_ in ids]
+    except TypeError as error:
+        raise TypeError(f"a tokenizer decodes a sequence of whole numbers: {error}") from None
+
+
 def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: int) -> list[str]:
     """The token of each id, or a ValueError that names the first id without one."""
     try:
-        return [id_to_token[int(id_)] for id_ in ids]
+        return [id_to_token[id_] for id_ in whole_numbers(ids)]
     except KeyError as error:
         raise ValueError(f"id {error.args[0]} is not in the vocabulary of {n_vocab} tokens") from None
 
 
 def token_ids(vocab: Mapping[str, int]) -> dict[int, str]:
-    """The vocabulary turned round; a ValueError if it is empty, two tokens share an id, or an id is no natural number."""
+    """The vocabulary turned round.
+
+    A ValueError if it is empty, two tokens share an id, a token is no text, or an id is no natural number.
+    """
     if not vocab:
         raise ValueError("the vocabulary is empty: a tokenizer needs at least one token")
     for token, id_ in vocab.items():
+        if not isinstance(token, str):
+            raise ValueError(f"a token must be a str, got {token!r}")
+        refuse_surrogates(token)
         if type(id_) is not int or id_ < 0:
             raise ValueError(f"the id of token {token!r} must be a whole number of at least 0, got {id_!r}")
     turned = {id_: token for token, id_ in vocab.items()}

@@ -14,7 +14,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from MyGPT.tokenizers.base import ENDOFTEXT, Tokenizer, hugging_face_json, require_text
+from MyGPT.tokenizers.base import (
+    ENDOFTEXT,
+    Tokenizer,
+    hugging_face_json,
+    refuse_surrogates,
+    require_text,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -31,8 +38,8 @@ _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u2
 class BPETokenizer(Tokenizer):
     """Byte-level BPE over the tokens of `vocab` (bytes to id), made by `merges` in that order.
 
-    `special_tokens` (text to id) stand outside the merges. A vocabulary that the merges do not account for exactly is a
-    ValueError.
+    `special_tokens` (text to id) stand outside the merges; where two fit the longer one counts. A vocabulary that the
+    merges do not account for exactly is a ValueError.
     """
 
     def __init__(
@@ -63,6 +70,8 @@ class BPETokenizer(Tokenizer):
         the text takes about four times as long after the first pass. A text without any boundary is one chunk as long
         as itself, which each of its merges walks through.
         """
+        if isinstance(special_tokens, str):
+            raise TypeError(f"special_tokens must be a list of texts, got the text {special_tokens!r}")
         special_tokens = list(dict.fromkeys(special_tokens))
         smallest = 256 + len(special_tokens)
         if type(vocab_size) is not int or vocab_size < smallest:
@@ -108,22 +117,29 @@ class BPETokenizer(Tokenizer):
     ) -> list[int]:
         """The ids of `text`.
 
-        The keywords are tiktoken's: a special token that is allowed becomes its id, one that is disallowed and not
-        allowed is a ValueError, one that is neither is ordinary text. By default all are allowed (tiktoken: none).
+        The keywords are tiktoken's: a special token that is disallowed ("all": all that are not allowed) is a
+        ValueError, one that is allowed becomes its id, one that is neither is ordinary text. By default all are allowed
+        (tiktoken: none).
         """
         require_text(text)
-        if allowed_special == "all":
-            allowed_special = set(self._special_tokens)
+        allowed = set(self._special_tokens) if allowed_special == "all" else set(allowed_special)
         if disallowed_special == "all":
-            disallowed_special = set(self._special_tokens) - set(allowed_special)
+            disallowed_special = set(self._special_tokens) - allowed
         for token in disallowed_special:
             if token in text:
                 raise ValueError(
                     f"the text holds the special token {token!r}: allow it with allowed_special={{{token!r}}}, or have "
                     f"it read as ordinary text with disallowed_special=()"
                 )
-        _refuse_surrogates(text)
-        return [id_ for part in _cut_long_white_space(text) for id_ in self._encode_part(part, set(allowed_special))]
+        refuse_surrogates(text)
+        ids: list[int] = []
+        for i, part in enumerate(_special_pattern(allowed & set(self._special_tokens)).split(text)):
+            if i % 2:
+                ids.append(self._special_tokens[part])
+            else:
+                for stretch in _cut_long_white_space(part):
+                    ids += self._encoding.encode_ordinary(stretch)
+        return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of `text` with special tokens read as ordinary text."""
@@ -139,7 +155,7 @@ class BPETokenizer(Tokenizer):
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of each id, for showing tokens one by one."""
-        ids = [int(id_) for id_ in ids]
+        ids = whole_numbers(ids)
         try:
             return self._encoding.decode_tokens_bytes(ids)
         except (KeyError, OverflowError):
@@ -164,21 +180,18 @@ class BPETokenizer(Tokenizer):
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         return hugging_face_json(model, self._special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
-    def _encode_part(self, text: str, allowed_special: set[str]) -> list[int]:
-        return self._encoding.encode(text, allowed_special=allowed_special, disallowed_special=())
-
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
     """How often each chunk of GPT-2's pattern stands in the texts, as UTF-8 bytes, special tokens cut out."""
     import regex
 
     pattern = regex.compile(GPT2_PATTERN)
-    special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
+    special = _special_pattern(special_tokens)
     counts: Counter[str] = Counter()
     for text in texts:
         require_text(text)
-        _refuse_surrogates(text)
-        for part in special.split(text):
+        refuse_surrogates(text)
+        for part in special.split(text)[::2]:
             counts.update(match[0] for match in pattern.finditer(part))
     return Counter({chunk.encode(): count for chunk, count in counts.items()})
 
@@ -284,6 +297,9 @@ def _check(
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02x} the first")
+    for token in special_tokens:
+        if not isinstance(token, str) or not token:
+            raise ValueError(f"a special token must be a text of at least one character, got {token!r}")
     ids = [*vocab.values(), *special_tokens.values()]
     if any(type(id_) is not int or not 0 <= id_ < 2**32 for id_ in ids) or len(set(ids)) != len(ids):
         raise ValueError("the ids of the vocabulary must be distinct whole numbers from 0 to 2**32 - 1")
@@ -299,16 +315,31 @@ def _check(
         raise ValueError(
             f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges make another number"
         )
+    for first, second in merges:
+        parts = _last_parts(first + second, vocab)
+        if parts != [first, second]:
+            raise ValueError(
+                f"the merge of {first!r} and {second!r} never comes about: the merges before it make {parts} of its bytes"
+            )
 
 
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
-            "which is half a character and has no UTF-8 form"
-        ) from None
+def _last_parts(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
+    """What tiktoken has of the bytes of `token` when all tokens of smaller ids are made: two parts, if all is well."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        ids = [vocab.get(first + second, vocab[token]) for first, second in pairwise(parts)]
+        best = min(ids)
+        if best >= vocab[token]:
+            break
+        i = ids.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Splits a text into ordinary parts (at even places) and the special tokens between them, the longest that fit."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def _cut_long_white_space(text: str) -> Iterable[str]:

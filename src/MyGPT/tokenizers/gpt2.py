@@ -39,13 +39,18 @@ def gpt2_tokenizer() -> BPETokenizer:
 
 
 def read_openai_vocabulary(directory: Path) -> BPETokenizer:
-    """A tokenizer from a directory with `encoder.json` (token to id) and `vocab.bpe` (a merge a line)."""
-    with open(directory / "encoder.json", encoding="utf-8") as file:
-        vocab = json.load(file)
-    lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"{directory / 'vocab.bpe'} has the line {' '.join(merge)!r}, a merge is two tokens")
-    special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
-    return from_visible(vocab, merges, special)
+    """A tokenizer from a directory with `encoder.json` (token to id) and `vocab.bpe` (a merge a line).
+
+    What is damaged is a ValueError that names the directory.
+    """
+    try:
+        vocab = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
+        version, *lines = (directory / "vocab.bpe").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        merges = [tuple(line.split(" ")) for line in (lines if version.startswith("#version") else [version, *lines])]
+        for merge in merges:
+            if len(merge) != 2:
+                raise ValueError(f"vocab.bpe has the line {' '.join(merge)!r}, a merge is two tokens")
+        special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
+        return from_visible(vocab, merges, special)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{directory} holds no vocabulary in OpenAI's files: {error}") from None
