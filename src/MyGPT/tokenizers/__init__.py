@@ -63,7 +63,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
-    kind = model.get("type") or ("BPE" if "merges" in model else None)  # GPT-2's own file on the hub does not say it
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # older files do not say
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -88,8 +88,10 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
         or data.get("normalizer")
     ):
         raise ValueError("only byte-level BPE with GPT-2's pattern, no normalizer and no prefix space can be read")
-    if (data.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        raise ValueError(f"a {data['post_processor']['type']} post_processor adds tokens, which is not supported")
+    post = data.get("post_processor") or {"type": "ByteLevel"}
+    adds_nothing = post["type"] == "TemplateProcessing" and all("Sequence" in part for part in post["single"])
+    if post["type"] != "ByteLevel" and not adds_nothing:
+        raise ValueError(f"the post_processor {post['type']} would add tokens to every text, which is not supported")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if data["model"].get(option):
             raise ValueError(f"the option {option}={data['model'][option]!r} is not supported")

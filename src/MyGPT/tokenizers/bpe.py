@@ -39,13 +39,20 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE over the tokens of `vocab` (bytes to id), made by `merges` in that order.
 
     `special_tokens` (text to id) stand outside the merges; where two fit the longer one counts. A vocabulary that the
-    merges do not account for exactly is a ValueError.
+    merges do not account for exactly is a ValueError; `known` skips the half of that check which takes half a second for
+    GPT-2's.
     """
 
     def __init__(
-        self, vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Mapping[str, int]
+        self,
+        vocab: Mapping[bytes, int],
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Mapping[str, int],
+        known: bool = False,
     ) -> None:
         _check(vocab, merges, special_tokens)
+        if not known:
+            _check_that_merges_come_about(vocab, merges)
         self._vocab = dict(vocab)
         self._merges = list(merges)
         self._special_tokens = dict(special_tokens)
@@ -268,7 +275,9 @@ BYTE_TO_CHARACTER = _byte_alphabet()
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
-def from_visible(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int]) -> BPETokenizer:
+def from_visible(
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
+) -> BPETokenizer:
     """A tokenizer from tokens written in GPT-2's visible characters, as `tokenizer.json` and `vocab.bpe` have them."""
 
     def to_bytes(token: str) -> bytes:
@@ -281,6 +290,7 @@ def from_visible(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], spec
         {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special},
         [(to_bytes(first), to_bytes(second)) for first, second in merges],
         special,
+        known,
     )
 
 
@@ -293,7 +303,7 @@ def _encoding(vocab: dict[bytes, int], special_tokens: dict[str, int]) -> tiktok
 def _check(
     vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Mapping[str, int]
 ) -> None:
-    """A ValueError unless tiktoken, which knows ids but no merges, will merge exactly as `merges` says."""
+    """A ValueError unless ids and merges belong together."""
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02x} the first")
@@ -315,6 +325,14 @@ def _check(
         raise ValueError(
             f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges make another number"
         )
+
+
+def _check_that_merges_come_about(vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]) -> None:
+    """A ValueError unless tiktoken, which knows ids but no merges, will merge exactly as `merges` says.
+
+    It joins any two neighbours that make a token. That is the merge of that token alone if, of its bytes and by the
+    earlier merges, the two parts of the merge are all that is left.
+    """
     for first, second in merges:
         parts = _last_parts(first + second, vocab)
         if parts != [first, second]:

@@ -35,10 +35,10 @@ def gpt2_tokenizer() -> BPETokenizer:
         found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{directory / name} is not OpenAI's file: its SHA-256 is {found}, expected {expected}")
-    return read_openai_vocabulary(directory)
+    return read_openai_vocabulary(directory, known=True)
 
 
-def read_openai_vocabulary(directory: Path) -> BPETokenizer:
+def read_openai_vocabulary(directory: Path, known: bool = False) -> BPETokenizer:
     """A tokenizer from a directory with `encoder.json` (token to id) and `vocab.bpe` (a merge a line).
 
     What is damaged is a ValueError that names the directory.
@@ -50,7 +50,9 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
         for merge in merges:
             if len(merge) != 2:
                 raise ValueError(f"vocab.bpe has the line {' '.join(merge)!r}, a merge is two tokens")
+        if not isinstance(vocab, dict):
+            raise ValueError("encoder.json is no table of tokens and their ids")
         special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
-        return from_visible(vocab, merges, special)
+        return from_visible(vocab, merges, special, known)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory} holds no vocabulary in OpenAI's files: {error}") from None
