@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,4 +102,100 @@ def test_text_is_read_with_plain_line_ends_and_what_is_no_text_is_refused(tmp_pa
     assert read_text(tmp_path / "x") == "one\ntwo\nthree\n"
     (tmp_path / "x").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match="is not UTF-8 text: byte 2 is 0xff"):
+        read_text(tmp_path / "x")
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(0o600)
+    (tmp_path / "d").mkdir(mode=0o700)
+    with atomic_write(tmp_path / "x") as file:
+        file.write("new")
+    with atomic_directory(tmp_path / "d"):
+        pass
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_new_directory_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with atomic_directory(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_written_through_a_link_arrives_where_it_points(tmp_path: Path) -> None:
+    """A linked directory, on a larger disk say, was once replaced by a real one here, and then an error raised."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "mine").write_text("mine")
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with atomic_directory(tmp_path / "link") as new:
+        (new / "weights").write_text("new")
+    with atomic_write(tmp_path / "link.txt") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link.txt").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["mine", "weights"]
+    assert (tmp_path / "real.txt").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_links_in_a_replaced_directory_are_carried_over_as_links(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "data").symlink_to("/nowhere")
+    with atomic_directory(tmp_path / "model"):
+        pass
+    assert os.readlink(tmp_path / "model" / "data") == "/nowhere"
+
+
+@pytest.mark.parametrize("target", [".", "..", "../inside"])
+def test_the_current_directory_cannot_be_replaced(
+    in_tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_tmp_path / "inside").mkdir()
+    (in_tmp_path / "inside" / "mine").write_text("mine")
+    monkeypatch.chdir(in_tmp_path / "inside")
+    with pytest.raises(ValueError, match="cannot be while it is the current directory"), atomic_directory(target):
+        raise Failure
+    assert [path.name for path in in_tmp_path.rglob("*")] == ["inside", "mine"]
+
+
+@pytest.mark.parametrize("kill", ["in the block", "before the renames", "between the renames", "after the renames"])
+def test_a_process_killed_at_any_moment_leaves_one_whole_directory(tmp_path: Path, kill: str) -> None:
+    """A real process, which ends itself without any clearing up."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    program = f"""
+import os
+from MyGPT import files
+kill, renames = {kill!r}, 0
+rename = os.rename
+def killing(source, target):
+    global renames
+    renames += 1
+    if kill == "before the renames" or (kill == "between the renames" and renames == 2):
+        os._exit(9)
+    rename(source, target)
+    if kill == "after the renames" and renames == 2:
+        os._exit(9)
+files.os.rename = killing
+with files.atomic_directory({str(tmp_path / "model")!r}) as new:
+    (new / "weights").write_text("new")
+    if kill == "in the block":
+        os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    restore_directory(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == ("new" if kill == "after the renames" else "old")
+    with atomic_directory(tmp_path / "model") as new:
+        (new / "weights").write_text("newer")
+    assert (tmp_path / "model" / "weights").read_text() == "newer"
+    assert not (tmp_path / ".model.previous").exists()
+
+
+@pytest.mark.parametrize("content", [b"a\0b", "é\0".encode()])
+def test_a_nul_is_named_by_its_place(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="x looks like a binary file: it holds a NUL character at position 1"):
         read_text(tmp_path / "x")

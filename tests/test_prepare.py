@@ -6,6 +6,8 @@ import errno
 import gzip
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MyGPT import BPETokenizer, CharTokenizer, SimpleTokenizer
+from MyGPT import BPETokenizer, CharTokenizer, SimpleTokenizer, files
 from MyGPT.data import prepare as prepare_module
 from MyGPT.data import sources
 from MyGPT.data.prepare import prepare, tokenize
 from MyGPT.data.sources import find_files, read_pieces
-from MyGPT.data.tokens import open_tokens
+from MyGPT.data.tokens import is_prepared, open_tokens
 from MyGPT.tokenizers import Tokenizer
 
 ALICE = (Path(__file__).parents[1] / "src/MyGPT/assets/alice.txt").read_text(encoding="utf-8")
@@ -86,15 +88,6 @@ def test_pieces_make_the_ids_of_the_whole(
         for tokenizer in kinds:
             end = [tokenizer.eot_token] if tokenizer.eot_token is not None and plain else []
             assert tokenize([path], tokenizer).tolist() == tokenizer.encode(plain) + end
-
-
-def test_a_long_file_comes_in_pieces_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
-    path = tmp_path / "long.txt"
-    path.write_text(ALICE)
-    pieces = list(read_pieces(path))
-    assert max(len(piece.text) for piece in pieces) < 1100
-    assert "".join(piece.text for piece in pieces) == ALICE
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -175,6 +168,107 @@ def test_an_old_data_set_is_kept_until_the_new_one_is_whole(tmp_path: Path, monk
     assert BPE.decode(open_tokens(out)[0].tolist()) == "new text<|endoftext|>"
 
 
+def prepared(tmp_path: Path) -> tuple[list[Path], Path, dict[str, bytes]]:
+    """Paths of a text, a data set of another one, and its content."""
+    (tmp_path / "a.txt").write_text("old text")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", BPE, progress=False)
+    (tmp_path / "a.txt").write_text(ALICE)
+    return (
+        [tmp_path / "a.txt"],
+        tmp_path / "out",
+        {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()},
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_data_set(tmp_path: Path) -> None:
+    """A real failed write in place of a full disk: no file may grow past 16 KiB, the token file needs more."""
+    import resource
+
+    paths, out, before = prepared(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            prepare(paths, out, BPE, overwrite=True, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_a_disk_full_at_any_flush_leaves_one_whole_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, out, before = prepared(tmp_path)
+    fsync = os.fsync
+    for nth in range(1, 100):
+        calls = 0
+
+        def full(descriptor: int, nth: int = nth) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", full)
+            try:
+                prepare(paths, out, BPE, overwrite=True, progress=False)
+            except OSError:
+                content = {path.name: path.read_bytes() for path in out.iterdir()}
+                if content != before:  # the new one had arrived, only the directory's own entry was not flushed
+                    assert BPE.decode(open_tokens(out)[0].tolist()) == ALICE + "<|endoftext|>"
+                    return
+                assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+            else:
+                break
+    raise AssertionError(f"the flush after the renaming never came, {nth} others did")
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    """It once left the data set under another name, where the next call, not asked to overwrite, replaced it."""
+    paths, out, before = prepared(tmp_path)
+    out.rename(tmp_path / ".out.previous")
+    with pytest.raises(FileExistsError, match="not empty"):
+        prepare(paths, out, BPE, progress=False)
+    out.rename(tmp_path / ".out.previous")
+    assert is_prepared(out)
+    out.rename(tmp_path / ".out.previous")
+    assert BPE.decode(open_tokens(out)[0].tolist()) == "old text<|endoftext|>"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_error_in_a_worker_process_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(ValueError, match="character 'c' at position 2 is not in the vocabulary of 2 characters"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("ab"), workers=2, progress=False)
+    assert files_under(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_that_is_there_but_empty_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "out").mkdir()
+    assert prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("abc"), progress=False)["n_tokens"] == 3
+    for overwrite in (False, True):
+        with pytest.raises(NotADirectoryError):
+            prepare([tmp_path / "a.txt"], tmp_path / "a.txt", BPE, overwrite=overwrite, progress=False)
+    assert (tmp_path / "a.txt").read_text() == "abc"
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
+def test_a_number_of_workers_that_cannot_be_is_refused(tmp_path: Path, workers: Any) -> None:
+    with pytest.raises(ValueError, match=f"workers must be a whole number of at least 1, got {workers!r}"):
+        prepare([], tmp_path / "out", BPE, workers=workers, progress=False)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"n_tokens": ' + "1" * 5_000 + "}", "\ud800", "3", '"text"', ""])
+def test_a_description_that_is_no_description_is_a_value_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokens.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"tokens\.json is damaged"):
+        open_tokens(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["shorter", "longer", "json", "dtype", "count", "missing"])
 def test_a_damaged_token_file_is_noticed(tmp_path: Path, damage: str) -> None:
     (tmp_path / "a.txt").write_text("some text")
@@ -193,27 +287,3 @@ def test_a_damaged_token_file_is_noticed(tmp_path: Path, damage: str) -> None:
         (out / "tokens.json").write_text(json.dumps(change))
     with pytest.raises((ValueError, FileNotFoundError), match="tokens"):
         open_tokens(out)
-
-
-# --- names and files -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ("nothing.txt", "no text 'nothing.txt': it is neither a file nor one of alice, tinyshakespeare"),
-        ("*.nothing", r"no file matches '\*\.nothing'"),
-        ("folder", r"folder is a directory: name its files, for example 'folder/\*\.txt'"),
-        ([], "no text was named"),
-    ],
-)
-def test_names_that_stand_for_no_file_are_refused(in_tmp_path: Path, names: Any, words: str) -> None:
-    Path("folder").mkdir()
-    with pytest.raises(ValueError, match=words):
-        find_files(names)
-
-
-def test_a_file_is_found_by_its_path_before_its_name(in_tmp_path: Path) -> None:
-    assert find_files("alice")[0].read_text(encoding="utf-8") == ALICE
-    Path("alice").write_text("mine")
-    assert find_files("alice")[0].read_text() == "mine"
