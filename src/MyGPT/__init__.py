@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         train_model_simple,
     )
     from MyGPT.training.trainer import Trainer
+    from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
+    from MyGPT.weights.pretrained import load_weights_into_gpt
 
 __version__ = "0.1.0"
 
@@ -51,12 +53,15 @@ _MODULE_OF = {
     "calc_loss_batch": "training.simple",
     "calc_loss_loader": "training.simple",
     "create_dataloader": "data.windows",
+    "download_and_load_gpt2": "weights.openai",
     "evaluate_model": "training.simple",
     "generate": "generation",
     "generate_and_print_sample": "training.simple",
     "generate_stream": "generation",
     "get_tokenizer": "tokenizers",
+    "load_gpt2_params_from_tf_ckpt": "weights.openai",
     "load_tokenizer": "tokenizers",
+    "load_weights_into_gpt": "weights.pretrained",
     "train_model_simple": "training.simple",
 }
 
@@ -78,12 +83,15 @@ __all__ = [  # noqa: RUF022 - in the order of the table above
     "calc_loss_batch",
     "calc_loss_loader",
     "create_dataloader",
+    "download_and_load_gpt2",
     "evaluate_model",
     "generate",
     "generate_and_print_sample",
     "generate_stream",
     "get_tokenizer",
+    "load_gpt2_params_from_tf_ckpt",
     "load_tokenizer",
+    "load_weights_into_gpt",
     "train_model_simple",
 ]
 

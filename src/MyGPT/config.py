@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 # Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
 _HUGGING_FACE_KEYS = {
@@ -22,9 +22,11 @@ _HUGGING_FACE_KEYS = {
     "tie_weights": "tie_word_embeddings",
     "layer_norm_eps": "layer_norm_epsilon",
     "init_std": "initializer_range",
+    "activation": "activation_function",
     "qkv_bias": "qkv_bias",  # unknown to transformers, which ignores it: there the biases are zeros
 }
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+Activation = Literal["gelu_new", "gelu"]
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
@@ -52,6 +54,8 @@ class GPTConfig:
     """Added to the variance in every LayerNorm."""
     init_std: float | None = 0.02
     """Standard deviation of the initial weights, GPT-2's; None leaves torch's own, which the book uses, to an untied model."""
+    activation: Activation = "gelu_new"
+    """GELU (Hendrycks & Gimpel, 2016): gelu_new is the tanh form, GPT-2's; gelu is the exact one, nanoGPT's."""
 
     model_type: ClassVar[str] = "gpt2"
 
@@ -60,6 +64,8 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation must be {' or '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("qkv_bias", "tie_weights"):
             value = getattr(self, name)
             if type(value) is not bool:
@@ -96,7 +102,6 @@ class GPTConfig:
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": self.model_type,
-            "activation_function": "gelu_new",
             **named,
             **dropouts,
         }
@@ -106,7 +111,7 @@ class GPTConfig:
         """The model that Hugging Face's `config.json` describes. What we cannot express is a ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
-            ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),
+            ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
             ("n_inner", (None, 4 * config.get("n_embd", 768))),
             ("scale_attn_weights", (True,)),
             ("scale_attn_by_inverse_layer_idx", (False,)),
@@ -118,6 +123,8 @@ class GPTConfig:
         if len(dropouts) > 1:
             raise ValueError(f"config.json has different dropout rates {sorted(dropouts)}, a model here has one")
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
+        if ours.get("activation") == "gelu_pytorch_tanh":  # the same as gelu_new, by another function
+            ours["activation"] = "gelu_new"
         # Hugging Face's GPT-2 always has the biases, so a config.json that does not say otherwise means them.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
 

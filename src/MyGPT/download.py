@@ -90,6 +90,13 @@ def download(
     raise DownloadError(f"cannot download {path.name} ({'; '.join(failures)}); get it elsewhere and copy it to {path}")
 
 
+def cache_directory() -> Path:
+    """Where downloads are kept: $MYGPT_CACHE, or mygpt in the user's cache directory."""
+    if "MYGPT_CACHE" in os.environ:
+        return Path(os.environ["MYGPT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
+
+
 def address_of(path: str | os.PathLike[str]) -> str | None:
     """Where `download` found a file; None if it did not bring it."""
     address: str | None = _read_json(_manifest(Path(path))).get(Path(path).name, {}).get("url")

@@ -10,8 +10,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,12 +41,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A new, empty directory to fill, which takes the place of `path` when the block ends well.
 
-    Files of the old directory that the new one does not have are carried over: they may be the user's. Its permissions
-    stay, and a link still points where it did. There is one instant between two renames in which `path` is missing;
-    `restore_directory` undoes a kill at that instant. The current directory cannot be replaced: a ValueError.
+    Files of the old directory that the new one does not have are carried over, since they may be the user's, but for
+    those whose names match one of the patterns `replaces`. Its permissions stay, and a link still points where it did.
+    There is one instant between two renames in which `path` is missing; `restore_directory` undoes a kill at that instant.
+    The current directory cannot be replaced: a ValueError.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
@@ -61,7 +63,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         if path.exists():
-            _carry_over(path, temporary)
+            _carry_over(path, temporary, replaces)
         os.chmod(temporary, _mode(path, 0o777))
         if path.exists():
             os.rename(path, _aside(path))
@@ -114,10 +116,10 @@ def _aside(path: Path) -> Path:
     return path.parent / f".{path.name}.previous"
 
 
-def _carry_over(old: Path, new: Path) -> None:
+def _carry_over(old: Path, new: Path, replaces: Sequence[str]) -> None:
     for entry in old.iterdir():
         target = new / entry.name
-        if target.exists():
+        if target.exists() or any(fnmatch(entry.name, pattern) for pattern in replaces):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, target, symlinks=True)

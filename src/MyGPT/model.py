@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.loss import IGNORED, linear_token_loss, token_loss
-from MyGPT.weights.directory import read_directory, write_directory
+from MyGPT.weights.directory import write_directory
+from MyGPT.weights.pretrained import read_weights
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,16 +92,17 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Every token for itself: four times as wide, GELU (tanh form, Hendrycks & Gimpel, 2016), and back."""
+    """Every token for itself: four times as wide, GELU (Hendrycks & Gimpel, 2016), and back."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.drop_rate = config.drop_rate
+        self.approximate = "tanh" if config.activation == "gelu_new" else "none"
         self.c_fc = nn.Linear(config.emb_dim, 4 * config.emb_dim)
         self.c_proj = nn.Linear(4 * config.emb_dim, config.emb_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 * C)
+        x = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 * C)
         x = self.c_proj(x)
         return F.dropout(x, self.drop_rate, self.training)
 
@@ -272,16 +274,22 @@ class GPTModel(nn.Module):
         return 3 * forward if backward else forward
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes a model directory that transformers opens too: config.json, model.safetensors and the tokenizer's files.
+        """Writes a model directory that transformers opens too: config.json, model.safetensors (several past 5 GB),
+        generation_config.json, the tokenizer's files and a model card.
 
         A failure leaves a directory that was there before as it was.
         """
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTModel:
-        """The model of a directory in Hugging Face's GPT-2 layout, or of a run's, in evaluation mode."""
-        config, state_dict = read_directory(name_or_dir)
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> GPTModel:
+        """A released model by name, or the one in a directory or file, in evaluation mode.
+
+        "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" are OpenAI's, "openai-community/gpt2" and the like Hugging Face's:
+        downloaded once, to $MYGPT_CACHE or the user's cache directory. A directory is a saved model's, a run's, or OpenAI's;
+        a file is nanoGPT's ckpt.pt. The weights have `dtype`, or the one in which they are stored.
+        """
+        config, state_dict = read_weights(name_or_dir, dtype)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(state_dict, assign=True)

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from MyGPT.download import download
+from MyGPT.download import cache_directory, download
 from MyGPT.files import refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
@@ -77,13 +77,6 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
     if not paths:
         raise ValueError("no text was named; give at least one file")
     return paths
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: $MYGPT_CACHE, or mygpt in the user's cache directory."""
-    if "MYGPT_CACHE" in os.environ:
-        return Path(os.environ["MYGPT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
 
 
 def read_pieces(

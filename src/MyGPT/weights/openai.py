@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from MyGPT.config import GPTConfig
 from MyGPT.files import read_text
-from MyGPT.weights.tf_checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from MyGPT.weights.gpt2_files import download_gpt2
+from MyGPT.weights.layout import Lazy, float_type, openai_shapes, to_ours
+from MyGPT.weights.tf_checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint
 
 _SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
@@ -42,15 +46,7 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
     dropped, as the book does. The arrays are views of the mapped file (see `Checkpoint.read`). If the checkpoint is not of
     such a model, one CheckpointError lists all that differs.
     """
-    problems = _settings_problems(settings)
-    if problems:
-        raise CheckpointError(f"the settings are not a GPT-2's: {'; '.join(problems)}")
-    checkpoint = read_checkpoint(ckpt_path)
-    problems = _differences(checkpoint, settings)
-    if problems:
-        raise CheckpointError(
-            f"{os.fspath(ckpt_path)} and the settings differ in {len(problems)} points: {'; '.join(problems)}"
-        )
+    checkpoint = _open(ckpt_path, settings)
     params: dict[str, Any] = {"blocks": [{} for _ in range(settings["n_layer"])]}
     for name in checkpoint.names():
         _, first, *path = name.split("/")  # model/h0/attn/c_attn/w, model/ln_f/g, model/wte
@@ -61,6 +57,60 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
             target = target.setdefault(key, {})
         target[last] = np.squeeze(checkpoint.read(name))
     return params
+
+
+def download_and_load_gpt2(
+    model_size: str, models_dir: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the weights of a released model, downloaded to `models_dir`/124M where they are not there yet.
+
+    model_size is 124M, 355M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large, gpt2-xl. The settings are hparams.json's,
+    the weights those of `load_gpt2_params_from_tf_ckpt`, ready for `load_weights_into_gpt`.
+    """
+    directory = download_gpt2(model_size, models_dir)
+    settings = read_settings(directory)
+    return settings, load_gpt2_params_from_tf_ckpt(latest_checkpoint(directory), settings)
+
+
+def read_openai_directory(directory: str | os.PathLike[str]) -> tuple[Path, GPTConfig, dict[str, Lazy]]:
+    """The checkpoint's prefix, the config and the tensors, under our names, of a directory with OpenAI's files."""
+    settings, prefix = read_settings(directory), latest_checkpoint(directory)
+    checkpoint = _open(prefix, settings)
+    tensors = {
+        name.removeprefix("model/"): Lazy(
+            checkpoint.shape(name),
+            float_type(checkpoint.dtype(name)),
+            lambda name=name: torch.from_numpy(checkpoint.read(name)),  # type: ignore[misc]
+        )
+        for name in checkpoint.names()
+    }
+    return prefix, config_from_settings(settings), to_ours(tensors)[0]
+
+
+def config_from_settings(settings: Mapping[str, Any]) -> GPTConfig:
+    """The model that hparams.json's sizes describe; OpenAI's have biases everywhere and a tied head."""
+    return GPTConfig(
+        vocab_size=settings["n_vocab"],
+        context_length=settings["n_ctx"],
+        emb_dim=settings["n_embd"],
+        n_heads=settings["n_head"],
+        n_layers=settings["n_layer"],
+        qkv_bias=True,
+    )
+
+
+def _open(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint, if it is of a model with these settings."""
+    problems = _settings_problems(settings)
+    if problems:
+        raise CheckpointError(f"the settings are not a GPT-2's: {'; '.join(problems)}")
+    checkpoint = read_checkpoint(ckpt_path)
+    problems = _differences(checkpoint, settings)
+    if problems:
+        raise CheckpointError(
+            f"{os.fspath(ckpt_path)} and the settings differ in {len(problems)} points: {'; '.join(problems)}"
+        )
+    return checkpoint
 
 
 def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -82,7 +132,7 @@ def _differences(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[st
     n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, names) if match})
     if n_blocks != settings["n_layer"]:
         return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]
-    expected = _shapes(settings)
+    expected = openai_shapes(config_from_settings(settings))
     problems = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
     for name in names:
         shape = checkpoint.shape(name)
@@ -93,29 +143,3 @@ def _differences(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[st
         elif checkpoint.dtype(name).kind != "f":
             problems.append(f"{name} holds {checkpoint.dtype(name)}, weights are floating-point numbers")
     return problems
-
-
-def _shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of an OpenAI checkpoint: kernels are those of a convolution of width 1, (1, in, out)."""
-    C = settings["n_embd"]
-    block: dict[str, tuple[int, ...]] = {
-        "ln_1/g": (C,),
-        "ln_1/b": (C,),
-        "attn/c_attn/w": (1, C, 3 * C),
-        "attn/c_attn/b": (3 * C,),
-        "attn/c_proj/w": (1, C, C),
-        "attn/c_proj/b": (C,),
-        "ln_2/g": (C,),
-        "ln_2/b": (C,),
-        "mlp/c_fc/w": (1, C, 4 * C),
-        "mlp/c_fc/b": (4 * C,),
-        "mlp/c_proj/w": (1, 4 * C, C),
-        "mlp/c_proj/b": (C,),
-    }
-    return {
-        "model/wte": (settings["n_vocab"], C),
-        "model/wpe": (settings["n_ctx"], C),
-        "model/ln_f/g": (C,),
-        "model/ln_f/b": (C,),
-        **{f"model/h{i}/{name}": shape for i in range(settings["n_layer"]) for name, shape in block.items()},
-    }

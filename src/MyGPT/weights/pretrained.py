@@ -1,0 +1,104 @@
+"""From a name to the weights in a model: what `from_pretrained` and `load_weights_into_gpt` do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.download import cache_directory
+from MyGPT.weights.checkpoint import is_openai_directory, open_checkpoint, unwrap
+from MyGPT.weights.gpt2_files import download_gpt2
+from MyGPT.weights.hub import download_from_hub
+from MyGPT.weights.layout import HEAD, WTE, align, fit, flatten, to_ours
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> Path:
+    """The directory or file of a model: a path, or the name of one that is downloaded where it is not there yet.
+
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl (or 124M, 355M, 774M, 1558M) are OpenAI's own files; openai-community/gpt2 and the
+    like, or hf://user/model, come from the Hugging Face hub. A path that holds a model goes before a name.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    is_model = (
+        path.is_file() or is_openai_directory(path) or any((path / p / "config.json").is_file() for p in (".", "model"))
+    )
+    if is_model:
+        return path
+    if name in GPT2_CONFIGS:
+        return download_gpt2(name, cache_directory() / "gpt2")
+    on_hub = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
+    if on_hub:
+        return download_from_hub(on_hub[1], cache_directory() / "hub" / on_hub[1].replace("/", "--"))
+    return path
+
+
+def read_weights(
+    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the state dict of a model by name or path, in `dtype` or as it is stored; each tensor owns its memory.
+
+    Tensors are read one by one, so that beside the result there is never more than one of them in memory.
+    """
+    checkpoint = open_checkpoint(find_model(name_or_path))
+    if checkpoint.config is None:
+        raise ValueError(
+            f"{checkpoint.path} does not say how many heads the model has: make it with GPTModel(config), and give what "
+            "torch.load(..., weights_only=True) or safetensors.torch.load_file returns to load_weights_into_gpt"
+        )
+    try:
+        tensors = fit(checkpoint.tensors, checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    state_dict: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == HEAD and checkpoint.config.tie_weights:
+            state_dict[name] = state_dict[WTE]
+        else:
+            state_dict[name] = _own(tensor.load(), dtype)
+    return checkpoint.config, state_dict
+
+
+def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
+    """Puts the weights of a GPT-2 into a `GPTModel`, all of them or none.
+
+    params is what `download_and_load_gpt2` returned, or a state dict in Hugging Face's layout, the book's, nanoGPT's or our
+    own, or a checkpoint that holds one under "model", "state_dict" or "model_state_dict"; its keys tell which. The model
+    keeps its dtype and device. One made with qkv_bias=False gets the biases that there are (its config says so afterwards;
+    make the optimizer after that), a shorter context takes the first positions. What cannot be aligned is one ValueError
+    that lists every mismatch, and the model is left untouched.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, GPTConfig):
+        raise ValueError(f"weights are loaded into a GPTModel, got {type(model).__name__}")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"weights come as a dict of tensors or arrays, got {type(params).__name__}")
+    weights, theirs = unwrap(params)
+    for field in ("n_heads", "activation") if theirs else ():
+        ours, saved = getattr(config, field), getattr(theirs, field)
+        if ours != saved:
+            raise ValueError(f"the weights were trained with {field}={saved!r}, the model has {ours!r}")
+    tensors, config = align(to_ours(flatten(weights))[0], config)
+    # All are there before the first is written, so that nothing can fail in between; most are views of what was given.
+    loaded = {name: tensor.load() for name, tensor in fit(tensors, config).items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    like = model.get_parameter(WTE)
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            if name in parameters:
+                parameters[name].copy_(tensor)
+            else:
+                layer = model.get_submodule(name.removesuffix(".bias"))
+                layer.bias = nn.Parameter(_own(tensor, like.dtype).to(like.device))
+    model.config = config  # type: ignore[assignment]
+
+
+def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A contiguous copy, in one pass also where the tensor is turned."""
+    return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
