@@ -17,8 +17,11 @@ from typing import Any
 COMMANDS = {
     "train": "train a GPT on a text",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk with a model in the terminal",
+    "evaluate": "measure loss, perplexity and bits per byte on a text",
+    "download": "get a released GPT-2",
     "prepare": "turn text files into a token file for long training",
-    "info": "say what a model or a configuration costs",
+    "info": "explain a model, a checkpoint or a configuration",
     "plot": "draw the loss curves of runs",
 }
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
     from MyGPT.model import GPTModel
+    from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
 
 
@@ -25,12 +30,56 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(name_or_dir: str, device: str) -> tuple[GPTModel, Tokenizer, torch.device]:
-    """The model of a directory or a run, in evaluation mode on the device, and its tokenizer."""
+def open_model(name_or_path: str, device: str) -> tuple[GPTModel, Tokenizer, torch.device]:
+    """A model by its name, directory, run or file, in evaluation mode on the device, and its tokenizer."""
     from MyGPT.model import GPTModel
+    from MyGPT.weights.pretrained import find_model
+
+    place = pick_device(device)
+    path = find_model(name_or_path)
+    model = GPTModel.from_pretrained(path).to(place)
+    return model, find_tokenizer(path, model.config.vocab_size), place
+
+
+def find_tokenizer(model_path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that lies with a model; where there is none and the vocabulary is as large as GPT-2's, GPT-2's."""
     from MyGPT.tokenizers import get_tokenizer
     from MyGPT.weights.directory import model_directory
 
-    place = pick_device(device)
-    model = GPTModel.from_pretrained(name_or_dir).to(place)
-    return model, get_tokenizer(model_directory(name_or_dir)), place
+    directory = model_path.parent if model_path.is_file() else model_path
+    with contextlib.suppress(FileNotFoundError):
+        directory = model_directory(directory)
+    files = ("tokenizer.json", "encoder.json")
+    # nanoGPT rounds the vocabulary up to a multiple of 64.
+    if not any((directory / name).is_file() for name in files) and vocab_size in (50257, 50304):
+        return get_tokenizer("gpt2")
+    return get_tokenizer(directory)
+
+
+def stream_text(
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop: list[str] | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """The text that a model adds to a prompt's ids, in pieces, up to a stop text or the end of the text."""
+    import torch
+
+    from MyGPT.generation import TextStream, generate_stream
+
+    stream = TextStream(tokenizer, ids, stop or [])
+    for new in generate_stream(
+        model,
+        torch.tensor([ids], device=next(model.parameters()).device),
+        max_new_tokens,
+        **dataclasses.asdict(sampling),
+        eos_id=tokenizer.eot_token,
+        stop=stop or None,
+        seed=seed,
+        tokenizer=tokenizer,
+    ):
+        yield stream.add(int(new))
+    yield stream.end()

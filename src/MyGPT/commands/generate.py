@@ -25,7 +25,7 @@ def generate(
     Example: mygpt generate --model runs/book --prompt "The wizard" --temperature 0.7
 
     Args:
-        model: a run's directory, or a model's
+        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
         prompt: the text to continue, - to read it from standard input; without one the model begins on its own, after
             <|endoftext|> or the first token of its vocabulary
         max_new_tokens: most tokens to add
@@ -35,14 +35,11 @@ def generate(
         seed: makes the sample repeatable
         device: auto, cpu, cuda or mps
     """
-    import torch
-
-    from MyGPT.commands._model import open_model
-    from MyGPT.generation import TextStream, generate_stream
+    from MyGPT.commands._model import open_model, stream_text
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    gpt, tokenizer, place = open_model(model, device)
+    gpt, tokenizer, _ = open_model(model, device)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
@@ -57,20 +54,8 @@ def generate(
         if i:
             print("\n---")
         print(text, end="", flush=True)
-        stream = TextStream(tokenizer, ids, stop or [])
-        for new in generate_stream(
-            gpt,
-            torch.tensor([ids], device=place),
-            max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            eos_id=tokenizer.eot_token,
-            stop=stop,
-            seed=None if seed is None else seed + i,
-            tokenizer=tokenizer,
+        for piece in stream_text(
+            gpt, tokenizer, ids, max_new_tokens, sampling, stop, None if seed is None else seed + i
         ):
-            print(stream.add(int(new)), end="", flush=True)
-        print(stream.end())
+            print(piece, end="", flush=True)
+        print()

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Sequence
+
 import yaml
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, as_config
 
 
 def info(*models: str) -> None:
-    """Say what a model costs: parameters, operations a token, memory.
+    """Say what a model is and costs: parameters, operations a token, memory; of a checkpoint also whose it is.
 
-    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a model's or run's directory, or a YAML file with a
-    model's fields. Example: mygpt info gpt2 runs/book configs/gpt2_small.yaml
+    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with a model's fields, or a checkpoint: the
+    directory of a model, a run or OpenAI's files, or a file of nanoGPT's, the book's or safetensors.
+    Example: mygpt info gpt2 runs/book configs/gpt2_small.yaml
 
     Args:
         models: what to describe
     """
-    print("\n\n".join(describe(name, find_config(name)) for name in models))
+    print("\n\n".join(explain(name) for name in models))
 
 
-def find_config(name: str) -> GPTConfig:
-    """The configuration that a name, a directory or a YAML recipe stands for."""
-    if name in GPT2_CONFIGS:
-        return GPT2_CONFIGS[name]
+def explain(name: str) -> str:
+    """All that can be said of a name, a checkpoint or a recipe."""
+    recipe = _read_recipe(name)
+    if recipe is not None:
+        return describe(name, recipe)
+    if name in GPT2_CONFIGS and not os.path.exists(name):
+        return describe(name, GPT2_CONFIGS[name])
+    from MyGPT.weights.checkpoint import guess_config, open_checkpoint
+    from MyGPT.weights.layout import fit
+
+    checkpoint = open_checkpoint(name)
+    config = guess_config(checkpoint)
+    dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
+    rows = [
+        ("format", checkpoint.kind),
+        ("weights in", str(checkpoint.path)),
+        ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
+    ]
+    if checkpoint.config is None:
+        rows.append(("heads", "not in the file; 64 wide, as in GPT-2, if nothing else is known"))
+    try:
+        fit(checkpoint.tensors, config)
+        rows.append(("complete", "yes"))
+    except ValueError as error:
+        rows.append(("complete", f"no: {error}"))
+    return describe(name, config, rows)
+
+
+def _read_recipe(name: str) -> GPTConfig | None:
+    """The model of a YAML file, None for anything else."""
     if name.endswith((".yaml", ".yml")):
         with open(name, encoding="utf-8") as file:
             try:
@@ -33,12 +64,10 @@ def find_config(name: str) -> GPTConfig:
             raise ValueError(f"{name} is no recipe: it holds no keys")
         fields = {key: value for key, value in recipe.items() if key in GPTConfig.__dataclass_fields__}
         return as_config({"vocab_size": 50257, **fields})
-    from MyGPT.weights.directory import read_config
-
-    return read_config(name)
+    return None
 
 
-def describe(name: str, config: GPTConfig) -> str:
+def describe(name: str, config: GPTConfig, rows: Sequence[tuple[str, str]] = ()) -> str:
     """A table of a model's size and cost."""
     import torch
 
@@ -48,7 +77,7 @@ def describe(name: str, config: GPTConfig) -> str:
         model = GPTModel(config)
     n, blocks = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
     cache = 2 * config.n_layers * config.emb_dim
-    rows = [
+    costs = [
         ("layers, heads, width", f"{config.n_layers}, {config.n_heads}, {config.emb_dim}"),
         ("vocabulary, context", f"{config.vocab_size:,}, {config.context_length:,}"),
         ("parameters", f"{n:,} ({blocks:,} without the embeddings)"),
@@ -60,7 +89,7 @@ def describe(name: str, config: GPTConfig) -> str:
             f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training",
         ),
     ]
-    return "\n".join([name, *(f"  {label:<22} {value}" for label, value in rows)])
+    return "\n".join([name, *(f"  {label:<22} {value}" for label, value in [*rows, *costs])])
 
 
 def _megabytes(n_bytes: int) -> str:

@@ -50,10 +50,12 @@ class Tokenizer(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_write(directory / "tokenizer.json") as file:
-            json.dump(self.to_json(), file, ensure_ascii=False, indent=1)
+            described = self.to_json()
+            json.dump(described, file, ensure_ascii=False, indent=1)
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot_token is not None:
-            settings |= {"eos_token": ENDOFTEXT}
+            unknown = described["model"].get("unk_token") or ENDOFTEXT  # which other readers want to have a name
+            settings |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": unknown}
         with atomic_write(directory / "tokenizer_config.json") as file:
             json.dump(settings, file, indent=1)
 

@@ -118,7 +118,9 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path} holds more than tensors and plain values, and could run any code: it is not opened ({reason[:200]})"
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # the file cannot be opened at all
+            raise
         raise ValueError(f"{path} is no checkpoint that can be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds {type(content).__name__}, a checkpoint is a dict of tensors")

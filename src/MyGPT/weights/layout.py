@@ -161,7 +161,7 @@ def align(tensors: Tensors, config: GPTConfig) -> tuple[dict[str, Lazy], GPTConf
     if not config.qkv_bias and any(name in tensors for name in bias_names):
         config = dataclasses.replace(config, qkv_bias=True)
     elif config.qkv_bias and not any(name in tensors for name in bias_names):
-        aligned |= {name: _constant((3 * config.emb_dim,), 0.0) for name in bias_names}
+        aligned |= {name: _zeros((3 * config.emb_dim,), tensors) for name in bias_names}
     positions, T = tensors.get(WPE), config.context_length
     if positions is not None and len(positions.shape) == 2 and positions.shape[0] > T:
         aligned[WPE] = positions.map((T, positions.shape[1]), lambda table: table[:T])
@@ -211,7 +211,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
             )
         del ours[HEAD]
     if not config.qkv_bias:
-        zeros = _constant((3 * config.emb_dim,), 0.0, ours[WTE].dtype)
+        zeros = _zeros((3 * config.emb_dim,), ours)
         ours |= {f"transformer.h.{i}.attn.c_attn.bias": zeros for i in range(config.n_layers)}
     return {name: _turned(name, tensor) for name, tensor in ours.items()}
 
@@ -231,12 +231,13 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Lazy]:
         else:
             raise ValueError(f"{path} is {type(value).__name__}, weights are tensors or arrays")
 
+    is_nested = isinstance(params.get("blocks"), (list, tuple))
     for key, value in params.items():
-        if key == "blocks" and isinstance(value, (list, tuple)):
+        if is_nested and key == "blocks":
             for i, block in enumerate(value):
                 walk(block, f"h{i}")
         else:
-            walk(value, {"g": "ln_f/g", "b": "ln_f/b"}.get(key, str(key)))
+            walk(value, f"ln_f/{key}" if is_nested and key in ("g", "b") else str(key))
     return flat
 
 
@@ -274,7 +275,7 @@ def _from_book(tensors: Tensors) -> dict[str, Lazy]:
 def _with_zero_biases(ours: Tensors) -> dict[str, Lazy]:
     """nanoGPT's models with bias=False have none at all, which is the same as zeros."""
     config = dataclasses.replace(config_of(ours, n_heads=1), qkv_bias=True)
-    zeros = {name: _constant(shape, 0.0) for name, shape in shapes(config).items() if name.endswith(".bias")}
+    zeros = {name: _zeros(shape, ours) for name, shape in shapes(config).items() if name.endswith(".bias")}
     return {**ours, **zeros}
 
 
@@ -302,8 +303,9 @@ def _joined(parts: list[Lazy]) -> Lazy:
     return Lazy((rows, *width), dtype, lambda: torch.cat([part.load() for part in parts]))
 
 
-def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype | None = torch.float32) -> Lazy:
-    return Lazy(shape, dtype, lambda: torch.full(shape, value, dtype=dtype))
+def _zeros(shape: tuple[int, ...], beside: Tensors) -> Lazy:
+    dtype = (beside[WTE].dtype if WTE in beside else None) or torch.float32
+    return Lazy(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
 def _equal(one: Lazy, other: Lazy) -> bool:

@@ -31,12 +31,24 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     )
     if is_model:
         return path
+    return download_model(name) if _repository(name) or name in GPT2_CONFIGS else path
+
+
+def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
+    """The directory of a model that can be downloaded, below `directory` (default: the cache), complete."""
+    place = Path(directory) if directory is not None else cache_directory() / "models"
+    repository = _repository(name)
+    if repository:
+        return download_from_hub(repository, place / repository.replace("/", "--"))
     if name in GPT2_CONFIGS:
-        return download_gpt2(name, cache_directory() / "gpt2")
-    on_hub = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
-    if on_hub:
-        return download_from_hub(on_hub[1], cache_directory() / "hub" / on_hub[1].replace("/", "--"))
-    return path
+        return download_gpt2(name, place, base_url)
+    raise ValueError(f"no model {name!r} to download; there are {', '.join(GPT2_CONFIGS)}, or hf://user/model")
+
+
+def _repository(name: str) -> str | None:
+    """The repository on the Hugging Face hub that a name stands for, if it does."""
+    match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
+    return match[1] if match else None
 
 
 def read_weights(
