@@ -19,7 +19,14 @@ from transformers import AutoModelForCausalLM
 
 import MyGPT.weights.directory
 from conftest import lively_model
-from MyGPT import BPETokenizer, GPTConfig, GPTModel, download_and_load_gpt2, load_gpt2_params_from_tf_ckpt, load_weights_into_gpt
+from MyGPT import (
+    BPETokenizer,
+    GPTConfig,
+    GPTModel,
+    download_and_load_gpt2,
+    load_gpt2_params_from_tf_ckpt,
+    load_weights_into_gpt,
+)
 from MyGPT.weights import gpt2_files
 from MyGPT.weights.checkpoint import guess_config, open_checkpoint
 from MyGPT.weights.openai import read_settings

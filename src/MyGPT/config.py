@@ -8,8 +8,11 @@ plain dict becomes one. The sizes are those of "Language Models are Unsupervised
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 # Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
@@ -127,6 +130,14 @@ class GPTConfig:
             ours["activation"] = "gelu_new"
         # Hugging Face's GPT-2 always has the biases, so a config.json that does not say otherwise means them.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTConfig:
+        """The config of a released model by name, or of a model's directory. PEFT asks for it when it saves an adapter."""
+        name = str(name_or_dir).removeprefix("openai-community/")
+        if name in GPT2_CONFIGS:
+            return GPT2_CONFIGS[name]
+        return cls.from_dict(json.loads((Path(name_or_dir) / "config.json").read_text(encoding="utf-8")))
 
 
 def _is_number(value: object) -> bool:

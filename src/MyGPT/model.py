@@ -128,10 +128,25 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.wpe = nn.Embedding(config.context_length, config.emb_dim)
+        self.wte = _embedding(config.vocab_size, config.emb_dim)
+        self.wpe = _embedding(config.context_length, config.emb_dim)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.emb_dim, config.layer_norm_eps)
+
+
+class TiedHead(nn.Module):
+    """The output head that is the token embedding itself, read from the other side.
+
+    No nn.Linear on purpose: what looks for linear layers to adapt (PEFT's "all-linear") or to quantise would change the
+    embedding with them.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # (V, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 @dataclass
@@ -154,11 +169,14 @@ class GPTModel(nn.Module):
         # Made without memory first, so that torch's default weights are not drawn only to be drawn over.
         with torch.device("meta"):
             self.transformer = Transformer(config)
-            self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        self.to_empty(device=torch.get_default_device())
+            self.lm_head: nn.Linear | TiedHead = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        device = torch.get_default_device()
+        if device.type != "meta":
+            self.to_empty(device=device)
         if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-        self._initialise()
+            self.lm_head = TiedHead(self.transformer.wte.weight)
+        if device.type != "meta":
+            self._initialise()
 
     def _initialise(self) -> None:
         """GPT-2's: normal weights, zero biases, and residual projections smaller by the root of their number."""
@@ -237,9 +255,13 @@ class GPTModel(nn.Module):
         self._check(input_ids, attention_mask, None, targets, None)
         hidden = self._hidden_states(input_ids, attention_mask)
         # With an adapter on it, or a bias, the head is more than its weight.
-        if type(self.lm_head) is not nn.Linear or getattr(self.lm_head, "bias", None) is not None:
+        if type(self.lm_head) not in (nn.Linear, TiedHead) or getattr(self.lm_head, "bias", None) is not None:
             return token_loss(self.lm_head(hidden), targets)
         return linear_token_loss(hidden, self.lm_head.weight, targets)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What a decoding loop of transformers would give to `forward`. PEFT wraps no language model without it."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """An empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
@@ -269,7 +291,9 @@ class GPTModel(nn.Module):
         """
         T = self.config.context_length if n_tokens is None else n_tokens
         # The head multiplies whether or not it shares the token embedding, which itself is a look-up.
-        multiplying = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        multiplying = sum(
+            module.weight.numel() for module in self.modules() if isinstance(module, (nn.Linear, TiedHead))
+        )
         forward = 2 * multiplying + 4 * self.config.n_layers * self.config.emb_dim * T
         return 3 * forward if backward else forward
 
@@ -354,6 +378,11 @@ class GPTModel(nn.Module):
                     f"label {int(wrong[0])} is outside the vocabulary, labels are 0 to {self.config.vocab_size - 1}, or "
                     f"{IGNORED} where there is none"
                 )
+
+
+def _embedding(n: int, C: int) -> nn.Embedding:
+    """A table (n, C) to be filled. nn.Embedding(n, C) draws it at once, for which, without memory, torch takes over a second."""
+    return nn.Embedding.from_pretrained(torch.empty(n, C), freeze=False)
 
 
 def _can_look_at(ids: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""A trained model made to do one thing well."""
