@@ -130,7 +130,7 @@ def test_evaluate_is_the_mean_over_every_validation_token() -> None:
     trainer.setup()
     model = trainer.model
     targets = logits = torch.empty(0)
-    for x, y in walk_windows(trainer.val_ids, 8, 7):  # type: ignore[arg-type]
+    for x, y in walk_windows(trainer.validation.ids, 8, 7):  # type: ignore[arg-type]
         logits = torch.cat([logits, model.eval()(x).detach().flatten(0, 1)])
         targets = torch.cat([targets, y.flatten()])
     expected = F.cross_entropy(logits, targets.long(), ignore_index=-100).item()
@@ -140,7 +140,7 @@ def test_evaluate_is_the_mean_over_every_validation_token() -> None:
 
 def test_the_fixed_windows_are_the_same_every_time_and_spread_over_the_text() -> None:
     trainer = make_trainer(change(QUICK, eval_windows=7))
-    first, second = (torch.cat([x for x, _ in trainer._fixed_windows()]) for _ in range(2))
+    first, second = (torch.cat([x for x, _ in trainer.validation.batches(whole=False)]) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (7, 8)
     assert first[0].tolist() == IDS[1500:1508].tolist()
@@ -149,7 +149,8 @@ def test_the_fixed_windows_are_the_same_every_time_and_spread_over_the_text() ->
 
 def test_a_run_leaves_all_its_files_and_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0])
-    trainer = make_trainer(change(QUICK, sample_every=3, sample_tokens=4), tmp_path / "run", recipe={"data": "x.txt"})
+    quick = change(QUICK, sample_every=3, sample_tokens=4)
+    trainer = make_trainer(quick, tmp_path / "run", recipe={"data": "x.txt", **vars(quick)})
     saved = []
     evaluate = trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda whole=False: evaluate(True) if whole else next(losses))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from MyGPT.config import GPT2_CONFIGS, GPT_CONFIG, GPT_CONFIG_SMALL, GPTConfig, as_config
+    from MyGPT.data.instructions import InstructionDataset, collate_instructions
+    from MyGPT.data.templates import format_input
     from MyGPT.data.windows import GPTDataset, create_dataloader
     from MyGPT.generation import generate, generate_stream
     from MyGPT.model import GPTModel, KVCache
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "GPTModel": "model",
     "GPT_CONFIG": "config",
     "GPT_CONFIG_SMALL": "config",
+    "InstructionDataset": "data.instructions",
     "KVCache": "model",
     "SamplingConfig": "sampling",
     "SimpleTokenizer": "tokenizers",
@@ -52,9 +55,11 @@ _MODULE_OF = {
     "as_config": "config",
     "calc_loss_batch": "training.simple",
     "calc_loss_loader": "training.simple",
+    "collate_instructions": "data.instructions",
     "create_dataloader": "data.windows",
     "download_and_load_gpt2": "weights.openai",
     "evaluate_model": "training.simple",
+    "format_input": "data.templates",
     "generate": "generation",
     "generate_and_print_sample": "training.simple",
     "generate_stream": "generation",
@@ -74,6 +79,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table above
     "GPTModel",
     "GPT_CONFIG",
     "GPT_CONFIG_SMALL",
+    "InstructionDataset",
     "KVCache",
     "SamplingConfig",
     "SimpleTokenizer",
@@ -82,9 +88,11 @@ __all__ = [  # noqa: RUF022 - in the order of the table above
     "as_config",
     "calc_loss_batch",
     "calc_loss_loader",
+    "collate_instructions",
     "create_dataloader",
     "download_and_load_gpt2",
     "evaluate_model",
+    "format_input",
     "generate",
     "generate_and_print_sample",
     "generate_stream",

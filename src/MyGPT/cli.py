@@ -16,6 +16,7 @@ from typing import Any
 
 COMMANDS = {
     "train": "train a GPT on a text",
+    "finetune": "tune a model on instructions: LoRA, or all of its weights",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a model in the terminal",
     "evaluate": "measure loss, perplexity and bits per byte on a text",
@@ -69,6 +70,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 def make_parser(name: str, command: Callable[..., Any]) -> Any:
     """A parser whose options are the function's parameters; a parameter that is a dataclass gives an option for each field.
 
+    Those fields stand beside the parameters, or for a parameter in the module's `NESTED` behind its name: --lora.r.
     A `*names: str` parameter takes one or more values without an option's name. Defaults can be set by the function's
     module in `DEFAULTS`, fields left out in `HIDDEN`.
     """
@@ -91,8 +93,14 @@ def make_parser(name: str, command: Callable[..., Any]) -> Any:
         parser.add_argument(parameter, nargs="+", type=str, help=_help_of(command, parameter))
     described = _dataclasses_of(command)
     parser.add_function_arguments(command, as_group=False, skip={*listed, *described})
-    for kind in described.values():
-        parser.add_class_arguments(kind, skip=set(getattr(module, "HIDDEN", ())))
+    nested = getattr(module, "NESTED", ())
+    for parameter, kind in described.items():
+        parser.add_class_arguments(
+            kind, parameter if parameter in nested else None, skip=set(getattr(module, "HIDDEN", ()))
+        )
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --overwrite alone means true
+            action.nargs, action.const = "?", True
     parser.set_defaults(getattr(module, "DEFAULTS", {}))
     return parser
 
@@ -102,6 +110,9 @@ def call(command: Callable[..., Any], options: Any) -> None:
     values = {name: value for name, value in options.as_dict().items() if name != "config"}
     keywords = {}
     for parameter, kind in _dataclasses_of(command).items():
+        if parameter in values:  # behind its name
+            keywords[parameter] = kind(**values[parameter])
+            continue
         fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
         keywords[parameter] = kind(**{field: values[field] for field in fields})
     positional: list[Any] = []

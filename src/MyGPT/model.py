@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.loss import IGNORED, linear_token_loss, token_loss
@@ -166,6 +167,8 @@ class GPTModel(nn.Module):
         super().__init__()
         config = as_config(config)
         self.config = config
+        self.gradient_checkpointing = False
+        """Whether training computes each block anew on the way back instead of keeping its activations: slower, smaller."""
         # Made without memory first, so that torch's default weights are not drawn only to be drawn over.
         with torch.device("meta"):
             self.transformer = Transformer(config)
@@ -212,9 +215,10 @@ class GPTModel(nn.Module):
         """Logits (B, T, V), or with labels a `CausalLMOutput`.
 
         input_ids (B, T) int64, or inputs_embeds (B, T, C) in their place. attention_mask (B, S) is 1 for tokens and 0
-        for padding on either side; positions count the tokens only. labels (B, T) int64 are the ids themselves, shifted
-        in here as in transformers. With a cache the T tokens follow the S - T that it holds. `last_only` computes the
-        last position's logits alone, (B, 1, V).
+        for padding on either side; positions count the tokens only. A row of several texts numbers them 1, 2, …: each is
+        computed as if it were alone. labels (B, T) int64 are the ids themselves, shifted in here as in transformers (-100
+        for the first of each of several texts). With a cache the T tokens follow the S - T that it holds. `last_only`
+        computes the last position's logits alone, (B, 1, V).
         """
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported; leave them unset")
@@ -243,7 +247,10 @@ class GPTModel(nn.Module):
         x = x + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.drop_rate, self.training)
         for block in self.transformer.h:
-            x = block(x, mask, cache)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
         if cache is not None:
             cache.length = S
         return self.transformer.ln_f(x)
@@ -402,9 +409,10 @@ def _positions_and_mask(
         if T in (1, S):
             return positions, None
         return positions, torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
-    attends = attention_mask.to(torch.bool)  # (B, S)
-    positions = (attends.long().cumsum(1) - 1).clamp_min(0)[:, S - T :]  # (B, T)
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T) & attends[:, None]  # (B, T, S)
+    # A query looks at keys of its own number up to its own time: with 0 and 1 those are the tokens, else those of its text.
+    same = attention_mask[:, S - T :, None] == attention_mask[:, None]  # (B, T, S)
+    mask = same.tril(S - T) & (attention_mask != 0)[:, None]
+    positions = (mask.sum(2) - 1).clamp_min(0)  # (B, T): a text begins where its first token looks at itself alone
     # A padding token sees itself: a query that sees nothing would be nan, which would spread.
     mask |= torch.eye(S, dtype=torch.bool, device=device)[S - T :]
     return positions, mask[:, None]

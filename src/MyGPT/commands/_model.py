@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from MyGPT.data.templates import Template
     from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
@@ -30,15 +31,46 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(name_or_path: str, device: str) -> tuple[GPTModel, Tokenizer, torch.device]:
-    """A model by its name, directory, run or file, in evaluation mode on the device, and its tokenizer."""
+def open_model(name_or_path: str, device: str, adapter: str | None = None) -> tuple[GPTModel, Tokenizer, torch.device]:
+    """A model by its name, directory, run or file, in evaluation mode on the device, and its tokenizer.
+
+    An adapter is put on it; a run of finetune that kept an adapter only is opened with the model that it was trained on.
+    """
     from MyGPT.model import GPTModel
     from MyGPT.weights.pretrained import find_model
 
     place = pick_device(device)
+    if adapter is None and adapter_of(name_or_path) is not None:
+        from MyGPT.finetuning.lora import base_of_adapter
+
+        adapter = str(adapter_of(name_or_path))
+        name_or_path = base_of_adapter(adapter)
     path = find_model(name_or_path)
-    model = GPTModel.from_pretrained(path).to(place)
-    return model, find_tokenizer(path, model.config.vocab_size), place
+    model = GPTModel.from_pretrained(path)
+    if adapter is not None:
+        from MyGPT.finetuning.lora import merge, open_adapter
+
+        own = adapter_of(adapter)
+        model = merge(open_adapter(model, own if own is not None else adapter)).eval()
+    return model.to(place), find_tokenizer(path, model.config.vocab_size), place
+
+
+def adapter_of(run: str) -> Path | None:
+    """The adapter in a run of finetune that has no whole model."""
+    path = Path(run)
+    has_model = (path / "config.json").is_file() or (path / "model" / "config.json").is_file()
+    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() and not has_model else None
+
+
+def find_template(name_or_path: str, adapter: str | None = None) -> Template | None:
+    """The template that was saved with a tuned model or its adapter, if there is one."""
+    from MyGPT.data.templates import TEMPLATE_FILE, load_template
+
+    for place in filter(None, (adapter, name_or_path)):
+        for directory in (Path(place), Path(place) / "model", Path(place) / "adapter"):
+            if (directory / TEMPLATE_FILE).is_file():
+                return load_template(directory)
+    return None
 
 
 def find_tokenizer(model_path: Path, vocab_size: int) -> Tokenizer:

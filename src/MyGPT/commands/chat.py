@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from MyGPT.data.templates import Template
 from MyGPT.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -13,38 +14,60 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
+TRANSCRIPT = Template(
+    without_input="User: {instruction}\nAssistant:",
+    with_input="User: {instruction}\n{input}\nAssistant:",
+    user="User: {content}\n",
+    assistant="Assistant:{content}",
+    turn_end="\n",
+)
+"""For a model that was not tuned: it continues a conversation as it would a story."""
 
 
 @dataclass
 class Conversation:
-    """What was said, as the text that a language model continues with its next answer."""
+    """What was said, and how it is put to the model. Without `remembers` each question stands alone, as an instruction."""
 
+    template: Template = TRANSCRIPT
+    remembers: bool = True
     system: str = ""
-    user: str = "User"
-    assistant: str = "Assistant"
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def stops(self) -> list[str]:
-        """Texts at which an answer is over: the model has begun to speak for the user."""
-        return [f"\n{self.user}:"]
+        """Texts at which an answer is over, since the model has begun to speak for the user."""
+        before = self.template.user.partition("{content}")[0].strip()
+        return [f"\n{before}"] if before else []
 
-    def prompt(self, question: str) -> str:
-        """The conversation up to where the answer begins."""
-        said = "".join(f"{self.user}: {asked}\n{self.assistant}: {answered}\n" for asked, answered in self.turns)
-        return f"{self.system}\n\n" * bool(self.system) + f"{said}{self.user}: {question}\n{self.assistant}:"
+    def record(self, question: str) -> dict[str, Any]:
+        """What the template makes the prompt of."""
+        if not self.remembers:
+            return {"instruction": question, "input": self.system}
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for asked, answered in self.turns:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
         """The prompt's ids, at most `room`: the oldest turns are forgotten until it fits. A question too long is a ValueError."""
-        while len(ids := tokenizer.encode(self.prompt(question))) > room:
-            if not self.turns:
+        from MyGPT.data.instructions import encode_prompt
+
+        # What a template lets every answer begin with need not be left to the model.
+        begun = "" if self.remembers else self.template.response.partition("{output}")[0]
+        while True:
+            ids = encode_prompt(self.record(question), tokenizer, self.template) + tokenizer.encode(begun)
+            if len(ids) <= room:
+                return ids
+            if not self.turns or not self.remembers:
                 raise ValueError(f"that is {len(ids)} tokens long, the model has room for {room}")
             del self.turns[0]
-        return ids
 
 
 def chat(
     model: str,
     sampling: SamplingConfig,
+    adapter: str | None = None,
+    template: str | None = None,
+    memory: bool | None = None,
     system: str = "",
     max_new_tokens: int = 200,
     seed: int | None = None,
@@ -52,41 +75,43 @@ def chat(
 ) -> None:
     """Talk with a model, answers appearing as they are made.
 
-    A model that was not trained on conversations, such as gpt2, continues the transcript as a story would.
-    Example: mygpt chat --model gpt2
+    A tuned model is asked by the template that was saved with it. One that was not tuned, such as gpt2, continues the
+    transcript of a conversation as it would a story. Example: mygpt chat --model gpt2
 
     Args:
         model: a released model (gpt2), a run's directory, a model's, or a checkpoint file
-        system: a text before the conversation
+        adapter: an adapter's directory, or a run of mygpt finetune
+        template: alpaca, book or a JSON file; default the model's own, or a plain transcript
+        memory: show the model what was said before; default for a transcript only, since most tuned models learn single answers
+        system: a text before the conversation; without memory, the input of each instruction
         max_new_tokens: most tokens of an answer
         seed: makes the conversation repeatable
         device: auto, cpu, cuda or mps
     """
-    from MyGPT.commands._model import open_model, stream_text
+    from MyGPT.commands._model import find_template, open_model, stream_text
+    from MyGPT.data.templates import load_template
 
-    gpt, tokenizer, _ = open_model(model, device)
+    gpt, tokenizer, _ = open_model(model, device, adapter)
+    own = load_template(template) if template else find_template(model, adapter)
+    conversation = Conversation(own or TRANSCRIPT, own is None if memory is None else memory, system)
     room = gpt.config.context_length - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens must be below the model's context of {gpt.config.context_length}")
-    conversation = Conversation(system)
     print(HELP, file=sys.stderr)
     while (question := ask()) is not None:
-        if question in ("/quit", "/reset", "/help", ""):
-            if question == "/quit":
-                return
-            if question == "/reset":
-                conversation.turns.clear()
+        if question == "/quit":
+            return
+        if question == "/reset":
+            conversation.turns.clear()
+        if question in ("/reset", "/help", ""):
             print({"/reset": "forgotten", "/help": HELP}.get(question, ""), file=sys.stderr)
             continue
-        answer = ""
-        n_turns = len(conversation.turns)
+        answer, n_turns = "", len(conversation.turns)
         try:
             ids = conversation.ids(question, tokenizer, room)
-            if len(conversation.turns) < n_turns:
-                print(
-                    f"(the first {n_turns - len(conversation.turns)} turns no longer fit and are forgotten)",
-                    file=sys.stderr,
-                )
+            n_forgotten = n_turns - len(conversation.turns)
+            if n_forgotten:
+                print(f"(no longer in the model's sight: the oldest {n_forgotten} of the turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
             for text in stream_text(gpt, tokenizer, ids, max_new_tokens, sampling, conversation.stops(), turn_seed):
                 answer += text
@@ -97,7 +122,7 @@ def chat(
             print(error, file=sys.stderr)
             continue
         print()
-        conversation.turns.append((question, answer.strip()))
+        conversation.turns.append((question, answer.rstrip()))
 
 
 def ask() -> str | None:

@@ -12,6 +12,7 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50}
 def generate(
     model: str,
     sampling: SamplingConfig,
+    adapter: str | None = None,
     prompt: str | None = None,
     max_new_tokens: int = 200,
     n_samples: int = 1,
@@ -26,6 +27,7 @@ def generate(
 
     Args:
         model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
+        adapter: an adapter's directory, or a run of mygpt finetune
         prompt: the text to continue, - to read it from standard input; without one the model begins on its own, after
             <|endoftext|> or the first token of its vocabulary
         max_new_tokens: most tokens to add
@@ -39,7 +41,7 @@ def generate(
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    gpt, tokenizer, _ = open_model(model, device)
+    gpt, tokenizer, _ = open_model(model, device, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:

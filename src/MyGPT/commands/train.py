@@ -76,6 +76,7 @@ def train(
                 for field in dataclasses.fields(model)
                 if field.name not in HIDDEN
             },
+            **vars(training),
         },
         device=place,
         overwrite=overwrite,

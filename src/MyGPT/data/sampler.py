@@ -56,6 +56,26 @@ class WindowSampler:
         return random.permutation(starts) + int(offset)
 
 
+class WindowValidation:
+    """What a model is evaluated on: a text, by `n_windows` fixed windows spread evenly over it, or as a whole."""
+
+    def __init__(self, ids: TokenArray, max_length: int, n_windows: int) -> None:
+        self.ids = ids
+        self.max_length = max_length
+        self.n_windows = n_windows
+        self.batch_size = max(1, 4096 // max_length)
+        """Windows at a time: a few thousand tokens, whatever the training batch."""
+
+    def batches(self, whole: bool) -> Iterator[Batch]:
+        """Inputs and targets, each (B, T) int64: the same fixed windows every time (all, if there are fewer), or all."""
+        if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
+            yield from walk_windows(self.ids, self.max_length, self.batch_size)
+            return
+        starts = np.linspace(0, len(self.ids) - self.max_length - 1, self.n_windows).astype(np.int64)
+        for part in np.array_split(starts, -(-len(starts) // self.batch_size)):
+            yield gather_windows(self.ids, part, self.max_length)
+
+
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
     """All of `ids` once, in adjacent windows, the last one padded: every id but the first is a target exactly once."""
     starts = np.arange(0, len(ids) - 1, max_length)

@@ -14,12 +14,15 @@ import os
 import pickle
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from MyGPT.data.templates import Template
+from MyGPT.files import atomic_directory
 from MyGPT.model import GPTModel
 
 if TYPE_CHECKING:
@@ -27,6 +30,35 @@ if TYPE_CHECKING:
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")
 """The four linear layers of a block; c_proj is the name of two."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA as the command line has it. What is out of range PEFT refuses."""
+
+    r: int = 8
+    """Rank of the two thin matrices."""
+    alpha: int = 16
+    """Their product counts alpha / r times."""
+    dropout: float = 0.05
+    """Probability, in training, of dropping what goes into them."""
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
+    """The layers beside which they lie."""
+    dora: bool = False
+    """Learn the length of each of a weight's rows apart from its direction (DoRA, Liu et al., 2024)."""
+    rslora: bool = False
+    """Count the product alpha / sqrt(r) times (Kalajdzievski, 2023)."""
+
+    def for_peft(self) -> dict[str, Any]:
+        """The arguments of `add_lora`."""
+        return {
+            "r": self.r,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "target_modules": self.targets,
+            "use_dora": self.dora,
+            "use_rslora": self.rslora,
+        }
 
 
 def add_lora(
@@ -96,6 +128,42 @@ def merge(peft_model: PeftModel) -> GPTModel:
     if model.config.tie_weights and model.lm_head.weight is not model.transformer.wte.weight:
         model.config = dataclasses.replace(model.config, tie_weights=False)
     return model.requires_grad_(True)
+
+
+class KeptAdapter:
+    """Keeps the adapter of a run's best model in `adapter/`, with the template and the name of the model it is for."""
+
+    def __init__(self, peft_model: PeftModel, base: str, template: Template) -> None:
+        self.peft_model = peft_model
+        self.template = template
+        peft_model.peft_config["default"].base_model_name_or_path = base
+
+    def place(self, run_dir: Path) -> Path:
+        return run_dir / "adapter"
+
+    def save(self, run_dir: Path) -> Path:
+        with atomic_directory(self.place(run_dir)) as temporary:
+            # The adapted layers are known; PEFT would otherwise look at the base model on the hub for its vocabulary.
+            self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+            self.template.save(temporary)
+        return self.place(run_dir)
+
+    def restore(self, run_dir: Path) -> None:
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.peft_model, load_peft_weights(str(self.place(run_dir)), device="cpu"))
+
+    def merge(self) -> GPTModel:
+        """The ordinary model with the adapter in its weights."""
+        return merge(self.peft_model)
+
+
+def base_of_adapter(directory: str | os.PathLike[str]) -> str:
+    """The name or path of the model that an adapter was trained on, as it says itself."""
+    base = _read_config(Path(directory)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter in {directory} does not say for which model it is: name it with --model")
+    return str(base)
 
 
 def _refuse_adapted(model: nn.Module) -> None:

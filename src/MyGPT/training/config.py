@@ -49,6 +49,8 @@ class TrainConfig:
     """Which windows a step sees: random ones, shuffled epochs, or the text in sequence."""
     precision: Precision = "auto"
     """Arithmetic of the matrix products; auto takes bf16 where the machine gains from it."""
+    gradient_checkpointing: bool = False
+    """Compute each block anew on the way back instead of keeping its activations: less memory, a third more work."""
     compile: bool = False
     """Compile the blocks with torch.compile: a wait at the start, then faster steps."""
     eval_every: int = 250
@@ -61,6 +63,10 @@ class TrainConfig:
     """Steps between live samples, 0 for none."""
     sample_tokens: int = 200
     """Tokens of a live sample."""
+    sample_temperature: float = 0.8
+    """Temperature of live samples, 0 for greedy ones."""
+    sample_to_end: bool = False
+    """End live samples where the model ends them."""
     sample_prompt: str = ""
     """What live samples begin with; default: the first tokens of the validation text."""
     log_every: int = 10
@@ -89,7 +95,7 @@ class TrainConfig:
         for name in ("learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in ("min_learning_rate", "weight_decay", "grad_clip"):
+        for name in ("min_learning_rate", "weight_decay", "grad_clip", "sample_temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
         for name in ("beta1", "beta2"):

@@ -1,4 +1,4 @@
-"""The training loop behind `mygpt train`: schedules, accumulation, evaluation, live samples, and a run on disk.
+"""The training loop behind `mygpt train` and `mygpt finetune`: schedules, accumulation, evaluation, live samples, a run on disk.
 
 A run is one directory: `config.yaml` (all that is needed to run it again), `metrics.jsonl`, `model/` (the best model),
 `loss.png`, `samples.txt`. Nothing that a run has saved is lost by an error, a NaN or Ctrl-C.
@@ -11,46 +11,113 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from MyGPT.data.sampler import WindowSampler, walk_windows
+from MyGPT.data.sampler import WindowSampler, WindowValidation
+from MyGPT.data.templates import Template
 from MyGPT.data.tokens import compact_ids
-from MyGPT.data.windows import Batch, gather_windows
 from MyGPT.files import atomic_write
 from MyGPT.generation import evaluation_mode, generate
+from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.config import Precision, TrainConfig
 from MyGPT.training.metrics import MetricsLog
 from MyGPT.training.optim import make_optimizers, set_learning_rate
+from MyGPT.weights.pretrained import read_weights
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "model", "loss.png", "samples.txt", "tensorboard")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "model",
+    "adapter",
+    "split.json",
+    "loss.png",
+    "samples.txt",
+    "tensorboard",
+)
+
+
+class Keeper(Protocol):
+    """What a run keeps of its best model, and where."""
+
+    def place(self, run_dir: Path) -> Path:
+        """The directory in the run's."""
+        ...
+
+    def save(self, run_dir: Path) -> Path:
+        """Writes it there, whole or not at all."""
+        ...
+
+    def restore(self, run_dir: Path) -> None:
+        """Puts what was written back into the model."""
+        ...
+
+
+class WholeModel:
+    """Keeps the model's directory, `model/`."""
+
+    def __init__(self, model: GPTModel, tokenizer: Tokenizer | None, template: Template | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+
+    def place(self, run_dir: Path) -> Path:
+        return run_dir / "model"
+
+    def save(self, run_dir: Path) -> Path:
+        self.model.save_pretrained(self.place(run_dir), self.tokenizer)
+        if self.template is not None:
+            self.template.save(self.place(run_dir))
+        return self.place(run_dir)
+
+    def restore(self, run_dir: Path) -> None:
+        self.model.load_state_dict(read_weights(self.place(run_dir))[1])
+
+
+class Batches(Protocol):
+    """Where training batches come from: a function of the step."""
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Inputs and targets (B, T) int64, and if it is needed an attention mask."""
+        ...
+
+
+class Validation(Protocol):
+    """What a model is evaluated on."""
+
+    def batches(self, whole: bool) -> Iterator[tuple[Tensor, ...]]:
+        """Batches as in training: the same few every time, or all."""
+        ...
 
 
 class Trainer:
-    """Trains a model on token ids.
+    """Trains a model on token ids, or on batches of any kind.
 
     `run` does it all; `setup`, `step`, `evaluate`, `save` are its parts, for loops of one's own. Without `run_dir`
-    nothing is written. `recipe` is what config.yaml says, beside the TrainConfig's fields.
+    nothing is written. `recipe` is what config.yaml says, by default the TrainConfig. Live samples continue the
+    `prompts` in turn; without any, sample_prompt, or the beginning of the validation text. What is kept of the best model is
+    its directory, `model/`, unless `keeper` says otherwise.
     """
 
     def __init__(
         self,
         model: GPTModel,
         config: TrainConfig,
-        train_ids: Any,
-        val_ids: Any = None,
+        train: Any,
+        val: Any = None,
         *,
         tokenizer: Tokenizer | None = None,
+        prompts: Sequence[list[int]] = (),
+        keeper: Keeper | None = None,
         run_dir: str | Path | None = None,
         recipe: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
@@ -60,16 +127,32 @@ class Trainer:
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
+        self.keeper = WholeModel(model, tokenizer) if keeper is None else keeper
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.recipe = dict(recipe or {})
         self.device = torch.device(device)
         self.overwrite = overwrite
         self.progress = progress
         context = model.config.context_length
-        self.sampler = WindowSampler(compact_ids(train_ids), context, config.batch_size, config.order, config.seed)
-        self.val_ids = None if val_ids is None or len(val_ids) < 2 else compact_ids(val_ids)
+        self.sampler: Batches
+        self.validation: Validation | None = None
+        text: Any = []
+        if hasattr(train, "batch"):
+            self.sampler = train
+        else:
+            text = compact_ids(train)
+            self.sampler = WindowSampler(text, context, config.batch_size, config.order, config.seed)
+        if hasattr(val, "batches"):
+            self.validation = val
+        elif val is not None and len(val) >= 2:
+            text = compact_ids(val)
+            self.validation = WindowValidation(text, context, config.eval_windows)
+        self.prompts = list(prompts)
+        if not self.prompts and not config.sample_prompt and len(text):
+            self.prompts = [[int(id_) for id_ in text[:8]]]
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         self.step_number = 0
+        self.tokens_seen = 0
         self.best_loss = math.inf
         self.best_step: int | None = None
         self._evaluated_step: int | None = None
@@ -77,15 +160,17 @@ class Trainer:
 
     def setup(self) -> None:
         """Seeds torch, moves the model, makes the optimizers, and claims the run's directory."""
-        if self.tokenizer is not None and self.config.sample_every:
-            self._prompt_ids()  # a prompt that cannot be encoded is an error now, not after hours
+        if self.tokenizer is not None and self.config.sample_every and self.config.sample_prompt:
+            # A prompt that cannot be encoded is an error now, not after hours.
+            self.prompts = [self.tokenizer.encode(self.config.sample_prompt)]
         if self.run_dir is not None:
             claim_run_directory(self.run_dir, self.overwrite)
             with atomic_write(self.run_dir / "config.yaml") as file:
-                yaml.safe_dump({**self.recipe, **vars(self.config)}, file, sort_keys=False, allow_unicode=True)
+                yaml.safe_dump(self.recipe or vars(self.config), file, sort_keys=False, allow_unicode=True)
             self._metrics = MetricsLog(self.run_dir, self.config.tensorboard)
         torch.manual_seed(self.config.seed)
         self.model.to(self.device).train()
+        self.model.gradient_checkpointing = self.config.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, self.config)
         if self.config.compile:
             # Block by block: one compilation serves all of them, and names, generation and saving stay as they are.
@@ -99,14 +184,16 @@ class Trainer:
         """
         learning_rate = set_learning_rate(self.optimizers, self.config, self.step_number)
         loss = torch.zeros((), device=self.device)
-        inputs, targets = self._to_device(self.sampler.batch(self.step_number))
-        micro = self.config.micro_batch_size or len(inputs)
-        for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
-            part = self._token_loss(x, y)[0] / targets.numel()
+        batch = self._to_device(self.sampler.batch(self.step_number))
+        count = (batch[1] != IGNORED).sum()
+        micro = self.config.micro_batch_size or len(batch[0])
+        for part_of_batch in zip(*(tensor.split(micro) for tensor in batch), strict=True):
+            part = self._token_loss(*part_of_batch)[0] / count
             part.backward()
             loss += part.detach()
         clip = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.tokens_seen += batch[0].numel()
         values = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise FloatingPointError(
@@ -120,33 +207,37 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Validation loss in nats a token, over the fixed windows or the whole validation text; nan without one."""
-        if self.val_ids is None:
+        """Validation loss in nats a token, over the fixed batches or all that there is; nan without any."""
+        if self.validation is None:
             return math.nan
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with evaluation_mode(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in self._all_windows() if whole else self._fixed_windows():
+            for batch in self.validation.batches(whole):
                 batch_total, batch_count = self._token_loss(*self._to_device(batch))
                 total, count = total + batch_total, count + int(batch_count)
         return total.item() / count
 
     def sample(self) -> str:
-        """A continuation of sample_prompt, the same at the same weights."""
+        """A continuation of the prompt whose turn it is, the same at the same weights and step."""
         if self.tokenizer is None:
             raise ValueError("a sample needs the tokenizer")
-        prompt = torch.tensor([self._prompt_ids()], device=self.device)
+        turn = self.step_number // max(1, self.config.sample_every)
+        prompt = torch.tensor([self.prompts[turn % len(self.prompts)]], device=self.device)
         with torch.compiler.set_stance("force_eager"):
             ids = generate(
-                self.model, prompt, self.config.sample_tokens, temperature=0.8, top_k=200, seed=self.config.seed
+                self.model,
+                prompt,
+                self.config.sample_tokens,
+                temperature=self.config.sample_temperature,
+                top_k=200,
+                seed=self.config.seed,
+                eos_id=self.tokenizer.eot_token if self.config.sample_to_end else None,
             )
         return self.tokenizer.decode(ids[0].tolist())
 
     def save(self) -> Path | None:
-        """Writes the model as it is to the run's `model/`, whole or not at all."""
-        if self.run_dir is None:
-            return None
-        self.model.save_pretrained(self.run_dir / "model", self.tokenizer)
-        return self.run_dir / "model"
+        """Writes the model as it is to the run's directory, whole or not at all."""
+        return None if self.run_dir is None else self.keeper.save(self.run_dir)
 
     def run(self) -> float:
         """Trains to the end, to early_stop, or to Ctrl-C (then KeyboardInterrupt, the model saved).
@@ -164,14 +255,8 @@ class Trainer:
             if self._metrics is not None:
                 self._metrics.close()
 
-    def _prompt_ids(self) -> list[int]:
-        if self.config.sample_prompt and self.tokenizer is not None:
-            return self.tokenizer.encode(self.config.sample_prompt)
-        text = self.sampler.ids if self.val_ids is None else self.val_ids
-        return [int(id_) for id_ in text[:8]]
-
     def _train(self, bar: tqdm[Any], interrupted: list[int]) -> None:
-        config, since, tokens = self.config, time.perf_counter(), 0
+        config, since, tokens = self.config, time.perf_counter(), self.tokens_seen
         smoothed, waited = math.nan, 0
         while self.step_number < config.max_steps and not interrupted:
             try:
@@ -180,21 +265,20 @@ class Trainer:
                 if self.best_step is None:
                     self.best_step = self.step_number
                     self.save()
-                kept = f"; the best model until then is in {self.run_dir / 'model'}" if self.run_dir else ""
+                kept = f"; the best model until then is in {self.keeper.place(self.run_dir)}" if self.run_dir else ""
                 raise FloatingPointError(f"{error}{kept}") from None
             done = self.step_number
-            tokens += config.batch_size * self.sampler.max_length
             smoothed = values["loss"] if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * values["loss"]
             bar.update()
             if done % config.log_every == 0 or done == config.max_steps:
                 now = time.perf_counter()
-                speed, since, tokens = tokens / (now - since), now, 0
+                speed, since, tokens = (self.tokens_seen - tokens) / (now - since), now, self.tokens_seen
                 self._log(done, **values, tokens_per_second=speed)
                 bar.set_postfix_str(f"loss {smoothed:.3f}, {speed:,.0f} tokens/s")
             pause = time.perf_counter()
-            if done % config.eval_every == 0 and done < config.max_steps and self.val_ids is not None:
+            if done % config.eval_every == 0 and done < config.max_steps and self.validation is not None:
                 waited = 0 if self._evaluate_and_keep(bar) else waited + 1
-            if config.sample_every and done % config.sample_every == 0 and self.tokenizer is not None:
+            if config.sample_every and done % config.sample_every == 0 and self.tokenizer is not None and self.prompts:
                 self._show_sample(bar)
             since += time.perf_counter() - pause  # speed is the training's alone
             if config.early_stop is not None and waited >= config.early_stop:
@@ -202,7 +286,7 @@ class Trainer:
                 return
 
     def _finish(self, bar: tqdm[Any], interrupted: bool) -> float:
-        if self.val_ids is None:
+        if self.validation is None:
             self.best_step = self.step_number
             self.save()
             loss = math.nan
@@ -210,13 +294,13 @@ class Trainer:
             if self._evaluated_step != self.step_number:
                 self._evaluate_and_keep(bar)
             if self.best_step != self.step_number and self.run_dir is not None:
-                best = GPTModel.from_pretrained(self.run_dir / "model").state_dict()
-                self.model.load_state_dict(best)
+                self.keeper.restore(self.run_dir)
             loss = math.nan if interrupted else self.evaluate(whole=True)
         if interrupted:
-            where = f"; the best model (step {self.best_step}) is in {self.run_dir / 'model'}" if self.run_dir else ""
+            kept = self.keeper.place(self.run_dir) if self.run_dir else None
+            where = f"; the best model (step {self.best_step}) is in {kept}" if kept else ""
             raise KeyboardInterrupt(f"stopped at step {self.step_number}{where}")
-        if self.val_ids is not None:
+        if self.validation is not None:
             self._log(self.best_step or 0, final_val_loss=loss)
         return loss
 
@@ -242,32 +326,12 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write(step, **values)
 
-    def _token_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.model.token_loss(inputs, targets)
+            return self.model.token_loss(inputs, targets, mask)
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
-
-    def _fixed_windows(self) -> Iterator[Batch]:
-        """The same eval_windows windows every time, spread evenly over the validation text; all, if it has fewer."""
-        assert self.val_ids is not None
-        context = self.sampler.max_length
-        if len(self.val_ids) - 1 <= self.config.eval_windows * context:
-            yield from self._all_windows()
-            return
-        last = len(self.val_ids) - context - 1
-        starts = np.linspace(0, last, self.config.eval_windows).astype(np.int64)
-        for part in np.array_split(starts, -(-len(starts) // self._eval_batch())):
-            yield gather_windows(self.val_ids, part, context)
-
-    def _all_windows(self) -> Iterator[Batch]:
-        assert self.val_ids is not None
-        return walk_windows(self.val_ids, self.sampler.max_length, self._eval_batch())
-
-    def _eval_batch(self) -> int:
-        """Windows evaluated at a time: a few thousand tokens, whatever the training batch."""
-        return max(1, 4096 // self.sampler.max_length)
+    def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
 
 def autocast_dtype(device: torch.device, precision: Precision, emb_dim: int) -> torch.dtype | None:

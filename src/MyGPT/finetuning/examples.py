@@ -1,0 +1,117 @@
+"""A file of records as what a model is tuned on: split, encoded, in batches by step, and in batches to be evaluated on.
+
+B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
+from MyGPT.data.packing import PackedSampler
+from MyGPT.data.records import read_records, split_records
+from MyGPT.data.templates import load_template
+
+Rows = Literal["padded", "packed"]
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """Which records a model is tuned on, and how they are shown to it. A value out of range is a ValueError."""
+
+    data: str
+    """A JSON array or JSON lines of records: instruction, input, output (Alpaca's); messages; prompt, completion; text."""
+    template: str = "alpaca"
+    """The prompt: alpaca, book, or a JSON file with one of your own; it is saved with the model."""
+    mask_prompt: bool = True
+    """Learn the answers only, not the prompts."""
+    max_length: int | None = None
+    """Leave out (and count) examples of more tokens; default the model's context."""
+    rows: Rows = "padded"
+    """Examples of similar length padded to the longest, or several examples packed into each row."""
+    train_fraction: float = 0.85
+    """Part of the records that is trained on."""
+    test_fraction: float = 0.1
+    """Part that is kept for the last evaluation; what is left is for validation."""
+    split_seed: int | None = None
+    """Draw the parts at random; default in the file's order."""
+
+    def __post_init__(self) -> None:
+        if self.rows not in get_args(Rows):
+            raise ValueError(f"rows must be {' or '.join(get_args(Rows))}, got {self.rows!r}")
+        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 1):
+            raise ValueError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
+
+
+class Examples:
+    """The records of a file, encoded for a model with this context."""
+
+    def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
+        if tokenizer.eot_token is None:
+            raise ValueError(
+                "the model's tokenizer has no <|endoftext|>, with which a model says that its answer is over"
+            )
+        self.options = options
+        self.tokenizer = tokenizer
+        self.max_length = min(options.max_length or context_length, context_length)
+        self.template = load_template(options.template)
+        self.records = read_records(options.data)
+        self.split = split_records(len(self.records), options.train_fraction, options.test_fraction, options.split_seed)
+        self.train, self.val, self.test = (
+            self._encode(part) if part else None for part in (self.split.train, self.split.val, self.split.test)
+        )
+
+    def describe(self) -> str:
+        """A line for each part: examples, tokens, and how many were too long."""
+        parts = {"training": self.train, "validation": self.val, "test": self.test}
+        return "\n".join(f"{name}: {part.describe()}" for name, part in parts.items() if part is not None)
+
+    def sampler(self, batch_size: int, seed: int) -> LengthGroupedSampler | PackedSampler:
+        """The training batches, a function of the step."""
+        assert self.train is not None  # a split without it is refused
+        if self.options.rows == "packed":
+            return PackedSampler(self.train, self.max_length, batch_size, seed=seed, **self._targets())
+        return LengthGroupedSampler(self.train, batch_size, seed=seed, **self._targets())
+
+    def validation(self, dataset: InstructionDataset | None) -> ExampleValidation | None:
+        """The batches in which a part is evaluated."""
+        return None if dataset is None else ExampleValidation(dataset, **self._targets())
+
+    def prompts(self, n: int, n_new_tokens: int) -> list[list[int]]:
+        """The first n records that are not trained on, up to where the answer begins, if there is room for one."""
+        held_out = [*self.split.val, *self.split.test] or list(self.split.train)
+        prompts = [encode_prompt(self.records[i], self.tokenizer, self.template) for i in held_out[:n]]
+        return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
+
+    def _encode(self, part: tuple[int, ...]) -> InstructionDataset:
+        return InstructionDataset([self.records[i] for i in part], self.tokenizer, self.template, self.max_length)
+
+    def _targets(self) -> dict[str, Any]:
+        return {"pad_token_id": self.tokenizer.eot_token, "mask_prompt": self.options.mask_prompt}
+
+
+class ExampleValidation:
+    """All examples of a data set, those of similar length together, whether they are asked for quickly or as a whole."""
+
+    def __init__(self, dataset: InstructionDataset, pad_token_id: int, mask_prompt: bool) -> None:
+        self.dataset = dataset
+        self.pad_token_id = pad_token_id
+        self.mask_prompt = mask_prompt
+
+    def batches(self, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets, each (B, T) int64, of a few thousand tokens."""
+        batch: list[list[int]] = []
+        for index in self.dataset.lengths.argsort(kind="stable"):
+            example = self.dataset[int(index)]
+            if batch and (len(batch) + 1) * len(example) > 4096:
+                yield self._collate(batch)
+                batch = []
+            batch.append(example)
+        yield self._collate(batch)
+
+    def _collate(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
+        return collate_instructions(batch, self.pad_token_id, mask_prompt=self.mask_prompt)

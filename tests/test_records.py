@@ -1,0 +1,191 @@
+"""Records of the four kinds, read and refused, and their split, against the json module and the book's slices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from MyGPT.data.records import Split, check_record, load_split, read_records, split_records
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": "Name a colour.", "input": "", "output": "Grün"},
+    {"instruction": "Add.", "input": "1, 2", "output": "3", "source": "by hand"},
+    {"instruction": "No input at all.", "output": ""},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    {"prompt": "2 + 2 =", "completion": " 4"},
+    {"text": "A line\u2028that goes on\nand on."},
+]
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_an_array_and_lines_give_the_same_records(tmp_path: Path, ensure_ascii: bool) -> None:
+    """U+2028 inside a text, unescaped, ends no line."""
+    array, lines = tmp_path / "records.json", tmp_path / "records.jsonl"
+    array.write_text(json.dumps(RECORDS, ensure_ascii=ensure_ascii, indent=4), encoding="utf-8")
+    lines.write_text("\n".join(json.dumps(r, ensure_ascii=ensure_ascii) for r in RECORDS), encoding="utf-8")
+    assert read_records(array) == read_records(lines) == RECORDS
+
+
+def test_windows_line_ends_a_byte_order_mark_and_empty_lines_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
+    assert read_records(path) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text(' \n[{"text": "a"}]')
+    assert read_records(tmp_path / "data") == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"instruction": "a"}', r"line 3: the key 'output' is missing, there are \['instruction'\]"),
+        ('{"instruction": "a", "input": null, "output": "b"}', "line 3: 'input' must be a text, got None"),
+        ('{"instruction": 5, "output": "b"}', "line 3: 'instruction' must be a text, got 5"),
+        ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a text, got \['b'\]"),
+        ('{"prompt": "a"}', "line 3: the key 'completion' is missing"),
+        ('{"prompt": "a", "completion": 1.5}', "line 3: 'completion' must be a text, got 1.5"),
+        ('{"text": {}}', r"line 3: 'text' must be a text, got \{\}"),
+        ('{"text": "\\ud800"}', "line 3: 'text': "),
+        ('{"question": "a"}', r"line 3: a record needs the key 'instruction' .*, got \['question'\]"),
+        ("{}", r"line 3: a record needs the key 'instruction' .*, got \[\]"),
+        ('["a"]', r"line 3: a record must be a JSON object, got \['a'\]"),
+        ("{'text': 'a'}", "line 3: not JSON: .*a JSON array, or one JSON object a line"),
+        ('{"messages": []}', r"line 3: 'messages' must be a list of at least one message, got \[\]"),
+        ('{"messages": "Hi"}', "line 3: 'messages' must be a list of at least one message, got 'Hi'"),
+        ('{"messages": ["Hi"]}', "line 3, message 1: a message must be a JSON object, got 'Hi'"),
+        ('{"messages": [{"role": "user"}]}', "line 3, message 1: the key 'content' is missing"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 3, message 1: 'content' must be a text, got None"),
+        (
+            '{"messages": [{"role": "user", "content": ""}, {"role": "bot", "content": ""}]}',
+            "line 3, message 2: 'role' must be one of system, user, assistant, got 'bot'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": ""}]}',
+            "line 3: the last of 'messages' must be the assistant's, .*, got 'user'",
+        ),
+    ],
+)
+def test_a_wrong_record_is_refused_with_file_line_and_key(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"records.jsonl, {words}"):
+        read_records(path)
+    if not words.startswith("line 3: not JSON"):
+        path.write_text(f'[\n{{"text": "good"}},\n{{"text": "good"}}, {line}]')
+        with pytest.raises(ValueError, match=f"records.jsonl, {words.replace('line', 'record', 1)}"):
+            read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "has no records"),
+        (b"[]", "has no records"),
+        (b'[{"text": "a"},\n{"text": "b"]', "line 2: not JSON"),
+        (b'[{"text": "a"}]\n[{"text": "b"}]', "line 2: not JSON: Extra data"),
+        (b"[" * 100_000, "records.json"),
+        (b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
+        (b'{"text": "\xff"}', "is not UTF-8 text: byte 10 is 0xff"),
+        (b'{"text": "\0"}', "looks like a binary file"),
+    ],
+)
+def test_a_file_without_records_is_refused_with_its_name(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "records.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_records(path)
+    assert "records.json" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_records(tmp_path / "none.json")
+
+
+def test_a_long_wrong_value_is_shown_in_part() -> None:
+    with pytest.raises(ValueError) as caught:
+        check_record({"text": ["long"] * 10_000}, "here")
+    assert len(str(caught.value)) < 150
+
+
+def test_a_question_alone_is_a_record_where_no_answer_is_needed() -> None:
+    for question in ({"instruction": "a"}, {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
+        check_record(question, "here", needs_answer=False)
+        with pytest.raises(ValueError):
+            check_record(question, "here")
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ordered_split_is_the_books() -> None:
+    """85% for training, 10% for testing, the rest for validation, in this order: 935, 110 and 55 of 1,100."""
+    data = list(range(1100))
+    split = split_records(len(data))
+    assert list(split.train) == data[:935]
+    assert list(split.test) == data[935:1045]
+    assert list(split.val) == data[1045:]
+
+
+@given(n=st.integers(2, 300), train=st.integers(50, 100), test=st.integers(0, 50), seed=st.none() | st.integers(0, 9))
+def test_every_record_is_in_one_part(n: int, train: int, test: int, seed: int | None) -> None:
+    test = min(test, 100 - train)
+    split = split_records(n, train / 100, test / 100, seed)
+    assert sorted([*split.train, *split.val, *split.test]) == list(range(n))
+    assert len(split) == n
+    assert abs(len(split.train) - n * train / 100) <= 1 and abs(len(split.test) - n * test / 100) <= 1
+
+
+def test_a_seed_draws_the_same_split_again_and_another_seed_another() -> None:
+    """Two of 935 of 1,100 drawn at random agree in far less than 1 of 1e100 cases."""
+    assert split_records(1100, seed=1) == split_records(1100, seed=1)
+    assert split_records(1100, seed=1) != split_records(1100, seed=2)
+    assert list(split_records(1100, seed=1).train) != sorted(split_records(1100, seed=1).train)
+
+
+def test_a_saved_split_is_the_same_when_opened(tmp_path: Path) -> None:
+    split = split_records(20, seed=3)
+    split.save(tmp_path / "split.json")
+    assert load_split(tmp_path / "split.json") == split
+    assert sorted(json.loads((tmp_path / "split.json").read_text())) == ["test", "train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "Expecting value"),
+        ("[]", "must have the lists train, val, test and nothing else"),
+        ('{"train": [0]}', "must have the lists"),
+        ('{"train": [0], "val": 1, "test": []}', "must have the lists"),
+        ('{"train": [0], "val": [], "test": [], "dev": []}', "must have the lists"),
+        ('{"train": [0, 1], "val": [1], "test": []}', "numbers 0 to 2 together, each of them once"),
+        ('{"train": [0, 5], "val": [1], "test": []}', "numbers 0 to 2 together"),
+        ('{"train": [0], "val": ["1"], "test": []}', "lists of whole numbers"),
+        ('{"train": [0], "val": [true], "test": []}', "lists of whole numbers"),
+        ('{"train": [], "val": [0], "test": []}', "at least one record to train on"),
+    ],
+)
+def test_a_damaged_split_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match=f"split.json is no split: .*{words}"):
+        load_split(tmp_path / "split.json")
+
+
+def test_fractions_that_divide_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"train_fraction must be from 0 to 1, got 85"):
+        split_records(100, 85)
+    with pytest.raises(ValueError, match=r"test_fraction must be from 0 to 1, got -0.1"):
+        split_records(100, 0.5, -0.1)
+    with pytest.raises(ValueError, match=r"must add up to 1 at most, got 1.2"):
+        split_records(100, 0.7, 0.5)
+    with pytest.raises(ValueError, match=r"of 1 records, train_fraction=0.85 leaves none"):
+        split_records(1)
+    assert split_records(10, 0.7, 0.3) == Split(train=tuple(range(7)), val=(), test=(7, 8, 9))
