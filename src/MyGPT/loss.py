@@ -37,9 +37,13 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     training step. Larger products are taken in chunks of rows whose gradients are computed on the way.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait to know how many
+        counted = flat_targets != IGNORED
+        if not counted.all():  # prompts and padding need no logits
+            hidden, flat_targets = hidden[counted], flat_targets[counted]
     rows = max(1, MAX_LOGITS // len(weight))
     if len(hidden) <= rows:
-        return token_loss(F.linear(hidden, weight), targets)
+        return token_loss(F.linear(hidden, weight), flat_targets)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -1,0 +1,134 @@
+"""A LoRA training step on a GPT-2 124M with random weights: MyGPT beside transformers, both through PEFT.
+
+Usage: python benchmarks/lora.py [--batch_size 4] [--length 256] [--steps 4] [--rounds 3] [--precision fp32 bf16]
+The same weights, adapters and batches, no dropout, AdamW, eager mode; each program in a process of its own, in turn. The first
+step of each warms up. The losses of the two are compared step by step; memory is what the process has at most beyond the loaded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import Peak
+
+TARGETS = ["c_attn", "c_proj", "c_fc"]
+
+
+def measure(program: str, directory: str, batch_size: int, length: int, steps: int, precision: str) -> dict[str, Any]:
+    """Losses, seconds a step, and bytes, in this process."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    if program == "transformers":
+        from transformers import GPT2LMHeadModel as Model
+    else:
+        from MyGPT import GPTModel as Model  # type: ignore[assignment]
+    with Peak() as whole:
+        base = Model.from_pretrained(directory, dtype=torch.float32)
+        for module in base.modules():
+            if hasattr(module, "drop_rate"):
+                module.drop_rate = 0.0
+        is_theirs = program == "transformers"
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS,
+            fan_in_fan_out=is_theirs,
+        )  # fmt: skip
+        model = get_peft_model(base, lora).train()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # the same A in both; B begins at zero
+            for name, parameter in sorted(model.named_parameters()):
+                if "lora_A" in name:
+                    parameter.uniform_(-0.03, 0.03, generator=generator)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+        batches = torch.randint(0, 50257, (steps + 1, batch_size, length + 1), generator=generator)
+        losses, seconds = [], []
+        for batch in batches:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                if is_theirs:
+                    loss = model(input_ids=batch, labels=batch).loss
+                else:
+                    total, count = model.token_loss(batch[:, :-1], batch[:, 1:])
+                    loss = total / count
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - start)
+    return {"losses": losses, "seconds": statistics.median(seconds[1:]), "bytes": whole.n_bytes}
+
+
+def write_model(directory: str) -> None:
+    import torch
+
+    from MyGPT import GPT2_CONFIGS, GPTModel
+
+    torch.manual_seed(1)
+    import dataclasses
+
+    GPTModel(dataclasses.replace(GPT2_CONFIGS["124M"], drop_rate=0.0)).save_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(**json.loads(options.child))))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(directory)
+        for precision in options.precision:
+            compare(directory, precision, options)
+
+
+def compare(directory: str, precision: str, options: argparse.Namespace) -> None:
+    found: dict[str, list[dict[str, Any]]] = {"MyGPT": [], "transformers": []}
+    for _ in range(options.rounds):
+        for program, results in found.items():
+            arguments = {
+                "program": program, "directory": directory, "batch_size": options.batch_size,
+                "length": options.length, "steps": options.steps, "precision": precision,
+            }  # fmt: skip
+            command = [sys.executable, str(Path(__file__)), "--child", json.dumps(arguments)]
+            done = subprocess.run(
+                command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True
+            )
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    pairs = zip(found["MyGPT"][0]["losses"], found["transformers"][0]["losses"], strict=True)
+    differences = [abs(ours - theirs) for ours, theirs in pairs]
+    print(
+        f"\n{precision}, {options.batch_size} x {options.length} tokens, {options.rounds} x {options.steps} steps, medians"
+    )
+    print(f"largest difference of the losses: {max(differences):.1e}")
+    middle = {
+        program: {key: statistics.median(result[key] for result in results) for key in ("seconds", "bytes")}
+        for program, results in found.items()
+    }
+    for program, results in found.items():
+        times = [result["seconds"] for result in results]
+        print(
+            f"{program:<14} {middle[program]['seconds']:6.2f} s a step ({min(times):.2f} to {max(times):.2f})   "
+            f"peak {middle[program]['bytes'] / 1e9:5.2f} GB"
+        )
+    ratios = {key: middle["MyGPT"][key] / middle["transformers"][key] for key in ("seconds", "bytes")}
+    print(f"MyGPT / transformers: time {ratios['seconds']:.2f}, memory {ratios['bytes']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
