@@ -14,6 +14,7 @@ Row = tuple[str, str]
 def evaluate(
     model: str,
     data: str | list[str],
+    adapter: str | None = None,
     protocol: str | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -30,6 +31,7 @@ def evaluate(
         model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
         data: text files (.txt, .jsonl, .gz, patterns such as 'texts/*.txt'), or the name of a text: alice (built in),
             tinyshakespeare (downloaded)
+        adapter: an adapter's directory, or a run of mygpt finetune
         protocol: how GPT-2 was measured on this data set; without one the text is taken as it is
         stride: tokens from a window to the next; fewer than the context give every token more context and cost more time
         batch_size: windows that are computed at a time
@@ -43,7 +45,7 @@ def evaluate(
     if way.last_word and stride is not None:
         raise ValueError(f"protocol {protocol} predicts one word a passage and has no stride, got {stride}")
     files = find_files(data)
-    gpt, tokenizer, _ = open_model(model, device)
+    gpt, tokenizer, _ = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
     show_progress = sys.stderr.isatty()
     if way.last_word:

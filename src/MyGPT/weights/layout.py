@@ -47,7 +47,7 @@ Tensors = Mapping[str, Lazy]
 
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 # Ours, OpenAI's (after "model/"), the book's.
-_TOP = (
+TOP = (
     (WTE, "wte", "tok_emb.weight"),
     (WPE, "wpe", "pos_emb.weight"),
     ("transformer.ln_f.weight", "ln_f/g", "final_norm.scale"),
@@ -55,7 +55,7 @@ _TOP = (
     (HEAD, None, "out_head.weight"),
 )
 # The same in a block; the book's queries, keys and values are three.
-_BLOCK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+BLOCK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ln_1.weight", "ln_1/g", ("norm1.scale",)),
     ("ln_1.bias", "ln_1/b", ("norm1.shift",)),
     ("attn.c_attn.weight", "attn/c_attn/w", ("att.W_query.weight", "att.W_key.weight", "att.W_value.weight")),
@@ -87,7 +87,7 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         "mlp.c_fc.bias": (4 * C,),
         "mlp.c_proj.weight": (C, 4 * C),
     }
-    block = {ours: in_block.get(ours, (C,)) for ours, _, _ in _BLOCK if config.qkv_bias or ours != "attn.c_attn.bias"}
+    block = {ours: in_block.get(ours, (C,)) for ours, _, _ in BLOCK if config.qkv_bias or ours != "attn.c_attn.bias"}
     return {
         WTE: (config.vocab_size, C),
         WPE: (config.context_length, C),
@@ -249,8 +249,8 @@ def float_type(dtype: np.dtype[Any]) -> torch.dtype | None:
 
 def _openai_names(n_layers: int) -> dict[str, str]:
     """OpenAI's path to our name."""
-    top = {path: ours for ours, path, _ in _TOP if path is not None}
-    return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, _ in _BLOCK}
+    top = {path: ours for ours, path, _ in TOP if path is not None}
+    return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, _ in BLOCK}
 
 
 def _from_openai(tensors: Tensors) -> dict[str, Lazy]:
@@ -259,10 +259,10 @@ def _from_openai(tensors: Tensors) -> dict[str, Lazy]:
 
 
 def _from_book(tensors: Tensors) -> dict[str, Lazy]:
-    parts_of = {ours: [theirs] for ours, _, theirs in _TOP}
+    parts_of = {ours: [theirs] for ours, _, theirs in TOP}
     for i in _block_numbers(tensors):
         parts_of |= {
-            f"transformer.h.{i}.{ours}": [f"trf_blocks.{i}.{name}" for name in theirs] for ours, _, theirs in _BLOCK
+            f"transformer.h.{i}.{ours}": [f"trf_blocks.{i}.{name}" for name in theirs] for ours, _, theirs in BLOCK
         }
     whole = {ours: parts for ours, parts in parts_of.items() if all(part in tensors for part in parts)}
     used = {part for parts in whole.values() for part in parts}

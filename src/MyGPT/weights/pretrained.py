@@ -86,8 +86,8 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     make the optimizer after that), a shorter context takes the first positions. What cannot be aligned is one ValueError
     that lists every mismatch, and the model is left untouched.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(config, GPTConfig):
+    config, parameters = getattr(model, "config", None), dict(model.named_parameters(remove_duplicate=False))
+    if not isinstance(config, GPTConfig) or WTE not in parameters:
         raise ValueError(f"weights are loaded into a GPTModel, got {type(model).__name__}")
     if not isinstance(params, Mapping):
         raise ValueError(f"weights come as a dict of tensors or arrays, got {type(params).__name__}")
@@ -99,8 +99,7 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     tensors, config = align(to_ours(flatten(weights))[0], config)
     # All are there before the first is written, so that nothing can fail in between; most are views of what was given.
     loaded = {name: tensor.load() for name, tensor in fit(tensors, config).items()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    like = model.get_parameter(WTE)
+    like = parameters[WTE]
     with torch.no_grad():
         for name, tensor in loaded.items():
             if name in parameters:

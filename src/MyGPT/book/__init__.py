@@ -1,0 +1,88 @@
+"""The code of "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapters 2 to 7, appendices D and E, over ours.
+
+`from MyGPT.book import *` stands in for the book's `previous_chapters.py` and `gpt_download.py`: names, order of arguments,
+defaults and return values are the book's. What is not, and why, is in docs/coming_from_the_book.md.
+
+The layers are modules of their own with the book's names, made in the book's order, and not a facade on `MyGPT.GPTModel`,
+which has one kernel for queries, keys and values, a tied head and other initial weights. So a seed gives the book's model,
+its `model.pth` loads, and its code finds and assigns what it expects: `trf_blocks[-1]`, `att.W_query.weight`, `out_head`.
+What has no name in the book is ours: torch's fused attention, the cache, the loss without the logits, the decoding loop.
+"""
+
+from MyGPT.book.attention import (
+    CausalAttention,
+    MultiHeadAttention,
+    MultiHeadAttentionWrapper,
+    SelfAttention_v1,
+    SelfAttention_v2,
+)
+from MyGPT.book.classification import SpamDataset, calc_accuracy_loader, classify_review, train_classifier_simple
+from MyGPT.book.figures import plot_losses, plot_values
+from MyGPT.book.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
+from MyGPT.book.lora import LinearWithLoRA, LoRALayer, replace_linear_with_lora
+from MyGPT.book.pretrained import assign, load_weights_into_gpt
+from MyGPT.book.pretraining import (
+    calc_loss_batch,
+    calc_loss_loader,
+    evaluate_model,
+    generate_and_print_sample,
+    train_model,
+    train_model_simple,
+)
+from MyGPT.book.texts import (
+    GPTDatasetV1,
+    SimpleTokenizerV1,
+    SimpleTokenizerV2,
+    create_dataloader_v1,
+    custom_collate_fn,
+    generate_text_simple,
+    text_to_token_ids,
+    token_ids_to_text,
+)
+from MyGPT.data.instructions import InstructionDataset
+from MyGPT.data.templates import format_input
+from MyGPT.generation import generate
+from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
+
+__all__ = [
+    "GELU",
+    "CausalAttention",
+    "FeedForward",
+    "GPTDatasetV1",
+    "GPTModel",
+    "InstructionDataset",
+    "LayerNorm",
+    "LinearWithLoRA",
+    "LoRALayer",
+    "MultiHeadAttention",
+    "MultiHeadAttentionWrapper",
+    "SelfAttention_v1",
+    "SelfAttention_v2",
+    "SimpleTokenizerV1",
+    "SimpleTokenizerV2",
+    "SpamDataset",
+    "TransformerBlock",
+    "assign",
+    "calc_accuracy_loader",
+    "calc_loss_batch",
+    "calc_loss_loader",
+    "classify_review",
+    "create_dataloader_v1",
+    "custom_collate_fn",
+    "download_and_load_gpt2",
+    "evaluate_model",
+    "format_input",
+    "generate",
+    "generate_and_print_sample",
+    "generate_text_simple",
+    "load_gpt2_params_from_tf_ckpt",
+    "load_weights_into_gpt",
+    "plot_losses",
+    "plot_values",
+    "replace_linear_with_lora",
+    "text_to_token_ids",
+    "token_ids_to_text",
+    "train_classifier_simple",
+    "train_model",
+    "train_model_simple",
+]

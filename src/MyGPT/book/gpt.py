@@ -1,0 +1,139 @@
+"""Chapter 4: GPT by the book's names and in its order, so that the same seed gives the same weights.
+
+B batch, T time (new tokens), C embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from MyGPT.book.attention import MultiHeadAttention
+from MyGPT.config import GPTConfig, as_config
+from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.model import KVCache
+
+Config = GPTConfig | Mapping[str, Any]
+
+
+class LayerNorm(nn.Module):
+    """Mean 0 and variance 1 over the last axis, then a learned scale and shift."""
+
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
+
+
+class GELU(nn.Module):
+    """The tanh form of GELU, GPT-2's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Four times as wide, GELU, and back."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        C = as_config(cfg).emb_dim
+        self.layers = nn.Sequential(nn.Linear(C, 4 * C), GELU(), nn.Linear(4 * C, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then the feed-forward layers, each on a normalised copy and added to its input."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        config = as_config(cfg)
+        C = config.emb_dim
+        self.att: nn.Module = MultiHeadAttention(
+            C, C, config.context_length, config.drop_rate, config.n_heads, config.qkv_bias
+        )
+        self.ff: nn.Module = FeedForward(config)
+        self.norm1: nn.Module = LayerNorm(C)
+        self.norm2: nn.Module = LayerNorm(C)
+        self.drop_shortcut = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        h = self.norm1(x)
+        h = self.att(h) if cache is None else self.att(h, cache, layer)
+        x = x + self.drop_shortcut(h)
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    """The model of the book's `cfg` (a dict with its seven keys, or a GPTConfig): ids (B, T) to logits (B, T, V).
+
+    The head is never tied. Every part may be replaced, as the book does with out_head.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        config = dataclasses.replace(as_config(cfg), tie_weights=False, init_std=None)
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.Sequential(*(TransformerBlock(config) for _ in range(config.n_layers)))
+        self.final_norm: nn.Module = LayerNorm(config.emb_dim)
+        self.out_head: nn.Module = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        in_idx: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V). With a cache the tokens follow those in it; `last_only` gives the last position's, (B, 1, V)."""
+        if attention_mask is not None:
+            raise ValueError("the book's model knows no padding: give it no attention_mask, or use MyGPT.GPTModel")
+        hidden = self._hidden_states(in_idx, cache)
+        return self.out_head(hidden[:, -1:] if last_only else hidden)
+
+    def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of `targets` (B, T), and how many count; no (B, T, V) logits are made if the head allows."""
+        hidden = self._hidden_states(in_idx)
+        if type(self.out_head) is nn.Linear and getattr(self.out_head, "bias", None) is None:
+            return linear_token_loss(hidden, self.out_head.weight, targets)
+        return token_loss(self.out_head(hidden), targets)
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache | None:
+        """For generation. None if a block or its attention is the user's own: then every token is shown again."""
+        blocks: Any = self.trf_blocks
+        if not all(type(block) is TransformerBlock and type(block.att) is MultiHeadAttention for block in blocks):
+            return None
+        config = dataclasses.replace(self.config, n_layers=len(blocks))
+        return KVCache(config, batch_size, length, like=self.tok_emb.weight.detach())
+
+    def _hidden_states(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the output head reads, (B, T, C)."""
+        B, T = in_idx.shape
+        past = 0 if cache is None else cache.length
+        context = len(self.pos_emb.weight)
+        if past + T > context:
+            raise ValueError(f"the sequence has {past + T} tokens, the model's context_length is {context}")
+        x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(past, past + T, device=in_idx.device))
+        x = self.drop_emb(x)
+        if cache is None:
+            return self.final_norm(self.trf_blocks(x))
+        cache.check(B, past + T)
+        for layer, block in enumerate(self.trf_blocks):
+            x = block(x, cache, layer)
+        cache.length = past + T
+        return self.final_norm(x)

@@ -1,0 +1,71 @@
+"""Chapter 5: OpenAI's weights in the book's model. How they are called and how they lie is in weights/layout.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from MyGPT.book.gpt import GPTModel
+from MyGPT.weights import pretrained
+from MyGPT.weights.layout import BLOCK, TOP, Lazy, align, config_of, fit, flatten, to_ours
+
+
+def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
+    """A parameter with the values of `right`, on the device and of the type of `left`; another shape is a ValueError."""
+    if left.shape != right.shape:
+        raise ValueError(f"the weights are {tuple(right.shape)}, the parameter is {tuple(left.shape)}")
+    values = right.detach().clone() if isinstance(right, Tensor) else torch.tensor(right)
+    return nn.Parameter(values.to(left))
+
+
+def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
+    """Puts the weights that `download_and_load_gpt2` returned into a model with the book's names, all of them or none.
+
+    What `MyGPT.load_weights_into_gpt` takes is taken, and aligned likewise: a model made with qkv_bias=False gets the biases,
+    a shorter context the first positions. What does not fit is one ValueError that lists every mismatch.
+    """
+    if not hasattr(gpt, "tok_emb"):
+        return pretrained.load_weights_into_gpt(gpt, params)
+    parameters = dict(gpt.named_parameters())
+    config = dataclasses.replace(config_of(to_ours(flatten(parameters))[0], n_heads=1), tie_weights=False)
+    tensors, aligned = align(to_ours(flatten(params))[0], config)
+    weights = _by_the_books_names(fit(tensors, aligned))
+    can_be_made = (".W_query.bias", ".W_key.bias", ".W_value.bias")
+    problems = []
+    for name, weight in weights.items():
+        if name not in parameters:
+            problems += [] if name.endswith(can_be_made) else [f"the model has no {name}"]
+        elif weight.shape != parameters[name].shape:
+            problems.append(f"{name} is {tuple(weight.shape)}, the model's is {tuple(parameters[name].shape)}")
+    if problems:
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if name in parameters:
+                parameters[name].copy_(weight)
+            else:
+                layer: Any = gpt.get_submodule(name.removesuffix(".bias"))
+                layer.bias = assign(layer.weight[:, 0], weight)
+    if isinstance(gpt, GPTModel):
+        gpt.config = dataclasses.replace(gpt.config, qkv_bias=aligned.qkv_bias)
+    return None
+
+
+def _by_the_books_names(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
+    """Weights under our names under the book's; queries, keys and values are three there."""
+    top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
+    in_block = {ours: theirs for ours, _, theirs in BLOCK}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in top:
+            names = top[name]
+        else:
+            _, _, number, ours = name.split(".", 3)  # transformer.h.0.attn.c_attn.weight
+            names = tuple(f"trf_blocks.{number}.{theirs}" for theirs in in_block[ours])
+        weights |= zip(names, tensor.load().chunk(len(names)), strict=True)
+    return weights

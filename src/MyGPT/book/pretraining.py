@@ -1,0 +1,131 @@
+"""Chapter 5 and appendix D: losses, evaluation, and training with a warmup, a cosine and clipped gradients.
+
+The loss follows the targets: (B, T) are the next tokens of chapter 5, (B,) the classes of chapter 6, which the book gives
+functions of the same names. B batch, T time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from MyGPT.loss import token_loss
+from MyGPT.training import simple
+from MyGPT.training.simple import Device, generate_and_print_sample, train_model_simple
+
+__all__ = [
+    "calc_loss_batch",
+    "calc_loss_loader",
+    "evaluate_model",
+    "generate_and_print_sample",
+    "train_model",
+    "train_model_simple",
+    "train_step",
+]
+
+
+class _Task(nn.Module):
+    """A model with the loss of its task, as simple.py looks for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def token_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and how many targets count; classes (B,) are told by the last token's logits."""
+        model: Any = self.model
+        if targets.dim() == 1:
+            return token_loss(model(inputs)[:, -1], targets)
+        return model.token_loss(inputs, targets) if hasattr(model, "token_loss") else token_loss(model(inputs), targets)
+
+
+def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device) -> Tensor:
+    """Mean cross-entropy in nats of a batch, ready for backward."""
+    return simple.calc_loss_batch(input_batch, target_batch, _Task(model), device)
+
+
+def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
+    """Mean cross-entropy in nats over the targets of the first num_batches batches (default: all); nan without any."""
+    return simple.calc_loss_loader(data_loader, _Task(model), device, num_batches)
+
+
+def evaluate_model(
+    model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
+) -> tuple[float, float]:
+    """Training and validation loss over eval_iter batches, without dropout."""
+    return simple.evaluate_model(_Task(model), train_loader, val_loader, device, eval_iter)
+
+
+def train_model(
+    model: nn.Module,
+    train_loader: Any,
+    val_loader: Any,
+    optimizer: Optimizer,
+    device: Device,
+    n_epochs: int,
+    eval_freq: int,
+    eval_iter: int,
+    start_context: str,
+    tokenizer: Any,
+    warmup_steps: int,
+    initial_lr: float = 3e-05,
+    min_lr: float = 1e-6,
+) -> tuple[list[float], list[float], list[int], list[float]]:
+    """Trains, and returns training losses, validation losses and tokens seen at each evaluation, and every step's rate.
+
+    The optimizer's rate is the peak: it is reached from initial_lr in warmup_steps and left on a cosine to min_lr. After
+    the warmup, gradients longer than 1 are cut to 1.
+    """
+    train_losses, val_losses, track_tokens_seen, track_lrs = [], [], [], []
+    tokens_seen, global_step = 0, -1
+    peak_lr, total_steps = optimizer.param_groups[0]["lr"], len(train_loader) * n_epochs
+    for epoch in range(n_epochs):
+        model.train()
+        for input_batch, target_batch in train_loader:
+            global_step += 1
+            lr = _rate(global_step, warmup_steps, total_steps, initial_lr, peak_lr, min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            track_lrs.append(lr)
+            max_norm = 1.0 if global_step >= warmup_steps else None
+            train_step(model, input_batch, target_batch, optimizer, device, max_norm)
+            tokens_seen += input_batch.numel()
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device, eval_iter)
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                track_tokens_seen.append(tokens_seen)
+                print(f"Ep {epoch + 1} (Iter {global_step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        generate_and_print_sample(model, tokenizer, device, start_context)
+    return train_losses, val_losses, track_tokens_seen, track_lrs
+
+
+def train_step(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    optimizer: Optimizer,
+    device: Device,
+    max_norm: float | None = None,
+) -> None:
+    """One step. A loss that is not finite is a FloatingPointError, before it has touched the weights."""
+    optimizer.zero_grad()
+    loss = calc_loss_batch(inputs, targets, model, device)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}; the weights are as before")
+    loss.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+
+
+def _rate(step: int, warmup_steps: int, total_steps: int, initial: float, peak: float, lowest: float) -> float:
+    """The learning rate of a step, counted from 0."""
+    if step < warmup_steps:
+        return initial + step * (peak - initial) / warmup_steps
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,1 @@
+"""How good a model is, each number with the way in which it was measured."""

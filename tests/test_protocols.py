@@ -1,0 +1,259 @@
+"""How corpora are written as text and what is counted, on small cases worked out by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+from conftest import lively_model
+from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, SimpleTokenizer
+from MyGPT.config import GPT2_CONFIGS
+from MyGPT.data import sources
+from MyGPT.evaluation.perplexity import strided_loss
+from MyGPT.evaluation.protocols import (
+    BILLION_WORDS,
+    PENN_TREEBANK,
+    PROTOCOLS,
+    STOP_WORDS,
+    WIKITEXT,
+    Detokenizer,
+    find_protocol,
+    measure_last_words,
+    measure_text,
+    read_texts,
+    released_size,
+)
+from oracles_model import transformers_twin
+
+EXAMPLES = [
+    (WIKITEXT, " = Robert Boulter = ", "= Robert Boulter ="),
+    (WIKITEXT, " = = Career ( 2000 – 05 ) = = ", "== Career (2000 – 05) =="),
+    (WIKITEXT, " = = = 1990s = = = ", "=== 1990s ==="),
+    (WIKITEXT, " an English film , television and theatre actor . ", "an English film, television and theatre actor."),
+    (WIKITEXT, " a guest @-@ starring role on M @-@ 82 ", "a guest-starring role on M-82"),
+    (WIKITEXT, " state @-@ of @-@ the @-@ art ", "state-of-the-art"),
+    (WIKITEXT, " $ 1 @,@ 234 @,@ 567 @.@ 5 ( 50 % ) ", "$1,234,567.5 (50%)"),
+    (WIKITEXT, " the game 's hero didn 't die ; he 'll sleep ", "the game's hero didn't die; he'll sleep"),
+    (WIKITEXT, ' said : " Well , no ! " ( " so what ? " ) ', 'said: "Well, no!" ("so what?")'),
+    (WIKITEXT, ' the song " Kiss You " , by <unk> ', 'the song "Kiss You", by <unk>'),
+    (WIKITEXT, " Mr. Smith of Washington , D.C. ", "Mr. Smith of Washington, D.C."),
+    (WIKITEXT, " a lot of vitamin C . ", "a lot of vitamin C ."),  # "C." would be read as an abbreviation
+    (WIKITEXT, " a @-@ ( b ) @-@ ", "a @-@ (b) @-@"),  # nothing to stand between
+    (WIKITEXT, "", ""),
+    (PENN_TREEBANK, " no it was n't black monday ", "no it wasn't black monday"),
+    (PENN_TREEBANK, " the companies ' <unk> said it 's $ N million ", "the companies' <unk> said it's $N million"),
+    (PENN_TREEBANK, " mr. <unk> is chairman of <unk> n.v. ", "mr. <unk> is chairman of <unk> n.v."),
+    (BILLION_WORDS, "He said \" it 's $ 3 \" , did n't he ?", "He said \"it's $3\", didn't he?"),
+]
+
+
+@pytest.mark.parametrize(("detokenizer", "line", "text"), EXAMPLES)
+def test_tokens_are_written_as_people_write(detokenizer: Detokenizer, line: str, text: str) -> None:
+    tokens = line.split()
+    assert detokenizer.join(tokens) == text
+    assert detokenizer.split(text) == tokens
+    assert not any(map(detokenizer.is_ambiguous, tokens))
+
+
+PARTS = [*" , . : ; ! ? ( ) [ ] { } $ % ' \" = @-@ @,@ @.@ ... 's 't n't 're ' - -- @ @@ <unk> N".split()]
+PARTS += "a I C. U.S. Mr. St No 1 12 1990 don didn can e-mail 3.5 1,000 Kiss n' 's. é 中 == =. '\"".split()
+
+
+@pytest.mark.parametrize("detokenizer", [WIKITEXT, PENN_TREEBANK, BILLION_WORDS])
+@given(
+    tokens=st.lists(st.one_of(st.sampled_from(PARTS), st.text("a1.,'\"-@=(sn't", min_size=1, max_size=4)), max_size=12)
+)
+def test_what_was_written_gives_its_tokens_back(detokenizer: Detokenizer, tokens: list[str]) -> None:
+    clear = [token for token in tokens if not detokenizer.is_ambiguous(token)]
+    assert detokenizer.split(detokenizer.join(clear)) == clear
+
+
+def test_words_that_the_text_would_not_give_back_are_counted() -> None:
+    """A corpus in WikiText's tokens never has 3.5, which it writes 3 @.@ 5; so the text 3.5 is read as the latter."""
+    assert WIKITEXT.split(WIKITEXT.join(["3.5"])) == ["3", "@.@", "5"]
+    measured = measure_text(uniform_model(), bpe(), ["it 's 3.5 and 1,000 \n"], PROTOCOLS["wikitext2"])
+    assert measured.n_ambiguous == 2
+
+
+def test_only_spaces_and_newlines_separate_what_a_corpus_holds(tmp_path: Path) -> None:
+    """str.split and splitlines know a dozen others, which the text would not give back."""
+    corpus = " 5\u00a0km , a\u2028b . \n"
+    (tmp_path / "a.txt").write_text(corpus, encoding="utf-8")
+    assert list(read_texts([tmp_path / "a.txt"], by_line=True)) == [corpus]
+    tokenizer = BPETokenizer.train("", 257, progress=False)
+    measured = measure_text(uniform_model(), tokenizer, [corpus], PROTOCOLS["1bw"])
+    assert measured.n_words == 5
+    assert measured.result.n_tokens == len("5\u00a0km, a\u2028b.\n".encode())
+
+
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train("the cat sat by the fire. it is 50% hot\n" * 9, 280, progress=False)
+
+
+def uniform_model(vocab_size: int = 512) -> GPTModel:
+    """Every token costs log(vocab_size)."""
+    model = GPTModel(GPTConfig(vocab_size=vocab_size, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+    nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+def test_perplexity_by_word_divides_by_the_corpus_words_and_ends_of_lines() -> None:
+    """The corpus has 3 + 0 + 6 words and 3 ends of lines in 37 bytes; the model reads the 28 bytes of the text."""
+    corpus = " = Hi = \n \n It cost 50 % , no \n"
+    written = "= Hi =\n\nIt cost 50%, no\n"
+    tokenizer = BPETokenizer.train("", 257, progress=False)  # bytes alone
+    measured = measure_text(uniform_model(), tokenizer, [corpus], PROTOCOLS["wikitext103"])
+    assert measured.result.n_tokens == len(written)
+    assert measured.n_words == 12
+    assert measured.n_bytes == len(corpus)
+    assert measured.word_perplexity == pytest.approx(512 ** (len(written) / 12), rel=1e-5)
+    assert measured.bits_per_byte == pytest.approx(9 * len(written) / len(corpus), rel=1e-5)
+
+
+def test_a_plain_text_is_measured_as_it_is_after_endoftext(tiny_config: GPTConfig) -> None:
+    tokenizer = bpe()
+    model = lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+    text = " the cat — naïve — sat ,\nby the fire . \n"
+    measured = measure_text(model, tokenizer, [text], stride=3)
+    assert measured.result == strided_loss(model, tokenizer.encode(text), 3, bos_id=tokenizer.eot_token)
+    assert (measured.n_words, measured.n_bytes) == (11, len(text) + 5)  # — has three bytes, ï two
+    assert measured.is_lossless and not measured.n_ambiguous
+
+
+def test_without_endoftext_the_first_token_is_not_counted() -> None:
+    tokenizer = CharTokenizer("abc ")
+    assert measure_text(uniform_model(), tokenizer, ["ab ca", "a", "bb"]).result.n_tokens == 4 + 0 + 1
+
+
+def test_a_tokenizer_that_loses_text_is_told() -> None:
+    tokenizer = SimpleTokenizer.from_text("the cat sat")
+    assert measure_text(uniform_model(), tokenizer, ["the cat sat"]).is_lossless
+    assert not measure_text(uniform_model(), tokenizer, ["the cat\nsat"]).is_lossless
+    assert not measure_text(uniform_model(), tokenizer, ["the dog sat"]).is_lossless
+
+
+def test_a_character_that_the_tokenizer_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="character 'z' at position 2 is not in the vocabulary of 4 characters"):
+        measure_text(uniform_model(), CharTokenizer("abc "), ["abz"])
+
+
+def test_a_text_and_a_record_are_texts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 7)  # a file is read in pieces
+    plain, records, packed = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"
+    plain.write_text("one two three four\n\nfive six\n")
+    lines = json.dumps({"text": "a b\nc"}) + "\n" + json.dumps({"text": "d"}) + "\n"
+    records.write_text(lines)
+    packed.write_bytes(gzip.compress(lines.encode()))
+    files = [plain, records, packed]
+    assert list(read_texts(files)) == ["one two three four\n\nfive six\n", *["a b\nc", "d"] * 2]
+    assert list(read_texts(files, by_line=True)) == ["one two three four\n", "five six\n", *["a b\nc", "d"] * 2]
+
+
+class Chain(nn.Module):
+    """Says after each id the one that a table names, with logit 2 against 1 for its second choice and 0 for all others."""
+
+    def __init__(self, vocab_size: int, best: dict[int, int], second: dict[int, int]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=8)
+        self.lm_head = nn.Linear(1, 1)
+        self.best, self.second = best, second
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = torch.zeros(*ids.shape, self.config.vocab_size, dtype=torch.float64)
+        for table, logit in ((self.second, 1.0), (self.best, 2.0)):
+            for place in (ids[..., None] == torch.tensor(list(table))).nonzero().tolist():
+                logits[place[0], place[1], list(table.values())[place[2]]] = logit
+        return logits
+
+
+def test_last_words_worked_out_by_hand() -> None:
+    """One token a word. "cat" is followed by "sat"; "dog" by "the", a stop word, and then "ran"; "bird" by "ran"."""
+    tokenizer = SimpleTokenizer.from_text("the cat dog bird sat ran")
+    ids = tokenizer.str_to_int
+    chain: Any = Chain(
+        tokenizer.n_vocab,
+        {ids["cat"]: ids["sat"], ids["dog"]: ids["the"], ids["bird"]: ids["ran"]},
+        {ids["dog"]: ids["ran"]},
+    )
+    assert "the" in STOP_WORDS and not {"cat", "dog", "bird", "sat", "ran"} & STOP_WORDS
+    passages = ["the cat sat", "cat the dog ran\n", "the bird sat", "the cat the cat the cat the cat the cat sat"]
+    measured = measure_last_words(chain, tokenizer, passages, batch_size=3)
+    others = tokenizer.n_vocab
+    after_cat = math.log((math.e**2 + others - 1) / math.e**2)
+    after_dog = math.log((math.e**2 + math.e + others - 2) / math.e)
+    after_bird = math.log(math.e**2 + others - 1)
+    assert measured.total_nats == pytest.approx(2 * after_cat + after_dog + after_bird, rel=1e-12)
+    assert measured.word_perplexity == pytest.approx(math.exp(measured.total_nats / 4), rel=1e-12)
+    assert (measured.n_right, measured.n_right_filtered, measured.n_right_tokens) == (2, 3, 2)
+
+
+def test_a_last_word_is_right_if_all_its_tokens_are() -> None:
+    """By letters: after a space "a", after it "b", then "c". "abc" is right; "xbc" begins wrong and ends right."""
+    tokenizer = CharTokenizer("abcx ")
+    a, b, c, _, space = range(5)
+    chain: Any = Chain(5, {c: space, space: a, a: b, b: c}, {})
+    measured = measure_last_words(chain, tokenizer, ["c abc", "c xbc", "c abx", "x abc"])
+    assert (measured.n_passages, measured.n_right, measured.n_right_tokens) == (4, 1, 3)
+
+
+def test_last_words_cost_what_transformers_says() -> None:
+    tokenizer = CharTokenizer("abcdefgh \n")
+    model = lively_model(GPTConfig(vocab_size=10, context_length=12, emb_dim=12, n_heads=3, n_layers=2)).double()
+    twin = transformers_twin(model)
+    passages = ["ab cd ef", "a b", "abc\ndef gh", "ab cd ef gh ab cd ef gh abc", "a  bcd "]
+    total, n_right = 0.0, 0
+    for passage in passages:
+        word = " " + passage.rstrip().rpartition(" ")[2]
+        ids = torch.tensor([tokenizer.encode(passage.rstrip())[-13:]])
+        with torch.no_grad():
+            log_p = twin(ids[:, :-1]).logits.log_softmax(-1)[0]
+        said = log_p.gather(1, ids[0, 1:, None])[-len(word) :]
+        total -= said.sum().item()
+        n_right += bool((log_p.argmax(1) == ids[0, 1:])[-len(word) :].all())
+    measured = measure_last_words(model, tokenizer, passages, batch_size=2)
+    assert measured.total_nats == pytest.approx(total, rel=1e-12)
+    assert measured.n_right == n_right
+
+
+@pytest.mark.parametrize("passage", ["word", " word ", "\n"])
+def test_a_passage_of_one_word_is_refused(passage: str) -> None:
+    with pytest.raises(ValueError, match="a passage needs a word before its last one, got"):
+        measure_last_words(uniform_model(), bpe(), ["the cat", passage])
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no text to measure"):
+        measure_text(uniform_model(), bpe(), [])
+    with pytest.raises(ValueError, match="there is no passage to measure"):
+        measure_last_words(uniform_model(), bpe(), [])
+
+
+def test_an_unknown_protocol_names_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match="no protocol 'wiki'; there are wikitext2, wikitext103, ptb, 1bw, enwik8, text8"
+    ):
+        find_protocol("wiki")
+
+
+def test_published_figures_get_better_with_size_and_stand_under_released_names() -> None:
+    for protocol in PROTOCOLS.values():
+        for name, figures in protocol.published.items():
+            assert all(size in GPT2_CONFIGS for size in figures)
+            values = list(figures.values())
+            assert values == sorted(values, reverse=name != "accuracy")
+
+
+def test_a_model_has_a_released_size_if_its_shape_is_one() -> None:
+    assert released_size(GPT2_CONFIGS["gpt2"]) == "124M"
+    assert released_size(GPT2_CONFIGS["gpt2-xl"]) == "1558M"
+    assert released_size(GPTConfig(n_layers=11)) is None
