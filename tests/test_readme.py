@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from bundle_writer import stored, write_bundle
+from MyGPT import GPT2_CONFIGS
 from MyGPT.cli import main
+from MyGPT.weights.layout import openai_shapes
+from texts import OPENAI_FILES
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -17,10 +24,33 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(enc
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()
 
 
+def write_random_gpt2(directory: Path) -> None:
+    """OpenAI's files for 124M, with their sizes and random weights."""
+    directory.mkdir(parents=True)
+    config = GPT2_CONFIGS["124M"]
+    tensors = {
+        name: stored(torch.rand(shape).sub_(0.5).mul_(0.04).numpy()) for name, shape in openai_shapes(config).items()
+    }
+    write_bundle(directory / "model.ckpt", tensors)
+    (directory / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
+    sizes = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+    (directory / "hparams.json").write_text(json.dumps(sizes))
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(OPENAI_FILES / name, directory)
+
+
 @pytest.mark.slow
-def test_every_block_runs(in_tmp_path: Path, alice: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_runs(
+    in_tmp_path: Path, alice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(ROOT / "configs", "configs")
     Path("book.txt").write_text(alice, encoding="utf-8")
+    records = [
+        {"instruction": f"Spell {word}.", "output": " ".join(word)} for word in alice.split()[:60] if word.isalpha()
+    ]
+    Path("records.json").write_text(json.dumps(records))
+    write_random_gpt2(Path("gpt2/124M"))  # what is there already is not downloaded
+    monkeypatch.setattr("sys.stdin", io.StringIO("Spell cat.\n"))
     names: dict[str, object] = {"__name__": "readme"}
     languages = set()
     for language, code in BLOCKS:
@@ -31,7 +61,7 @@ def test_every_block_runs(in_tmp_path: Path, alice: str, capsys: pytest.CaptureF
             for line in code.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] == "mygpt":
-                    short = SHORT if words[1] == "train" else []
+                    short = SHORT if words[1] == "train" else ["--epochs", "0.5"] if words[1] == "finetune" else []
                     assert main([*words[1:], *short]) == 0, (line, capsys.readouterr().err)
                 else:
                     assert not words or words[0] in ("make", "git", "cd", "pip", "python"), f"not run: {line}"
