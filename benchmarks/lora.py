@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/lora.py [--batch_size 4] [--length 256] [--steps 4] [--rounds 3] [--precision fp32 bf16]
 The same weights, adapters and batches, no dropout, AdamW, eager mode; each program in a process of its own, in turn. The first
-step of each warms up. The losses of the two are compared step by step; memory is the process's peak beyond what its libraries took.
+step of each warms up. The losses of the two are compared step by step; memory is the peak beyond what the libraries took.
 """
 
 from __future__ import annotations
