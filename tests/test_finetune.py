@@ -216,7 +216,7 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
         (["--lora.targets", "[c_atn]"], "no layer of the model is called 'c_atn'"),
         (["--lora.r", "0"], "r"),
         (["--template", "vicuna"], "no template 'vicuna': give alpaca, book"),
-        (["--max_length", "3"], "there are no examples to learn from: 23 records, 23 too long"),
+        (["--max_length", "3"], "there are no examples to learn from: 23 records, 23 too long for max_length=3"),
         (["--rows", "loose"], "rows"),
         (["--lora.rank", "3"], "lora.rank"),
     ],

@@ -149,6 +149,13 @@ def test_info_says_whose_a_checkpoint_is(talker: Path, tmp_path: Path, capsys: A
             assert words in printed
 
 
+def test_a_directory_of_downloaded_models_does_not_hide_their_names(in_tmp_path: Path, capsys: Any) -> None:
+    """download_and_load_gpt2("124M", "gpt2") of the book makes one called gpt2."""
+    Path("gpt2/124M").mkdir(parents=True)
+    assert main(["info", "gpt2"]) == 0
+    assert "124,439,808" in capsys.readouterr().out
+
+
 def test_info_lists_what_is_wrong_with_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
     checkpoint = NanoGPT(67, 16, 24, 3, 2, bias=True).checkpoint()
     del checkpoint["model"]["_orig_mod.transformer.h.1.ln_2.bias"]

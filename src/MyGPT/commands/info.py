@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -29,10 +29,12 @@ def explain(name: str) -> str:
     recipe = _read_recipe(name)
     if recipe is not None:
         return describe(name, recipe)
-    if name in GPT2_CONFIGS and not os.path.exists(name):
-        return describe(name, GPT2_CONFIGS[name])
     from MyGPT.weights.checkpoint import guess_config, open_checkpoint
     from MyGPT.weights.layout import fit
+    from MyGPT.weights.pretrained import holds_model
+
+    if name in GPT2_CONFIGS and not holds_model(Path(name)):
+        return describe(name, GPT2_CONFIGS[name])
 
     checkpoint = open_checkpoint(name)
     config = guess_config(checkpoint)

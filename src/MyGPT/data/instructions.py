@@ -69,7 +69,10 @@ class InstructionDataset(Dataset[Example]):
             ids.append(np.array(example, np.uint32))
             is_answer.append(np.array(example.is_answer))
         if not ids:
-            raise ValueError(f"there are no examples to learn from: {len(records)} records, {self.n_too_long} too long")
+            raise ValueError(
+                f"there are no examples to learn from: {len(records)} records, {self.n_too_long} too long"
+                + (f" for max_length={max_length} (the longest has {self.longest} tokens)" if records else "")
+            )
         self.lengths = np.array([len(part) for part in ids])
         """Tokens of each example, which is also the room it takes in a batch: its last id is only a target."""
         self._ends = self.lengths.cumsum()

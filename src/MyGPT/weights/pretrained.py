@@ -26,12 +26,15 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     like, or hf://user/model, come from the Hugging Face hub. A path that holds a model goes before a name.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    is_model = (
-        path.is_file() or is_openai_directory(path) or any((path / p / "config.json").is_file() for p in (".", "model"))
-    )
-    if is_model:
+    if holds_model(path):
         return path
     return download_model(name) if _repository(name) or name in GPT2_CONFIGS else path
+
+
+def holds_model(path: Path) -> bool:
+    """Whether there is a model at a path. `gpt2` may also be the directory into which the models were downloaded."""
+    configs = (path / "config.json", path / "model" / "config.json")
+    return path.is_file() or is_openai_directory(path) or any(config.is_file() for config in configs)
 
 
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
