@@ -92,6 +92,16 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "Example:" in text
 
 
+def test_options_may_be_written_with_hyphens_and_flags_without_a_value(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["generate", "--model", str(run), "--prompt=It was", "--top_k=1"]
+    assert main([*plain, "--max_new_tokens", "5", "--slide", "true"]) == 0
+    first = capsys.readouterr().out
+    assert main([*plain, "--max-new-tokens", "5", "--slide"]) == 0
+    assert capsys.readouterr().out == first
+
+
 def test_help_and_version_answer_without_importing_torch() -> None:
     code = (
         "import sys; from MyGPT.cli import main; main(['--help']); main(['--version']); "

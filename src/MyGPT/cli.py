@@ -64,7 +64,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Parses the options and calls the command's function."""
     command = getattr(importlib.import_module(f"MyGPT.commands.{name}"), name)
     parser = make_parser(name, command)
-    call(command, parser.parse_args(list(arguments)))
+    call(command, parser.parse_args([_underscored(argument, parser) for argument in arguments]))
 
 
 def make_parser(name: str, command: Callable[..., Any]) -> Any:
@@ -103,6 +103,13 @@ def make_parser(name: str, command: Callable[..., Any]) -> Any:
             action.nargs, action.const = "?", True
     parser.set_defaults(getattr(module, "DEFAULTS", {}))
     return parser
+
+
+def _underscored(argument: str, parser: Any) -> str:
+    """An option written with hyphens, --max-steps, as it is called; anything else, such as a prompt, as it is."""
+    option, equals, value = argument.partition("=")
+    named = "--" + option[2:].replace("-", "_")
+    return f"{named}{equals}{value}" if option.startswith("--") and named in parser._option_string_actions else argument
 
 
 def call(command: Callable[..., Any], options: Any) -> None:

@@ -1,0 +1,72 @@
+"""Training on instructions: rows padded as they come, padded in batches of similar length, and packed.
+
+Usage: python benchmarks/packing.py --data alpaca.json [--batch_size 8] [--steps 12] [--rounds 3] [--mask_prompt]
+A model of GPT_CONFIG_SMALL with random weights, forward and backward in float32, the three ways in turn. A step of each shows
+about as much text; what counts is examples a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from MyGPT import GPT_CONFIG_SMALL, GPTModel, InstructionDataset, get_tokenizer
+from MyGPT.data.instructions import LengthGroupedSampler
+from MyGPT.data.packing import PackedSampler
+from MyGPT.data.records import read_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mask_prompt", action="store_true")
+    options = parser.parse_args()
+    dataset = InstructionDataset(read_records(options.data), get_tokenizer("gpt2"), max_length=256)
+    model = GPTModel({**GPT_CONFIG_SMALL, "drop_rate": 0.0})
+    same: dict[str, Any] = {"mask_prompt": options.mask_prompt, "seed": 1}
+    ways = {
+        "padded": LengthGroupedSampler(dataset, options.batch_size, pool_batches=1, **same),
+        "padded, similar lengths": LengthGroupedSampler(dataset, options.batch_size, **same),
+        "packed": PackedSampler(dataset, 256, options.batch_size // 2, **same),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    fill: dict[str, float] = {}
+    for turn in range(options.rounds + 1):  # the first warms up
+        for name, sampler in ways.items():
+            steps = range(turn * options.steps, (turn + 1) * options.steps)
+            # In a list: what is measured is the model.
+            batches = [sampler.batch(step) for step in steps]
+            if isinstance(sampler, PackedSampler):
+                indices = [index for step in steps for row in sampler.rows(step) for index in row]
+            else:
+                indices = [index for step in steps for index in sampler.indices(step)]
+            start = time.perf_counter()
+            for batch in batches:
+                total, count = model.token_loss(*batch)
+                (total / count).backward()
+                model.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - start
+            fill[name] = float(dataset.lengths[indices].sum()) / sum(batch[0].numel() for batch in batches)
+            if turn:
+                speeds[name].append(len(indices) / seconds)
+    print(
+        f"{dataset.describe()}; {options.rounds} rounds of {options.steps} steps, medians; {torch.get_num_threads()} threads"
+    )
+    first = statistics.median(speeds["padded"])
+    for name, found in speeds.items():
+        median = statistics.median(found)
+        print(
+            f"{name:<24} {median:6.2f} examples/s ({min(found):.2f} to {max(found):.2f}), {median / first:.2f} times padded; "
+            f"{fill[name]:.0%} of the rows are tokens"
+        )
+
+
+if __name__ == "__main__":
+    main()
