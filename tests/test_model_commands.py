@@ -75,7 +75,7 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     error = capsys.readouterr().err
     assert "the oldest 1 of the turns" in error
-    assert "tokens long, the model has room for 52" in error
+    assert "tokens long, beside an answer the model has room for 52" in error
 
 
 def test_a_conversation_keeps_as_many_turns_as_fit(talker: Path) -> None:

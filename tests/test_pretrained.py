@@ -234,9 +234,18 @@ class Touch:
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(is_old: bool, in_tmp_path: Path) -> None:
     torch.save({"model": Touch()}, "ckpt.pt", _use_new_zipfile_serialization=not is_old)
-    with pytest.raises(ValueError, match=r"ckpt\.pt holds more than tensors and plain values, and could run any code"):
+    with pytest.raises(
+        ValueError, match=r"ckpt\.pt holds more than tensors and plain values, and could run any code \(posix.system\)"
+    ):
         GPTModel.from_pretrained("ckpt.pt")
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"x\n", b"\x80\x02.", b"PK\x03\x04", b"<html>"])
+def test_a_file_of_another_kind_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ckpt\.pt is no checkpoint"):
+        GPTModel.from_pretrained(tmp_path / "ckpt.pt")
 
 
 @settings(max_examples=60, deadline=None)

@@ -58,7 +58,7 @@ class Conversation:
             if len(ids) <= room:
                 return ids
             if not self.turns or not self.remembers:
-                raise ValueError(f"that is {len(ids)} tokens long, the model has room for {room}")
+                raise ValueError(f"that is {len(ids)} tokens long, beside an answer the model has room for {room}")
             del self.turns[0]
 
 
@@ -69,7 +69,7 @@ def chat(
     template: str | None = None,
     memory: bool | None = None,
     system: str = "",
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
     device: str = "auto",
 ) -> None:
@@ -84,7 +84,7 @@ def chat(
         template: alpaca, book or a JSON file; default the model's own, or a plain transcript
         memory: show the model what was said before; default for a transcript only, since most tuned models learn single answers
         system: a text before the conversation; without memory, the input of each instruction
-        max_new_tokens: most tokens of an answer
+        max_new_tokens: most tokens of an answer; default 200, or half the model's context if that is less
         seed: makes the conversation repeatable
         device: auto, cpu, cuda or mps
     """
@@ -94,9 +94,11 @@ def chat(
     gpt, tokenizer, _ = open_model(model, device, adapter)
     own = load_template(template) if template else find_template(model, adapter)
     conversation = Conversation(own or TRANSCRIPT, own is None if memory is None else memory, system)
-    room = gpt.config.context_length - max_new_tokens
+    context = gpt.config.context_length
+    longest = min(200, context // 2) if max_new_tokens is None else max_new_tokens
+    room = context - longest
     if room < 1:
-        raise ValueError(f"max_new_tokens must be below the model's context of {gpt.config.context_length}")
+        raise ValueError(f"max_new_tokens must be below the model's context of {context}, got {longest}")
     print(HELP, file=sys.stderr)
     while (question := ask()) is not None:
         if question == "/quit":
@@ -113,7 +115,7 @@ def chat(
             if n_forgotten:
                 print(f"(no longer in the model's sight: the oldest {n_forgotten} of the turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
-            for text in stream_text(gpt, tokenizer, ids, max_new_tokens, sampling, conversation.stops(), turn_seed):
+            for text in stream_text(gpt, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):
                 answer += text
                 print(text, end="", flush=True)
         except KeyboardInterrupt:

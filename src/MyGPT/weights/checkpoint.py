@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,11 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
         except RuntimeError:  # torch's format before 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
+        found = re.search(r"(?:GLOBAL|class|callable) (\S*\w)", str(error))
+        if found is None:
+            raise ValueError(f"{path} is no checkpoint: it is neither safetensors nor what torch.save writes") from None
         raise ValueError(
-            f"{path} holds more than tensors and plain values, and could run any code: it is not opened ({reason[:200]})"
+            f"{path} holds more than tensors and plain values, and could run any code ({found[1]}): it is not opened"
         ) from None
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.filename:  # the file cannot be opened at all
