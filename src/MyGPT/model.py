@@ -260,7 +260,25 @@ class GPTModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of `targets` (B, T), already shifted, and how many count; no (B, T, V) logits are made."""
         self._check(input_ids, attention_mask, None, targets, None)
+        return self._head_loss(self._hidden_states(input_ids, attention_mask), targets)
+
+    def row_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The summed cross-entropy of each row apart, (B,); otherwise as `token_loss`."""
+        self._check(input_ids, attention_mask, None, targets, None)
         hidden = self._hidden_states(input_ids, attention_mask)
+        return torch.stack([self._head_loss(of_row, row)[0] for of_row, row in zip(hidden, targets, strict=True)])
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the head would read at the last token of each row that is not padding, (B, C)."""
+        self._check(input_ids, attention_mask, None, None, None)
+        hidden = self._hidden_states(input_ids, attention_mask)
+        if attention_mask is None:
+            return hidden[:, -1]
+        T = input_ids.shape[1]
+        last = (attention_mask.ne(0) * torch.arange(T, device=hidden.device)).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         # With an adapter on it, or a bias, the head is more than its weight.
         if type(self.lm_head) not in (nn.Linear, TiedHead) or getattr(self.lm_head, "bias", None) is not None:
             return token_loss(self.lm_head(hidden), targets)

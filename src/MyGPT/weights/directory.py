@@ -28,14 +28,24 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def write_directory(
-    directory: str | os.PathLike[str], config: GPTConfig, state_dict: Mapping[str, Tensor], tokenizer: Any = None
+    directory: str | os.PathLike[str],
+    config: GPTConfig,
+    state_dict: Mapping[str, Tensor],
+    tokenizer: Any = None,
+    *,
+    more_config: Mapping[str, Any] | None = None,
+    more_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a model directory as a whole or not at all; other files that it held stay in it."""
+    """Writes a model directory as a whole or not at all; other files that it held stay in it.
+
+    What a head of another kind needs is added to config.json and to the weights as it is.
+    """
     eot_token = getattr(tokenizer, "eot_token", None)
     special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
     tensors = to_hugging_face(state_dict, config)
+    tensors |= {name: Lazy.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
     with atomic_directory(directory, replaces=_OURS_TO_REPLACE) as temporary:
-        _write_json(temporary / "config.json", {**config.to_dict(), **special})
+        _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
         _write_json(temporary / "generation_config.json", special if eot_token is not None else {})
         _write_weights(Path(directory), temporary, tensors)
         if tokenizer is not None:

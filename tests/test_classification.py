@@ -1,0 +1,147 @@
+"""The classifier against transformers' GPT2ForSequenceClassification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from conftest import lively_model
+from MyGPT import BPETokenizer, GPTConfig
+from MyGPT.finetuning.classification import (
+    GPTForClassification,
+    accuracy,
+    collate_texts,
+    confusion_table,
+    read_labelled,
+)
+
+EXAMPLES = [
+    (f"{word} {n} times", label) for word, label in (("buy now", "spam"), ("see you", "ham")) for n in range(12)
+]
+LABELS = ["ham", "spam"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BPETokenizer:
+    return BPETokenizer.train([text for text, _ in EXAMPLES], 280, progress=False)
+
+
+def fresh(tokenizer: BPETokenizer, **options: Any) -> GPTForClassification:
+    sizes = {"context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2, "drop_rate": 0.0}
+    return GPTForClassification(lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes)), LABELS, **options)
+
+
+def texts(tokenizer: BPETokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    return collate_texts(["buy", "see you 3 times", "now"], tokenizer, 32)
+
+
+def test_transformers_opens_it_with_equal_scores_loss_and_gradients(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    """Padded on the right, in float64; theirs finds the last token by the padding's id."""
+    ours = fresh(tokenizer).double()
+    ours.save_pretrained(tmp_path, tokenizer)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert theirs.config.id2label == {0: "ham", 1: "spam"}
+    ids, mask = texts(tokenizer)
+    labels = torch.tensor([1, 0, 1])
+    loss, scores = ours(ids, mask, labels)
+    expected = theirs(input_ids=ids, attention_mask=mask, labels=labels)
+    assert (scores - expected.logits).abs().max() < 1e-12 and abs(loss - expected.loss) < 1e-6  # their loss is float32
+    loss.backward()
+    expected.loss.backward()
+    assert (ours.score.weight.grad - theirs.score.weight.grad).abs().max() < 1e-6
+    mine, other = ours.gpt.transformer.wte.weight.grad, theirs.transformer.wte.weight.grad
+    assert mine is not None and (mine - other).abs().max() < 1e-6
+
+
+def test_it_opens_again_bit_by_bit(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    model = fresh(tokenizer).eval()
+    model.save_pretrained(tmp_path, tokenizer)
+    again = GPTForClassification.from_pretrained(tmp_path)
+    ids, mask = texts(tokenizer)
+    assert torch.equal(again(ids, mask), model(ids, mask)) and again.labels == LABELS
+
+
+def test_padding_on_either_side_changes_nothing(tokenizer: BPETokenizer) -> None:
+    model = fresh(tokenizer).double().eval()
+    ids, mask = texts(tokenizer)
+    alone = torch.cat([model(row[kept.bool()][None]) for row, kept in zip(ids, mask, strict=True)])
+    order = mask.argsort(dim=1, stable=True)
+    assert (model(ids, mask) - alone).abs().max() < 1e-12
+    assert (model(ids.gather(1, order), mask.gather(1, order)) - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("way", ["head", "last_block", "all", "lora"])
+def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPETokenizer) -> None:
+    model: Any = fresh(tokenizer, train_only="all" if way == "lora" else way)
+    if way == "lora":
+        lora = LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], modules_to_save=["score"])
+        model = get_peft_model(model, lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if way == "head":
+        assert trained == {"score.weight"}
+    if way == "last_block":
+        assert (
+            all(".h.1." in name or ".ln_f." in name or name == "score.weight" for name in trained)
+            and len(trained) == 14
+        )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids, mask = collate_texts([text for text, _ in EXAMPLES], tokenizer, 32)
+    labels = torch.tensor([LABELS.index(label) for _, label in EXAMPLES])
+    for _ in range(40):
+        loss, _ = model(ids, attention_mask=mask, labels=labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    base = model if way != "lora" else model.base_model.model
+    table = confusion_table(base, EXAMPLES, tokenizer, batch_size=5)
+    assert table.sum() == len(EXAMPLES) and accuracy(table) >= 0.95
+
+
+def test_the_table_counts_what_was_called_what(tokenizer: BPETokenizer) -> None:
+    model = fresh(tokenizer)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.stack([torch.zeros(24), torch.zeros(24)]))  # the first of equals: always "ham"
+    assert confusion_table(model, EXAMPLES, tokenizer).tolist() == [[12, 0], [12, 0]]
+    assert accuracy(confusion_table(model, EXAMPLES, tokenizer)) == 0.5
+    with pytest.raises(ValueError, match="the model has no label 'eggs'; its labels are ham, spam"):
+        confusion_table(model, [("x", "eggs")], tokenizer)
+
+
+def test_texts_and_labels_are_read_from_csv_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('label,text\nspam,"buy, ""now""\nplease"\nham,see you\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "buy, \\"now\\"\\nplease", "label": "spam"}\n\n{"label": "ham", "text": "see you"}\n'
+    )
+    expected = [('buy, "now"\nplease', "spam"), ("see you", "ham")]
+    assert read_labelled(tmp_path / "a.csv") == read_labelled(tmp_path / "a.jsonl") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,label\nbuy,spam\nsee,\n", r"a\.csv, line 3: the key 'label' is missing or empty"),
+        ("a.csv", "text,kind\nbuy,spam\n", r"a\.csv, line 2: the key 'label' is missing"),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"a\.jsonl, line 2: the key 'text'"),
+        ("a.jsonl", "{\n", r"a\.jsonl, line 1: not JSON"),
+        ("a.csv", "text,label\n", r"a\.csv has no records"),
+    ],
+)
+def test_a_wrong_record_is_told_by_file_line_and_key(name: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_labelled(tmp_path / name)
+
+
+def test_what_is_no_classifier_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least two labels, all different"):
+        GPTForClassification(fresh(tokenizer).gpt, ["a", "a"])
+    with pytest.raises(ValueError, match="train_only must be"):
+        fresh(tokenizer, train_only="some")
+    fresh(tokenizer).gpt.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no classifier"):
+        GPTForClassification.from_pretrained(tmp_path)
