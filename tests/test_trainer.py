@@ -17,7 +17,8 @@ from torch import Tensor
 
 from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer, train_model_simple
 from MyGPT.data.sampler import WindowSampler, walk_windows
-from MyGPT.training.trainer import autocast_dtype, check_run_directory
+from MyGPT.training.run_directory import check_run_directory
+from MyGPT.training.trainer import autocast_dtype
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
 TOKENIZER = CharTokenizer.from_text(TEXT)
@@ -183,7 +184,7 @@ def test_early_stop_counts_evaluations_without_a_new_best(monkeypatch: pytest.Mo
 def test_a_loss_that_is_nan_stops_the_run_names_the_step_and_keeps_the_last_good_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before: int
 ) -> None:
-    trainer = make_trainer(change(QUICK, eval_every=100), tmp_path / "run")
+    trainer = make_trainer(change(QUICK, eval_every=100, max_skipped_steps=0), tmp_path / "run")
     compute, last_good = trainer._token_loss, []
 
     def poisoned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +217,7 @@ def test_a_full_disk_leaves_the_last_best_model_whole(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         trainer.save()
     assert_same_weights(before, GPTModel.from_pretrained(tmp_path / "run").state_dict())
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "model"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", ".process", "config.yaml", "model"]
 
 
 def test_without_a_validation_text_the_last_model_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 2 for an error that a user can cause, 130 for Ctrl-C.
+    """Runs a command and returns the exit status: 0, 2 for an error that a user can cause, 130 for Ctrl-C, 143 for SIGTERM.
 
     An error is one line on stderr; MYGPT_DEBUG=1 shows where it came from.
     """
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_command(name, arguments[1:])
     except KeyboardInterrupt as interrupt:
         print(f"\nmygpt {name}: {interrupt or 'stopped'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -62,9 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Parses the options and calls the command's function."""
-    command = getattr(importlib.import_module(f"MyGPT.commands.{name}"), name)
+    module = importlib.import_module(f"MyGPT.commands.{name}")
+    command = getattr(module, name)
     parser = make_parser(name, command)
-    call(command, parser.parse_args([_underscored(argument, parser) for argument in arguments]))
+    arguments = [_underscored(argument, parser) for argument in arguments]
+    call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
 
 
 def make_parser(name: str, command: Callable[..., Any]) -> Any:

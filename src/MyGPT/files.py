@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -62,6 +63,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync_file(file)
+        _sync_directory(temporary)
         if path.exists():
             _carry_over(path, temporary, replaces)
         os.chmod(temporary, _mode(path, 0o777))
@@ -86,6 +88,21 @@ def restore_directory(path: str | os.PathLike[str]) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # The new directory had arrived; only the clearing up was missed.
     else:
         os.rename(aside, path)
+
+
+def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
+    """Removes what `atomic_write` and `atomic_directory` of names like these left in a directory when they were killed.
+
+    Only for a directory in which no other process writes. What a kill between two renames left is brought back.
+    """
+    for entry in Path(directory).iterdir():
+        name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
+        if not entry.name.startswith(".") or not dot or not any(fnmatch(name, pattern) for pattern in patterns):
+            continue
+        if suffix == "previous":
+            restore_directory(entry.parent / name)
+        elif re.fullmatch(r"[a-z0-9_]{8}", suffix):  # as tempfile names them
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from MyGPT.commands._resume import begins_again, run_to_resume, with_options_of_run
 from MyGPT.finetuning.examples import ExampleOptions
 from MyGPT.finetuning.lora import LoraOptions
 from MyGPT.training.config import TrainConfig
@@ -28,6 +29,7 @@ DEFAULTS = {
 }
 HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
 NESTED = ("lora",)
+EXPAND = with_options_of_run
 
 
 def finetune(
@@ -42,6 +44,8 @@ def finetune(
     out: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: str | None = None,
+    allow_changed: str | list[str] | None = None,
 ) -> None:
     """Tune a model on instructions, conversations or texts: an adapter (LoRA), or all of its weights.
 
@@ -58,6 +62,9 @@ def finetune(
         out: the run's directory; default runs/ and the time
         device: auto, cpu, cuda or mps
         overwrite: replace the run that is in the directory
+        resume: the directory of a run that goes on, with the options that it had; "auto" goes on with the run in --out if
+            there is one, and else begins it
+        allow_changed: options that may differ from those of the run that goes on
     """
     import torch
 
@@ -65,12 +72,16 @@ def finetune(
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
     from MyGPT.model import GPTModel
-    from MyGPT.training.trainer import Trainer, WholeModel, check_run_directory
+    from MyGPT.training.run_directory import WholeModel, check_run_directory
+    from MyGPT.training.trainer import Trainer
     from MyGPT.weights.pretrained import find_model
 
     check_choices(full, merge, epochs, frozen_dtype)
-    place, run = pick_device(device), Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    check_run_directory(run, overwrite)
+    place, going_on = pick_device(device), run_to_resume(resume, out)
+    run = going_on or Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    overwrite = overwrite or begins_again(run, resume)
+    if going_on is None:
+        check_run_directory(run, overwrite)
     path = find_model(model)
     torch.manual_seed(training.seed)
     gpt = GPTModel.from_pretrained(path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
@@ -107,6 +118,8 @@ def finetune(
         },
         device=place,
         overwrite=overwrite,
+        resume=going_on is not None,
+        allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed or (),
     )
     n_trained = gpt.num_parameters(only_trainable=True)
     print(

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from MyGPT.commands._resume import begins_again, run_to_resume, with_options_of_run
 from MyGPT.config import GPTConfig
 from MyGPT.training.config import TrainConfig
 
 # A model that a laptop trains in minutes; the released sizes are in configs/.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
 HIDDEN = ("vocab_size",)
+EXPAND = with_options_of_run
 
 
 def train(
@@ -27,11 +29,15 @@ def train(
     out: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: str | None = None,
+    allow_changed: str | list[str] | None = None,
 ) -> None:
     """Train a GPT on a text, from text files to a model directory.
 
-    The run's directory gets config.yaml, metrics.jsonl, model/ (the best model), loss.png and samples.txt. Ctrl-C saves
-    the model and says where. Example: mygpt train --data book.txt --max_steps 500 --out runs/book
+    The run's directory gets config.yaml, metrics.jsonl, model/ (the best model), checkpoints/, loss.png and samples.txt.
+    Ctrl-C and SIGTERM save a checkpoint and say how to go on.
+    Example: mygpt train --data book.txt --max_steps 500 --out runs/book
+    A run that was stopped, killed too: mygpt train --resume runs/book
 
     Args:
         data: text files (.txt, .jsonl, .gz, patterns such as 'texts/*.txt'), a directory made by mygpt prepare, or the
@@ -42,18 +48,25 @@ def train(
         out: the run's directory; default runs/ and the time
         device: auto, cpu, cuda or mps
         overwrite: replace the run that is in the directory
+        resume: the directory of a run that goes on, with the options that it had; "auto" goes on with the run in --out if
+            there is one, and else begins it, so that the same command can be given again and again
+        allow_changed: options that may differ from those of the run that goes on
     """
     import torch
 
     from MyGPT.commands._model import pick_device
     from MyGPT.model import GPTModel
-    from MyGPT.training.trainer import Trainer, check_run_directory
+    from MyGPT.training.run_directory import check_run_directory
+    from MyGPT.training.trainer import Trainer
 
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be from 0 up to but not including 1, got {val_fraction}")
     place = pick_device(device)
-    run = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    check_run_directory(run, overwrite)  # before the work of reading the text
+    going_on = run_to_resume(resume, out)
+    run = going_on or Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    overwrite = overwrite or begins_again(run, resume)
+    if going_on is None:
+        check_run_directory(run, overwrite)  # before the work of reading the text
     ids, coder = load_data(data, tokenizer, tokenizer_size)
     n_train = len(ids) - round(len(ids) * val_fraction)
     torch.manual_seed(training.seed)
@@ -80,6 +93,8 @@ def train(
         },
         device=place,
         overwrite=overwrite,
+        resume=going_on is not None,
+        allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed or (),
     )
     precision = "bf16" if trainer.autocast_dtype else "fp32"
     print(

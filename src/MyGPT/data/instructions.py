@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from MyGPT.data.records import Record, check_record
 from MyGPT.data.templates import BOOK, Part, Template
+from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
 from MyGPT.loss import IGNORED
 from MyGPT.tokenizers.base import encode_with_specials
@@ -77,6 +78,10 @@ class InstructionDataset(Dataset[Example]):
         """Tokens of each example, which is also the room it takes in a batch: its last id is only a target."""
         self._ends = self.lengths.cumsum()
         self._ids, self._is_answer = np.concatenate(ids), np.concatenate(is_answer)
+
+    def fingerprint(self) -> str:
+        """What tells these examples from others."""
+        return fingerprint(self._ids, self._ends, self._is_answer)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -203,6 +208,10 @@ class LengthGroupedSampler:
         """Inputs and targets of a step, each (B, T) int64; see `collate_instructions`."""
         examples = [self.dataset[index] for index in self.indices(step)]
         return collate_instructions(examples, self.pad_token_id, mask_prompt=self.mask_prompt)
+
+    def fingerprint(self) -> str:
+        """What tells the examples from others."""
+        return self.dataset.fingerprint()
 
     def indices(self, step: int) -> list[int]:
         """Which examples a step sees."""

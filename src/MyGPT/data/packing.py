@@ -119,6 +119,10 @@ class PackedSampler:
         rows = [[self.dataset[index] for index in row] for row in self.rows(step)]
         return collate_packed(rows, self.max_length, self.pad_token_id, mask_prompt=self.mask_prompt)
 
+    def fingerprint(self) -> str:
+        """What tells the examples from others."""
+        return self.dataset.fingerprint()
+
     def rows(self, step: int) -> list[list[int]]:
         """Which examples each row of a step holds."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from MyGPT.data.order import Order
-from MyGPT.data.tokens import TokenArray
+from MyGPT.data.tokens import TokenArray, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 
 
@@ -38,6 +38,10 @@ class WindowSampler:
     def batch(self, step: int) -> Batch:
         """Inputs and targets of a step, each (B, T) int64."""
         return gather_windows(self.ids, self._starts(step), self.max_length)
+
+    def fingerprint(self) -> str:
+        """What tells the text from another."""
+        return fingerprint(self.ids)
 
     def _starts(self, step: int) -> npt.NDArray[np.int64]:
         if self.order == "random":

@@ -6,6 +6,7 @@ A prepared data set is a directory: `tokens.bin` (ids, little-endian uint16 or u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy.typing as npt
 from MyGPT.files import restore_directory
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+_BLOCK = 1 << 16
 
 
 def id_dtype(n_vocab: int) -> np.dtype[Any]:
@@ -39,6 +43,20 @@ def compact_ids(ids: Any) -> TokenArray:
     if smallest < 0 or largest >= 2**32:
         raise ValueError(f"token ids must be from 0 to {2**32 - 1}, got {smallest if smallest < 0 else largest}")
     return array.astype(id_dtype(largest + 1))
+
+
+def fingerprint(*arrays: npt.NDArray[Any]) -> str:
+    """SHA-256 that tells data from others: of the lengths and every byte, beyond 64 MB an array of 1,024 blocks of it."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        digest.update(f"{array.dtype} {len(data)} ".encode())
+        if len(data) <= 1024 * _BLOCK:
+            digest.update(data)
+            continue
+        for start in np.linspace(0, len(data) - _BLOCK, 1024).astype(np.int64):
+            digest.update(data[start : start + _BLOCK])
+    return digest.hexdigest()
 
 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:

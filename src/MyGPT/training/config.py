@@ -71,6 +71,18 @@ class TrainConfig:
     """What live samples begin with; default: the first tokens of the validation text."""
     log_every: int = 10
     """Steps between the entries in metrics.jsonl."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints, from which --resume goes on as if nothing had happened; 0 for none by steps."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is one in any case; 0 for none by time."""
+    keep_last: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    keep_best: int = 0
+    """Checkpoints kept beside those for their low validation loss; the best model is in model/ in any case."""
+    max_skipped_steps: int = 10
+    """Steps that may be left out because their loss or gradient is not finite; with one more the run stops."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms alone. A processor's are anyway; on a GPU some are slower, some missing."""
     tensorboard: bool = False
     """Write TensorBoard's event files beside metrics.jsonl."""
     seed: int = 1337
@@ -85,8 +97,17 @@ class TrainConfig:
             "eval_windows",
             "early_stop",
             "log_every",
+            "keep_last",
         )
-        for name in (*positive, "warmup_steps", "sample_every", "sample_tokens", "seed"):
+        natural = (
+            "warmup_steps",
+            "sample_every",
+            "sample_tokens",
+            "checkpoint_every",
+            "keep_best",
+            "max_skipped_steps",
+        )
+        for name in (*positive, *natural, "seed"):
             value, least = getattr(self, name), 1 if name in positive else 0
             if value is None and name in ("micro_batch_size", "early_stop"):
                 continue
@@ -95,7 +116,7 @@ class TrainConfig:
         for name in ("learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in ("min_learning_rate", "weight_decay", "grad_clip", "sample_temperature"):
+        for name in ("min_learning_rate", "weight_decay", "grad_clip", "sample_temperature", "checkpoint_minutes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
         for name in ("beta1", "beta2"):

@@ -11,9 +11,10 @@ from typing import Any
 class MetricsLog:
     """Appends records to `metrics.jsonl` of a run, and to TensorBoard on request."""
 
-    def __init__(self, run: Path, tensorboard: bool = False) -> None:
+    def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
+        """`after` is the step after which a resumed run goes on; TensorBoard forgets what it was told beyond that."""
         self._path = run / "metrics.jsonl"
-        self._writer = _summary_writer(run) if tensorboard else None
+        self._writer = _summary_writer(run, after) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
         """One record: after how many steps, and what was measured."""
@@ -50,11 +51,11 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _summary_writer(run: Path) -> Any:
+def _summary_writer(run: Path, after: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
             "tensorboard is not installed: pip install 'mygpt[tensorboard]', or tensorboard=false"
         ) from None
-    return SummaryWriter(log_dir=str(run / "tensorboard"))
+    return SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=None if after is None else after + 1)

@@ -108,6 +108,17 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None = None) -> None:
+    """Writes contiguous tensors on the CPU to a file; what goes wrong is an OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in safetensors' own words
+        raise OSError(f"cannot write {shown_as or path}: {error}") from error
+
+
 def _read_shards(index: Path) -> Iterator[tuple[str, Lazy]]:
     """The tensors of all the files that an index names; a name that leads elsewhere is refused."""
     try:
@@ -127,9 +138,6 @@ def _read_shards(index: Path) -> Iterator[tuple[str, Lazy]]:
 
 def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, Lazy]) -> None:
     """One file, or several and their index; of the tensors that have to be turned no more than one file's exist at a time."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     total = in_shard = 0
     for name, tensor in tensors.items():
@@ -143,10 +151,7 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, Lazy]
     files = [WEIGHTS] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, names in zip(files, shards, strict=True):
         shard = {name: tensors[name].load().cpu().contiguous() for name in names}
-        try:
-            save_file(shard, temporary / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, in safetensors' own words
-            raise OSError(f"cannot write {directory / file}: {error}") from error
+        write_safetensors(temporary / file, shard, shown_as=directory / file)
     if n > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

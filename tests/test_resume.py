@@ -1,0 +1,535 @@
+"""A run that is stopped or killed, at any moment and any number of times, ends as one that was never touched: bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import lively_model
+from killing import Kill, differences, leftovers, remains, run, run_with_kills, start
+from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
+from MyGPT.cli import main
+from MyGPT.data.templates import load_template
+from MyGPT.training import checkpoint
+from MyGPT.training.checkpoint import CheckpointWriter, read_newest, read_snapshot, remove_old, write_snapshot
+from MyGPT.training.metrics import read_metrics
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
+SIZES = "--context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --drop_rate 0.2 --batch_size 4 --warmup_steps 3"
+EVENTS = "--max_steps 24 --checkpoint_every 4 --eval_every 6 --eval_windows 5 --sample_every 8 --sample_tokens 6 --log_every 1"
+RECIPES = {
+    "adamw": "--micro_batch_size 2 --order random",
+    "muon": "--optimizer muon --order shuffled --keep_best 1 --checkpoint_every 3",
+    "bf16": "--precision bf16 --early_stop 2 --eval_every 3 --learning_rate 0.05 --order sequential --deterministic",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train_command(text: Path, out: Path, *options: str) -> list[str]:
+    return ["train", "--data", str(text), *f"{SIZES} {EVENTS}".split(), *options, "--device", "cpu", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def untouched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The AdamW run as it is when nothing happens to it."""
+    out = tmp_path_factory.mktemp("untouched") / "run"
+    assert run(train_command(text, out, *RECIPES["adamw"].split())) == 0
+    return out
+
+
+KILLS = [
+    Kill("step", 3),  # before there is a checkpoint
+    Kill("half_file", 2),
+    Kill("fsync", 9),
+    Kill("rename", 2),
+    Kill("replace", 3),
+    Kill("snapshot", 2),
+    Kill("step", 7),
+    Kill("rmtree", 1),
+    Kill("step", 5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_that_is_killed_again_and_again_ends_like_an_untouched_one(
+    recipe: str, text: Path, tmp_path: Path
+) -> None:
+    options = RECIPES[recipe].split()
+    assert run(train_command(text, tmp_path / "untouched", *options)) == 0
+    struck = run_with_kills(train_command(text, tmp_path / "killed", *options, "--resume", "auto"), KILLS)
+    assert struck >= 6
+    assert differences(remains(tmp_path / "untouched"), remains(tmp_path / "killed")) == []
+    assert leftovers(tmp_path / "killed") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--lora.dropout 0.2", "--full --rows packed --gradient_checkpointing", "--merge"])
+def test_a_tuning_that_is_killed_ends_like_an_untouched_one(options: str, tmp_path: Path) -> None:
+    records = [{"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n)} for w in "abcd" for n in range(1, 8)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    texts = [load_template("alpaca").prompt(record) for record in records]
+    tokenizer = BPETokenizer.train(texts, 320, progress=False)
+    sizes = {"context_length": 128, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
+    lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes)).save_pretrained(tmp_path / "base", tokenizer)
+    command = [
+        "finetune",
+        "--model",
+        str(tmp_path / "base"),
+        "--data",
+        str(tmp_path / "records.json"),
+        *options.split(),
+    ]
+    command += "--epochs 3 --batch_size 4 --checkpoint_every 3 --eval_every 5 --sample_tokens 5 --device cpu".split()
+    assert run([*command, "--out", str(tmp_path / "untouched")]) == 0
+    kills = [Kill("step", 6), Kill("half_file", 3), Kill("fsync", 12), Kill("rename", 3)]
+    struck = run_with_kills([*command, "--out", str(tmp_path / "killed"), "--resume", "auto"], kills)
+    assert struck >= 3
+    assert differences(remains(tmp_path / "untouched"), remains(tmp_path / "killed")) == []
+    if options == "--merge":
+        one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("untouched", "killed"))
+        assert one == other
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    number: int, status: int, text: Path, untouched: Path, tmp_path: Path
+) -> None:
+    """A cluster sends SIGTERM, a user Ctrl-C. The step at which it comes is no step of a checkpoint."""
+    command = train_command(text, tmp_path / "run", *RECIPES["adamw"].split())
+    assert run(command, prepare=SignalInStep6(number)) == status
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")].count("step-000006") == 1
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert differences(remains(untouched), remains(tmp_path / "run")) == []
+
+
+class SignalInStep6:
+    """A function that can be sent to another process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self) -> None:
+        step = Trainer.step
+
+        def signalling(trainer: Trainer) -> dict[str, float]:
+            if trainer.step_number == 5:
+                os.kill(os.getpid(), self.number)
+            return step(trainer)
+
+        Trainer.step = signalling  # type: ignore[method-assign]
+
+
+def test_a_run_stopped_before_its_first_evaluation_has_a_model(text: Path, tmp_path: Path) -> None:
+    command = train_command(text, tmp_path / "run", "--eval_every", "100")
+    assert run(command, prepare=SignalInStep6(signal.SIGTERM), errors=tmp_path / "errors") == 143
+    error = (tmp_path / "errors").read_text()
+    assert "stopped at step 6" in error and f"--resume {tmp_path / 'run'}" in error
+    GPTModel.from_pretrained(tmp_path / "run")
+
+
+def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_path: Path, capsys: Any) -> None:
+    command = train_command(text, tmp_path / "run", "--max_steps", "1000000", "--sample_every", "0")
+    first = start(command)
+    try:
+        _wait_for(lambda: (tmp_path / "run/checkpoints/latest").exists())
+        for options in (["--resume", str(tmp_path / "run")], [*command[1:], "--overwrite"]):
+            assert main(["train", *options]) == 2
+            assert f"process {first.pid}" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.join()
+    steps = _steps(tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--max_steps", "1", "--allow-changed", "max_steps"]) == 0
+    assert _steps(tmp_path / "run") >= steps
+
+
+def _wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _steps(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints/latest").read_text().strip()[5:])
+
+
+# What a checkpoint is
+
+
+CONFIG = GPTConfig(vocab_size=30, context_length=8, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.3)
+TOKENIZER = CharTokenizer.from_text(TEXT)
+IDS = TOKENIZER.encode(TEXT)
+QUICK = TrainConfig(
+    max_steps=8,
+    batch_size=4,
+    checkpoint_every=2,
+    eval_every=4,
+    sample_every=0,
+    keep_last=3,
+    log_every=1,
+    warmup_steps=0,
+)
+
+
+def make_trainer(run_dir: Path | None, config: TrainConfig = QUICK, **more: Any) -> Trainer:
+    torch.manual_seed(3)
+    return Trainer(
+        GPTModel(CONFIG), config, more.pop("ids", IDS[:1500]), IDS[1500:2000], run_dir=run_dir, progress=False, **more
+    )
+
+
+def change(**fields: Any) -> TrainConfig:
+    return TrainConfig(**{**vars(QUICK), **fields})
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each checkpoint is whole before the next step, so that none is put off while a slow disk writes another."""
+    monkeypatch.setattr(CheckpointWriter, "is_busy", property(lambda writer: bool(writer.wait())))
+
+
+@pytest.fixture
+def finished(tmp_path: Path, patient: None) -> Path:
+    make_trainer(tmp_path / "run").run()
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_is_tensors_and_json_that_a_manifest_vouches_for(finished: Path) -> None:
+    path = finished / "checkpoints/step-000008"
+    assert {file.name for file in path.iterdir()} == {
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+    weights, optimizer = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
+    assert {name.rpartition("/")[0] for name in optimizer} == set(weights)
+    assert {name.rpartition("/")[2] for name in optimizer} == {"step", "exp_avg", "exp_avg_sq"}
+    state = json.loads((path / "state.json").read_text())
+    assert state["step"] == 8 and state["tokens_seen"] == 8 * 4 * 8
+    assert state["random"].keys() >= {"python", "numpy", "torch"}
+    assert state["machine"]["torch"] == torch.__version__
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [
+        "latest",
+        "step-000004",
+        "step-000006",
+        "step-000008",
+    ]
+
+
+def test_a_checkpoint_cannot_change_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held up while training goes on; then it must write what was, not what is."""
+    go_on, write = threading.Event(), checkpoint.write_snapshot
+    monkeypatch.setattr(checkpoint, "write_snapshot", lambda *a: (go_on.wait(60), write(*a))[1])
+    trainer = make_trainer(tmp_path / "run")
+    trainer.setup()
+    writer = CheckpointWriter(tmp_path, 1, 0)
+    trainer.step()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    writer.start(trainer.snapshot())
+    for _ in range(3):
+        trainer.step()
+    assert writer.is_busy
+    go_on.set()
+    writer.wait()
+    for name, tensor in read_snapshot(tmp_path / "step-000001").weights.items():
+        assert torch.equal(tensor, before[name])
+        assert not torch.equal(tensor, trainer.model.get_parameter(name))
+
+
+def test_a_writer_that_is_busy_is_not_waited_for_and_never_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most, write = 0, 0, checkpoint.write_snapshot
+
+    def slow(*arguments: Any) -> Path:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.3)
+        at_once -= 1
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_snapshot", slow)
+    trainer = make_trainer(tmp_path / "run", change(checkpoint_every=1, keep_last=100))
+    trainer.run()
+    assert most == 1
+    assert trainer._checkpoints is not None and 3 <= trainer._checkpoints.n_written < 9
+
+
+def test_checkpoints_come_by_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 40))  # seconds; it is asked more than once a step
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    trainer = make_trainer(tmp_path / "run", change(checkpoint_every=0, checkpoint_minutes=2.0, keep_last=100))
+    trainer.run()
+    steps = sorted(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert steps[-1] == 8 and 2 <= len(steps) < 8
+
+
+def test_no_checkpoints_on_request(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", change(checkpoint_every=0, checkpoint_minutes=0.0)).run()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    trainer = make_trainer(None)
+    trainer.setup()
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0, None], start=1):
+        trainer.step_number = trainer.evaluated_step = step
+        trainer.val_loss = loss
+        write_snapshot(tmp_path, trainer.snapshot())
+    (tmp_path / "step-000009").mkdir()  # of a future that a step back has left
+    remove_old(tmp_path, 6, keep_last=2, keep_best=1)
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-000002", "step-000005", "step-000006", "step-000009"]
+
+
+# Damage
+
+
+def _damage_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _damage_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [_damage_half, _damage_byte, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(file: str, damage: Any, finished: Path) -> None:
+    damage(finished / "checkpoints/step-000008" / file)
+    snapshot, problems = read_newest(finished / "checkpoints")
+    assert snapshot.step == 6
+    assert len(problems) == 1 and "step-000008" in problems[0] and file in problems[0]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
+    finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    before = remains(finished)
+    _damage_byte(finished / "checkpoints/step-000008/weights.safetensors")
+    make_trainer(finished, resume=True).run()
+    assert "step-000008 is not used" in capsys.readouterr().err
+    assert differences(before, remains(finished)) == []
+
+
+def test_a_deleted_checkpoint_and_a_lost_or_wrong_pointer_do_not_matter(finished: Path) -> None:
+    checkpoints = finished / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000008")
+    assert read_newest(checkpoints)[0].step == 6
+    (checkpoints / "latest").write_bytes(b"\xff../../etc\n")
+    assert read_newest(checkpoints)[0].step == 6
+    (checkpoints / "latest").unlink()
+    assert read_newest(checkpoints)[0].step == 6
+    for path in checkpoints.glob("step-*"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        read_newest(checkpoints)
+
+
+def test_the_clock_may_go_backwards(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the files' times nor the hour decide what is newest."""
+    for age, path in enumerate(sorted((finished / "checkpoints").glob("step-*"))):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    now = iter(range(2 * 10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    trainer = make_trainer(finished, change(max_steps=10), resume=True, allow_changed=["max_steps"])
+    trainer.run()
+    assert trainer.step_number == 10
+    assert [record["step"] for record in read_metrics(finished) if "loss" in record] == list(range(1, 11))
+
+
+# What fails while it is written
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_those_before_it_stay(
+    code: int, tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write = checkpoint.write_safetensors
+
+    def failing(path: Path, tensors: Any, shown_as: Path) -> None:
+        if "step-000004" in str(path):
+            raise OSError(code, os.strerror(code))
+        write(path, tensors, shown_as)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", failing)
+    make_trainer(tmp_path / "run").run()
+    assert f"could not be written: [Errno {code}]" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "latest",
+        "step-000002",
+        "step-000006",
+        "step-000008",
+    ]
+
+
+def _no_large_file() -> None:
+    """More than the weights take, less than AdamW's moments do."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_quota_that_is_reached_is_one_line_and_harms_nothing(text: Path, tmp_path: Path) -> None:
+    """The system's own limit: the optimizer's file cannot be written to its end, the others can."""
+    command = train_command(text, tmp_path / "run", "--eval_every", "100", "--sample_every", "0", "--max_steps", "6")
+    assert run(command, prepare=_no_large_file, errors=tmp_path / "errors") == 2
+    last = (tmp_path / "errors").read_text().strip().splitlines()[-1]
+    assert last.startswith(
+        f"mygpt train: cannot write {tmp_path / 'run/checkpoints/step-000006/optimizer.safetensors'}"
+    )
+    assert leftovers(tmp_path / "run") == []
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-000000"]
+    assert main([*command, "--resume", "auto"]) == 0
+
+
+# What may not change
+
+
+def test_a_changed_recipe_is_refused_with_what_differs_unless_it_is_allowed(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"batch_size was 4 and is 2; max_steps was 8 and is 10 \(--allow-changed KEY"):
+        make_trainer(finished, change(max_steps=10, batch_size=2), resume=True).run()
+    with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
+        make_trainer(
+            finished, change(max_steps=10, batch_size=2), resume=True, allow_changed=["max_steps", "seed"]
+        ).run()
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    make_trainer(finished, change(max_steps=10), resume=True, allow_changed=["max_steps"]).run()
+    assert json.loads((finished / "checkpoints/step-000010/state.json").read_text())["recipe"]["max_steps"] == 10
+
+
+def test_other_data_are_noticed(finished: Path) -> None:
+    """One letter in the middle, the length the same."""
+    ids = list(IDS[:1500])
+    ids[700] = (ids[700] + 1) % TOKENIZER.n_vocab
+    with pytest.raises(ValueError, match="data: the training data are not those that the run began with"):
+        make_trainer(finished, resume=True, ids=ids).run()
+    make_trainer(finished, resume=True, ids=ids, allow_changed=["data"]).run()
+
+
+def test_other_frozen_weights_are_noticed(tmp_path: Path) -> None:
+    def frozen(value: float) -> Trainer:
+        trainer = make_trainer(tmp_path / "run", resume=(tmp_path / "run").exists())
+        with torch.no_grad():
+            trainer.model.transformer.wpe.weight.requires_grad_(False)[3, 3] = value
+        return trainer
+
+    frozen(0.5).run()
+    with pytest.raises(ValueError, match="model: the frozen weights are not those that the run began with"):
+        frozen(0.25).run()
+    assert frozen(0.5).run() > 0
+
+
+def test_the_best_model_on_the_disk_stays_until_a_changed_run_beats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    losses = iter([3.0, 1.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda whole=False: 0.0 if whole else next(losses))
+    trainer.run()
+    model = (tmp_path / "run/model/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000008")  # goes on from 6, before the best was found
+    changed = make_trainer(tmp_path / "run", change(learning_rate=2e-3), resume=True, allow_changed=["learning_rate"])
+    monkeypatch.setattr(changed, "evaluate", lambda whole=False: 2.0)
+    changed.run()
+    assert changed.best_loss == 1.0 and changed.best_step == 8
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
+
+
+def test_another_number_of_threads_is_told(finished: Path, capsys: Any) -> None:
+    torch.set_num_threads(2)
+    try:
+        make_trainer(finished, resume=True).run()
+    finally:
+        torch.set_num_threads(1)
+    assert "threads was 1 and is 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--resume", "{tmp}/none"], "no run to resume at"),
+        (["--resume", "auto"], "--resume auto needs --out"),
+        (["--resume", "{tmp}/a", "--out", "{tmp}/b"], "a run goes on in its own directory"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_sentence(options: list[str], words: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").write_text("data: alice\n")
+    assert main(["train", *(option.format(tmp=tmp_path) for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
+# The divergence guard
+
+
+def poison(trainer: Trainer, steps: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplies the loss of some steps."""
+    compute = trainer._token_loss
+
+    def poisoned(*batch: Any) -> Any:
+        total, count = compute(*batch)
+        return total * steps.get(trainer.step_number if trainer.model.training else -1, 1.0), count
+
+    monkeypatch.setattr(trainer, "_token_loss", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    poison(trainer, {2: float("nan"), 5: float("inf")}, monkeypatch)
+    trainer.setup()
+    for step in range(8):
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.step()
+        same = all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+        assert same == (step in (2, 5))
+    assert trainer.n_skipped == 2
+
+
+def test_too_many_such_steps_stop_the_run_and_the_last_good_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "run", change(max_skipped_steps=2))
+    poison(trainer, dict.fromkeys(range(4, 8), float("nan")), monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"at step 6 the loss is nan.*3rd time") as caught:
+        trainer.run()
+    last = read_newest(tmp_path / "run/checkpoints")[0]
+    assert f"step-{last.step:06d}" in str(caught.value)
+    assert all(bool(tensor.isfinite().all()) for tensor in last.weights.values())
+    assert [record["skipped_steps"] for record in read_metrics(tmp_path / "run") if "skipped_steps" in record] == [1, 2]
+
+
+def test_a_gradient_much_longer_than_usual_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    poison(trainer, {5: 100.0}, monkeypatch)
+    trainer.run()
+    spikes = [record for record in read_metrics(tmp_path / "run") if "grad_norm_spike" in record]
+    assert [record["step"] for record in spikes] == [6]
+    assert 50 < spikes[0]["grad_norm_spike"] < 200
+    assert "step 6: the gradient is" in capsys.readouterr().out
