@@ -43,8 +43,8 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_training_leaves_a_run_that_generates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "model", "loss.png", "samples.txt"}
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.yaml", "metrics.jsonl", "model", "checkpoints", "loss.png", "samples.txt"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (
         main(["generate", "--model", str(run), "--prompt", "It was", "--max_new_tokens", "20", "--temperature", "0"])
@@ -287,9 +287,10 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_model(tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("mygpt train: cannot write") and "model.safetensors" in last
+    assert last.startswith("mygpt train: cannot write") and "weights.safetensors" in last
     assert "Traceback" not in done.stderr
-    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith((".", "model"))]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".process", "config.yaml", "checkpoints"}
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,8 @@ def losses_of(run: Path) -> list[float]:
 
 
 def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path, tuned: Path, tmp_path: Path) -> None:
-    names = {path.name for path in tuned.iterdir()}
-    assert names == {"adapter", "config.yaml", "metrics.jsonl", "split.json", "loss.png", "samples.txt"}
+    names = {path.name for path in tuned.iterdir() if not path.name.startswith(".")}
+    assert names == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "split.json", "loss.png", "samples.txt"}
     split = load_split(tuned / "split.json")
     assert split.train == tuple(range(23)) and split.test == (23, 24) and split.val == (25, 26, 27)
     assert main(["finetune", "--config", str(tuned / "config.yaml"), "--out", str(tmp_path / "again")]) == 0

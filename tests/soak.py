@@ -1,0 +1,73 @@
+"""Kills runs fifty times, at random moments, and compares what remains with runs that were never touched: `make soak`.
+
+Every second kill is aimed at a moment inside a write (killing.MOMENTS), the others come at a random time. The table counts, for
+each recipe, the kills that struck (a process can be done before its kill), the checkpoints that were found damaged, and
+whatever differs from the untouched run in weights, optimizer state, random states, losses or samples: nothing may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from killing import MOMENTS, Kill, differences, leftovers, remains, run
+from test_resume import RECIPES, TEXT, train_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began, draw, n_different = time.monotonic(), random.Random(options.seed), 0
+    print(f"{'recipe':<8}{'kills':>6}{'resumes':>9}{'aimed':>7}{'timed':>7}{'differences':>13}{'leftovers':>11}")
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        (place / "text.txt").write_text(TEXT)
+        for i, (name, recipe) in enumerate(RECIPES.items()):
+            command = train_command(place / "text.txt", place / name, *recipe.split(), "--max_steps", "60")
+            assert run(command) == 0
+            untouched = remains(place / name)
+            command[command.index(str(place / name))] = str(place / f"{name}-killed")
+            n_kills = len(range(i, options.kills, len(RECIPES)))
+            struck, resumes = kill_until_done([*command, "--resume", "auto"], n_kills, draw)
+            different = differences(untouched, remains(place / f"{name}-killed"))
+            n_different += len(different)
+            unfinished = leftovers(place / f"{name}-killed")
+            row = (struck.total(), resumes, struck["aimed"], struck["timed"])
+            print(
+                f"{name:<8}{row[0]:>6}{row[1]:>9}{row[2]:>7}{row[3]:>7}{len(different):>13}{len(unfinished):>11}",
+                *different,
+            )
+            n_different += len(unfinished)
+    print(f"{time.monotonic() - began:.0f} s")
+    sys.exit(n_different > 0)
+
+
+def kill_until_done(command: list[str], n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
+    """Runs until so many kills have struck, and then to the end; how many were aimed and timed, and how often it went on.
+
+    A run that came to its end before that is as it is: it goes on at its end, again and again.
+    """
+    struck: Counter[str] = Counter()
+    resumes = 0
+    while struck.total() < n_kills:
+        if struck.total() % 2:
+            kind, kill = "timed", Kill("time", draw.randint(1, 700))
+        else:
+            kind, kill = "aimed", Kill(draw.choice(MOMENTS), draw.randint(1, 5))
+        status = run(command, kill)
+        assert status in (0, -9), status
+        struck[kind] += status != 0
+        resumes += 1
+    assert run(command) == 0
+    return struck, resumes
+
+
+if __name__ == "__main__":
+    main()
