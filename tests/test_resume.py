@@ -23,7 +23,14 @@ from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, TrainConfig,
 from MyGPT.cli import main
 from MyGPT.data.templates import load_template
 from MyGPT.training import checkpoint
-from MyGPT.training.checkpoint import CheckpointWriter, read_newest, read_snapshot, remove_old, write_snapshot
+from MyGPT.training.checkpoint import (
+    CheckpointWriter,
+    Snapshot,
+    read_newest,
+    read_snapshot,
+    remove_old,
+    write_snapshot,
+)
 from MyGPT.training.metrics import read_metrics
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
@@ -419,6 +426,15 @@ def test_a_changed_recipe_is_refused_with_what_differs_unless_it_is_allowed(fini
     assert (finished / "metrics.jsonl").read_bytes() == before
     make_trainer(finished, change(max_steps=10), resume=True, allow_changed=["max_steps"]).run()
     assert json.loads((finished / "checkpoints/step-000010/state.json").read_text())["recipe"]["max_steps"] == 10
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished: Path) -> None:
+    place = finished / "checkpoints"
+    newest = read_newest(place)[0]
+    state = {key: value for key, value in newest.state.items() if key != "usual_norm"}
+    write_snapshot(place, Snapshot(newest.step, newest.weights, newest.optimizer, state))
+    with pytest.raises(ValueError, match=r"step 8 in .* lacks usual_norm: another version of MyGPT wrote it"):
+        make_trainer(finished, resume=True).run()
 
 
 def test_other_data_are_noticed(finished: Path) -> None:

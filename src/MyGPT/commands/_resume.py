@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from MyGPT.files import restore_directory
+from typing import Any
 
 
 def with_options_of_run(arguments: Sequence[str]) -> list[str]:
@@ -29,15 +29,25 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
         return Path(resume)
     if out is None:
         raise ValueError("--resume auto needs --out, the directory of the run that it begins or goes on with")
-    return Path(out) if any((Path(out) / "checkpoints").glob("step-*")) else None
+    from MyGPT.training.checkpoint import has_checkpoint
+
+    return Path(out) if has_checkpoint(Path(out)) else None
 
 
-def begins_again(run: Path, resume: str | None) -> bool:
-    """Whether --resume auto finds a run that was stopped before there was anything to keep, and so may be written over."""
-    kept = [run / name for name in ("model", "adapter")]
-    for directory in kept:
-        restore_directory(directory)
-    return resume == "auto" and (run / "config.yaml").is_file() and not any(place.exists() for place in kept)
+def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Path, dict[str, Any]]:
+    """The run's directory (default runs/ and the time), and whether the Trainer is to resume it or may write over it.
+
+    A directory that can be neither is an error now, before the work of reading the data.
+    """
+    from MyGPT.training.run_directory import check_run_directory, is_empty_run
+
+    going_on = run_to_resume(resume, out)
+    if going_on is not None:
+        return going_on, {"resume": True}
+    run = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    overwrite = overwrite or (resume == "auto" and is_empty_run(run))
+    check_run_directory(run, overwrite)
+    return run, {"overwrite": overwrite}
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-from MyGPT.commands._resume import begins_again, run_to_resume, with_options_of_run
+from MyGPT.commands._resume import choose_run, with_options_of_run
 from MyGPT.finetuning.examples import ExampleOptions
 from MyGPT.finetuning.lora import LoraOptions
 from MyGPT.training.config import TrainConfig
@@ -72,16 +71,13 @@ def finetune(
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
     from MyGPT.model import GPTModel
-    from MyGPT.training.run_directory import WholeModel, check_run_directory
+    from MyGPT.training.run_directory import WholeModel
     from MyGPT.training.trainer import Trainer
     from MyGPT.weights.pretrained import find_model
 
     check_choices(full, merge, epochs, frozen_dtype)
-    place, going_on = pick_device(device), run_to_resume(resume, out)
-    run = going_on or Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    overwrite = overwrite or begins_again(run, resume)
-    if going_on is None:
-        check_run_directory(run, overwrite)
+    place = pick_device(device)
+    run, how = choose_run(out, resume, overwrite)
     path = find_model(model)
     torch.manual_seed(training.seed)
     gpt = GPTModel.from_pretrained(path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
@@ -117,9 +113,8 @@ def finetune(
             "device": device,
         },
         device=place,
-        overwrite=overwrite,
-        resume=going_on is not None,
-        allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed or (),
+        allow_changed=allow_changed or (),
+        **how,
     )
     n_trained = gpt.num_parameters(only_trainable=True)
     print(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from MyGPT.commands._resume import begins_again, run_to_resume, with_options_of_run
+from MyGPT.commands._resume import choose_run, with_options_of_run
 from MyGPT.config import GPTConfig
 from MyGPT.training.config import TrainConfig
 
@@ -56,17 +55,12 @@ def train(
 
     from MyGPT.commands._model import pick_device
     from MyGPT.model import GPTModel
-    from MyGPT.training.run_directory import check_run_directory
     from MyGPT.training.trainer import Trainer
 
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be from 0 up to but not including 1, got {val_fraction}")
     place = pick_device(device)
-    going_on = run_to_resume(resume, out)
-    run = going_on or Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    overwrite = overwrite or begins_again(run, resume)
-    if going_on is None:
-        check_run_directory(run, overwrite)  # before the work of reading the text
+    run, how = choose_run(out, resume, overwrite)
     ids, coder = load_data(data, tokenizer, tokenizer_size)
     n_train = len(ids) - round(len(ids) * val_fraction)
     torch.manual_seed(training.seed)
@@ -92,9 +86,8 @@ def train(
             **vars(training),
         },
         device=place,
-        overwrite=overwrite,
-        resume=going_on is not None,
-        allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed or (),
+        allow_changed=allow_changed or (),
+        **how,
     )
     precision = "bf16" if trainer.autocast_dtype else "fp32"
     print(

@@ -79,6 +79,10 @@ class WindowValidation:
         for part in np.array_split(starts, -(-len(starts) // self.batch_size)):
             yield gather_windows(self.ids, part, self.max_length)
 
+    def fingerprint(self) -> str:
+        """What tells the text from another."""
+        return fingerprint(self.ids)
+
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
     """All of `ids` once, in adjacent windows, the last one padded: every id but the first is a target exactly once."""

@@ -113,5 +113,9 @@ class ExampleValidation:
             batch.append(example)
         yield self._collate(batch)
 
+    def fingerprint(self) -> str:
+        """What tells the examples from others."""
+        return self.dataset.fingerprint()
+
     def _collate(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
         return collate_instructions(batch, self.pad_token_id, mask_prompt=self.mask_prompt)

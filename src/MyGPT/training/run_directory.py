@@ -16,7 +16,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import Template
-from MyGPT.files import remove_leftovers
+from MyGPT.files import remove_leftovers, restore_directory
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.checkpoint import CHECKPOINTS
@@ -81,6 +81,14 @@ def check_run_directory(run: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{run} is not empty: choose another --out, or give --overwrite true")
     if not (run / "config.yaml").is_file():
         raise FileExistsError(f"{run} holds something else than a run: choose another --out")
+
+
+def is_empty_run(run: Path) -> bool:
+    """Whether a run was stopped before there was anything in it to keep."""
+    kept = [run / name for name in ("model", "adapter")]
+    for directory in kept:
+        restore_directory(directory)
+    return (run / "config.yaml").is_file() and not any(directory.exists() for directory in kept)
 
 
 def lock_run_directory(run: Path) -> FileLock:

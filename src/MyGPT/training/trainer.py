@@ -66,6 +66,7 @@ _COUNTERS = (
     "usual_norm",
     "smoothed_loss",
 )
+_CONTEXT = ("lengths", "recipe", "data", "machine", "random")
 _APPENDED = ("metrics.jsonl", "samples.txt")
 _SPIKE = 5.0
 """A gradient so many times as long as is usual is told."""
@@ -123,7 +124,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         overwrite: bool = False,
         resume: bool = False,
-        allow_changed: Sequence[str] = (),
+        allow_changed: str | Sequence[str] = (),
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -135,7 +136,7 @@ class Trainer:
         self.device = torch.device(device)
         self.overwrite = overwrite
         self.resume = resume
-        self.allow_changed = tuple(allow_changed)
+        self.allow_changed = (allow_changed,) if isinstance(allow_changed, str) else tuple(allow_changed)
         self.progress = progress
         context = model.config.context_length
         self.sampler: Batches
@@ -420,6 +421,12 @@ class Trainer:
 
     def _check_same(self, snapshot: Snapshot) -> None:
         """A ValueError if the recipe or the data are others than the checkpoint's; a word if the machine is another."""
+        lacking = [name for name in (*_COUNTERS, *_CONTEXT) if name not in snapshot.state]
+        if lacking:
+            raise ValueError(
+                f"the checkpoint of step {snapshot.step} in {self.run_dir} lacks {', '.join(lacking)}: "
+                "another version of MyGPT wrote it"
+            )
         saved, recipe, missing = snapshot.state["recipe"], _plain(self.recipe), "(absent)"
         differences = [
             f"{key} was {saved.get(key, missing)!r} and is {recipe.get(key, missing)!r}"
