@@ -1,0 +1,77 @@
+"""Encoding a text with GPT-2's vocabulary: MyGPT beside tiktoken and Hugging Face's tokenizers, and a file on every core.
+
+    python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5]
+
+The programs take turns, each on one thread; the table shows medians, the spread, and the ratio to MyGPT. All must give the same ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+
+from MyGPT import get_tokenizer
+from MyGPT.data.prepare import prepare
+from MyGPT.data.sources import find_files
+from MyGPT.data.tokens import open_tokens
+from MyGPT.tokenizers.bpe import GPT2_PATTERN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="alice", help="a file, or the name of a text")
+    parser.add_argument("--repeat", type=int, default=1, help="how many times the text is put behind itself")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    text = Path(find_files(options.text)[0]).read_text(encoding="utf-8") * options.repeat
+    ours = get_tokenizer("gpt2")
+    ranks = {ours.decode_tokens_bytes([id_])[0]: id_ for id_ in range(ours.n_vocab - 1)}
+    tiktokens = tiktoken.Encoding("peer", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        (place / "text.txt").write_text(text, encoding="utf-8")
+        ours.save(place)
+        theirs = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+        def on_every_core() -> list[int]:
+            prepare([place / "text.txt"], place / "ids", ours, workers=n_cores, overwrite=True, progress=False)
+            ids: list[int] = open_tokens(place / "ids")[0].tolist()
+            return ids[:-1]  # the end of the text
+
+        programs: dict[str, Callable[[], list[int]]] = {
+            "MyGPT": lambda: ours.encode(text),
+            "tiktoken": lambda: tiktokens.encode_ordinary(text),
+            "tokenizers": lambda: theirs.encode(text).ids,
+            f"MyGPT, file to file, {n_cores} processes": on_every_core,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        expected = programs["tiktoken"]()
+        for _ in range(options.rounds):
+            for name, encode in programs.items():
+                start = time.perf_counter()
+                ids = encode()
+                seconds[name].append(time.perf_counter() - start)
+                if ids != expected:
+                    raise SystemExit(f"{name} gives other ids")
+    megabytes = len(text.encode()) / 1e6
+    print(f"{megabytes:.1f} MB to {len(expected):,} tokens, {options.rounds} rounds")
+    median = statistics.median(seconds["MyGPT"])
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        print(
+            f"{name:<34} {megabytes / middle:6.1f} MB/s  ({megabytes / max(times):.1f} to {megabytes / min(times):.1f})  "
+            f"{median / middle:.2f} times MyGPT's speed"
+        )
+
+
+if __name__ == "__main__":
+    main()
