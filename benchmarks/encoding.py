@@ -2,7 +2,8 @@
 
     python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5]
 
-The programs take turns, each on one thread; the table shows medians, the spread, and the ratio to MyGPT. All must give the same ids.
+The programs take turns, each on one thread; the table shows medians, the spread, and the ratio to MyGPT. All must give the
+same ids.
 """
 
 from __future__ import annotations
