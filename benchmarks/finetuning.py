@@ -1,6 +1,6 @@
 """Tuning a small GPT on instructions: LoRA, all weights, and both with transformers and PEFT from the same weights and batches.
 
-Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 2] [--out runs/finetuning]
+Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 1] [--out runs/finetuning]
 Without --model a GPT is first pretrained on --text (default: the built-in "Alice in Wonderland") with `mygpt train`. Ours are
 runs of `mygpt finetune` with no dropout, in float32, on the first 85% of the records; the next 10% are for the test, the rest for
 validation. Theirs is a plain loop with torch's AdamW over the same batches at the same learning rates, the adapter drawn from
@@ -32,7 +32,7 @@ from MyGPT.weights.directory import read_config
 
 PRETRAINED = (
     "--tokenizer bpe --tokenizer_size 2048 --context_length 256 --emb_dim 128 --n_heads 4 --n_layers 4 --batch_size 8 "
-    "--max_steps 400 --learning_rate 2e-3 --eval_every 200 --eval_windows 40 --sample_every 0"
+    "--max_steps 150 --learning_rate 2e-3 --eval_every 75 --eval_windows 40 --sample_every 0"
 ).split()
 WAYS = {
     "LoRA": ["--lora.dropout", "0", "--learning_rate", "2e-3"],
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--text", default="alice", help="the text to pretrain on, or its name")
     parser.add_argument("--model", help="the directory of a model that was pretrained already")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--out", help="keep the runs here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft|transformers")

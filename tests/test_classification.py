@@ -189,6 +189,10 @@ def test_a_wrong_record_is_told_by_file_line_and_key(name: str, content: str, wo
 def test_what_is_no_classifier_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two labels, all different"):
         GPTForClassification(fresh(tokenizer).gpt, ["a", "a"])
+    with pytest.raises(ValueError, match="a GPTForClassification is needed, or a PeftModel on one, got GPTModel"):
+        classify(fresh(tokenizer).gpt, ["buy"], tokenizer)
+    with pytest.raises(ValueError, match="there are no examples"):
+        confusion_table(fresh(tokenizer), [], tokenizer)
     with pytest.raises(ValueError, match="train_only must be"):
         fresh(tokenizer, train_only="some")
     fresh(tokenizer).gpt.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,9 @@ Record = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 
-_ANSWER_KEY = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
+Kind = Literal["instruction", "messages", "prompt", "text"]
+
+_ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
 """A record is of the first of these kinds whose key it has; beside it, the key under which its answer is."""
 _BETWEEN = re.compile(r"[\s,]*")
 """What stands between the records of an array."""
@@ -82,8 +84,8 @@ def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
         yield f"{path}, line {number}", record
 
 
-def kind_of(record: Record) -> str:
-    """The key that tells what a checked record is: "instruction", "messages", "prompt" or "text"."""
+def kind_of(record: Record) -> Kind:
+    """The key that tells what a checked record is."""
     return next(kind for kind in _ANSWER_KEY if kind in record)
 
 

@@ -203,7 +203,7 @@ def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size:
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
             scores = model(*_batch(model, texts[start : start + batch_size], tokenizer))
-            called += [model.labels[i] for i in scores.argmax(1)]
+            called += [_classifier(model).labels[i] for i in scores.argmax(1)]
     return called
 
 
@@ -211,11 +211,11 @@ def confusion_table(
     model: nn.Module, examples: Sequence[tuple[str, str]], tokenizer: Any, batch_size: int = 16
 ) -> Tensor:
     """How often each label (row) was called what (column), (n_labels, n_labels) int64. Accuracy is its diagonal's share."""
-    rows = _targets(model, examples)
-    columns = classify(model, [text for text, _ in examples], tokenizer, batch_size)
-    table = torch.zeros(len(model.labels), len(model.labels), dtype=torch.int64)
-    for row, column in zip(rows, columns, strict=True):
-        table[row, model.labels.index(column)] += 1
+    rows, labels = _targets(model, examples), _classifier(model).labels
+    called = classify(model, [text for text, _ in examples], tokenizer, batch_size)
+    table = torch.zeros(len(labels), len(labels), dtype=torch.int64)
+    for row, label in zip(rows, called, strict=True):
+        table[row, labels.index(label)] += 1
     return table
 
 
@@ -224,17 +224,27 @@ def accuracy(table: Tensor) -> float:
     return float(table.diagonal().sum() / table.sum())
 
 
+def _classifier(model: nn.Module) -> GPTForClassification:
+    """The classifier itself, out of the PeftModel if it is in one."""
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if not isinstance(base, GPTForClassification):
+        raise ValueError(f"a GPTForClassification is needed, or a PeftModel on one, got {type(base).__name__}")
+    return base
+
+
 def _targets(model: nn.Module, examples: Sequence[tuple[str, str]]) -> Tensor:
     """The numbers of the labels, (n,) int64."""
     if not examples:
         raise ValueError("there are no examples: each is a text and its label")
-    unknown = {label for _, label in examples} - set(model.labels)
+    labels = _classifier(model).labels
+    unknown = {label for _, label in examples} - set(labels)
     if unknown:
-        raise ValueError(f"the model has no label {min(unknown)!r}; its labels are {', '.join(model.labels)}")
-    return torch.tensor([model.labels.index(label) for _, label in examples])
+        raise ValueError(f"the model has no label {min(unknown)!r}; its labels are {', '.join(labels)}")
+    return torch.tensor([labels.index(label) for _, label in examples])
 
 
 def _batch(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
-    ids, mask = collate_texts(texts, tokenizer, model.config.context_length)
+    ids, mask = collate_texts(texts, tokenizer, _classifier(model).config.context_length)
     return ids.to(device), mask.to(device)
