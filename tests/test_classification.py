@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from conftest import lively_model
 from MyGPT import BPETokenizer, GPTConfig
 from MyGPT.finetuning.classification import (
     GPTForClassification,
     accuracy,
+    classify,
     collate_texts,
     confusion_table,
     read_labelled,
+    train_classifier,
 )
 
 EXAMPLES = [
@@ -76,11 +79,10 @@ def test_padding_on_either_side_changes_nothing(tokenizer: BPETokenizer) -> None
 
 
 @pytest.mark.parametrize("way", ["head", "last_block", "all", "lora"])
-def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPETokenizer) -> None:
+def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPETokenizer, tmp_path: Path) -> None:
     model: Any = fresh(tokenizer, train_only="all" if way == "lora" else way)
     if way == "lora":
-        lora = LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], modules_to_save=["score"])
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn", "c_proj", "c_fc"]))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if way == "head":
         assert trained == {"score.weight"}
@@ -90,16 +92,47 @@ def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPE
             and len(trained) == 14
         )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids, mask = collate_texts([text for text, _ in EXAMPLES], tokenizer, 32)
-    labels = torch.tensor([LABELS.index(label) for _, label in EXAMPLES])
-    for _ in range(40):
-        loss, _ = model(ids, attention_mask=mask, labels=labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    base = model if way != "lora" else model.base_model.model
-    table = confusion_table(base, EXAMPLES, tokenizer, batch_size=5)
+    losses = train_classifier(model, EXAMPLES, tokenizer, optimizer, epochs=14)
+    assert len(losses) == 14 * 3 and sum(losses[-3:]) < sum(losses[:3]) / 2
+    table = confusion_table(model, EXAMPLES, tokenizer, batch_size=5)
     assert table.sum() == len(EXAMPLES) and accuracy(table) >= 0.95
+    if way == "lora":
+        merged = model.merge_and_unload()
+        assert torch.equal(confusion_table(merged, EXAMPLES, tokenizer), table)
+        merged.save_pretrained(tmp_path, tokenizer)
+        model = GPTForClassification.from_pretrained(tmp_path)
+    assert classify(model, ["buy now 3 times", "see you 3 times"], tokenizer) == ["spam", "ham"]
+
+
+def test_a_step_is_that_of_torchs_cross_entropy_on_the_texts_alone(tokenizer: BPETokenizer) -> None:
+    model = fresh(tokenizer).double()
+    twin = copy.deepcopy(model)
+    train_classifier(model, EXAMPLES[10:13], tokenizer, torch.optim.SGD(model.parameters(), lr=0.1))
+    for text, label in EXAMPLES[10:13]:
+        scores = twin(torch.tensor([tokenizer.encode(text)]))
+        (torch.nn.functional.cross_entropy(scores, torch.tensor([LABELS.index(label)])) / 3).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+def test_a_classifier_of_transformers_opens_with_equal_scores(tmp_path: Path) -> None:
+    """Without names of labels, which transformers does not write when they are its own."""
+    config = GPT2Config(
+        vocab_size=67, n_positions=32, n_embd=24, n_layer=2, n_head=3, pad_token_id=0, bos_token_id=0, eos_token_id=0
+    )
+    theirs = GPT2ForSequenceClassification(config).double().eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPTForClassification.from_pretrained(tmp_path)
+    ids = torch.arange(1, 13).reshape(2, 6)
+    assert ours.labels == ["LABEL_0", "LABEL_1"]
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("keyword", ["inputs_embeds", "output_attentions", "output_hidden_states"])
+def test_what_is_not_supported_is_refused(keyword: str, tokenizer: BPETokenizer) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        fresh(tokenizer)(texts(tokenizer)[0], **{keyword: torch.ones(1)})
 
 
 def test_the_table_counts_what_was_called_what(tokenizer: BPETokenizer) -> None:
@@ -119,6 +152,13 @@ def test_texts_and_labels_are_read_from_csv_and_json_lines(tmp_path: Path) -> No
     )
     expected = [('buy, "now"\nplease', "spam"), ("see you", "ham")]
     assert read_labelled(tmp_path / "a.csv") == read_labelled(tmp_path / "a.jsonl") == expected
+    (tmp_path / "a.json").write_text('[{"Label": 1, "Text": "buy"}]')
+    assert read_labelled(tmp_path / "a.json", "Text", "Label") == [("buy", "1")]
+
+
+def test_a_form_feed_and_a_unicode_line_end_stay_within_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nbuy\x0cnow,spam\nsee\u2028you,ham\n", encoding="utf-8")
+    assert read_labelled(tmp_path / "a.csv") == [("buy\x0cnow", "spam"), ("see\u2028you", "ham")]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +166,16 @@ def test_texts_and_labels_are_read_from_csv_and_json_lines(tmp_path: Path) -> No
     [
         ("a.csv", "text,label\nbuy,spam\nsee,\n", r"a\.csv, line 3: the key 'label' is missing or empty"),
         ("a.csv", "text,kind\nbuy,spam\n", r"a\.csv, line 2: the key 'label' is missing"),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"a\.jsonl, line 2: the key 'text'"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "b"}\n[1]\n',
+            r"a\.jsonl, line 2: a record must be a JSON object, got \[1\]",
+        ),
+        ("a.jsonl", '{"text": 3, "label": "b"}\n', r"a\.jsonl, line 1: 'text' must be a text, got 3"),
+        ("a.jsonl", '{"text": "a", "label": [3]}\n', r"a\.jsonl, line 1: 'label' must be a text, got \[3\]"),
+        ("a.csv", "text,label\nHello, friend,ham\n", r"a\.csv, line 2: more values than columns"),
+        ("a.csv", 'text,label\n"Hello,ham\n', r"a\.csv, line \d: unexpected end of data"),
+        ("a.csv", f"text,label\n{'a' * 200_000},ham\n", r"a\.csv, line \d: field larger than field limit"),
         ("a.jsonl", "{\n", r"a\.jsonl, line 1: not JSON"),
         ("a.csv", "text,label\n", r"a\.csv has no records"),
     ],
@@ -140,6 +189,10 @@ def test_a_wrong_record_is_told_by_file_line_and_key(name: str, content: str, wo
 def test_what_is_no_classifier_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two labels, all different"):
         GPTForClassification(fresh(tokenizer).gpt, ["a", "a"])
+    with pytest.raises(ValueError, match="a GPTForClassification is needed, or a PeftModel on one, got GPTModel"):
+        classify(fresh(tokenizer).gpt, ["buy"], tokenizer)
+    with pytest.raises(ValueError, match="there are no examples"):
+        confusion_table(fresh(tokenizer), [], tokenizer)
     with pytest.raises(ValueError, match="train_only must be"):
         fresh(tokenizer, train_only="some")
     fresh(tokenizer).gpt.save_pretrained(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,11 @@ def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run) if "loss" in record]
 
 
+def all_losses_of(run: Path) -> list[tuple[str, int, float]]:
+    """Those of training, of validation and the last, with their steps."""
+    return [(key, record["step"], record[key]) for record in read_metrics(run) for key in record if "loss" in key]
+
+
 def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path, tuned: Path, tmp_path: Path) -> None:
     names = {path.name for path in tuned.iterdir() if not path.name.startswith(".")}
     assert names == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "split.json", "loss.png", "samples.txt"}
@@ -114,7 +121,8 @@ def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tm
         ["--full", "--learning_rate", "1e-3"],
         ["--rows", "packed", "--template", "book", "--mask_prompt", "false"],
         ["--frozen_dtype", "bf16", "--gradient_checkpointing", "--lora.dora"],
-        ["--split_seed", "3", "--test_fraction", "0", "--lora.targets", "[c_attn]"],
+        ["--split_seed", "3", "--test_fraction", "0", "--lora.targets", "c_attn"],
+        ["--lora.targets", "all-linear"],
     ],
 )
 def test_each_way_of_tuning_lowers_the_loss(options: list[str], base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -124,6 +132,20 @@ def test_each_way_of_tuning_lowers_the_loss(options: list[str], base: Path, tmp_
     printed = capsys.readouterr().out
     assert "training: 23 examples" in printed and "validation loss" in printed
     assert ("test loss" in printed) == ("--test_fraction" not in options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--lora.dropout", "0.2", "--rows", "packed"], ["--full"], ["--gradient_checkpointing", "--lora.dropout", "0.2"]],
+)
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(
+    options: list[str], base: Path, tmp_path: Path
+) -> None:
+    for run, seed in (("one", "7"), ("again", "7"), ("other", "8")):
+        assert finetune(base, tmp_path / run, "--seed", seed, *options) == 0
+    assert {key for key, _, _ in all_losses_of(tmp_path / "one")} == {"loss", "val_loss", "final_val_loss"}
+    assert all_losses_of(tmp_path / "one") == all_losses_of(tmp_path / "again")
+    assert all_losses_of(tmp_path / "one") != all_losses_of(tmp_path / "other")
 
 
 def test_only_what_trains_has_optimizer_state(base: Path) -> None:
@@ -214,7 +236,10 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
         (["--full", "--frozen_dtype", "bf16"], "with --full there are none"),
         (["--epochs", "0"], "epochs must be a number above 0, got 0"),
         (["--lora.targets", "[c_atn]"], "no layer of the model is called 'c_atn'"),
-        (["--lora.r", "0"], "r"),
+        (["--lora.r", "0"], "lora.r must be at least 1, got 0"),
+        (["--lora.alpha", "0"], "lora.alpha must be at least 1, got 0"),
+        (["--lora.dropout", "1"], "lora.dropout must be from 0 up to but not including 1, got 1.0"),
+        (["--lora.targets", "[]"], "lora.targets must name at least one layer, got none"),
         (["--template", "vicuna"], "no template 'vicuna': give alpaca, book"),
         (["--max_length", "3"], "there are no examples to learn from: 23 records, 23 too long for max_length=3"),
         (["--rows", "loose"], "rows"),
@@ -233,7 +258,7 @@ def test_what_cannot_be_is_one_line_and_leaves_no_run(
 def test_a_damaged_record_is_told_by_its_number_and_key(base: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "records.json").write_text(json.dumps([*RECORDS, {"instruction": "Say owl."}]))
     assert finetune(base, tmp_path / "run", "--data", str(tmp_path / "records.json")) == 2
-    assert "records.json, record 29: the key 'output' is missing" in capsys.readouterr().err
+    assert "records.json, line 1, record 29: the key 'output' is missing" in capsys.readouterr().err
 
 
 def test_chat_and_generate_take_the_run_and_the_adapter(
@@ -267,6 +292,104 @@ def test_chat_asks_as_the_model_was_taught(base: Path) -> None:
     several = Conversation(alpaca, turns=[("Say owl.", "owl")])
     messages = [("user", "Say owl."), ("assistant", "owl"), ("user", "Say cat.")]
     assert text(several) == alpaca.prompt({"messages": [{"role": role, "content": said} for role, said in messages]})
+
+
+QUESTION = "Say cat 2 times."
+KINDS = {
+    "messages": (
+        {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "cat cat"}]},
+        f"### Instruction:\n{QUESTION}\n\n### Response:",
+    ),
+    "prompt": ({"prompt": QUESTION, "completion": " cat cat"}, QUESTION),
+    "text": ({"text": f"{QUESTION} cat cat"}, QUESTION),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model tuned on conversations, or on plain prompts, never saw the introduction of Alpaca's."""
+    import io
+
+    from MyGPT.commands import _model
+
+    record, expected = KINDS[kind]
+    (tmp_path / "records.jsonl").write_text("\n".join([json.dumps(record)] * 20))
+    assert finetune(base, tmp_path / "run", "--data", str(tmp_path / "records.jsonl"), "--sample_every", "0") == 0
+    asked: list[str] = []
+
+    def spy(gpt: GPTModel, tokenizer: Any, ids: list[int], *rest: Any) -> list[str]:
+        asked.append(tokenizer.decode(ids))
+        return []
+
+    monkeypatch.setattr(_model, "stream_text", spy)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    assert main(["chat", "--model", str(tmp_path / "run")]) == 0
+    assert asked == [expected]
+
+
+def test_a_system_text_goes_where_the_records_of_its_kind_have_it(base: Path) -> None:
+    tokenizer, alpaca = load_tokenizer(base / "base"), load_template("alpaca")
+    texts = {
+        kind: tokenizer.decode(
+            Conversation(dataclasses.replace(alpaca, asks=kind), False, "Be brief.").ids("Say cat.", tokenizer, 1000)
+        )
+        for kind in ("instruction", "messages", "prompt")
+    }
+    assert texts["instruction"] == alpaca.prompt({"instruction": "Say cat.", "input": "Be brief."})
+    assert texts["messages"] == "Be brief.\n\n### Instruction:\nSay cat.\n\n### Response:"
+    assert texts["prompt"] == "Be brief.\n\nSay cat."
+
+
+def test_an_adapter_is_found_in_a_merged_run_and_by_its_own_directory(
+    base: Path, tuned: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(tuned, tmp_path / "merged")
+    shutil.copytree(base / "base", tmp_path / "merged/model")
+    options = ["--prompt", "Say", "--temperature", "0", "--max_new_tokens", "8"]
+    outputs = []
+    for place in (
+        ["--model", str(tuned)],
+        ["--model", str(tuned / "adapter")],
+        ["--model", str(base / "base"), "--adapter", str(tmp_path / "merged")],
+    ):
+        assert main(["generate", *place, *options]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_an_adapter_whose_model_has_moved_says_how_to_name_it(
+    base: Path, tuned: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(tuned, tmp_path / "run")
+    config = tmp_path / "run/adapter/adapter_config.json"
+    described = json.loads(config.read_text())
+    config.write_text(json.dumps({**described, "base_model_name_or_path": str(tmp_path / "gone")}))
+    assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "Say"]) == 2
+    error = capsys.readouterr().err
+    assert "gone, which is not there" in error and "--adapter" in error and len(error.splitlines()) == 1
+
+
+def test_an_adapter_alone_cannot_be_tuned(tuned: Path, base: Path, tmp_path: Path, capsys: Any) -> None:
+    assert finetune(base, tmp_path / "run", "--model", str(tuned)) == 2
+    assert "holds an adapter only" in capsys.readouterr().err
+
+
+def test_an_empty_record_is_told_by_its_number_in_the_file(base: Path, tmp_path: Path, capsys: Any) -> None:
+    """The number was once that within its part, here the second of validation."""
+    template = {"without_input": "{instruction}", "with_input": "{instruction} {input}"}
+    (tmp_path / "bare.json").write_text(json.dumps(template))
+    records = [*RECORDS[:26], {"instruction": "", "output": ""}, RECORDS[27]]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    options = ["--data", str(tmp_path / "records.json"), "--template", str(tmp_path / "bare.json")]
+    assert finetune(base, tmp_path / "run", *options) == 2
+    assert "records.json, validation: record 27 has no tokens" in capsys.readouterr().err
+
+
+def test_prompts_that_leave_no_room_for_a_sample_are_said(base: Path, tmp_path: Path, capsys: Any) -> None:
+    assert finetune(base, tmp_path / "run", "--sample_tokens", "127") == 0
+    assert "no live samples: no held-out prompt leaves room for sample_tokens=127" in capsys.readouterr().out
 
 
 def test_the_recipe_says_every_option(tuned: Path) -> None:

@@ -218,7 +218,7 @@ def test_an_example_can_be_counted_from_the_end_and_none_is_beyond() -> None:
         ([{"text": "aaa"}], {"max_length": 2}, "no examples to learn from: 1 records, 1 too long"),
         ([{"text": "a"}, {"txt": "a"}], {}, "record 2: a record needs the key"),
         ([{"text": "a"}, {"text": "A"}], {}, "record 2: .*'A'"),
-        ([{"text": "a"}, {"text": ""}], {}, "record 2 has no tokens"),
+        ([{"text": "a"}, {"text": ""}], {}, "record 2: there is nothing to learn from, 'text' is empty"),
         ([{"text": "a"}], {"max_length": 0}, "max_length must be None or a whole number of at least 1, got 0"),
         ([{"text": "a"}], {"too_long": "cut"}, "too_long must be 'drop' or 'raise', got 'cut'"),
     ],

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from conftest import lively_model
 from MyGPT import BPETokenizer, GPTConfig, GPTModel
 from MyGPT.finetuning.lora import add_lora, merge
-from MyGPT.finetuning.preference import PreferencePairs, dpo_loss, preferences, train_dpo
+from MyGPT.finetuning.preference import PreferencePairs, dpo_loss, preferences, read_preferences, train_dpo
 
 RECORDS = [
     {"prompt": f"Say {word}.", "chosen": f" {word}, please", "rejected": f" no {word} at all"}
@@ -125,6 +128,23 @@ def test_pairs_that_are_too_long_are_counted(tokenizer: BPETokenizer) -> None:
     longer = {"prompt": "Say", "chosen": " cat" * 40, "rejected": " dog"}
     pairs = PreferencePairs([*RECORDS, longer], tokenizer, 32)
     assert (len(pairs), pairs.n_too_long) == (6, 1)
+    with pytest.raises(ValueError, match="no pairs to learn from: 1 records, 1 too long for max_length=32"):
+        PreferencePairs([longer], tokenizer, 32)
+
+
+def test_pairs_are_read_from_an_array_and_from_lines(tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps(RECORDS, indent=1))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    assert read_preferences(tmp_path / "pairs.json") == read_preferences(tmp_path / "pairs.jsonl") == RECORDS
+    (tmp_path / "pairs.jsonl").write_text(f'{json.dumps(RECORDS[0])}\n{{"prompt": "a", "chosen": "b"}}')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: 'rejected' must be a text, got None"):
+        read_preferences(tmp_path / "pairs.jsonl")
+
+
+def test_a_model_that_is_not_ours_is_refused(tokenizer: BPETokenizer) -> None:
+    other = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="DPO is for a PeftModel on a GPTModel, got one on Sequential"):
+        preferences(other, *PreferencePairs(RECORDS, tokenizer, 32).batch([0]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +152,7 @@ def test_pairs_that_are_too_long_are_counted(tokenizer: BPETokenizer) -> None:
     [
         ({"prompt": "a", "chosen": "b"}, "record 2: 'rejected' must be a text, got None"),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "record 2: 'prompt' must be a text, got 3"),
+        (["a"], r"record 2: a record must be a JSON object, got \['a'\]"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "record 2: the prompt is empty"),
     ],
 )

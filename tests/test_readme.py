@@ -49,6 +49,7 @@ def test_every_block_runs(
         {"instruction": f"Spell {word}.", "output": " ".join(word)} for word in alice.split()[:60] if word.isalpha()
     ]
     Path("records.json").write_text(json.dumps(records))
+    Path("messages.csv").write_text("text,label\nsee you at six,ham\nbuy now,spam\nfree gold,spam\nthank you,ham\n")
     write_random_gpt2(Path("gpt2/124M"))  # what is there already is not downloaded
     monkeypatch.setattr("sys.stdin", io.StringIO("Spell cat.\n"))
     names: dict[str, object] = {"__name__": "readme"}

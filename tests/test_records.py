@@ -51,6 +51,11 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a text, got \['b'\]"),
         ('{"prompt": "a"}', "line 3: the key 'completion' is missing"),
         ('{"prompt": "a", "completion": 1.5}', "line 3: 'completion' must be a text, got 1.5"),
+        ('{"text": ""}', "line 3: there is nothing to learn from, 'text' is empty"),
+        (
+            '{"prompt": "", "completion": ""}',
+            "line 3: there is nothing to learn from, 'prompt' and 'completion' are empty",
+        ),
         ('{"text": {}}', r"line 3: 'text' must be a text, got \{\}"),
         ('{"text": "\\ud800"}', "line 3: 'text': "),
         ('{"question": "a"}', r"line 3: a record needs the key 'instruction' .*, got \['question'\]"),
@@ -79,8 +84,18 @@ def test_a_wrong_record_is_refused_with_file_line_and_key(tmp_path: Path, line: 
         read_records(path)
     if not words.startswith("line 3: not JSON"):
         path.write_text(f'[\n{{"text": "good"}},\n{{"text": "good"}}, {line}]')
-        with pytest.raises(ValueError, match=f"records.jsonl, {words.replace('line', 'record', 1)}"):
+        with pytest.raises(ValueError, match=f"records.jsonl, {words.replace('line 3', 'line 3, record 3', 1)}"):
             read_records(path)
+
+
+def test_a_wrong_record_of_an_array_is_told_by_the_line_on_which_it_begins(tmp_path: Path) -> None:
+    """Brackets, line ends and commas inside texts, and in nested values, are no records' ends."""
+    records = [{"text": "a],\n[", "more": [1, {"b": [2, 3]}]}, {"text": '\\"},'}, {"text": 5}]
+    text = "\n \n" + json.dumps(records, indent=3)
+    (tmp_path / "a.json").write_text(text)
+    line = text[: text.index("5\n")].count("\n")  # the brace stands on the line before
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}, record 3: 'text' must be a text, got 5"):
+        read_records(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(

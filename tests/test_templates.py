@@ -144,6 +144,7 @@ def test_a_template_file_needs_only_its_prompts(tmp_path: Path) -> None:
         ({"response": "{outptu}"}, "response must have {output} once, got '{outptu}'"),
         ({"assistant": "{content} {content}"}, "assistant must have {content} once"),
         ({"user": 5}, "user must be a text, got 5"),
+        ({"asks": "text"}, "asks must be one of instruction, messages, prompt, got 'text'"),
         ({"turn_end": None}, "turn_end must be a text, got None"),
         ({"system": "{content}\ud800"}, "surrogate|half"),
     ],

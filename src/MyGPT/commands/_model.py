@@ -34,7 +34,8 @@ def pick_device(name: str) -> torch.device:
 def open_model(name_or_path: str, device: str, adapter: str | None = None) -> tuple[GPTModel, Tokenizer, torch.device]:
     """A model by its name, directory, run or file, in evaluation mode on the device, and its tokenizer.
 
-    An adapter is put on it; a run of finetune that kept an adapter only is opened with the model that it was trained on.
+    An adapter is put on it; an adapter alone, or a run of finetune that kept no more, is opened with the model that it was
+    trained on.
     """
     from MyGPT.model import GPTModel
     from MyGPT.weights.pretrained import find_model
@@ -45,21 +46,30 @@ def open_model(name_or_path: str, device: str, adapter: str | None = None) -> tu
 
         adapter = str(adapter_of(name_or_path))
         name_or_path = base_of_adapter(adapter)
+        if Path(name_or_path).is_absolute() and not Path(name_or_path).exists():
+            raise FileNotFoundError(
+                f"{adapter} was trained on {name_or_path}, which is not there: say where it is now with --model MODEL "
+                f"--adapter {adapter}"
+            )
     path = find_model(name_or_path)
     model = GPTModel.from_pretrained(path)
     if adapter is not None:
         from MyGPT.finetuning.lora import merge, open_adapter
 
-        own = adapter_of(adapter)
-        model = merge(open_adapter(model, own if own is not None else adapter)).eval()
+        model = merge(open_adapter(model, _adapter_in(adapter) or adapter)).eval()
     return model.to(place), find_tokenizer(path, model.config.vocab_size), place
 
 
-def adapter_of(run: str) -> Path | None:
-    """The adapter in a run of finetune that has no whole model."""
-    path = Path(run)
+def adapter_of(name_or_path: str) -> Path | None:
+    """The adapter, where there is no whole model: a directory itself, or `adapter/` in a run of finetune."""
+    path = Path(name_or_path)
     has_model = (path / "config.json").is_file() or (path / "model" / "config.json").is_file()
-    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() and not has_model else None
+    return None if has_model else _adapter_in(name_or_path)
+
+
+def _adapter_in(directory: str) -> Path | None:
+    candidates = (Path(directory), Path(directory) / "adapter")
+    return next((path for path in candidates if (path / "adapter_config.json").is_file()), None)
 
 
 def find_template(name_or_path: str, adapter: str | None = None) -> Template | None:

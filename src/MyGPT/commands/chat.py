@@ -20,13 +20,14 @@ TRANSCRIPT = Template(
     user="User: {content}\n",
     assistant="Assistant:{content}",
     turn_end="\n",
+    asks="messages",
 )
 """For a model that was not tuned: it continues a conversation as it would a story."""
 
 
 @dataclass
 class Conversation:
-    """What was said, and how it is put to the model. Without `remembers` each question stands alone, as an instruction."""
+    """What was said, and how it is put to the model. Without `remembers` each question stands alone."""
 
     template: Template = TRANSCRIPT
     remembers: bool = True
@@ -39,11 +40,13 @@ class Conversation:
         return [f"\n{before}"] if before else []
 
     def record(self, question: str) -> dict[str, Any]:
-        """What the template makes the prompt of."""
-        if not self.remembers:
+        """What the template makes the prompt of, of the kind that the model was tuned on."""
+        if not self.remembers and self.template.asks == "prompt":
+            return {"prompt": f"{self.system}\n\n{question}" if self.system else question}
+        if not self.remembers and self.template.asks == "instruction":
             return {"instruction": question, "input": self.system}
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for asked, answered in self.turns:
+        for asked, answered in self.turns if self.remembers else []:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
@@ -52,7 +55,7 @@ class Conversation:
         from MyGPT.data.instructions import encode_prompt
 
         # What a template lets every answer begin with need not be left to the model.
-        begun = "" if self.remembers else self.template.response.partition("{output}")[0]
+        begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         while True:
             ids = encode_prompt(self.record(question), tokenizer, self.template) + tokenizer.encode(begun)
             if len(ids) <= room:
@@ -75,15 +78,15 @@ def chat(
 ) -> None:
     """Talk with a model, answers appearing as they are made.
 
-    A tuned model is asked by the template that was saved with it. One that was not tuned, such as gpt2, continues the
-    transcript of a conversation as it would a story. Example: mygpt chat --model gpt2
+    A tuned model is asked by the template that was saved with it, in the form of the records it was tuned on. One that was
+    not tuned, such as gpt2, continues the transcript of a conversation as it would a story. Example: mygpt chat --model gpt2
 
     Args:
         model: a released model (gpt2), a run's directory, a model's, or a checkpoint file
         adapter: an adapter's directory, or a run of mygpt finetune
         template: alpaca, book or a JSON file; default the model's own, or a plain transcript
-        memory: show the model what was said before; default for a transcript only, since most tuned models learn single answers
-        system: a text before the conversation; without memory, the input of each instruction
+        memory: show the model what was said before; default if it was tuned on conversations, or not at all
+        system: a text before the conversation; of a model tuned on instructions, the input of each
         max_new_tokens: most tokens of an answer; default 200, or half the model's context if that is less
         seed: makes the conversation repeatable
         device: auto, cpu, cuda or mps
@@ -93,7 +96,8 @@ def chat(
 
     gpt, tokenizer, _ = open_model(model, device, adapter)
     own = load_template(template) if template else find_template(model, adapter)
-    conversation = Conversation(own or TRANSCRIPT, own is None if memory is None else memory, system)
+    asked_by = own or TRANSCRIPT
+    conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
     context = gpt.config.context_length
     longest = min(200, context // 2) if max_new_tokens is None else max_new_tokens
     room = context - longest

@@ -67,7 +67,7 @@ def finetune(
     """
     import torch
 
-    from MyGPT.commands._model import find_tokenizer, pick_device
+    from MyGPT.commands._model import adapter_of, find_tokenizer, pick_device
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
     from MyGPT.model import GPTModel
@@ -78,6 +78,10 @@ def finetune(
     check_choices(full, merge, epochs, frozen_dtype)
     place = pick_device(device)
     run, how = choose_run(out, resume, overwrite)
+    if adapter_of(model) is not None:
+        raise ValueError(
+            f"{model} holds an adapter only, and a model is needed: what finetune makes with --merge true is one"
+        )
     path = find_model(model)
     torch.manual_seed(training.seed)
     gpt = GPTModel.from_pretrained(path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
@@ -91,6 +95,9 @@ def finetune(
         base = str(Path(model).resolve()) if Path(model).exists() else model
         adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
         keeper = adapter
+    prompts = data.prompts(5, training.sample_tokens)
+    if training.sample_every and not prompts:
+        print(f"no live samples: no held-out prompt leaves room for sample_tokens={training.sample_tokens} after it")
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
     trainer = Trainer(
         gpt,
@@ -98,7 +105,7 @@ def finetune(
         sampler,
         data.validation(data.val),
         tokenizer=tokenizer,
-        prompts=data.prompts(5, training.sample_tokens),
+        prompts=prompts,
         keeper=keeper,
         run_dir=run,
         recipe={

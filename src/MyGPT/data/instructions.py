@@ -37,7 +37,8 @@ class InstructionDataset(Dataset[Example]):
 
     Prompt and answer are encoded apart, so that the model learns to go on from the very ids it will be given. Examples of
     more than max_length tokens are never cut: they are left out and counted in `n_too_long`, or with too_long="raise" a
-    ValueError. So is a record that is none, or has no tokens, and that nothing is left.
+    ValueError. So is a record that is none, or has no tokens, and that nothing is left; an error calls a record by its name,
+    which is by default record 1, record 2 and so on.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class InstructionDataset(Dataset[Example]):
         template: Template = BOOK,
         max_length: int | None = None,
         too_long: Literal["drop", "raise"] = "drop",
+        names: Sequence[str] | None = None,
     ) -> None:
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise ValueError(f"max_length must be None or a whole number of at least 1, got {max_length!r}")
@@ -59,12 +61,14 @@ class InstructionDataset(Dataset[Example]):
         """Tokens of the longest record, left out or not."""
         ids: list[npt.NDArray[np.uint32]] = []
         is_answer: list[npt.NDArray[np.bool_]] = []
-        for number, record in enumerate(records, start=1):
-            example = _encode_record(record, f"record {number}", tokenizer, template)
+        if names is None:
+            names = [f"record {number}" for number in range(1, len(records) + 1)]
+        for name, record in zip(names, records, strict=True):
+            example = _encode_record(record, name, tokenizer, template)
             self.longest = max(self.longest, len(example))
             if max_length is not None and len(example) > max_length:
                 if too_long == "raise":
-                    raise ValueError(f"record {number} has {len(example)} tokens, more than max_length={max_length}")
+                    raise ValueError(f"{name} has {len(example)} tokens, more than max_length={max_length}")
                 self.n_too_long += 1
                 continue
             ids.append(np.array(example, np.uint32))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,38 +23,54 @@ Record = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 
-_ANSWER_KEY = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
+Kind = Literal["instruction", "messages", "prompt", "text"]
+
+_ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
 """A record is of the first of these kinds whose key it has; beside it, the key under which its answer is."""
+_BETWEEN = re.compile(r"[\s,]*")
+"""What stands between the records of an array."""
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a file that is a JSON array, or has a JSON object on each line; any kinds, also mixed.
 
     A missing key, a value of the wrong type, text that is not UTF-8, no JSON, or no record at all is a ValueError that
-    names the file, the line (of an array: which record, counted from 1) and the key.
+    names the file, the line (of an array: also which record, counted from 1) and the key.
     """
+    return read_json(path, check_record)
+
+
+def read_json(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
+    """What a JSON array holds, or each line of a file; `check` gets each of them and where it stands."""
     text = read_text(path)
-    read = _read_array if text.lstrip().startswith("[") else _read_lines
-    records = read(text, path)
+    records = []
+    for where, record in (_of_array if text.lstrip().startswith("[") else _of_lines)(text, path):
+        check(record, where)
+        records.append(record)
     if not records:
         raise ValueError(f"{path} has no records: it needs a JSON array of them, or one on each line")
     return records
 
 
-def _read_array(text: str, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    # Again, one by one: the parser does not say on which line a record began.
+    decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
+    line += text.count("\n", 0, end)
     for number, record in enumerate(records, start=1):
-        check_record(record, f"{path}, record {number}")
-    return records
+        start = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+        line += text.count("\n", end, start)
+        yield f"{path}, line {line}, record {number}", record
+        end = decoder.raw_decode(text, start)[1]
+        line += text.count("\n", start, end)
 
 
-def _read_lines(text: str, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    records = []
+def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     # Not splitlines(), for which some characters that JSON allows inside a text end a line.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -64,13 +81,11 @@ def _read_lines(text: str, path: str | os.PathLike[str]) -> list[dict[str, Any]]
             raise ValueError(
                 f"{path}, line {number}: not JSON: {error} (records are a JSON array, or one JSON object a line)"
             ) from None
-        check_record(record, f"{path}, line {number}")
-        records.append(record)
-    return records
+        yield f"{path}, line {number}", record
 
 
-def kind_of(record: Record) -> str:
-    """The key that tells what a checked record is: "instruction", "messages", "prompt" or "text"."""
+def kind_of(record: Record) -> Kind:
+    """The key that tells what a checked record is."""
     return next(kind for kind in _ANSWER_KEY if kind in record)
 
 
@@ -96,6 +111,10 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
     answer_key = _ANSWER_KEY[kind]
     if answer_key is not None and needs_answer:
         _check_text(record, answer_key, where)
+    # Around an instruction stands what the template says.
+    if kind != "instruction" and needs_answer and not (record[kind] or record.get(answer_key)):
+        keys = f"{kind!r} is" if answer_key is None else f"{kind!r} and {answer_key!r} are"
+        raise ValueError(f"{where}: there is nothing to learn from, {keys} empty")
 
 
 def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:

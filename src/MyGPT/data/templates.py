@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
 from MyGPT.files import atomic_write, read_text
@@ -18,6 +18,9 @@ from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
 TEMPLATE_FILE = "template.json"
 """The template's name in a model directory."""
+
+
+Asks = Literal["instruction", "messages", "prompt"]
 
 
 class Part(NamedTuple):
@@ -48,8 +51,12 @@ class Template:
     """The model's message; has {content}, and what is before that is given to the model."""
     turn_end: str = ENDOFTEXT
     """What the model says after each of its messages but the last, which ends as every example does."""
+    asks: Asks = "instruction"
+    """The kind of record that a question to the model is: `mygpt finetune` sets it to the kind that it was tuned on."""
 
     def __post_init__(self) -> None:
+        if self.asks not in get_args(Asks):
+            raise ValueError(f"a template's asks must be one of {', '.join(get_args(Asks))}, got {self.asks!r}")
         for field in fields(self):
             text = getattr(self, field.name)
             if not isinstance(text, str):
@@ -111,6 +118,7 @@ _PLACES = {
     "user": ["{content}"],
     "assistant": ["{content}"],
     "turn_end": [],
+    "asks": [],
 }
 
 _TASK = "Below is an instruction that describes a task"

@@ -7,16 +7,18 @@ the same directory. B batch, T time, C embedding width.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from MyGPT.data.records import read_json
 from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
@@ -27,10 +29,19 @@ from MyGPT.weights.layout import drop_zero_biases, fit, to_ours
 Trained = Literal["head", "last_block", "all"]
 
 
+class ClassifierOutput(NamedTuple):
+    """What a classifier returns when it is given labels."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats."""
+    logits: Tensor
+    """Scores (B, n_labels)."""
+
+
 class GPTForClassification(nn.Module):
     """A GPT with one score for each label. `train_only` freezes the rest: the head; also the last block and LayerNorm; nothing.
 
-    LoRA: `get_peft_model` with modules_to_save=["score"].
+    LoRA: `get_peft_model` with task_type="SEQ_CLS", by which PEFT trains and saves `score` too.
     """
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
@@ -50,13 +61,27 @@ class GPTForClassification(nn.Module):
             gpt.transformer.h[-1].requires_grad_(True)
             gpt.transformer.ln_f.requires_grad_(True)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
-        """Scores (B, n_labels); with labels (B,) int64 their mean cross-entropy in nats and the scores.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Scores (B, n_labels); with labels (B,) int64 a `ClassifierOutput`.
 
-        input_ids (B, T) int64; attention_mask (B, T) is 0 for padding, on either side.
+        input_ids (B, T) int64; attention_mask (B, T) is 0 for padding, on either side. The other keywords are those that
+        PEFT passes, and must be unset.
         """
+        if inputs_embeds is not None or output_attentions or output_hidden_states:
+            raise ValueError(
+                "inputs_embeds, output_attentions and output_hidden_states are not supported; leave them unset"
+            )
         scores = self.score(self.gpt.last_hidden(input_ids, attention_mask))
-        return scores if labels is None else (F.cross_entropy(scores, labels), scores)
+        return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes a model directory that transformers' AutoModelForSequenceClassification opens too."""
@@ -77,10 +102,15 @@ class GPTForClassification(nn.Module):
         """Opens what `save_pretrained` wrote, in evaluation mode."""
         path, config = Path(directory), read_config(directory)
         tensors = dict(read_safetensors(path / "model.safetensors"))
-        names = json.loads(read_text(path / "config.json")).get("id2label")
-        if "score.weight" not in tensors or not isinstance(names, dict):
-            raise ValueError(f"{path} holds no classifier: it has no score.weight, or config.json no id2label")
+        if "score.weight" not in tensors:
+            raise ValueError(f"{path} holds no classifier: its weights have no score.weight")
         score = tensors.pop("score.weight").load()
+        numbered = {str(i): f"LABEL_{i}" for i in range(len(score))}  # transformers' names, which it does not write
+        names = json.loads(read_text(path / "config.json")).get("id2label", numbered)
+        if not isinstance(names, dict) or names.keys() != numbered.keys():
+            raise ValueError(
+                f"{path / 'config.json'}: id2label must name the {len(score)} labels 0 to {len(score) - 1}"
+            )
         gpt = GPTModel(config)
         fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
         gpt.to(score.dtype).load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
@@ -89,30 +119,44 @@ class GPTForClassification(nn.Module):
         return model.eval()
 
 
-def read_labelled(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    """Texts and labels: a CSV file whose first line names the columns, or JSON lines, with `text` and `label`.
+def read_labelled(
+    path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label"
+) -> list[tuple[str, str]]:
+    """Texts and labels of a .csv file whose first line names its columns, or of a JSON array or JSON lines.
 
-    A missing column or key, or one that is empty, is a ValueError with file, line and key.
+    A label is a text or a whole number, which becomes a text. A missing column or key, one that is empty or of another type, or
+    a line with more values than columns, is a ValueError with file, line and key.
     """
-    text = read_text(path)
-    if Path(path).suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        rows: list[tuple[int, Any]] = [(reader.line_num, row) for row in reader]
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append((number, json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-    for number, row in rows:
-        for key in ("text", "label"):
-            if not isinstance(row, dict) or row.get(key) in (None, ""):
-                raise ValueError(f"{path}, line {number}: the key {key!r} is missing or empty")
+
+    def check(record: Any, where: str) -> None:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
+        if None in record:  # where csv puts what is left over
+            raise ValueError(f"{where}: more values than columns; a text with a comma in it stands in quotation marks")
+        for key, kinds in ((text_key, str), (label_key, (str, int))):
+            if record.get(key) in (None, ""):
+                raise ValueError(
+                    f"{where}: the key {key!r} is missing or empty, there are {', '.join(map(str, record))}"
+                )
+            if not isinstance(record[key], kinds) or isinstance(record[key], bool):
+                raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
+
+    rows = _read_csv(path, check) if Path(path).suffix == ".csv" else read_json(path, check)
+    return [(row[text_key], str(row[label_key])) for row in rows]
+
+
+def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            check(row, f"{path}, line {reader.line_num}")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
-        raise ValueError(f"{path} has no records: each needs a text and a label")
-    return [(str(row["text"]), str(row["label"])) for _, row in rows]
+        raise ValueError(f"{path} has no records: it needs a line that names the columns, and others below it")
+    return rows
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:
@@ -128,25 +172,79 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     return ids, mask
 
 
+def train_classifier(
+    model: nn.Module,
+    examples: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    epochs: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[float]:
+    """Trains a GPTForClassification, or a PeftModel on one, on texts and labels; the loss of each step, before it."""
+    targets = _targets(model, examples)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    model.train()
+    for _ in range(epochs):
+        for part in torch.randperm(len(examples), generator=generator).split(batch_size):
+            ids, mask = _batch(model, [examples[i][0] for i in part], tokenizer)
+            loss = model(ids, mask, labels=targets[part].to(ids.device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+    return losses
+
+
+def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
+    """The label of each text, by a GPTForClassification or a PeftModel on one."""
+    called: list[str] = []
+    with torch.no_grad(), evaluation_mode(model):
+        for start in range(0, len(texts), batch_size):
+            scores = model(*_batch(model, texts[start : start + batch_size], tokenizer))
+            called += [_classifier(model).labels[i] for i in scores.argmax(1)]
+    return called
+
+
 def confusion_table(
-    model: GPTForClassification, examples: Sequence[tuple[str, str]], tokenizer: Any, batch_size: int = 16
+    model: nn.Module, examples: Sequence[tuple[str, str]], tokenizer: Any, batch_size: int = 16
 ) -> Tensor:
     """How often each label (row) was called what (column), (n_labels, n_labels) int64. Accuracy is its diagonal's share."""
-    table = torch.zeros(len(model.labels), len(model.labels), dtype=torch.int64)
-    device = model.score.weight.device
-    unknown = {label for _, label in examples} - set(model.labels)
-    if unknown:
-        raise ValueError(f"the model has no label {min(unknown)!r}; its labels are {', '.join(model.labels)}")
-    with torch.no_grad(), evaluation_mode(model):
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            ids, mask = collate_texts([text for text, _ in part], tokenizer, model.config.context_length)
-            called = model(ids.to(device), mask.to(device)).argmax(1).tolist()
-            for (_, label), column in zip(part, called, strict=True):
-                table[model.labels.index(label), column] += 1
+    rows, labels = _targets(model, examples), _classifier(model).labels
+    called = classify(model, [text for text, _ in examples], tokenizer, batch_size)
+    table = torch.zeros(len(labels), len(labels), dtype=torch.int64)
+    for row, label in zip(rows, called, strict=True):
+        table[row, labels.index(label)] += 1
     return table
 
 
 def accuracy(table: Tensor) -> float:
     """The share of a confusion table's texts that were called what they are."""
     return float(table.diagonal().sum() / table.sum())
+
+
+def _classifier(model: nn.Module) -> GPTForClassification:
+    """The classifier itself, out of the PeftModel if it is in one."""
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if not isinstance(base, GPTForClassification):
+        raise ValueError(f"a GPTForClassification is needed, or a PeftModel on one, got {type(base).__name__}")
+    return base
+
+
+def _targets(model: nn.Module, examples: Sequence[tuple[str, str]]) -> Tensor:
+    """The numbers of the labels, (n,) int64."""
+    if not examples:
+        raise ValueError("there are no examples: each is a text and its label")
+    labels = _classifier(model).labels
+    unknown = {label for _, label in examples} - set(labels)
+    if unknown:
+        raise ValueError(f"the model has no label {min(unknown)!r}; its labels are {', '.join(labels)}")
+    return torch.tensor([labels.index(label) for _, label in examples])
+
+
+def _batch(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    ids, mask = collate_texts(texts, tokenizer, _classifier(model).config.context_length)
+    return ids.to(device), mask.to(device)

@@ -5,16 +5,17 @@ B batch, T time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
 from MyGPT.data.packing import PackedSampler
-from MyGPT.data.records import read_records, split_records
-from MyGPT.data.templates import load_template
+from MyGPT.data.records import kind_of, read_records, split_records
+from MyGPT.data.templates import Template, load_template
 
 Rows = Literal["padded", "packed"]
 
@@ -58,12 +59,12 @@ class Examples:
         self.options = options
         self.tokenizer = tokenizer
         self.max_length = min(options.max_length or context_length, context_length)
-        self.template = load_template(options.template)
         self.records = read_records(options.data)
+        self.template = self._template()
         self.split = split_records(len(self.records), options.train_fraction, options.test_fraction, options.split_seed)
-        self.train, self.val, self.test = (
-            self._encode(part) if part else None for part in (self.split.train, self.split.val, self.split.test)
-        )
+        self.train = self._encode("training", self.split.train)
+        self.val = self._encode("validation", self.split.val)
+        self.test = self._encode("test", self.split.test)
 
     def describe(self) -> str:
         """A line for each part: examples, tokens, and how many were too long."""
@@ -87,8 +88,19 @@ class Examples:
         prompts = [encode_prompt(self.records[i], self.tokenizer, self.template) for i in held_out[:n]]
         return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
 
-    def _encode(self, part: tuple[int, ...]) -> InstructionDataset:
-        return InstructionDataset([self.records[i] for i in part], self.tokenizer, self.template, self.max_length)
+    def _template(self) -> Template:
+        """The chosen one, which asks as most of the records do."""
+        kind = Counter(map(kind_of, self.records)).most_common(1)[0][0]
+        return replace(load_template(self.options.template), asks="prompt" if kind == "text" else kind)
+
+    def _encode(self, name: str, part: tuple[int, ...]) -> InstructionDataset | None:
+        if not part:
+            return None
+        records, names = [self.records[i] for i in part], [f"record {i + 1}" for i in part]
+        try:
+            return InstructionDataset(records, self.tokenizer, self.template, self.max_length, names=names)
+        except ValueError as error:
+            raise ValueError(f"{self.options.data}, {name}: {error}") from None
 
     def _targets(self) -> dict[str, Any]:
         return {"pad_token_id": self.tokenizer.eot_token, "mask_prompt": self.options.mask_prompt}

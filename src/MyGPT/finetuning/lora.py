@@ -34,7 +34,7 @@ TARGET_MODULES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """LoRA as the command line has it. What is out of range PEFT refuses."""
+    """LoRA as the command line has it. A value out of range is a ValueError."""
 
     r: int = 8
     """Rank of the two thin matrices."""
@@ -42,20 +42,31 @@ class LoraOptions:
     """Their product counts alpha / r times."""
     dropout: float = 0.05
     """Probability, in training, of dropping what goes into them."""
-    targets: list[str] = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
-    """The layers beside which they lie."""
+    targets: list[str] | str = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
+    """The layers beside which they lie: one, several as [c_attn, c_fc], or all-linear."""
     dora: bool = False
     """Learn the length of each of a weight's rows apart from its direction (DoRA, Liu et al., 2024)."""
     rslora: bool = False
     """Count the product alpha / sqrt(r) times (Kalajdzievski, 2023)."""
 
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r must be at least 1, got {self.r}")
+        if self.alpha < 1:
+            raise ValueError(f"lora.alpha must be at least 1, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be from 0 up to but not including 1, got {self.dropout}")
+        if not self.targets:
+            raise ValueError("lora.targets must name at least one layer, got none")
+
     def for_peft(self) -> dict[str, Any]:
         """The arguments of `add_lora`."""
+        is_layer = isinstance(self.targets, str) and self.targets != "all-linear"
         return {
             "r": self.r,
             "alpha": self.alpha,
             "dropout": self.dropout,
-            "target_modules": self.targets,
+            "target_modules": [self.targets] if is_layer else self.targets,
             "use_dora": self.dora,
             "use_rslora": self.rslora,
         }

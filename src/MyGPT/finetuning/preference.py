@@ -6,6 +6,7 @@ reference is the same model with its LoRA adapter switched off: there is no seco
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from MyGPT.data.records import read_json
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
@@ -58,11 +60,28 @@ def dpo_loss(
     return Preferences(loss.mean(), float((margin > 0).float().mean()), float(margin.detach().mean()))
 
 
+def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The records of a JSON array or of JSON lines; one that is no pair is a ValueError with file, line and key."""
+    return read_json(path, check_pair)
+
+
+def check_pair(record: Any, where: str) -> None:
+    """A ValueError that begins with `where` unless the record has the texts prompt, chosen and rejected."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
+    for key in KEYS:
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"{where}: {key!r} must be a text, got {record.get(key)!r:.80}")
+    if not record["prompt"]:
+        raise ValueError(f"{where}: the prompt is empty; an answer needs at least one token before it")
+
+
 class PreferencePairs:
     """Records of prompt, chosen and rejected as ids: each answer after the prompt's own ids, and then the end of the text.
 
-    Pairs of which one is longer than max_length are left out and counted in `n_too_long`. A record that lacks a key, or has
-    another type than text there, is a ValueError with its number and key.
+    The prompt is taken as it is: of a tuned model it is what its template makes of a question. Pairs of which one is longer
+    than max_length are left out and counted in `n_too_long`. A record that is no pair is a ValueError with its number and key,
+    and so is that no pair is left.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
@@ -72,17 +91,18 @@ class PreferencePairs:
         self.pairs: list[tuple[list[int], list[int], list[int]]] = []
         self.n_too_long = 0
         for number, record in enumerate(records, start=1):
-            for key in KEYS:
-                if not isinstance(record.get(key), str):
-                    raise ValueError(f"record {number}: {key!r} must be a text, got {record.get(key)!r}")
+            check_pair(record, f"record {number}")
             prompt, *answers = (encode_with_specials(tokenizer, record[key]) for key in KEYS)
-            if not prompt:
-                raise ValueError(f"record {number}: the prompt is empty; an answer needs at least one token before it")
             ended = [[*answer, self.pad_id] for answer in answers]
             if max(map(len, ended)) + len(prompt) > max_length + 1:
                 self.n_too_long += 1
             else:
                 self.pairs.append((prompt, ended[0], ended[1]))
+        if not self.pairs:
+            raise ValueError(
+                f"there are no pairs to learn from: {len(records)} records, {self.n_too_long} too long for "
+                f"max_length={max_length}"
+            )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -115,7 +135,8 @@ def preferences(
 ) -> Preferences:
     """DPO's loss of a batch of `PreferencePairs`, the reference being the model without its adapter."""
     model = peft_model.get_base_model()
-    assert isinstance(model, GPTModel)
+    if not isinstance(model, GPTModel):
+        raise ValueError(f"DPO is for a PeftModel on a GPTModel, got one on {type(model).__name__}")
     with torch.no_grad(), evaluation_mode(model), peft_model.disable_adapter():
         reference_chosen, reference_rejected = (-model.row_losses(inputs, targets)).chunk(2)
     chosen, rejected = (-model.row_losses(inputs, targets)).chunk(2)

@@ -1,0 +1,166 @@
+"""Tuning a small GPT on instructions: LoRA, all weights, and both with transformers and PEFT from the same weights and batches.
+
+Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 1] [--out runs/finetuning]
+Without --model a GPT is first pretrained on --text (default: the built-in "Alice in Wonderland") with `mygpt train`. Ours are
+runs of `mygpt finetune` with no dropout, in float32, on the first 85% of the records; the next 10% are for the test, the rest for
+validation. Theirs is a plain loop with torch's AdamW over the same batches at the same learning rates, the adapter drawn from
+the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import torch.nn.functional as F
+import yaml
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from MyGPT import load_tokenizer
+from MyGPT.cli import main as mygpt
+from MyGPT.finetuning.examples import ExampleOptions, Examples, ExampleValidation
+from MyGPT.training.metrics import read_metrics
+from MyGPT.weights.directory import read_config
+
+PRETRAINED = (
+    "--tokenizer bpe --tokenizer_size 2048 --context_length 256 --emb_dim 128 --n_heads 4 --n_layers 4 --batch_size 8 "
+    "--max_steps 150 --learning_rate 2e-3 --eval_every 75 --eval_windows 40 --sample_every 0"
+).split()
+WAYS = {
+    "LoRA": ["--lora.dropout", "0", "--learning_rate", "2e-3"],
+    "all weights": ["--full", "--learning_rate", "5e-4"],
+}
+
+
+def pretrain(text: str, run: Path) -> Path:
+    if mygpt(["train", "--data", text, "--out", str(run), *PRETRAINED]) != 0:
+        raise SystemExit("the model could not be pretrained")
+    return run / "model"
+
+
+def tune(model: Path, options: argparse.Namespace, way: list[str], run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run of mygpt finetune."""
+    arguments = ["--model", str(model), "--data", options.data, "--epochs", str(options.epochs), "--seed", "1"]
+    arguments += [
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--eval_every",
+        "25",
+        "--sample_every",
+        "100",
+        "--out",
+        str(run),
+    ]
+    if mygpt(["finetune", *arguments, *way]) != 0:
+        raise SystemExit("mygpt finetune failed")
+    return read_metrics(run)
+
+
+def tune_theirs(model: Path, run: Path, metrics: list[dict[str, Any]], examples: Examples) -> list[dict[str, Any]]:
+    """Losses of transformers and PEFT on the batches, and at the learning rates, of a run of ours."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(recipe["seed"])
+    if not recipe["full"]:
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM, r=recipe["lora"]["r"], lora_alpha=recipe["lora"]["alpha"], lora_dropout=0.0,
+            target_modules=recipe["lora"]["targets"], fan_in_fan_out=True,
+        )  # fmt: skip
+        theirs = get_peft_model(theirs, lora)
+    if not read_config(model).qkv_bias:  # theirs always has them; here they are zero and would be trained
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("c_attn.bias"):
+                parameter.requires_grad_(False)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=0.0)
+    sampler, validation = examples.sampler(recipe["batch_size"], recipe["seed"]), examples.validation(examples.val)
+    assert validation is not None
+    found: list[dict[str, Any]] = []
+    for record in metrics:
+        if "loss" in record:
+            theirs.train()
+            optimizer.param_groups[0]["lr"] = record["learning_rate"]
+            inputs, targets = sampler.batch(record["step"] - 1)
+            loss = F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, recipe["grad_clip"])
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append({"step": record["step"], "loss": loss.item()})
+        elif "val_loss" in record:
+            found.append({"step": record["step"], "val_loss": evaluate(theirs, validation)})
+    return found
+
+
+def evaluate(theirs: Any, validation: ExampleValidation) -> float:
+    """Nats a token of the answers."""
+    theirs.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for inputs, targets in validation.batches(True):
+            logits = theirs(input_ids=inputs).logits.flatten(0, 1)
+            total += float(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+            count += int((targets != -100).sum())
+    return total / count
+
+
+def series(metrics: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in metrics if key in record}
+
+
+def report(untuned: float, found: dict[str, list[dict[str, Any]]]) -> None:
+    losses = {name: {0: untuned, **series(metrics, "val_loss")} for name, metrics in found.items()}
+    steps = sorted(next(iter(losses.values())))
+    shown = sorted({steps[round(i * (len(steps) - 1) / 4)] for i in range(5)})
+    print("\nloss on the validation records, nats a token of their answers, after so many steps")
+    print(f"{'':<28}" + "".join(f"{step:>9}" for step in shown))
+    for name, values in losses.items():
+        print(f"{name:<28}" + "".join(f"{values[step]:>9.4f}" for step in shown))
+    for name in WAYS:
+        differences = {}
+        for key in ("loss", "val_loss"):
+            ours, theirs = series(found[name], key), series(found[f"{name}, transformers"], key)
+            differences[key] = max(abs(ours[step] - theirs[step]) for step in ours)
+        print(
+            f"{name}: largest difference from transformers over {len(series(found[name], 'loss'))} steps "
+            f"{differences['loss']:.1e} in training, {differences['val_loss']:.1e} in validation"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--text", default="alice", help="the text to pretrain on, or its name")
+    parser.add_argument("--model", help="the directory of a model that was pretrained already")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--out", help="keep the runs here")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(options.out or temporary)
+        model = Path(options.model) if options.model else pretrain(options.text, out / "pretrained")
+        model = model / "model" if (model / "model").is_dir() else model
+        examples = Examples(ExampleOptions(options.data), load_tokenizer(model), read_config(model).context_length)
+        validation = examples.validation(examples.val)
+        assert validation is not None
+        untuned = evaluate(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), validation)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name, way in WAYS.items():
+            run = out / name.replace(" ", "_")
+            found[name] = tune(model, options, way, run)
+            found[f"{name}, transformers"] = tune_theirs(model, run, found[name], examples)
+        report(untuned, found)
+
+
+if __name__ == "__main__":
+    main()
