@@ -18,6 +18,9 @@ from MyGPT.weights.gpt2_files import download_gpt2
 from MyGPT.weights.hub import download_from_hub
 from MyGPT.weights.layout import HEAD, WTE, align, fit, flatten, to_ours
 
+COPIES = os.name == "nt"
+"""Whether a model keeps nothing of its file: Windows neither replaces nor deletes one that is mapped."""
+
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     """The directory or file of a model: a path, or the name of one that is downloaded where it is not there yet.
@@ -57,9 +60,10 @@ def _repository(name: str) -> str | None:
 def read_weights(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the state dict of a model by name or path, in `dtype` or as it is stored; each tensor owns its memory.
+    """The config and the state dict of a model by name or path, in `dtype` or as it is stored.
 
-    Tensors are read one by one, so that beside the result there is never more than one of them in memory.
+    What has its type already is a view of the mapped file, kernels turned by their strides, and can be written to (see
+    `MappedFile`). Beside what has to be converted there is never more than one tensor in memory.
     """
     checkpoint = open_checkpoint(find_model(name_or_path))
     if checkpoint.config is None:
@@ -76,7 +80,7 @@ def read_weights(
         if name == HEAD and checkpoint.config.tie_weights:
             state_dict[name] = state_dict[WTE]
         else:
-            state_dict[name] = _own(tensor.load(), dtype)
+            state_dict[name] = tensor.load().to(dtype or tensor.dtype, copy=COPIES)
     return checkpoint.config, state_dict
 
 
@@ -109,10 +113,5 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
                 parameters[name].copy_(tensor)
             else:
                 layer = model.get_submodule(name.removesuffix(".bias"))
-                layer.bias = nn.Parameter(_own(tensor, like.dtype).to(like.device))
+                layer.bias = nn.Parameter(tensor.to(like.device, like.dtype, copy=True))
     model.config = config  # type: ignore[assignment]
-
-
-def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A contiguous copy, in one pass also where the tensor is turned."""
-    return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
