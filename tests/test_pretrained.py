@@ -213,6 +213,8 @@ def test_nanogpts_checkpoint_opens_with_its_logits(bias: bool, tmp_path: Path) -
     again = fresh(activation="gelu")
     load_weights_into_gpt(again, theirs.checkpoint())
     assert difference(again, theirs) < EXACT
+    (tmp_path / "ckpt.pt").write_bytes(b"")  # as a script that goes on training does, in the file's place
+    assert difference(model, theirs) < EXACT
 
 
 def test_nanogpts_checkpoint_is_refused_by_a_model_that_computes_something_else() -> None:

@@ -54,6 +54,8 @@ def download_model(name: str, directory: str | os.PathLike[str] | None = None, b
 def _repository(name: str) -> str | None:
     """The repository on the Hugging Face hub that a name stands for, if it does."""
     match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
+    if match is None and name.startswith("hf://"):
+        raise ValueError(f"a repository on the Hugging Face hub is written hf://user/model, got {name!r}")
     return match[1] if match else None
 
 
