@@ -425,6 +425,7 @@ def test_a_model_is_opened_in_the_dtype_that_is_asked_for(dtype: torch.dtype, tm
     opened = GPTModel.from_pretrained(tmp_path, dtype=dtype)
     for name, tensor in opened.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].to(dtype)), name
+        assert tensor.is_contiguous() or dtype == torch.float64, name  # bf16 and fp16 are slow otherwise
     assert GPTModel.from_pretrained(OPENAI, dtype=dtype).transformer.wte.weight.dtype == dtype
 
 

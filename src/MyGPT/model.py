@@ -347,7 +347,7 @@ class GPTModel(nn.Module):
         downloaded once, to $MYGPT_CACHE or the user's cache directory. A directory is a saved model's, a run's, or OpenAI's;
         a file is nanoGPT's ckpt.pt. The weights have `dtype`, or the one in which they are stored.
 
-        Weights that need no conversion are not copied but mapped: they are read from the disk when they are first used, and
+        Weights in .safetensors or OpenAI's files that need no conversion are mapped: they are read when they are first used, and
         their file may be replaced or deleted meanwhile, but not shortened in its place. Nothing done to them reaches it.
         """
         config, state_dict = read_weights(name_or_dir, dtype)
