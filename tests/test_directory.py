@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
+import MyGPT.weights.pretrained
 from conftest import lively_model
 from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, generate, load_tokenizer
 from oracles_model import transformers_twin
@@ -147,12 +149,98 @@ def test_an_opened_model_is_in_evaluation_mode_and_can_be_trained(saved: Path) -
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_an_opened_model_does_not_hold_on_to_its_file(saved: Path) -> None:
+def n_mappings(path: Path) -> int:
+    """How often a file is mapped into this process."""
+    return Path("/proc/self/maps").read_text().count(f" {path.resolve()}")
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+
+
+@needs_proc
+def test_weights_are_mapped_once_and_only_while_the_model_lives(saved: Path) -> None:
+    model = GPTModel.from_pretrained(saved)
+    assert n_mappings(saved / "model.safetensors") == 1
+    assert model.transformer.h[0].mlp.c_fc.weight.T.is_contiguous()  # it lies as in the file
+    del model
+    assert n_mappings(saved / "model.safetensors") == 0
+
+
+@needs_proc
+@pytest.mark.parametrize("reason", ["another dtype", "Windows"])
+def test_a_model_that_has_to_be_copied_keeps_nothing_of_its_file(
+    reason: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "Windows":
+        monkeypatch.setattr(MyGPT.weights.pretrained, "COPIES", True)
+    model = GPTModel.from_pretrained(saved, dtype=torch.float32 if reason == "Windows" else torch.bfloat16)
+    assert n_mappings(saved / "model.safetensors") == 0
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("happens", ["saved over", "deleted"])
+def test_an_opened_model_outlives_its_file(happens: str, saved: Path) -> None:
     model = GPTModel.from_pretrained(saved)
     before = model(IDS)
-    weights = saved / "model.safetensors"
-    weights.write_bytes(b"\0" * weights.stat().st_size)
+    if happens == "deleted":
+        (saved / "model.safetensors").unlink()
+    else:
+        lively_model(config()).save_pretrained(saved)
     assert torch.equal(model(IDS), before)
+
+
+def test_what_is_done_to_an_opened_model_does_not_reach_its_file(saved: Path) -> None:
+    before = contents(saved)
+    model = GPTModel.from_pretrained(saved)
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    trained = model(IDS)
+    assert contents(saved) == before
+    model.save_pretrained(saved)  # over the file that it is mapped from
+    assert (GPTModel.from_pretrained(saved)(IDS) - trained).abs().max() < 1e-4  # float32, logits of size 10
+
+
+def two_steps(model: GPTModel, optimizer: torch.optim.Optimizer) -> None:
+    torch.manual_seed(1)  # of dropout
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def test_an_opened_model_goes_on_training_to_the_last_bit_as_the_one_that_was_saved(saved: Path) -> None:
+    """With an optimizer's states from there. Beside kernels that lie the other way round, torch's fused AdamW would give each
+    number another's moments, and say nothing."""
+    model = GPTModel(config()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    two_steps(model, optimizer)
+    model.save_pretrained(saved)
+    states = copy.deepcopy(optimizer.state_dict())
+    two_steps(model, optimizer)
+    opened = GPTModel.from_pretrained(saved).train()
+    again = torch.optim.AdamW(opened.parameters(), lr=0.01, fused=True)
+    again.load_state_dict(states)
+    two_steps(opened, again)
+    for name, tensor in opened.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@needs_proc
+def test_a_model_that_trains_keeps_nothing_of_its_file(saved: Path) -> None:
+    model = GPTModel.from_pretrained(saved)
+    parameters = list(model.parameters())
+    assert n_mappings(saved / "model.safetensors") == 1
+    nn.ModuleList([model]).train()  # as a wrapper of PEFT's or torch's does it
+    assert n_mappings(saved / "model.safetensors") == 0
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_files_have_the_permissions_of_any_other(saved: Path) -> None:
+    ordinary = saved.parent / "ordinary"
+    ordinary.touch()
+    for path in saved.iterdir():
+        assert path.stat().st_mode == ordinary.stat().st_mode, path.name
 
 
 def test_a_run_is_opened_by_the_model_in_it(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> N
     assert main(["download", "124M", "--out", str(tmp_path), "--base_url", "http://127.0.0.1:1/models"]) == 2
     error = capsys.readouterr().err
     assert "127.0.0.1:1/models/124M/checkpoint" in error and str(tmp_path / "124M") in error
+    assert main(["generate", "--model", "hf://gpt2"]) == 2
+    assert "is written hf://user/model, got 'hf://gpt2'" in capsys.readouterr().err
 
 
 def test_info_says_whose_a_checkpoint_is(talker: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from MyGPT import CharTokenizer, SimpleTokenizer, load_tokenizer
+import MyGPT.tokenizers.bpe
+from MyGPT import CharTokenizer, SimpleTokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers import Tokenizer, make_tokenizer
 from oracles import book_words
 from texts import ALICE, TEXTS
@@ -126,6 +128,24 @@ def test_a_file_of_the_tokenizers_library_opens(tmp_path: Path) -> None:
     theirs.save(str(tmp_path / "tokenizer.json"))
     text = ALICE[:3000] + "<|endoftext|> é"
     assert load_tokenizer(tmp_path).encode(text) == theirs.encode(text).ids
+
+
+def test_gpt2s_merges_are_known_in_any_file_and_not_worked_through_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes a second and a half of the time in which a saved GPT-2 answers."""
+    gpt2 = get_tokenizer("gpt2")
+    gpt2.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    checked = []
+    monkeypatch.setattr(MyGPT.tokenizers.bpe, "_check_that_merges_come_about", lambda *_: checked.append(True))
+    assert load_tokenizer(tmp_path).encode(ALICE) == gpt2.encode(ALICE)
+    assert not checked
+    last = content["model"]["merges"].pop()
+    del content["model"]["vocab"]["".join(last.split(" ") if isinstance(last, str) else last)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    load_tokenizer(tmp_path)
+    assert checked == [True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

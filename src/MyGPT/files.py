@@ -62,6 +62,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(_default_mode(0o666))  # safetensors' are for their owner alone
                 _sync_file(file)
         _sync_directory(temporary)
         if path.exists():
@@ -152,9 +153,14 @@ def _mode(path: Path, default: int) -> int:
     """The permissions of `path`, or of a new one: mkstemp's and mkdtemp's are for secrets."""
     if path.exists():
         return stat.S_IMODE(path.stat().st_mode)
+    return _default_mode(default)
+
+
+def _default_mode(mode: int) -> int:
+    """What the user's umask leaves of it."""
     mask = os.umask(0)
     os.umask(mask)
-    return default & ~mask
+    return mode & ~mask
 
 
 def _sync_file(path: Path) -> None:

@@ -330,6 +330,15 @@ class GPTModel(nn.Module):
         """
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
+    def train(self, mode: bool = True) -> GPTModel:
+        """As of every module. The weights of a model that was opened are copied first, so that it trains, to the last bit, as
+        one that was made: mapped kernels lie the other way round, on which torch's fused AdamW is wrong where states do not.
+        """
+        if mode and not all(parameter.is_contiguous() for parameter in self.parameters()):
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        return super().train(mode)
+
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> GPTModel:
         """A released model by name, or the one in a directory or file, in evaluation mode.
@@ -337,6 +346,9 @@ class GPTModel(nn.Module):
         "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" are OpenAI's, "openai-community/gpt2" and the like Hugging Face's:
         downloaded once, to $MYGPT_CACHE or the user's cache directory. A directory is a saved model's, a run's, or OpenAI's;
         a file is nanoGPT's ckpt.pt. The weights have `dtype`, or the one in which they are stored.
+
+        Weights in .safetensors or OpenAI's files that need no conversion are mapped: they are read when they are first used, and
+        their file may be replaced or deleted meanwhile, but not shortened in its place. Nothing done to them reaches it.
         """
         config, state_dict = read_weights(name_or_dir, dtype)
         with torch.device("meta"):

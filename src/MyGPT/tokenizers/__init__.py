@@ -12,7 +12,7 @@ from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
 from MyGPT.tokenizers.chars import CharTokenizer
-from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, read_openai_vocabulary
+from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
 from MyGPT.tokenizers.words import SimpleTokenizer
 
 __all__ = [
@@ -67,7 +67,7 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return from_visible(model["vocab"], merges, special)
+        return from_visible(model["vocab"], merges, special, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"])
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,10 +36,16 @@ def gpt2_tokenizer() -> BPETokenizer:
         found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{directory / name} is not OpenAI's file: its SHA-256 is {found}, expected {expected}")
-    return read_openai_vocabulary(directory, known=True)
+    return read_openai_vocabulary(directory)
 
 
-def read_openai_vocabulary(directory: Path, known: bool = False) -> BPETokenizer:
+def has_gpt2_merges(merges: Iterable[Sequence[str]]) -> bool:
+    """Whether these are the merges of OpenAI's `vocab.bpe`, line by line, wherever they were read."""
+    lines = "".join(f"{' '.join(merge)}\n" for merge in merges)
+    return hashlib.sha256(f"#version: 0.2\n{lines}".encode()).hexdigest() == VOCABULARY_SHA256["vocab.bpe"]
+
+
+def read_openai_vocabulary(directory: Path) -> BPETokenizer:
     """A tokenizer from a directory with `encoder.json` (token to id) and `vocab.bpe` (a merge a line).
 
     What is damaged is a ValueError that names the directory.
@@ -53,6 +60,6 @@ def read_openai_vocabulary(directory: Path, known: bool = False) -> BPETokenizer
         if not isinstance(vocab, dict):
             raise ValueError("encoder.json is no table of tokens and their ids")
         special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
-        return from_visible(vocab, merges, special, known)
+        return from_visible(vocab, merges, special, known=has_gpt2_merges(merges))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory} holds no vocabulary in OpenAI's files: {error}") from None

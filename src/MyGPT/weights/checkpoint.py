@@ -90,6 +90,8 @@ def _open_file(path: Path) -> Checkpoint:
             tensors = flatten(
                 {key: value for key, value in weights.items() if not isinstance(value, (int, float, str))}
             )
+            # Training scripts write over their checkpoint in its place, which who has it mapped does not survive.
+            tensors = {name: tensor.map(tensor.shape, torch.clone) for name, tensor in tensors.items()}
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from MyGPT.config import GPTConfig
 from MyGPT.files import atomic_directory, read_text, restore_directory
 from MyGPT.weights.layout import Lazy, drop_zero_biases, to_hugging_face, to_ours
+from MyGPT.weights.mapped import MappedFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -88,24 +90,34 @@ def model_directory(name_or_dir: str | os.PathLike[str]) -> Path:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
-    """The tensors of a file. It is opened anew for each that is read, so that no more than one stays in memory."""
+    """The tensors of a file, as views of the mapped file (see `MappedFile`)."""
     from safetensors import SafetensorError, safe_open
 
-    def load(name: str) -> Tensor:
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-
     try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                described = file.get_slice(name)
-                shape = tuple(described.get_shape())
-                yield name, Lazy(shape, _DTYPES.get(described.get_dtype()), lambda name=name: load(name))  # type: ignore[misc]
+        with safe_open(path, "pt"):  # checks that what the header says is possible, and the length of the file
+            pass
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    with open(path, "rb") as file:
+        n_header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n_header_bytes))
+    mapped = MappedFile(path)
+    for name, described in header.items():
+        if name != "__metadata__":
+            shape, dtype = tuple(described["shape"]), _DTYPES.get(described["dtype"])
+            begin, end = (8 + n_header_bytes + place for place in described["data_offsets"])
+            yield name, Lazy(shape, dtype, partial(_read_tensor, mapped, name, shape, dtype, begin, end))
+
+
+def _read_tensor(
+    file: MappedFile, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, begin: int, end: int
+) -> Tensor:
+    if dtype is None:
+        raise ValueError(f"{file.path}: {name} does not hold floating-point numbers")
+    try:
+        return torch.from_numpy(file.read(begin, end - begin)).view(dtype).reshape(shape)
+    except ValueError as error:  # shorter than it was
+        raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None = None) -> None:

@@ -186,7 +186,8 @@ def fit(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
         elif tensor.dtype is None:
             problems.append(f"{name} does not hold floating-point numbers")
     head, embedding = have.get(HEAD), have.get(WTE)
-    if config.tie_weights and head and embedding and head.shape == embedding.shape and not _equal(head, embedding):
+    are_alike = head and embedding and head.shape == embedding.shape and head.dtype and embedding.dtype
+    if config.tie_weights and are_alike and not _equal(have[HEAD], have[WTE]):
         problems.append(f"{HEAD} is not {WTE}, the model has one for both (tie_weights)")
     if problems:
         n = f"{len(problems)} mismatches: " if len(problems) > 1 else ""
@@ -197,7 +198,11 @@ def fit(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
 def drop_zero_biases(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
     """For a config without qkv biases, takes out the zeros that stand for them in a directory; others stay, and do not fit."""
     absent = set() if config.qkv_bias else {f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)}
-    return {name: tensor for name, tensor in tensors.items() if name not in absent or torch.any(tensor.load())}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in absent or tensor.dtype is None or torch.any(tensor.load())
+    }
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Lazy]:

@@ -12,19 +12,18 @@ is allocated, and every checksum is verified.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from MyGPT.files import read_text
 from MyGPT.weights.leveldb import masked_crc, read_table, read_varint
+from MyGPT.weights.mapped import MappedFile
 
 _FORMAT_VERSION = 1
 _MAX_INDEX_BYTES = 1 << 30  # some ten million tensors
@@ -61,8 +60,7 @@ class Checkpoint:
         self._prefix = prefix
         self._n_shards = n_shards
         self._entries = entries
-        # A shard stays mapped as long as an array of it lives: tensors read one after another do not add up in memory.
-        self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+        self._shards: dict[int, MappedFile] = {}
 
     def names(self) -> list[str]:
         """All names, sorted by their UTF-8 bytes."""
@@ -109,14 +107,9 @@ class Checkpoint:
 
     def _raw(self, name: str, entry: _Entry) -> NDArray[np.uint8]:
         """The bytes of a tensor."""
-        if entry.size == 0:
-            return np.empty(0, dtype=np.uint8)
-        mapped = self._maps.get(entry.shard)
+        shard = self._shards.setdefault(entry.shard, MappedFile(self._shard(entry)))
         try:
-            if mapped is None:
-                with open(self._shard(entry), "rb") as file:
-                    mapped = self._maps[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return np.frombuffer(mapped, np.uint8, entry.size, entry.offset)
+            return shard.read(entry.offset, entry.size)
         except ValueError as error:  # shorter than it was
             raise CheckpointError(f"{self._shard(entry)}: tensor {name!r} cannot be read: {error}") from None
 

@@ -1,0 +1,72 @@
+"""How far MyGPT's logits are from those of OpenAI's code, of transformers and of ctranslate2, with the same weights.
+
+Usage: python benchmarks/parity.py [--size 124M] [--directory DIR]
+OpenAI's logits are those that its own model code, under TensorFlow, gave for the small checkpoint in tests/data. The others get a
+random model of the size, saved by MyGPT, whose logits are as large as a trained model's. float32 unless it is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import ctranslate2
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
+
+OPENAI = Path(__file__).parents[1] / "tests/data/openai_gpt2_tf"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="124M")
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where there is room for the model twice")
+    options = parser.parse_args()
+
+    reference = np.load(OPENAI / "reference.npz")
+    ids, theirs = torch.from_numpy(reference["ids"]).long(), torch.from_numpy(reference["logits"])
+    report("OpenAI's code, its small checkpoint", GPTModel.from_pretrained(OPENAI)(ids), theirs)
+
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        saved, converted = f"{name}/model", f"{name}/converted"
+        write_model(options.size, saved)
+        torch.manual_seed(1)
+        ids = torch.randint(50257, (2, 128))
+        ours = GPTModel.from_pretrained(saved)(ids)
+        report("transformers", ours, AutoModelForCausalLM.from_pretrained(saved)(ids).logits)
+        ctranslate2.converters.TransformersConverter(saved).convert(converted)
+        engine = ctranslate2.Generator(converted, device="cpu", compute_type="float32")
+        found = np.array(engine.forward_batch(ids.tolist(), return_log_probs=False)).astype(np.float32)
+        report("ctranslate2", ours, torch.from_numpy(found))
+        exact = GPTModel.from_pretrained(saved, dtype=torch.float64)(ids)
+        report("transformers, both in float64", exact, in_float64(saved, ids))
+        report("(MyGPT's own float32 against its float64)", ours, exact)
+
+
+def in_float64(saved: str, ids: Tensor) -> Tensor:
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float64)(ids).logits
+    return logits
+
+
+def write_model(size: str, directory: str) -> None:
+    torch.manual_seed(0)
+    model = GPTModel(GPT2_CONFIGS[size])
+    for parameter in model.parameters():
+        # Biases and gains that are not 0 and 1, so that none can be lost; embeddings that make logits of some size.
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(directory, get_tokenizer("gpt2"))
+
+
+def report(name: str, ours: Tensor, theirs: Tensor) -> None:
+    difference = float((ours - theirs).abs().max())
+    print(f"{name:<44} {difference:.1e}, logits up to {float(theirs.abs().max()):.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

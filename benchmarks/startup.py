@@ -1,0 +1,112 @@
+"""How long until something happens: imports, help, and the first token of a GPT-2 124M, MyGPT beside torch and transformers.
+
+Usage: python benchmarks/startup.py [--rounds 9] [--size 124M] [--directory DIR]
+Writes a random model (0.5 GB) once, then starts a new process for each measurement, the programs in turn, after one round that
+is not counted. Time is from the start of the process to its end, for the first token until it stands on the pipe. Whether a
+model's file is in the disk's cache is up to the machine: after the first round it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+PROMPT = "The wizard entered the room"
+TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = tokenizer(sys.argv[2], return_tensors="pt")
+streamer = TextStreamer(tokenizer, skip_prompt=True)
+model.generate(**ids, max_new_tokens=1, do_sample=True, top_k=50, streamer=streamer, pad_token_id=50256)
+"""
+
+
+def write_model(size: str, directory: Path) -> None:
+    import torch
+
+    from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
+
+    torch.manual_seed(0)
+    GPTModel(GPT2_CONFIGS[size]).save_pretrained(directory, get_tokenizer("gpt2"))
+
+
+def seconds(command: list[str], skipped: int | None) -> float:
+    """Until the process ends, or until it has written more than `skipped` bytes."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        if skipped is not None:
+            process.stdout.read(skipped + 1)
+            taken = time.perf_counter() - start
+        process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+    return time.perf_counter() - start if skipped is None else taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", default="124M")
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where there is room for the model")
+    parser.add_argument("--out", help="a JSON file for the results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        write_model(options.size, Path(directory) / "model")
+        results = compare(str(Path(directory) / "model"), options.rounds)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    print(f"{machine}, {', '.join(f'{name} {number}' for name, number in versions.items())}")
+    print(f"{options.rounds} rounds, medians\n")
+    medians = {name: statistics.median(times) for name, times in results.items()}
+    for name, times in results.items():
+        print(f"{name:<40} {medians[name]:6.2f} s ({min(times):.2f} to {max(times):.2f})")
+    for ours, theirs in RATIOS:
+        print(f"{ours} / {theirs}: {medians[ours] / medians[theirs]:.2f}")
+    if options.out:
+        Path(options.out).write_text(
+            json.dumps({"machine": machine, "versions": versions, "seconds": results}, indent=1)
+        )
+
+
+RATIOS = (
+    ("import MyGPT and its model", "import torch"),
+    ("first token, mygpt generate", "first token, transformers"),
+)
+
+
+def compare(model: str, rounds: int) -> dict[str, list[float]]:
+    python, mygpt = sys.executable, str(Path(sys.executable).with_name("mygpt"))
+    generate = ["generate", "--model", model, "--prompt", PROMPT, "--max_new_tokens", "1", "--device", "cpu"]
+    programs: dict[str, tuple[list[str], int | None]] = {
+        "import torch": ([python, "-c", "import torch"], None),
+        "import MyGPT": ([python, "-c", "import MyGPT"], None),
+        "import MyGPT and its model": ([python, "-c", "from MyGPT import GPTModel, generate"], None),
+        "mygpt --help": ([mygpt, "--help"], None),
+        "mygpt generate --help": ([mygpt, "generate", "--help"], None),
+        "first token, mygpt generate": ([mygpt, *generate], len(PROMPT.encode())),
+        "first token, transformers": ([python, "-c", TRANSFORMERS, model, PROMPT], 0),
+    }
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(rounds + 1):
+        for name, (command, skipped) in programs.items():
+            taken = seconds(command, skipped)
+            if turn:
+                found[name].append(taken)
+    return found
+
+
+if __name__ == "__main__":
+    main()
