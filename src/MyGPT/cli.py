@@ -76,9 +76,18 @@ def make_parser(name: str, command: Callable[..., Any]) -> Any:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from MyGPT.commands._recipe import read_recipe
+
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
             raise ValueError(f"{_plain(message)} (see mygpt {name} --help)") from ex
+
+        def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+            read_recipe(path)  # what is harmful is refused before jsonargparse reads it
+            try:
+                return super().parse_path(path, *arguments, **options)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]

@@ -8,12 +8,13 @@ plain dict becomes one. The sizes are those of "Language Models are Unsupervised
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
+
+from MyGPT.files import read_json
 
 # Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
 _HUGGING_FACE_KEYS = {
@@ -137,7 +138,15 @@ class GPTConfig:
         name = str(name_or_dir).removeprefix("openai-community/")
         if name in GPT2_CONFIGS:
             return GPT2_CONFIGS[name]
-        return cls.from_dict(json.loads((Path(name_or_dir) / "config.json").read_text(encoding="utf-8")))
+        return read_config_json(Path(name_or_dir) / "config.json")
+
+
+def read_config_json(path: Path) -> GPTConfig:
+    """The model that a `config.json` describes; a damaged one, or of another model, is a ValueError that names it."""
+    try:
+        return GPTConfig.from_dict(read_json(path))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
 
 
 def _is_number(value: object) -> bool:

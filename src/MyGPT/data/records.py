@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from MyGPT.files import atomic_write, read_text
+from MyGPT.files import atomic_write, parse_json, read_json, read_text
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
@@ -41,12 +41,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _read_array(text: str, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    records: list[dict[str, Any]] = parse_json(text, path)
     for number, record in enumerate(records, start=1):
         check_record(record, f"{path}, record {number}")
     return records
@@ -59,11 +54,9 @@ def _read_lines(text: str, path: str | os.PathLike[str]) -> list[dict[str, Any]]
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON: {error} (records are a JSON array, or one JSON object a line)"
-            ) from None
+            record = parse_json(line, path, number)
+        except ValueError as error:
+            raise ValueError(f"{error} (records are a JSON array, or one JSON object a line)") from None
         check_record(record, f"{path}, line {number}")
         records.append(record)
     return records
@@ -193,10 +186,7 @@ def split_records(
 
 def load_split(path: str | os.PathLike[str]) -> Split:
     """Opens what `Split.save` wrote; anything else is a ValueError that names the file."""
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no split: {error}") from None
+    data = read_json(path)
     names = [field.name for field in fields(Split)]
     if not isinstance(data, dict) or sorted(data) != sorted(names) or not all(isinstance(data[n], list) for n in names):
         raise ValueError(f"{path} is no split: it must have the lists {', '.join(names)} and nothing else")

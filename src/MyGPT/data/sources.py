@@ -9,7 +9,6 @@ import codecs
 import glob
 import gzip
 import io
-import json
 import os
 import re
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from MyGPT.download import cache_directory, download
-from MyGPT.files import refuse_binary
+from MyGPT.files import parse_json, refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
@@ -140,10 +139,7 @@ def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        record = parse_json(line, path, number)
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
         try:

@@ -7,7 +7,6 @@ the same directory. B batch, T time, C embedding width.
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MyGPT.files import read_text
+from MyGPT.files import parse_json, read_json, read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.base import encode_with_specials
@@ -77,7 +76,7 @@ class GPTForClassification(nn.Module):
         """Opens what `save_pretrained` wrote, in evaluation mode."""
         path, config = Path(directory), read_config(directory)
         tensors = dict(read_safetensors(path / "model.safetensors"))
-        names = json.loads(read_text(path / "config.json")).get("id2label")
+        names = read_json(path / "config.json").get("id2label")
         if "score.weight" not in tensors or not isinstance(names, dict):
             raise ValueError(f"{path} holds no classifier: it has no score.weight, or config.json no id2label")
         score = tensors.pop("score.weight").load()
@@ -97,15 +96,15 @@ def read_labelled(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     text = read_text(path)
     if Path(path).suffix == ".csv":
         reader = csv.DictReader(text.splitlines(keepends=True))
-        rows: list[tuple[int, Any]] = [(reader.line_num, row) for row in reader]
+        try:
+            rows: list[tuple[int, Any]] = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV: {error}") from None
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                try:
-                    rows.append((number, json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+                rows.append((number, parse_json(line, path, number)))
     for number, row in rows:
         for key in ("text", "label"):
             if not isinstance(row, dict) or row.get(key) in (None, ""):
