@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from conftest import lively_model
 from hostile import Kind, damaged
@@ -51,6 +51,9 @@ from MyGPT.training.metrics import read_metrics
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
 HANG_SECONDS = 120
 """No example takes a second. One that never ends would hold up everything: it ends the run, with a traceback."""
+
+PHASES = (Phase.explicit, Phase.generate)
+"""No shrinking, which may try a slow example hundreds of times: one change to a small file is short enough to read."""
 
 TINY = GPTConfig(vocab_size=300, context_length=8, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
 RECORDS = [
@@ -106,7 +109,9 @@ def make_shards(place: Path) -> None:
 
 
 def make_adapter(place: Path) -> None:
-    add_lora(copy.deepcopy(MODEL), r=2).save_pretrained(str(place), save_embedding_layers=False)
+    adapted = add_lora(copy.deepcopy(MODEL), r=2)
+    adapted.peft_config["default"].base_model_name_or_path = "gpt2"
+    adapted.save_pretrained(str(place), save_embedding_layers=False)
 
 
 def read_adapter(place: Path) -> None:

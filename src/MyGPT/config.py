@@ -31,6 +31,8 @@ _HUGGING_FACE_KEYS = {
 }
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
+_MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
+"""Beyond any model; a file may ask for more, of which even the names would fill the memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
@@ -68,6 +70,9 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            largest = _MAX_LAYERS if name == "n_layers" else _MAX_SIZE
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {value!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be {' or '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("qkv_bias", "tie_weights"):
@@ -90,6 +95,12 @@ class GPTConfig:
             raise ValueError(
                 f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
                 f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
+            )
+
+        n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
+        if n_parameters > _MAX_PARAMETERS:
+            raise ValueError(
+                f"these sizes make a model of {n_parameters:.0e} parameters, at most {_MAX_PARAMETERS:.0e}"
             )
 
     @property

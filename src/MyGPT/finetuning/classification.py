@@ -79,12 +79,22 @@ class GPTForClassification(nn.Module):
         names = read_json(path / "config.json").get("id2label")
         if "score.weight" not in tensors or not isinstance(names, dict):
             raise ValueError(f"{path} holds no classifier: it has no score.weight, or config.json no id2label")
-        score = tensors.pop("score.weight").load()
-        gpt = GPTModel(config)
-        fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
-        gpt.to(score.dtype).load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
-        model = cls(gpt, [names[str(i)] for i in range(len(names))])
-        model.score.load_state_dict({"weight": score})
+        labels: list[Any] = [names.get(str(i)) for i in range(len(names))]
+        if not all(isinstance(label, str) for label in labels):
+            raise ValueError(
+                f"{path / 'config.json'} must have a text for each label 0 to {len(labels) - 1} in id2label"
+            )
+        score = tensors.pop("score.weight")
+        try:
+            if score.dtype is None or score.shape != (len(labels), config.emb_dim):
+                raise ValueError(f"score.weight is {score.shape}, expected floats of {(len(labels), config.emb_dim)}")
+            fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
+            gpt = GPTModel(config).to(score.dtype)  # after its sizes are known to be those of the weights
+            gpt.load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
+            model = cls(gpt, labels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        model.score.load_state_dict({"weight": score.load()})
         return model.eval()
 
 
