@@ -12,11 +12,16 @@ import copy
 import faulthandler
 import functools
 import gzip
+import hashlib
 import json
 import os
+import re
 import shutil
+import struct
+import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +44,7 @@ from MyGPT.data.prepare import prepare
 from MyGPT.data.records import Split, load_split, read_records
 from MyGPT.data.sources import read_pieces
 from MyGPT.data.templates import ALPACA, load_template
-from MyGPT.data.tokens import open_tokens
+from MyGPT.data.tokens import open_tokens, sampled_sha256
 from MyGPT.evaluation.protocols import read_texts
 from MyGPT.finetuning.classification import GPTForClassification, read_labelled
 from MyGPT.finetuning.lora import add_lora, base_of_adapter, open_adapter
@@ -282,3 +287,177 @@ def test_a_damaged_file_is_refused_by_its_name_or_read(name: str, in_tmp_path: P
         assert not (in_tmp_path / "ran").exists()
 
     check()
+
+
+# What asks for terabytes, for ever, or for another file
+
+
+def in_four_gigabytes(code: str, *arguments: object) -> str:
+    """What a fresh process prints that may have no more memory than that, and two minutes; a crash or a traceback fails."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+    command = [sys.executable, "-c", limit + textwrap.dedent(code), *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Path) -> None:
+    """A header of 2 TB, sizes of 10**9 layers, tokens of 4 EB, files of a terabyte of nothing, three archives of gigabytes."""
+    MODEL.save_pretrained(tmp_path / "header")
+    weights = tmp_path / "header" / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", 2 << 40) + weights.read_bytes()[8:])
+    for name, sizes in (("layers", {"n_layer": 10**9}), ("width", {"n_embd": 2**30}), ("words", {"vocab_size": 2**30})):
+        MODEL.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | sizes))
+    make_tokens(tmp_path / "tokens")
+    description = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(description | {"n_tokens": 2**61}))
+    for name in ("a.json", "a.yaml", "tokenizer.json", "a.jsonl"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(1 << 40)
+    for name, block in (
+        ("a.txt.gz", b"a" * (1 << 20)),
+        ("b.txt.gz", b"a b " * (1 << 18)),
+        ("c.jsonl.gz", b"[" * (1 << 20)),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(block) * 400)  # a file of many archives is one, too
+    code = """
+    from pathlib import Path
+    import sys
+    from MyGPT import GPTModel
+    from MyGPT.commands._recipe import read_recipe
+    from MyGPT.data.records import read_records
+    from MyGPT.data.sources import read_pieces
+    from MyGPT.data.tokens import open_tokens, sampled_sha256
+    from MyGPT.tokenizers import load_tokenizer
+    place = Path(sys.argv[1])
+    def pieces(path):
+        return sum(len(piece.text) for piece in read_pieces(path))
+    for read, name in (
+        (GPTModel.from_pretrained, "header"), (GPTModel.from_pretrained, "layers"), (GPTModel.from_pretrained, "width"),
+        (GPTModel.from_pretrained, "words"), (open_tokens, "tokens"), (read_records, "a.json"), (read_recipe, "a.yaml"),
+        (load_tokenizer, "."), (pieces, "a.jsonl"), (pieces, "a.txt.gz"), (pieces, "b.txt.gz"), (pieces, "c.jsonl.gz"),
+    ):
+        try:
+            print("read", name, read(place / name))
+        except (ValueError, OSError) as error:
+            print("refused", str(error)[:200])
+    """
+    printed = in_four_gigabytes(code, tmp_path).splitlines()
+    assert len(printed) == 12
+    assert all(line.startswith("refused") and str(tmp_path) in line for line in printed), "\n".join(printed)
+
+
+@pytest.mark.parametrize("deep", ['{"a":' * 100_000, "[" * 100_000, "- " * 100_000], ids=["objects", "lists", "blocks"])
+def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str) -> None:
+    """libyaml's reader, which jsonargparse takes where it is there, ended the process with a segmentation fault."""
+    (tmp_path / "run.yaml").write_text(deep)
+    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
+        parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
+        explain(str(tmp_path / "run.yaml"))
+
+
+def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) -> None:
+    """Nine lines that stand for a thousand million words, which an error's text would have spelled out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    (tmp_path / "run.yaml").write_text("\n".join([*lines, "emb_dim: *a8", ""]))
+    with pytest.raises(ValueError, match=r"run\.yaml .*alias \*a0"):
+        parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ValueError, match=r"run\.yaml .*alias \*a0"):
+        explain(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "megatron_config makes PEFT import"),
+        ({"layer_replication": [[0, 10**9]]}, "as many layers as the file asks for"),
+        ({"r": 10**9}, "says rank 1000000000, its weights have at most 2"),
+        ({"rank_pattern": {"c_attn": 10**9}}, "says rank 1000000000, its weights have at most 2"),
+        ({"target_modules": "(.*)*(.*)*x"}, "may take for ever"),
+        ({"target_modules": "(.|.)" * 30}, "may take for ever"),
+        ({"alpha_pattern": {"(a|.)+(b|.)+(c|.)+x": 1}}, "may take for ever"),
+        ({"exclude_modules": ".*.*.*.*.*.*.*.*x"}, "may take for ever"),
+        ({"init_lora_weights": "pissa_niter_999999999"}, "init_lora_weights is 'pissa_niter_999999999'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number above 0, got nan"),
+    ],
+)
+def test_an_adapter_that_would_run_code_fill_memory_or_never_end_is_refused(
+    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
+) -> None:
+    make_adapter(in_tmp_path)
+    (in_tmp_path / "evil.py").write_text("open('ran', 'w').close()\n")
+    monkeypatch.syspath_prepend(in_tmp_path)
+    config = json.loads((in_tmp_path / "adapter_config.json").read_text())
+    (in_tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        open_adapter(copy.deepcopy(MODEL), in_tmp_path)
+    assert not (in_tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("target", [r".*\.c_(attn|proj)", r"transformer\.h\.\d+\.attn\.c_attn", "all-linear"])
+def test_a_regular_expression_of_the_usual_kind_is_still_a_target(tmp_path: Path, target: str) -> None:
+    adapted = add_lora(copy.deepcopy(MODEL), r=2, target_modules=target)
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    open_adapter(copy.deepcopy(MODEL), tmp_path)
+
+
+def test_a_token_of_a_megabyte_is_checked_in_no_time(tmp_path: Path) -> None:
+    """Each merge doubles: by trying every pair anew the check of such a file took hours."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"a" * 2**i for i in range(1, 21)]
+    merges = [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
+    BPETokenizer({token: id_ for id_, token in enumerate(tokens)}, merges, {}).save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("a" * 2**20) == [275]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
+def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(tmp_path: Path, name: str) -> None:
+    make_tokens(tmp_path / "tokens")
+    path = tmp_path / "tokens" / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"a", b"b") if name == "tokenizer.json" else content[::-1])
+    with pytest.raises(ValueError, match=rf"{name} is not .*SHA-256 is another: prepare it again"):
+        open_tokens(tmp_path / "tokens")
+
+
+def test_of_a_long_token_file_samples_from_end_to_end_are_compared(tmp_path: Path) -> None:
+    """As the docstring says: a swap is seen, a byte between two samples is not, and what is read does not grow."""
+    n_bytes = 256 << 20
+    with open(tmp_path / "tokens.bin", "wb") as file:
+        file.truncate(n_bytes)
+    known = sampled_sha256(tmp_path / "tokens.bin")
+    assert known == hashlib.sha256(bytes(64 << 20)).hexdigest()
+    for place, is_seen in (
+        (0, True),
+        (n_bytes - 1, True),
+        (n_bytes // 2, False),
+        (1 << 21, False),
+        (n_bytes // 63 * 7, True),
+    ):
+        with open(tmp_path / "tokens.bin", "r+b") as file:
+            file.seek(place)
+            file.write(b"\x01")
+            file.flush()
+            assert (sampled_sha256(tmp_path / "tokens.bin") != known) == is_seen, place
+            file.seek(place)
+            file.write(b"\0")
+
+
+def test_a_data_set_prepared_before_there_were_samples_opens(tmp_path: Path) -> None:
+    make_tokens(tmp_path / "tokens")
+    path = tmp_path / "tokens" / "tokens.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({key: description[key] for key in ("n_tokens", "dtype", "sha256", "n_vocab")}))
+    assert len(open_tokens(tmp_path / "tokens")[0]) == description["n_tokens"]
+
+
+def test_a_pipe_in_a_model_directory_does_not_keep_us_waiting(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes with names here")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a pipe"):
+        load_tokenizer(tmp_path)
