@@ -53,7 +53,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     path = Path(directory) / "tokenizer.json"
     try:
         return _from_json(read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
