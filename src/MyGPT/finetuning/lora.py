@@ -193,8 +193,8 @@ def _read_config(directory: Path) -> LoraConfig:
     path = directory / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {directory}: it has no {path.name}")
-    read_json(path)  # is bounded, which PEFT's reading is not
     try:
+        read_json(path)  # is bounded, which PEFT's reading is not
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{path} does not describe an adapter: {type(error).__name__}: {error}") from None
@@ -237,12 +237,6 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None
     from peft.utils import get_peft_model_state_dict
 
     found = _shapes_in(directory)
-    ranks = [shape[0] for name, shape in found.items() if re.search(r"\.lora_(embedding_)?A\b", name) and shape]
-    for rank in (config.r, *(config.rank_pattern or {}).values()):
-        if type(rank) is not int or not 1 <= rank <= max(ranks, default=0):  # before PEFT makes matrices of that rank
-            raise ValueError(
-                f"the adapter in {directory} says rank {rank!r}, its weights have at most {max(ranks, default=0)}"
-            )
     config = copy.deepcopy(config)
     kernels = [name for name in found if re.search(r"\.c_(attn|proj|fc)\.weight$", name)]
     if config.fan_in_fan_out and kernels:
@@ -252,7 +246,8 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None
         )
     config.fan_in_fan_out = config.init_lora_weights = False
     try:
-        adapted = PeftModel(_skeleton(model), config)
+        with torch.device("meta"):  # of any rank, without its memory
+            adapted = PeftModel(_skeleton(model), config)
     except Exception as error:  # on a damaged config PEFT fails in any way; the model itself is not touched yet
         raise ValueError(
             f"the adapter in {directory} does not fit the model: {type(error).__name__}: {error}"
