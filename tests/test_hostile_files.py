@@ -243,12 +243,12 @@ COUNTS: Counter[tuple[str, str]] = Counter()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _counts() -> Iterator[None]:
+def _counts(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if FACTOR > 1:
-        for name in READERS:
-            found = {what: n for (reader, what), n in COUNTS.items() if reader == name}
-            print(f"\n{name:<36} {sum(found.values()):>8,}  {found}", end="", file=sys.__stderr__)
+    report = request.config.pluginmanager.getplugin("terminalreporter")
+    for name in READERS if FACTOR > 1 else ():
+        found = {what: n for (reader, what), n in COUNTS.items() if reader == name}
+        report.write_line(f"{name:<36} {sum(found.values()):>8,}  {found}")
 
 
 @functools.cache

@@ -186,7 +186,10 @@ def split_records(
 
 def load_split(path: str | os.PathLike[str]) -> Split:
     """Opens what `Split.save` wrote; anything else is a ValueError that names the file."""
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no split: {error}") from None
     names = [field.name for field in fields(Split)]
     if not isinstance(data, dict) or sorted(data) != sorted(names) or not all(isinstance(data[n], list) for n in names):
         raise ValueError(f"{path} is no split: it must have the lists {', '.join(names)} and nothing else")
