@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # The text of the benchmarks: downloaded, or a file of yours.
 TEXT   ?= tinyshakespeare
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
@@ -26,6 +26,10 @@ bench: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py
+
+# Every reader of files with a hundred times as many damaged ones as `make test` tries, counted.
+fuzz: $(VENV)/.dev
+	MYGPT_FUZZ=100 $(BIN)/pytest tests/test_hostile_files.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

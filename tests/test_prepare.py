@@ -265,7 +265,7 @@ def test_a_number_of_workers_that_cannot_be_is_refused(tmp_path: Path, workers: 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"n_tokens": ' + "1" * 5_000 + "}", "\ud800", "3", '"text"', ""])
 def test_a_description_that_is_no_description_is_a_value_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokens.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"tokens\.json is damaged"):
+    with pytest.raises(ValueError, match=r"tokens\.json"):
         open_tokens(tmp_path)
 
 

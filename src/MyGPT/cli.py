@@ -79,9 +79,19 @@ def make_parser(name: str, command: Callable[..., Any]) -> Any:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from MyGPT.commands._recipe import read_recipe
+
     class Parser(ArgumentParser):
+        recipe: str | os.PathLike[str] | None = None
+
         def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-            raise ValueError(f"{_plain(message)} (see mygpt {name} --help)") from ex
+            source = f"options from {self.recipe} and the command line; " if self.recipe else ""
+            raise ValueError(f"{_plain(message)} ({source}see mygpt {name} --help)") from ex
+
+        def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+            self.recipe = path
+            read_recipe(path)  # what is harmful is refused before jsonargparse reads it
+            return super().parse_path(path, *arguments, **options)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]

@@ -8,12 +8,13 @@ plain dict becomes one. The sizes are those of "Language Models are Unsupervised
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
+
+from MyGPT.files import read_json
 
 # Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
 _HUGGING_FACE_KEYS = {
@@ -30,6 +31,8 @@ _HUGGING_FACE_KEYS = {
 }
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
+_MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
+"""Beyond any model; a file may ask for more, of which even the names would fill the memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
@@ -67,6 +70,9 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            largest = _MAX_LAYERS if name == "n_layers" else _MAX_SIZE
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {value!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be {' or '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("qkv_bias", "tie_weights"):
@@ -89,6 +95,12 @@ class GPTConfig:
             raise ValueError(
                 f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
                 f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
+            )
+
+        n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
+        if n_parameters > _MAX_PARAMETERS:
+            raise ValueError(
+                f"these sizes make a model of {n_parameters:.0e} parameters, at most {_MAX_PARAMETERS:.0e}"
             )
 
     @property
@@ -137,7 +149,15 @@ class GPTConfig:
         name = str(name_or_dir).removeprefix("openai-community/")
         if name in GPT2_CONFIGS:
             return GPT2_CONFIGS[name]
-        return cls.from_dict(json.loads((Path(name_or_dir) / "config.json").read_text(encoding="utf-8")))
+        return read_config_json(Path(name_or_dir) / "config.json")
+
+
+def read_config_json(path: Path) -> GPTConfig:
+    """The model that a `config.json` describes; a damaged one, or of another model, is a ValueError that names it."""
+    try:
+        return GPTConfig.from_dict(read_json(path))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
 
 
 def _is_number(value: object) -> bool:

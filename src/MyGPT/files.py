@@ -1,11 +1,13 @@
-"""Files that survive us: what stands under its final name is whole, whatever fails while it is written.
+"""Files that survive us, and files that we did not write.
 
-Everything is written beside its place, flushed to the disk and renamed.
+What stands under its final name is whole, whatever fails while it is written: everything is written beside its place,
+flushed to the disk and renamed. What is read may be damaged or made to harm: it is a value, or one ValueError.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
+
+MAX_TEXT_BYTES = 1 << 32
+"""A file that is read whole may have so many; longer texts are read in pieces (data/sources.py)."""
+MAX_JSON_BYTES = 1 << 28
+"""Ten times the largest tokenizer.json that is in use."""
+_MAX_NESTING = 100  # Python gives up at about a thousand, and then in whatever walks through a value next
 
 
 @contextmanager
@@ -112,8 +120,14 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, line ends as `\\n`; anything else is a ValueError that says at which byte."""
+def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file, line ends as `\\n`; anything else is a ValueError that says at which byte.
+
+    So is a file of more than max_bytes, before any of it is read.
+    """
+    size = os.stat(path).st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes, at most {max_bytes:,} are read")
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -123,11 +137,46 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. No UTF-8, no JSON, too long, nested too deep: a ValueError that names the file."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # would wait for a writer for ever
+        raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
+    return parse_json(read_text(path, MAX_JSON_BYTES), path)
+
+
+def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:
+    """The value in a JSON text, which is one line of the file `path` or all of it; else a ValueError that names the place."""
+    try:
+        value = json.loads(text)
+        problem = f"nested more than {_MAX_NESTING} deep" if _is_deep(value) else None
+    except json.JSONDecodeError as error:
+        line, problem = line or error.lineno, f"not JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        problem = f"not JSON: {error}"
+    if problem is not None:
+        raise ValueError(f"{path}{'' if line is None else f', line {line}'}: {problem}")
+    return value
+
+
 def refuse_binary(text: str, path: str | os.PathLike[str], n_before: int = 0) -> None:
     """A ValueError if the text, n_before characters into the file, holds NUL, which few text files do and most others."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it holds a NUL character at position {n_before + position}")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _aside(path: Path) -> Path:

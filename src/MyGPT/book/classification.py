@@ -6,6 +6,7 @@ B batch, T time.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from MyGPT.book.pretraining import evaluate_model, train_step
 from MyGPT.data.windows import Batch
+from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.training.simple import Device
@@ -47,17 +49,19 @@ class SpamDataset(Dataset[Batch]):
 
 
 def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    with open(csv_file, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(io.StringIO(read_text(csv_file), newline=""))
+    examples = []
+    try:
         missing = [column for column in ("Label", "Text") if column not in (rows.fieldnames or [])]
         if missing:
             raise ValueError(f"{csv_file} has no column {' and '.join(missing)}, only {rows.fieldnames}")
-        examples = []
         for number, row in enumerate(rows, start=1):
             label, text = row["Label"], row["Text"]
-            if text is None or not label.isdecimal():
+            if label is None or text is None or not label.isdecimal() or len(label) > 9:
                 raise ValueError(f"row {number} of {csv_file} has the label {label!r} and the text {text!r}")
             examples.append((int(label), text))
+    except csv.Error as error:
+        raise ValueError(f"{csv_file} is not CSV: {error}") from None
     if not examples:
         raise ValueError(f"{csv_file} has no examples below its header")
     return examples

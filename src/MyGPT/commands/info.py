@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from MyGPT.commands._recipe import read_recipe
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, as_config
 
 
@@ -57,15 +56,12 @@ def explain(name: str) -> str:
 def _read_recipe(name: str) -> GPTConfig | None:
     """The model of a YAML file, None for anything else."""
     if name.endswith((".yaml", ".yml")):
-        with open(name, encoding="utf-8") as file:
-            try:
-                recipe = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{name} is not YAML: {error}") from None
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{name} is no recipe: it holds no keys")
+        recipe = read_recipe(name)
         fields = {key: value for key, value in recipe.items() if key in GPTConfig.__dataclass_fields__}
-        return as_config({"vocab_size": 50257, **fields})
+        try:
+            return as_config({"vocab_size": 50257, **fields})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return None
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
-from MyGPT.data.tokens import TokenArray, id_dtype
-from MyGPT.files import atomic_directory, restore_directory
+from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
+from MyGPT.files import atomic_directory, restore_directory, sha256_of
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
@@ -65,6 +65,7 @@ def prepare(
                 n_characters += characters
         if not n_tokens:
             raise ValueError(f"there is no text in {', '.join(map(str, paths[:5]))}{' …' if len(paths) > 5 else ''}")
+        tokenizer.save(directory)
         description = {
             "n_tokens": n_tokens,
             "n_documents": n_documents,
@@ -72,10 +73,11 @@ def prepare(
             "n_vocab": tokenizer.n_vocab,
             "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
             "sha256": digest.hexdigest(),
+            "sampled_sha256": sampled_sha256(directory / "tokens.bin"),
             "tokenizer": "tokenizer.json",
+            "tokenizer_sha256": sha256_of(directory / "tokenizer.json"),
             "files": [path.name for path in paths],
         }
-        tokenizer.save(directory)
         (directory / "tokens.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return description
 

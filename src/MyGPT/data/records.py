@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from MyGPT.files import atomic_write, read_text
+from MyGPT.files import atomic_write, parse_json, read_json, read_text
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
@@ -37,10 +37,10 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A missing key, a value of the wrong type, text that is not UTF-8, no JSON, or no record at all is a ValueError that
     names the file, the line (of an array: also which record, counted from 1) and the key.
     """
-    return read_json(path, check_record)
+    return read_json_records(path, check_record)
 
 
-def read_json(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
+def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
     """What a JSON array holds, or each line of a file; `check` gets each of them and where it stands."""
     text = read_text(path)
     records = []
@@ -53,12 +53,7 @@ def read_json(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -
 
 
 def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    records = parse_json(text, path)
     # Again, one by one: the parser does not say on which line a record began.
     decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
     line += text.count("\n", 0, end)
@@ -76,11 +71,9 @@ def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON: {error} (records are a JSON array, or one JSON object a line)"
-            ) from None
+            record = parse_json(line, path, number)
+        except ValueError as error:
+            raise ValueError(f"{error} (records are a JSON array, or one JSON object a line)") from None
         yield f"{path}, line {number}", record
 
 
@@ -213,8 +206,8 @@ def split_records(
 def load_split(path: str | os.PathLike[str]) -> Split:
     """Opens what `Split.save` wrote; anything else is a ValueError that names the file."""
     try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        data = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is no split: {error}") from None
     names = [field.name for field in fields(Split)]
     if not isinstance(data, dict) or sorted(data) != sorted(names) or not all(isinstance(data[n], list) for n in names):

@@ -9,7 +9,6 @@ import codecs
 import glob
 import gzip
 import io
-import json
 import os
 import re
 import zlib
@@ -20,10 +19,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from MyGPT.download import cache_directory, download
-from MyGPT.files import refuse_binary
+from MyGPT.files import parse_json, refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
+MAX_STRETCH = 1 << 26
+"""Most characters without a space, and bytes of a line of JSON: what has to be in memory at once."""
+MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
+"""How many times an archive's length its text may have, and how much it may have in any case. Books have 3 times, logs 50, and
+what is made to fill memory or disk a thousand."""
 
 
 class Piece(NamedTuple):
@@ -93,6 +97,10 @@ def read_pieces(
         position = 0
         try:
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
+                if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
+                    raise ValueError(
+                        f"{path} unpacks to more than {MAX_UNPACKING} times its length, which no text does"
+                    )
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()
@@ -132,18 +140,19 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         if ends:
             yield Piece(pending[: ends[-1]], False)
             pending = pending[ends[-1] :]
+        elif len(pending) > MAX_STRETCH:
+            raise ValueError(f"{path} has more than {MAX_STRETCH:,} characters without a space, which no text has")
     if n_characters:
         yield Piece(pending, True)
 
 
 def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_STRETCH), b""), start=1):
+        if len(line) == MAX_STRETCH:
+            raise ValueError(f"{path}, line {number} has at least {MAX_STRETCH:,} bytes, a line must have fewer")
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        record = parse_json(line, path, number)
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
-from MyGPT.files import atomic_write, read_text
+from MyGPT.files import atomic_write, read_json
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
 TEMPLATE_FILE = "template.json"
@@ -163,8 +163,8 @@ def load_template(name_or_path: str | os.PathLike[str]) -> Template:
             f"no template {name!r}: give {', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
         )
     try:
-        return _from_json(json.loads(read_text(path)))
-    except (ValueError, RecursionError) as error:
+        return _from_json(read_json(path))
+    except ValueError as error:
         raise ValueError(f"{path} is no template: {error}") from None
 
 

@@ -7,7 +7,6 @@ A prepared data set is a directory: `tokens.bin` (ids, little-endian uint16 or u
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from MyGPT.files import restore_directory
+from MyGPT.files import read_json, restore_directory, sha256_of
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-
-_BLOCK = 1 << 16
+_N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
 
 def id_dtype(n_vocab: int) -> np.dtype[Any]:
@@ -45,20 +42,6 @@ def compact_ids(ids: Any) -> TokenArray:
     return array.astype(id_dtype(largest + 1))
 
 
-def fingerprint(*arrays: npt.NDArray[Any]) -> str:
-    """SHA-256 that tells data from others: of the lengths and every byte, beyond 64 MB an array of 1,024 blocks of it."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        data = np.ascontiguousarray(array).view(np.uint8).data
-        digest.update(f"{array.dtype} {len(data)} ".encode())
-        if len(data) <= 1024 * _BLOCK:
-            digest.update(data)
-            continue
-        for start in np.linspace(0, len(data) - _BLOCK, 1024).astype(np.int64):
-            digest.update(data[start : start + _BLOCK])
-    return digest.hexdigest()
-
-
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
     """Whether `mygpt prepare` wrote this directory. One that a kill left between two names is brought back first."""
     restore_directory(directory)
@@ -68,19 +51,58 @@ def is_prepared(directory: str | os.PathLike[str]) -> bool:
 def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str, Any]]:
     """The memory-mapped ids of a prepared data set and the content of its `tokens.json`.
 
-    A file that is not as long as `tokens.json` says is a ValueError.
+    Files that are not those that `mygpt prepare` wrote are a ValueError: a token file of another length or another
+    `sampled_sha256`, or another tokenizer.json. What is checked takes a tenth of a second however long the file is: up
+    to 64 MB that is every byte; of a longer one a swap is seen and a single changed byte perhaps not, which `sha256`,
+    the whole file's, is for. (A long file that was prepared before there were samples is known by its length alone.)
     """
     directory = Path(directory)
     restore_directory(directory)
+    description = read_json(directory / "tokens.json")
     try:
-        description = json.loads((directory / "tokens.json").read_text(encoding="utf-8"))
-        n_tokens, dtype = description["n_tokens"], description["dtype"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        n_tokens, dtype, whole = description["n_tokens"], description["dtype"], description["sha256"]
+        sampled, tokenizer = description.get("sampled_sha256"), description.get("tokenizer_sha256")
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'tokens.json'} is damaged: {type(error).__name__}: {error}") from None
     if dtype not in ("uint16", "uint32") or type(n_tokens) is not int or n_tokens < 1:
         raise ValueError(f"{directory / 'tokens.json'} describes {n_tokens!r} tokens of type {dtype!r}")
     path = directory / "tokens.bin"
-    expected = n_tokens * np.dtype(dtype).itemsize
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, tokens.json says {expected}: prepare it again")
+    expected, n_bytes = n_tokens * np.dtype(dtype).itemsize, path.stat().st_size
+    if n_bytes != expected:
+        raise ValueError(f"{path} has {n_bytes} bytes, tokens.json says {expected}: prepare it again")
+    known = whole if n_bytes <= _N_SAMPLES * _SAMPLE_BYTES else sampled
+    if known is not None and sampled_sha256(path) != known:
+        raise ValueError(f"{path} is not what tokens.json describes, its SHA-256 is another: prepare it again")
+    if tokenizer is not None and sha256_of(directory / "tokenizer.json") != tokenizer:
+        raise ValueError(
+            f"{directory / 'tokenizer.json'} is not the one that made the tokens, its SHA-256 is another: prepare it again"
+        )
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"), description
+
+
+def sampled_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of 64 blocks of a megabyte, evenly spread from the file's first byte to its last; of a shorter file, of all."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start, n_bytes in _samples(os.stat(path).st_size):
+            file.seek(start)
+            digest.update(file.read(n_bytes))
+    return digest.hexdigest()
+
+
+def fingerprint(*arrays: npt.NDArray[Any]) -> str:
+    """SHA-256 that tells data in memory from others: of each array's type and length, and of its bytes as `sampled_sha256`."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        digest.update(f"{array.dtype} {len(data)} ".encode())
+        for start, n_bytes in _samples(len(data)):
+            digest.update(data[start : start + n_bytes])
+    return digest.hexdigest()
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Where the blocks that are looked at begin, and how long they are."""
+    if size <= _N_SAMPLES * _SAMPLE_BYTES:
+        return [(0, size)]
+    return [(i * (size - _SAMPLE_BYTES) // (_N_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_N_SAMPLES)]

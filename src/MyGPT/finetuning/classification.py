@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MyGPT.data.records import read_json
-from MyGPT.files import read_text
+from MyGPT.data.records import read_json_records
+from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.base import encode_with_specials
@@ -104,18 +103,25 @@ class GPTForClassification(nn.Module):
         tensors = dict(read_safetensors(path / "model.safetensors"))
         if "score.weight" not in tensors:
             raise ValueError(f"{path} holds no classifier: its weights have no score.weight")
-        score = tensors.pop("score.weight").load()
-        numbered = {str(i): f"LABEL_{i}" for i in range(len(score))}  # transformers' names, which it does not write
-        names = json.loads(read_text(path / "config.json")).get("id2label", numbered)
+        score = tensors.pop("score.weight")
+        if score.dtype is None or len(score.shape) != 2 or score.shape[1] != config.emb_dim:
+            raise ValueError(f"{path}: score.weight is {score.shape}, expected floats of (labels, {config.emb_dim})")
+        numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers' names, which it does not write
+        names = read_json(path / "config.json").get("id2label", numbered)
         if not isinstance(names, dict) or names.keys() != numbered.keys():
             raise ValueError(
-                f"{path / 'config.json'}: id2label must name the {len(score)} labels 0 to {len(score) - 1}"
+                f"{path / 'config.json'}: id2label must name the {len(numbered)} labels 0 to {len(numbered) - 1}"
             )
-        gpt = GPTModel(config)
-        fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
-        gpt.to(score.dtype).load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
-        model = cls(gpt, [names[str(i)] for i in range(len(names))])
-        model.score.load_state_dict({"weight": score})
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{path / 'config.json'}: id2label must have a text for each label")
+        try:
+            fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
+            gpt = GPTModel(config).to(score.dtype)  # after its sizes are known to be those of the weights
+            gpt.load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
+            model = cls(gpt, [names[str(i)] for i in range(len(names))])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        model.score.load_state_dict({"weight": score.load()})
         return model.eval()
 
 
@@ -141,7 +147,7 @@ def read_labelled(
             if not isinstance(record[key], kinds) or isinstance(record[key], bool):
                 raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
 
-    rows = _read_csv(path, check) if Path(path).suffix == ".csv" else read_json(path, check)
+    rows = _read_csv(path, check) if Path(path).suffix == ".csv" else read_json_records(path, check)
     return [(row[text_key], str(row[label_key])) for row in rows]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from MyGPT.data.templates import Template
-from MyGPT.files import atomic_directory
+from MyGPT.files import atomic_directory, read_json
 from MyGPT.model import GPTModel
 
 if TYPE_CHECKING:
@@ -205,12 +205,41 @@ def _read_config(directory: Path) -> LoraConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {directory}: it has no {path.name}")
     try:
+        read_json(path)  # is bounded, which PEFT's reading is not
         config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{path} does not describe an adapter: {type(error).__name__}: {error}") from None
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} is of an adapter with {type(config).__name__}, only LoraConfig can be opened")
+    problem = _harm_in(config)
+    if problem:
+        raise ValueError(f"{path} is not opened: {problem}")
     return config
+
+
+def _harm_in(config: LoraConfig) -> str | None:
+    """What PEFT would do at the word of a file that nobody has looked at, and should not."""
+    if config.megatron_config is not None:
+        return "megatron_config makes PEFT import, and so run, the module that the file names"
+    if config.layer_replication is not None:
+        return "layer_replication makes as many layers as the file asks for"
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
+        return f"init_lora_weights is {init!r}, it may be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
+    if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
+        return f"lora_alpha must be a number above 0, got {config.lora_alpha!r}"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, name) or {}, dict):
+            return f"{name} must be an object, got {getattr(config, name)!r}"
+    expressions: list[Any] = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    for matched in (config.target_modules, config.exclude_modules, config.layers_pattern):
+        expressions += [matched] if isinstance(matched, str) else matched or []
+    for expression in expressions:
+        # Repeats within repeats, or many choices, keep Python's matching busy for ever.
+        quantifiers, groups = re.findall(r"[*+?{]+", str(expression)), str(expression).count("(")
+        if len(quantifiers) > 4 or groups > 4 or re.search(r"\)[*+?{]", str(expression)):
+            return f"the regular expression {expression!r} may take for ever: at most 4 repeats, 4 groups, no repeated group"
+    return None
 
 
 def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None:
@@ -227,7 +256,13 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None
             "way round: merge it there, and open the model"
         )
     config.fan_in_fan_out = config.init_lora_weights = False
-    adapted = PeftModel(_skeleton(model), config)
+    try:
+        with torch.device("meta"):  # of any rank, without its memory
+            adapted = PeftModel(_skeleton(model), config)
+    except Exception as error:  # on a damaged config PEFT fails in any way; the model itself is not touched yet
+        raise ValueError(
+            f"the adapter in {directory} does not fit the model: {type(error).__name__}: {error}"
+        ) from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     known = {**adapted.state_dict(), **expected}  # PEFT may have saved an embedding with the adapter
     problems = [f"it lacks {name}" for name in expected if name not in found]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from MyGPT.data.records import read_json
+from MyGPT.data.records import read_json_records
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
@@ -62,7 +62,7 @@ def dpo_loss(
 
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The records of a JSON array or of JSON lines; one that is no pair is a ValueError with file, line and key."""
-    return read_json(path, check_pair)
+    return read_json_records(path, check_pair)
 
 
 def check_pair(record: Any, where: str) -> None:

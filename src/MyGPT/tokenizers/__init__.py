@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from MyGPT.files import read_json
 from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
@@ -52,9 +52,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Opens what `save` wrote, or any byte-level BPE `tokenizer.json` with GPT-2's pattern."""
     path = Path(directory) / "tokenizer.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return _from_json(data)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _from_json(read_json(path))
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

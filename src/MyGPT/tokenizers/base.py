@@ -18,6 +18,8 @@ from MyGPT.files import atomic_write
 
 ENDOFTEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
+MAX_ID = 2**31 - 1
+"""Far beyond any vocabulary; token files and torch have room for it."""
 
 
 class Tokenizer(ABC):
@@ -111,8 +113,8 @@ def token_ids(vocab: Mapping[str, int]) -> dict[int, str]:
         if not isinstance(token, str):
             raise ValueError(f"a token must be a str, got {token!r}")
         refuse_surrogates(token)
-        if type(id_) is not int or id_ < 0:
-            raise ValueError(f"the id of token {token!r} must be a whole number of at least 0, got {id_!r}")
+        if type(id_) is not int or not 0 <= id_ <= MAX_ID:
+            raise ValueError(f"the id of token {token!r} must be a whole number from 0 to {MAX_ID}, got {id_!r}")
     turned = {id_: token for token, id_ in vocab.items()}
     if len(turned) != len(vocab):
         first, second = next((turned[id_], token) for token, id_ in vocab.items() if turned[id_] != token)

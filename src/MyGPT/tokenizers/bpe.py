@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
+    MAX_ID,
     Tokenizer,
     hugging_face_json,
     refuse_surrogates,
@@ -311,8 +312,8 @@ def _check(
         if not isinstance(token, str) or not token:
             raise ValueError(f"a special token must be a text of at least one character, got {token!r}")
     ids = [*vocab.values(), *special_tokens.values()]
-    if any(type(id_) is not int or not 0 <= id_ < 2**32 for id_ in ids) or len(set(ids)) != len(ids):
-        raise ValueError("the ids of the vocabulary must be distinct whole numbers from 0 to 2**32 - 1")
+    if any(type(id_) is not int or not 0 <= id_ <= MAX_ID for id_ in ids) or len(set(ids)) != len(ids):
+        raise ValueError(f"the ids of the vocabulary must be distinct whole numbers from 0 to {MAX_ID}")
     last = -1
     for first, second in merges:
         made = vocab.get(first + second)
@@ -342,16 +343,34 @@ def _check_that_merges_come_about(vocab: Mapping[bytes, int], merges: Sequence[t
 
 
 def _last_parts(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
-    """What tiktoken has of the bytes of `token` when all tokens of smaller ids are made: two parts, if all is well."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        ids = [vocab.get(first + second, vocab[token]) for first, second in pairwise(parts)]
-        best = min(ids)
-        if best >= vocab[token]:
-            break
-        i = ids.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    """What tiktoken has of the bytes of `token` when all tokens of smaller ids are made: two parts, if all is well.
+
+    The smallest id first, of equal ones the leftmost, from a heap: a file may have tokens of a megabyte.
+    """
+    part_at = {i: token[i : i + 1] for i in range(len(token))}  # the parts that are left, by where they begin
+    before = {i: i - 1 for i in part_at}
+    heap: list[tuple[int, int, int]] = []
+
+    def offer(start: int) -> None:
+        after = start + len(part_at.get(start, b""))
+        if start in part_at and after in part_at:
+            made = token[start : after + len(part_at[after])]
+            if vocab.get(made, vocab[token]) < vocab[token]:
+                heapq.heappush(heap, (vocab[made], start, len(made)))
+
+    for i in range(len(token)):
+        offer(i)
+    while heap:
+        _, start, n_bytes = heapq.heappop(heap)
+        after = start + len(part_at.get(start, b""))
+        if start not in part_at or after not in part_at or after + len(part_at[after]) != start + n_bytes:
+            continue  # one of the two has become part of another since
+        del part_at[after]
+        part_at[start] = token[start : start + n_bytes]
+        before[start + n_bytes] = start
+        offer(start)
+        offer(before[start])
+    return [part_at[i] for i in sorted(part_at)]
 
 
 def _special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:

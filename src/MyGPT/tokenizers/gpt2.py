@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from MyGPT.files import read_json, read_text
 from MyGPT.tokenizers.base import ENDOFTEXT
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
 
@@ -51,8 +51,8 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
     What is damaged is a ValueError that names the directory.
     """
     try:
-        vocab = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
-        version, *lines = (directory / "vocab.bpe").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        vocab = read_json(directory / "encoder.json")
+        version, *lines = read_text(directory / "vocab.bpe").rstrip("\n").split("\n")
         merges = [tuple(line.split(" ")) for line in (lines if version.startswith("#version") else [version, *lines])]
         for merge in merges:
             if len(merge) != 2:
@@ -61,5 +61,5 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
             raise ValueError("encoder.json is no table of tokens and their ids")
         special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
         return from_visible(vocab, merges, special, known=has_gpt2_merges(merges))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} holds no vocabulary in OpenAI's files: {error}") from None

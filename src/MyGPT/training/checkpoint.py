@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from MyGPT.files import atomic_directory, atomic_write, sha256_of
+from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
 from MyGPT.weights.directory import read_safetensors, write_safetensors
 
 CHECKPOINTS = "checkpoints"
@@ -66,8 +66,8 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
 
 def read_snapshot(path: Path) -> Snapshot:
     """A checkpoint, every byte of it checked. A damaged one is a ValueError or an OSError that names the file."""
-    manifest = _read_json(path / _MANIFEST)
-    if set(manifest) != {_WEIGHTS, _OPTIMIZER, _STATE}:
+    manifest = read_json(path / _MANIFEST)
+    if not isinstance(manifest, dict) or set(manifest) != {_WEIGHTS, _OPTIMIZER, _STATE}:
         raise ValueError(f"{path / _MANIFEST} names other files than a checkpoint has")
     for name, expected in manifest.items():
         file = path / name
@@ -75,7 +75,7 @@ def read_snapshot(path: Path) -> Snapshot:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not those of which the manifest tells")
         if sha256_of(file) != expected.get("sha256"):
             raise ValueError(f"{file} is damaged: its SHA-256 is not the manifest's")
-    state = _read_json(path / _STATE)
+    state = read_json(path / _STATE)
     weights, optimizer = (
         {name: lazy.load().clone() for name, lazy in read_safetensors(path / file)} for file in (_WEIGHTS, _OPTIMIZER)
     )
@@ -242,21 +242,11 @@ def _by_step(directory: Path) -> dict[int, Path]:
 
 def _val_loss(path: Path) -> float | None:
     try:
-        loss = _read_json(path / _STATE).get("val_loss")
-    except (ValueError, OSError):
+        loss = read_json(path / _STATE).get("val_loss")
+    except (ValueError, OSError, AttributeError):
         return None
     return loss if isinstance(loss, float) else None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object")
-    return content

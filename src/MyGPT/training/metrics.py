@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from MyGPT.files import parse_json, read_text
+
 
 class MetricsLog:
     """Appends records to `metrics.jsonl` of a run, and to TensorBoard on request."""
@@ -34,21 +36,29 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no run at {run}: it has no metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, path, number)
+        except ValueError:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**63:
             raise ValueError(f"{path}, line {number} has no step: {line[:80]!r}")
+        for name in ("loss", "val_loss"):
+            if name in record and not _is_loss(record[name]):
+                raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
         records.append(record)
     return records
+
+
+def _is_loss(value: object) -> bool:
+    """Any float, infinite or no number too, as a run that diverges writes them."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _summary_writer(run: Path, after: int | None) -> Any:

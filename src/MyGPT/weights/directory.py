@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from MyGPT.config import GPTConfig
-from MyGPT.files import atomic_directory, read_text, restore_directory
+from MyGPT.config import GPTConfig, read_config_json
+from MyGPT.files import atomic_directory, read_json, restore_directory
 from MyGPT.weights.layout import Lazy, drop_zero_biases, to_hugging_face, to_ours
 from MyGPT.weights.mapped import MappedFile
 
@@ -72,11 +72,7 @@ def read_directory(directory: str | os.PathLike[str]) -> tuple[Path, GPTConfig, 
 
 def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
     """The config of a model directory or of a run."""
-    path = model_directory(directory) / "config.json"
-    try:
-        return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
+    return read_config_json(model_directory(directory) / "config.json")
 
 
 def model_directory(name_or_dir: str | os.PathLike[str]) -> Path:
@@ -134,9 +130,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path 
 def _read_shards(index: Path) -> Iterator[tuple[str, Lazy]]:
     """The tensors of all the files that an index names; a name that leads elsewhere is refused."""
     try:
-        files = json.loads(read_text(index))["weight_map"]
+        files = read_json(index)["weight_map"]
         names = set(files.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}") from None
     for name in sorted(names, key=str):
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):

@@ -6,7 +6,6 @@ TensorFlow. Kernels stay (in, out); turning them is layout.py's.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from MyGPT.config import GPTConfig
-from MyGPT.files import read_text
+from MyGPT.files import read_json
 from MyGPT.weights.gpt2_files import download_gpt2
 from MyGPT.weights.layout import Lazy, float_type, openai_shapes, to_ours
 from MyGPT.weights.tf_checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint
@@ -29,8 +28,8 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The sizes in `directory`/hparams.json: n_vocab, n_ctx, n_embd, n_head, n_layer. A damaged file is a CheckpointError."""
     path = Path(directory) / "hparams.json"
     try:
-        settings = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        settings = read_json(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     problems = _settings_problems(settings) if isinstance(settings, dict) else ["it is no JSON object"]
     if problems:
