@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # The text of the benchmarks: downloaded, or a file of yours.
 TEXT   ?= tinyshakespeare
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bpe.py --text $(TEXT)
 	$(BIN)/python benchmarks/tinyshakespeare.py --text $(TEXT)
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --quiet --jobs auto docs build/docs
+	@echo "build/docs/index.html"
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
