@@ -92,9 +92,13 @@ def training_memory(
     """What a step on micro-batches of `batch_size` sequences takes, each of `length` tokens (default: the context)."""
     T = config.context_length if length is None else length
     C, n_tokens = config.emb_dim, batch_size * T
+    itemsize = 2 if bf16 else 4
     n, matrices = _n_parameters(config), 12 * config.n_layers * C * C
-    saved = _saved_by_block(config, T, 2 if bf16 else 4, device)
+    saved = _saved_by_block(config, T, itemsize, device)
     kept = (4 * C * config.n_layers + saved) if gradient_checkpointing else saved * config.n_layers
+    kept += (4 + itemsize) * C  # the last LayerNorm's input and output
+    if config.drop_rate:
+        kept += _dropped(4, C, device)
     logits = min(n_tokens * config.vocab_size, MAX_LOGITS)
     is_chunked = n_tokens * config.vocab_size > MAX_LOGITS
     head_weights = config.vocab_size * C
@@ -102,7 +106,7 @@ def training_memory(
         weights=4 * n,
         gradients=4 * n,
         moments=4 * (2 * n - matrices) if optimizer == "muon" else 8 * n,
-        activations=n_tokens * (kept + 12 * C),  # the embeddings' sum, and the last LayerNorm's input and output
+        activations=n_tokens * kept,
         head=2 * 4 * logits + 4 * head_weights * (2 if is_chunked else 1),
         copies=2 * (matrices + head_weights) if bf16 else 0,
         accumulates=accumulates,
@@ -116,14 +120,20 @@ def _saved_by_block(config: GPTConfig, T: int, itemsize: int, device: str) -> in
     LayerNorms' outputs, and the MLP before and after GELU (4 C each).
     """
     C, H = config.emb_dim, config.n_heads
-    saved = 2 * 4 * C + itemsize * (3 + 1 + 2 + 4 + 4) * C + 4 * H
+    saved = 2 * 4 * C + itemsize * (3 + 1 + 2 + 4 + 4) * C
     if config.drop_rate == 0:
-        return saved
+        return saved + 4 * H  # of each softmax one number
+    saved += 2 * _dropped(itemsize, C, device)
     if device != "cpu":
-        return saved + 2 * C  # a byte for each number that is dropped or not; attention's are drawn again
-    # On a processor torch has no fused attention with dropout: weights, their noise and their product stay, T numbers a
-    # head each, and queries, keys and values are laid out once more.
-    return saved + 2 * itemsize * C + 3 * 4 * H * T + 4 * C * 3
+        return saved + 4 * H
+    # On a processor torch has no fused attention with dropout: in float32 the weights, their noise and their product stay,
+    # T numbers a head each, and queries, keys and values are in float32 too.
+    return saved + 3 * 4 * H * T + 3 * (4 - itemsize) * C
+
+
+def _dropped(itemsize: int, n: int, device: str) -> int:
+    """What dropout keeps of n numbers: a byte each that says whether, on a processor the factor itself."""
+    return n * (itemsize if device == "cpu" else 1)
 
 
 def _without_memory(config: GPTConfig) -> GPTModel:

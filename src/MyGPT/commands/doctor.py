@@ -283,7 +283,9 @@ def _n_processors() -> int:
 
 
 def _rate(speed: float) -> str:
-    return f"{speed / 1e12:.1f} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.0f} GFLOP/s"
+    if speed >= 1e12:
+        return f"{speed / 1e12:.1f} TFLOP/s"
+    return f"{speed / 1e9:.0f} GFLOP/s" if speed >= 2e9 else f"{speed / 1e6:.0f} MFLOP/s"
 
 
 def _existing(path: Path) -> Path:

@@ -21,10 +21,11 @@ from MyGPT.training.trainer import Trainer
 TRIED_STEPS = 3
 
 
-def matmul_speed(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
-    """Floating-point operations a second of a product of two n x n matrices, the median of five."""
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of two square matrices, the median of three."""
+    n = 512 if device.type == "cpu" else 4096  # a processor without bf16 takes seconds for more
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / median_seconds(lambda: a @ b, device, 5)
+    return 2 * n**3 / median_seconds(lambda: a @ b, device, 3)
 
 
 def estimate_training(
