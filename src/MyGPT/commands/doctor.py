@@ -159,7 +159,9 @@ def find_weights() -> Finding:
     text = f"{', '.join(whole) or 'none'} in {models}"
     if begun:
         return Finding("GPT-2's weights", f"{text}; unfinished: {', '.join(begun)}", f"mygpt download {begun[0]}")
-    return Finding("GPT-2's weights", text, None if whole else "mygpt download gpt2 (0.5 GB, only to use OpenAI's model)")
+    return Finding(
+        "GPT-2's weights", text, None if whole else "mygpt download gpt2 (0.5 GB, only to use OpenAI's model)"
+    )
 
 
 def find_packages() -> Iterator[Finding]:
