@@ -1,6 +1,5 @@
 """The site's settings: Markdown through MyST, the reference from docstrings, all of it offline (`make docs`)."""
 
-import inspect
 
 from MyGPT import __version__
 
@@ -12,6 +11,7 @@ source_suffix = {".md": "markdown"}
 
 html_theme = "furo"
 html_title = "MyGPT"
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {
@@ -25,6 +25,5 @@ default_role = "code"
 smartquotes = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
-nitpicky = False
-suppress_warnings = ["toc.empty_glob"]  # pages that are added later find their place
+autodoc_default_options = {"members": True}
+autodoc_inherit_docstrings = False  # torch's own say nothing of ours

@@ -34,7 +34,7 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
         assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
         if language == "python":
             exec(compile(code, page.name, "exec"), names)
-        for line in code.splitlines() if language == "bash" else []:
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
             command, *arguments = shlex.split(line, comments=True)
             # The machine is examined in test_doctor.py.
             if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
