@@ -1,6 +1,5 @@
 """The site's settings: Markdown through MyST, the reference from docstrings, all of it offline (`make docs`)."""
 
-
 from MyGPT import __version__
 
 project, author, release = "MyGPT", "the MyGPT authors", __version__

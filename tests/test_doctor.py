@@ -39,9 +39,9 @@ def test_the_page_is_printed_whatever_is_missing(
     report, advice = captured.out.split("To mend:")
     assert not captured.err and captured.out.count("\n") < 50
     for expected in (
-        "torch.compile  does not work: No working C++ compiler found\n",
-        "vocabulary     GPT-2's 50,257 tokens",
-        "GPT-2's weights none",
+        "torch.compile   does not work: No working C++ compiler found\n",
+        "vocabulary      GPT-2's 50,257 tokens",
+        "GPT-2's weights none in ",
         "emb_dim must be divisible by n_heads, got 9 and 2",
         "more than the",
         "(3 steps of ",

@@ -29,6 +29,10 @@ def read_recipe(path: str) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any
             raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is no recipe: it holds no keys")
+    if "model" in recipe:
+        raise ValueError(
+            f"{path} is for mygpt finetune: it tunes the model {recipe['model']!r}, which has its own size"
+        )
     is_training = "data" in recipe or "max_steps" in recipe
     model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}
     config = as_config({**model, **_fields(GPTConfig, recipe)})

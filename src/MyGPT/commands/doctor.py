@@ -56,7 +56,7 @@ def doctor(recipes: str = "configs", device: str = "auto") -> None:
     place = pick_device(device)
     fixes = []
     for finding in examine(place, Path(recipes)):
-        print(f"{finding.label:<14} {finding.text}", flush=True)
+        print(f"{finding.label:<16}{finding.text}", flush=True)
         if finding.fix:
             fixes.append(f"{finding.label.strip()}: {finding.fix}")
     print("\n" + ("\n".join(["To mend:", *(f"  {fix}" for fix in fixes)]) if fixes else "Nothing is missing."))

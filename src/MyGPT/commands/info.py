@@ -91,6 +91,8 @@ def describe(
     text = [(label, value) for label, value in [*rows, *sizes] if value]
     text.append(("memory", "".join(f"{precision:>13}" for precision in ITEM_SIZES)))
     text += [(f"  {label}", "".join(f"{_bytes(size):>13}" for size in of_precision)) for label, of_precision in costs]
+    if config.drop_rate:
+        text.append(("", f"dropout of {config.drop_rate:g} keeps all attention weights on a processor: 0 does not"))
     return "\n".join([name, *(f"  {label:<22} {value}" for label, value in text)])
 
 
@@ -121,7 +123,7 @@ def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple
         ("  in all", [step.peak for step in steps["cuda"]]),
     ]
     if config.drop_rate:
-        rows.append(("  on a processor", [step.peak for step in steps["cpu"]]))
+        rows.append(("  the same, processor", [step.peak for step in steps["cpu"]]))
     return rows
 
 
