@@ -17,6 +17,9 @@ from MyGPT.training import estimate
 RECIPE = "data: alice\nmax_steps: 3\nbatch_size: 2\ncontext_length: 8\nemb_dim: 8\nn_heads: 2\nn_layers: 1\n"
 
 
+SPEEDS = {"float32": 1e11, "bfloat16": 1e9}
+
+
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_(*_: Any, **__: Any) -> Any:
@@ -81,8 +84,16 @@ def test_too_few_and_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_directory_without_recipes_is_said(tmp_path: Path) -> None:
-    [finding] = doctor.find_recipes(tmp_path / "none", torch.device("cpu"), 1e9)
+    [finding] = doctor.find_recipes(tmp_path / "none", torch.device("cpu"), SPEEDS)
     assert "none in" in finding.text and finding.fix is not None
+
+
+def test_muon_on_a_processor_without_bf16_is_advised_against(tmp_path: Path) -> None:
+    """torch's Muon orthogonalises in bf16, which some processors do fifty times slower than float32."""
+    (tmp_path / "muon.yaml").write_text(RECIPE + "optimizer: muon\n")
+    for bf16, is_slow in ((1e9, True), (1e11, False)):
+        fix = doctor.judge_recipe(tmp_path / "muon.yaml", torch.device("cpu"), {**SPEEDS, "bfloat16": bf16}).fix
+        assert fix is not None and "--optimizer adamw" in fix if is_slow else fix is None
 
 
 @pytest.mark.parametrize("speed", [1e15, 1.0])

@@ -22,8 +22,9 @@ from MyGPT.sampling import filter_logits
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
-# What each run changes of the recipe, "Alice in Wonderland" by letters.
-RUNS: dict[str, list[str]] = {"muon": [], "adamw": ["--optimizer", "adamw", "--learning_rate", "1e-3"]}
+# The recipe, "Alice in Wonderland" by letters, with AdamW, from the recipe's initial weights and from GPT-2's smaller ones.
+ADAMW = ["--optimizer", "adamw", "--learning_rate", "1e-3"]
+RUNS = {"init_std 0.05": [*ADAMW, "--init_std", "0.05"], "init_std 0.02": [*ADAMW, "--init_std", "0.02"]}
 
 
 def train(name: str, runs: Path) -> Path:
@@ -45,7 +46,7 @@ def draw_losses(runs: Path) -> None:
 
 def draw_sampling(runs: Path) -> None:
     """What temperature, top-k and top-p leave of the probabilities of the letter after "Alice was "."""
-    directory = train("muon", runs) / "model"
+    directory = train("init_std 0.05", runs) / "model"
     model, tokenizer = GPTModel.from_pretrained(directory), load_tokenizer(directory)
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode("Alice was ")]))[:, -1]

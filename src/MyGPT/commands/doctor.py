@@ -80,7 +80,7 @@ def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
     yield from find_packages()
     yield find_memory(place)
     yield find_disk()
-    yield from find_recipes(recipes, place, speeds["float32"])
+    yield from find_recipes(recipes, place, speeds)
 
 
 def find_device(place: torch.device) -> Finding:
@@ -190,7 +190,7 @@ def find_disk() -> Finding:
     return Finding("disk", ", ".join(f"{n / 1e9:,.0f} GB free {name}" for name, n in free.items()), fix)
 
 
-def find_recipes(recipes: Path, place: torch.device, speed: float) -> Iterator[Finding]:
+def find_recipes(recipes: Path, place: torch.device, speeds: dict[str, float]) -> Iterator[Finding]:
     """For each recipe its time and memory here, and whether its text is there."""
     files = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
     files = [file for file in files if file.is_file()]
@@ -199,10 +199,10 @@ def find_recipes(recipes: Path, place: torch.device, speed: float) -> Iterator[F
         return
     yield Finding("recipes", f"estimated on {place.type} from a few steps, without compiling and live samples")
     for file in files:
-        yield judge_recipe(file, place, speed)
+        yield judge_recipe(file, place, speeds)
 
 
-def judge_recipe(file: Path, place: torch.device, speed: float) -> Finding:
+def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> Finding:
     """A recipe's time, if it fits into memory."""
     from MyGPT.training.estimate import estimate_training
 
@@ -218,11 +218,13 @@ def judge_recipe(file: Path, place: torch.device, speed: float) -> Finding:
     if free is not None and needed > free:
         smaller = "a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
         return Finding(label, f"{text} a step, more than the {free / 1e9:.1f} GB that are free", smaller)
-    step, whole = estimate_training(config, training, place, speed)
+    step, whole = estimate_training(config, training, place, speeds["float32"])
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
-    missing = missing_data(recipe.get("data", "alice"))
-    return Finding(label, text, missing)
+    fix = missing_data(recipe.get("data", "alice"))
+    if training.optimizer == "muon" and speeds["bfloat16"] < speeds["float32"] / 4:
+        fix = "Muon computes in bf16, which is slow here: --optimizer adamw --learning_rate 1e-3 takes less time"
+    return Finding(label, text, fix)
 
 
 def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:
