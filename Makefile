@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # The text of the benchmarks: downloaded, or a file of yours.
 TEXT   ?= tinyshakespeare
 
-.PHONY: demo test lint bench soak fuzz clean
+.PHONY: demo test lint bench soak fuzz docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
@@ -15,8 +15,8 @@ test: lint
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -30,6 +30,10 @@ soak: $(VENV)/.dev
 # Every reader of files with a hundred times as many damaged ones as `make test` tries, counted.
 fuzz: $(VENV)/.dev
 	MYGPT_FUZZ=100 $(BIN)/pytest tests/test_hostile_files.py
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --quiet --jobs auto docs build/docs
+	@echo "build/docs/index.html"
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -105,6 +105,32 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "batch": NONE, "pad_token_id": 50256, "ignore_index": -100, "allowed_max_length": None, "device": "cpu",
     },
     "LoRALayer": dict.fromkeys(["in_dim", "out_dim", "rank", "alpha"], NONE),
+    "LinearWithLoRA": dict.fromkeys(["linear", "rank", "alpha"], NONE),
+    "replace_linear_with_lora": dict.fromkeys(["model", "rank", "alpha"], NONE),
+    "SelfAttention_v1": dict.fromkeys(["d_in", "d_out"], NONE),
+    "SelfAttention_v2": {**dict.fromkeys(["d_in", "d_out"], NONE), "qkv_bias": False},
+    "MultiHeadAttentionWrapper": {
+        **dict.fromkeys(["d_in", "d_out", "context_length", "dropout", "num_heads"], NONE), "qkv_bias": False,
+    },
+    "LayerNorm": {"emb_dim": NONE}, "FeedForward": {"cfg": NONE}, "TransformerBlock": {"cfg": NONE},
+    "GPTModel": {"cfg": NONE},
+    "text_to_token_ids": dict.fromkeys(["text", "tokenizer"], NONE),
+    "token_ids_to_text": dict.fromkeys(["token_ids", "tokenizer"], NONE),
+    "calc_loss_batch": dict.fromkeys(["input_batch", "target_batch", "model", "device"], NONE),
+    "evaluate_model": dict.fromkeys(["model", "train_loader", "val_loader", "device", "eval_iter"], NONE),
+    "generate_and_print_sample": dict.fromkeys(["model", "tokenizer", "device", "start_context"], NONE),
+    "plot_losses": dict.fromkeys(["epochs_seen", "tokens_seen", "train_losses", "val_losses"], NONE),
+    "plot_values": {
+        **dict.fromkeys(["epochs_seen", "examples_seen", "train_values", "val_values"], NONE), "label": "loss",
+    },
+    "assign": dict.fromkeys(["left", "right"], NONE),
+    "download_and_load_gpt2": dict.fromkeys(["model_size", "models_dir"], NONE),
+    "load_gpt2_params_from_tf_ckpt": dict.fromkeys(["ckpt_path", "settings"], NONE),
+    "calc_accuracy_loader": {**dict.fromkeys(["data_loader", "model", "device"], NONE), "num_batches": None},
+    "train_classifier_simple": dict.fromkeys(
+        ["model", "train_loader", "val_loader", "optimizer", "device", "num_epochs", "eval_freq", "eval_iter"], NONE
+    ),
+    "format_input": {"entry": NONE}, "InstructionDataset": dict.fromkeys(["data", "tokenizer"], NONE),
     "train_model": {
         **dict.fromkeys(["model", "train_loader", "val_loader", "optimizer", "device", "n_epochs"], NONE),
         **dict.fromkeys(["eval_freq", "eval_iter", "start_context", "tokenizer", "warmup_steps"], NONE),
@@ -200,6 +226,43 @@ def test_the_attention_layers_of_chapter_three_compute_what_the_paper_says() -> 
     assert (causal(torch.stack([x, x])) - torch.from_numpy(expected)).abs().max() < EXACT
 
 
+# The six words of the chapter's example, in three numbers each.
+WORDS = torch.tensor(
+    [
+        [0.43, 0.15, 0.89],
+        [0.55, 0.87, 0.66],
+        [0.57, 0.85, 0.64],
+        [0.22, 0.58, 0.33],
+        [0.77, 0.25, 0.10],
+        [0.05, 0.80, 0.55],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "arguments", "first", "last"),
+    [
+        ("SelfAttention_v1", 123, (), [0.2996, 0.8053], [0.2990, 0.8040]),
+        ("SelfAttention_v2", 789, (), [-0.0739, 0.0713], [-0.0754, 0.0693]),
+        ("CausalAttention", 123, (6, 0.0), [-0.4519, 0.2216], [-0.5299, -0.1081]),
+        (
+            "MultiHeadAttentionWrapper", 123, (6, 0.0, 2),
+            [-0.4519, 0.2216, 0.4772, 0.1063], [-0.5299, -0.1081, 0.5077, 0.3493],
+        ),
+        ("MultiHeadAttention", 123, (6, 0.0, 2), [0.3190, 0.4858], [0.2575, 0.4028]),
+    ],
+)  # fmt: skip
+def test_a_seed_gives_the_numbers_that_chapter_three_prints(
+    name: str, seed: int, arguments: Any, first: list[float], last: list[float]
+) -> None:
+    """To its four digits, of the first word and the last."""
+    torch.manual_seed(seed)
+    layer = getattr(book, name)(3, 2, *arguments)
+    out = layer(torch.stack([WORDS, WORDS]))
+    for row, printed in ((0, first), (-1, last)):
+        torch.testing.assert_close(out[1, row], torch.tensor(printed), rtol=0, atol=6e-5)
+
+
 def test_the_wrapper_is_its_heads_side_by_side() -> None:
     wrapper = book.MultiHeadAttentionWrapper(3, 2, T, 0.0, num_heads=2)
     x = torch.randn(2, T, 3)
@@ -229,7 +292,15 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 def test_seed_123_continues_as_in_the_book() -> None:
     torch.manual_seed(123)
-    model = book.GPTModel(GPT2_SMALL).eval()
+    model = book.GPTModel(GPT2_SMALL)
+    # In training mode first, as the book does: dropout takes the same numbers from the seed.
+    batch = [get_tokenizer("gpt2").encode(text) for text in ("Every effort moves you", "Every day holds a")]
+    logits = model(torch.tensor(batch))[:, :, [0, 1, 2, -3, -2, -1]]
+    printed = torch.tensor(
+        [[0.3613, 0.4222, -0.0711, 0.3483, 0.4661, -0.2838], [-0.1565, 0.3926, 0.3288, 1.2630, -0.1858, 0.0388]]
+    )
+    torch.testing.assert_close(torch.stack([logits[0, 0], logits[1, 3]]), printed, rtol=0, atol=1e-4)
+    model.eval()
     ids = book.text_to_token_ids("Hello, I am", get_tokenizer("gpt2"))
     out = book.generate_text_simple(model=model, idx=ids, max_new_tokens=10, context_size=1024)
     assert out.tolist() == [[15496, 11, 314, 716, 27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657]]

@@ -24,6 +24,7 @@ COMMANDS = {
     "download": "get a released GPT-2",
     "prepare": "turn text files into a token file for long training",
     "info": "explain a model, a checkpoint or a configuration",
+    "doctor": "check this machine, and how long each recipe would take on it",
     "plot": "draw the loss curves of runs",
 }
 

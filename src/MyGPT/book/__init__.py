@@ -31,16 +31,16 @@ from MyGPT.book.pretraining import (
 )
 from MyGPT.book.texts import (
     GPTDatasetV1,
+    InstructionDataset,
     SimpleTokenizerV1,
     SimpleTokenizerV2,
     create_dataloader_v1,
     custom_collate_fn,
+    format_input,
     generate_text_simple,
     text_to_token_ids,
     token_ids_to_text,
 )
-from MyGPT.data.instructions import InstructionDataset
-from MyGPT.data.templates import format_input
 from MyGPT.generation import generate
 from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from MyGPT.data.instructions import collate_instructions
+from MyGPT.data import instructions, templates
+from MyGPT.data.records import Record
 from MyGPT.data.windows import Batch, GPTDataset, create_dataloader
 from MyGPT.generation import generate
 from MyGPT.loss import IGNORED
@@ -67,4 +68,17 @@ def custom_collate_fn(
     device: str | torch.device = "cpu",
 ) -> Batch:
     """`collate_instructions` without a masked prompt: padded inputs and targets, each (B, T)."""
-    return collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
+    return instructions.collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
+
+
+def format_input(entry: Record) -> str:
+    """Alpaca's prompt for a record of instruction and input, up to where the response begins."""
+    return templates.format_input(entry)
+
+
+class InstructionDataset(instructions.InstructionDataset):
+    """The records of `data` as ids, prompt and response together."""
+
+    def __init__(self, data: Sequence[Record], tokenizer: Any) -> None:
+        super().__init__(data, tokenizer)
+        self.data = data

@@ -1,13 +1,23 @@
-"""A recipe, the YAML file that holds a command's options or a model's fields, read as something that others may have made."""
+"""A recipe, the YAML file that holds a command's options or a model's fields: read as something that others may have made, and
+what model and training it describes, without touching the data."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from MyGPT.commands.train import DEFAULTS
+from MyGPT.config import GPTConfig, as_config
 from MyGPT.files import read_text
+from MyGPT.training.config import TrainConfig
+
+GPT2_VOCABULARY = 50257
+# What a text's own letters and words usually come to; only the text itself tells.
+USUAL_VOCABULARY = {"chars": 100, "words": 10_000}
 
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_NESTING = 20  # libyaml's reader crashes at some ten thousand
@@ -40,3 +50,38 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ValueError(f"{path} is no recipe: the key {key!r} is not a text")
     return recipe
+
+
+def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any]]:
+    """The model, the training (None if the file describes a model only), and all that a recipe says.
+
+    What is not said is the command's default. The vocabulary of a text that has not been read is a usual one.
+    """
+    recipe = read_recipe(path)
+    if "model" in recipe:
+        raise ValueError(
+            f"{path} is for mygpt finetune: it tunes the model {recipe['model']!r}, which has its own size"
+        )
+    is_training = "data" in recipe or "max_steps" in recipe
+    try:
+        model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}
+        config = as_config({**model, **_fields(GPTConfig, recipe)})
+        return config, TrainConfig(**_fields(TrainConfig, recipe)) if is_training else None, recipe
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
+    from MyGPT.data.tokens import is_prepared
+    from MyGPT.tokenizers import load_tokenizer
+
+    data, name = recipe.get("data", "alice"), recipe.get("tokenizer", "chars" if is_training else "gpt2")
+    if isinstance(data, str) and is_prepared(data):
+        return load_tokenizer(data).n_vocab
+    if name == "bpe":
+        return int(recipe.get("tokenizer_size", 1024))
+    return GPT2_VOCABULARY if name == "gpt2" else USUAL_VOCABULARY.get(name) or load_tokenizer(name).n_vocab
+
+
+def _fields(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: recipe[field.name] for field in dataclasses.fields(kind) if field.name in recipe}

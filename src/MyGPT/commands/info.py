@@ -6,8 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from MyGPT.commands._recipe import read_recipe
-from MyGPT.config import GPT2_CONFIGS, GPTConfig, as_config
+from MyGPT.commands._recipe import read_plan
+from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.training.config import TrainConfig
+
+ITEM_SIZES = {"fp32": 4, "bf16": 2}
+"""Bytes a number. Training in bf16 keeps weights, gradients and moments in fp32."""
 
 
 def info(*models: str) -> None:
@@ -25,9 +29,9 @@ def info(*models: str) -> None:
 
 def explain(name: str) -> str:
     """All that can be said of a name, a checkpoint or a recipe."""
-    recipe = _read_recipe(name)
-    if recipe is not None:
-        return describe(name, recipe)
+    if name.endswith((".yaml", ".yml")):
+        config, training, _ = read_plan(name)
+        return describe(name, config, training=training)
     from MyGPT.weights.checkpoint import guess_config, open_checkpoint
     from MyGPT.weights.layout import fit
     from MyGPT.weights.pretrained import holds_model
@@ -53,42 +57,79 @@ def explain(name: str) -> str:
     return describe(name, config, rows)
 
 
-def _read_recipe(name: str) -> GPTConfig | None:
-    """The model of a YAML file, None for anything else."""
-    if name.endswith((".yaml", ".yml")):
-        recipe = read_recipe(name)
-        fields = {key: value for key, value in recipe.items() if key in GPTConfig.__dataclass_fields__}
-        try:
-            return as_config({"vocab_size": 50257, **fields})
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return None
-
-
-def describe(name: str, config: GPTConfig, rows: Sequence[tuple[str, str]] = ()) -> str:
-    """A table of a model's size and cost."""
+def describe(
+    name: str, config: GPTConfig, rows: Sequence[tuple[str, str]] = (), training: TrainConfig | None = None
+) -> str:
+    """A table of a model's size and cost, and of what a step of its training takes."""
     import torch
 
+    from MyGPT.memory import cache_bytes, generation_bytes, parameters_by_part
     from MyGPT.model import GPTModel
 
     with torch.device("meta"):
         model = GPTModel(config)
-    n, blocks = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
-    cache = 2 * config.n_layers * config.emb_dim
-    costs = [
+    n, parts = model.num_parameters(), parameters_by_part(config)
+    sizes = [
         ("layers, heads, width", f"{config.n_layers}, {config.n_heads}, {config.emb_dim}"),
         ("vocabulary, context", f"{config.vocab_size:,}, {config.context_length:,}"),
-        ("parameters", f"{n:,} ({blocks:,} without the embeddings)"),
-        ("weights, fp32 / bf16", f"{_megabytes(4 * n)} / {_megabytes(2 * n)}"),
-        ("training state, fp32", f"{_megabytes(16 * n)} (weights, gradients, AdamW's two moments)"),
-        ("KV cache, fp32", f"{_megabytes(4 * cache * config.context_length)} for a full context"),
+        ("parameters", f"{n:,} ({model.num_parameters(exclude_embeddings=True):,} without the embeddings)"),
+        *((f"  {part}", f"{count:>13,}  {count / n:6.1%}") for part, count in parts.items() if count),
+        ("", "the token embedding is the output head too" if config.tie_weights else ""),
         (
             "operations a token",
             f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training",
         ),
     ]
-    return "\n".join([name, *(f"  {label:<22} {value}" for label, value in [*rows, *costs])])
+    context = config.context_length
+    costs = [
+        ("weights", [n * itemsize for itemsize in ITEM_SIZES.values()]),
+        ("KV cache of a token", [cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        (f"KV cache of {context:,}", [context * cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        ("generating, in all", [generation_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        *training_rows(config, training),
+    ]
+    text = [(label, value) for label, value in [*rows, *sizes] if value]
+    text.append(("memory", "".join(f"{precision:>13}" for precision in ITEM_SIZES)))
+    text += [(f"  {label}", "".join(f"{_bytes(size):>13}" for size in of_precision)) for label, of_precision in costs]
+    if config.drop_rate:
+        text.append(("", f"dropout of {config.drop_rate:g} keeps all attention weights on a processor: 0 does not"))
+    return "\n".join([name, *(f"  {label:<22} {value}" for label, value in text)])
 
 
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"
+def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple[str, list[int]]]:
+    """The memory of a step: the recipe's, or of one sequence as long as the context."""
+    from MyGPT.memory import training_memory
+
+    training = training or TrainConfig(batch_size=1)
+    micro = training.micro_batch_size or training.batch_size
+    steps = {
+        device: [
+            training_memory(
+                config,
+                micro,
+                bf16=precision == "bf16",
+                optimizer=training.optimizer,
+                gradient_checkpointing=training.gradient_checkpointing,
+                accumulates=micro < training.batch_size,
+                device=device,
+            )
+            for precision in ITEM_SIZES
+        ]
+        for device in ("cuda", "cpu")
+    }
+    rows = [
+        ("training, weights etc.", [step.weights + step.gradients + step.moments for step in steps["cuda"]]),
+        (f"  {micro} x {config.context_length:,} tokens", [step.activations for step in steps["cuda"]]),
+        ("  in all", [step.peak for step in steps["cuda"]]),
+    ]
+    if config.drop_rate:
+        rows.append(("  the same, processor", [step.peak for step in steps["cpu"]]))
+    return rows
+
+
+def _bytes(n: int) -> str:
+    """Three digits are what an estimate is worth."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:,.{max(0, 2 - len(str(n // size)) + 1)}f} {unit}"
+    return f"{n} B"

@@ -1,0 +1,62 @@
+"""The pages of docs/: their examples run, and they build into a site without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import MyGPT
+from MyGPT.cli import COMMANDS, main
+
+DOCS = Path(__file__).parents[1] / "docs"
+FENCES = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
+# evaluation.md names data that nobody may have, design.md and the reference have no examples.
+PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:
+    Path("book.txt").write_text(alice[:20_000], encoding="utf-8")
+    words = {word: None for word in alice.split() if word.isalpha()}
+    records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in list(words)[:20]]
+    Path("records.json").write_text(json.dumps(records))
+    names: dict[str, object] = {"__name__": page.stem}
+    for language, code in FENCES.findall(page.read_text(encoding="utf-8")):
+        if language.startswith("{"):  # a directive of the site, or an example that needs the network
+            continue
+        assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
+        if language == "python":
+            exec(compile(code, page.name, "exec"), names)
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
+            command, *arguments = shlex.split(line, comments=True)
+            # The machine is examined in test_doctor.py.
+            if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
+                assert main(arguments) == 0, line
+            else:
+                assert command in ("mygpt", "make"), f"not run: {line}"
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    page = (DOCS / "guide/command_line.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `mygpt (\w+)`", page, re.M)) == set(COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="needs pip install 'mygpt[docs]'")
+def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    anchors = {
+        anchor.rpartition(".")[2]
+        for page in (tmp_path / "reference").glob("*.html")
+        for anchor in re.findall(r'id="(MyGPT[\w.]*)"', page.read_text(encoding="utf-8"))
+    }
+    assert set(MyGPT.__all__) <= anchors

@@ -1,0 +1,126 @@
+"""mygpt doctor: what it finds, what it advises, and how it reckons."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from MyGPT import GPTConfig, TrainConfig
+from MyGPT.cli import main
+from MyGPT.commands import doctor
+from MyGPT.training import estimate
+
+RECIPE = "data: alice\nmax_steps: 3\nbatch_size: 2\ncontext_length: 8\nemb_dim: 8\nn_heads: 2\nn_layers: 1\n"
+
+
+SPEEDS = {"float32": 1e11, "bfloat16": 1e9}
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nin torch")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+
+
+def test_the_page_is_printed_whatever_is_missing(
+    tmp_path: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "wrong.yaml").write_text(RECIPE + "emb_dim: 9\n")
+    (tmp_path / "huge.yaml").write_text(RECIPE + "batch_size: 100000000\n")
+    (tmp_path / "elsewhere.yaml").write_text(RECIPE.replace("alice", "data/texts"))
+    assert main(["doctor", "--recipes", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    report, advice = captured.out.split("To mend:")
+    assert not captured.err and captured.out.count("\n") < 50
+    for expected in (
+        "torch.compile   does not work: No working C++ compiler found\n",
+        "vocabulary      GPT-2's 50,257 tokens",
+        "GPT-2's weights none in ",
+        "emb_dim must be divisible by n_heads, got 9 and 2",
+        "more than the",
+        "(3 steps of ",
+    ):
+        assert expected in report, expected
+    for expected in (
+        "peft: pip install 'mygpt[finetune]'",
+        "torch.compile: it needs a C++ compiler",
+        "mygpt download gpt2",
+        "huge: a smaller micro_batch_size",
+        "elsewhere: its data data/texts is not here",
+    ):
+        assert expected in advice, expected
+
+
+def test_a_compiler_that_works_is_recognised_and_one_that_lies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert doctor.find_compiler(torch.device("cpu")).text.startswith("works")
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: function(x) + 1)
+    assert doctor.find_compiler(torch.device("cpu")).text == "gives wrong results"
+
+
+def test_a_download_that_was_begun_is_to_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    (tmp_path / "models/355M").mkdir(parents=True)
+    (tmp_path / "models/355M/checkpoint").touch()
+    finding = doctor.find_weights()
+    assert "unfinished: 355M" in finding.text and finding.fix == "mygpt download 355M"
+
+
+def test_too_few_and_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, advice in ((1, "set OMP_NUM_THREADS=4 or more"), (16, "set OMP_NUM_THREADS=8"), (4, None), (8, None)):
+        monkeypatch.setattr(doctor, "_n_processors", lambda: 8)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        fix = doctor.find_threads(torch.device("cpu")).fix
+        assert fix is None if advice is None else advice in str(fix)
+
+
+def test_a_directory_without_recipes_is_said(tmp_path: Path) -> None:
+    [finding] = doctor.find_recipes(tmp_path / "none", torch.device("cpu"), SPEEDS)
+    assert "none in" in finding.text and finding.fix is not None
+
+
+def test_muon_on_a_processor_without_bf16_is_advised_against(tmp_path: Path) -> None:
+    """torch's Muon orthogonalises in bf16, which some processors do fifty times slower than float32."""
+    (tmp_path / "muon.yaml").write_text(RECIPE + "optimizer: muon\n")
+    for bf16, is_slow in ((1e9, True), (1e11, False)):
+        fix = doctor.judge_recipe(tmp_path / "muon.yaml", torch.device("cpu"), {**SPEEDS, "bfloat16": bf16}).fix
+        assert fix is not None and "--optimizer adamw" in fix if is_slow else fix is None
+
+
+@pytest.mark.parametrize("speed", [1e15, 1.0])
+def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps that take a second for a million operations, however large the part that was tried."""
+    tried = []
+
+    def seconds(step: Any, *_: Any) -> float:
+        trainer = step.__self__
+        tried.append((trainer.config.batch_size, trainer.model.config.n_layers))
+        tokens = trainer.config.batch_size * trainer.model.config.context_length
+        return trainer.model.estimate_flops() * tokens / 1e6
+
+    monkeypatch.setattr(estimate, "median_seconds", seconds)
+    config = GPTConfig(vocab_size=10, context_length=8, emb_dim=8, n_heads=2, n_layers=3, drop_rate=0.0)
+    training = TrainConfig(batch_size=12, micro_batch_size=4, max_steps=100, eval_every=50, eval_windows=6)
+    step, whole = estimate.estimate_training(config, training, torch.device("cpu"), speed)
+    # 2 for each weight in a product, 4 C T for attention, three times for the way back; 12 x 8 tokens.
+    per_token = 3 * (2 * (3 * 12 * 8 * 8 + 10 * 8) + 4 * 3 * 8 * 8)
+    assert tried == [(4, 3) if speed > 1 else (1, 1)]
+    assert step == pytest.approx(per_token * 12 * 8 / 1e6)
+    assert whole == pytest.approx(100 * step + 2 * per_token / 3 * 6 * 8 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0123, "12 ms"), (1.5, "1.5 s"), (95, "95 s"), (400, "6.7 min"), (8000, "2.2 hours"), (1e9, "32 years")],
+)
+def test_durations_are_told_as_people_do(seconds: float, text: str) -> None:
+    assert doctor.duration(seconds) == text

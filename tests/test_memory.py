@@ -1,0 +1,131 @@
+"""Estimates of memory, against what torch really keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from MyGPT import GPT2_CONFIGS, GPTConfig, GPTModel
+from MyGPT.cli import main
+from MyGPT.memory import cache_bytes, generation_bytes, parameters_by_part, training_memory
+
+CONFIG = GPTConfig(vocab_size=100, context_length=64, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
+B, T, C = 3, 64, 64
+
+
+def saved_bytes(config: GPTConfig, bf16: bool = False, gradient_checkpointing: bool = False) -> int:
+    """What autograd keeps for the way back from the loss of B x T tokens, parameters left out, each storage once."""
+    model = GPTModel(config).train()
+    model.gradient_checkpointing = gradient_checkpointing
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(config.vocab_size, (B, T))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        model.token_loss(ids, ids)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(n_layers: int, drop_rate: float, bf16: bool) -> None:
+    """Within 3%: a few numbers a token (means, deviations, positions) are not counted."""
+    config = dataclasses.replace(CONFIG, n_layers=n_layers, drop_rate=drop_rate)
+    estimate = training_memory(config, B, bf16=bf16)
+    logits = 4 * B * T * config.vocab_size
+    assert estimate.activations + estimate.copies + logits == pytest.approx(saved_bytes(config, bf16), rel=0.03)
+
+
+def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
+    def activations(config: GPTConfig, **options: Any) -> int:
+        return training_memory(config, B, **options).activations
+
+    deeper = dataclasses.replace(CONFIG, n_layers=4)
+    one_block = (activations(deeper) - activations(CONFIG)) // 2
+    estimate = activations(deeper, gradient_checkpointing=True)
+    logits = 4 * B * T * CONFIG.vocab_size
+    kept = saved_bytes(deeper, gradient_checkpointing=True)
+    assert estimate - one_block + logits == pytest.approx(kept, rel=0.03)
+
+
+def test_the_optimizers_moments_are_as_many_as_torch_makes() -> None:
+    from MyGPT.training.config import TrainConfig
+    from MyGPT.training.trainer import Trainer
+
+    for name in ("adamw", "muon"):
+        training = TrainConfig(optimizer=name, batch_size=2)  # type: ignore[arg-type]
+        trainer = Trainer(GPTModel(CONFIG), training, [i % 100 for i in range(500)], progress=False)
+        trainer.setup()
+        trainer.step()
+        tensors = [t for o in trainer.optimizers for state in o.state.values() for t in state.values() if t.dim()]
+        expected = training_memory(CONFIG, 2, optimizer=name)
+        assert sum(tensor.nbytes for tensor in tensors) == expected.moments
+        assert sum(parameter.nbytes for parameter in trainer.model.parameters()) == expected.weights
+
+
+def test_the_peak_is_the_larger_of_the_two_ways() -> None:
+    small, large = training_memory(CONFIG, 1, length=1), training_memory(CONFIG, 50)
+    assert small.peak == small.weights + small.moments + small.gradients
+    assert large.peak == large.weights + large.moments + large.activations + large.head
+    waiting = training_memory(CONFIG, 50, accumulates=True)
+    assert waiting.peak == large.peak + large.gradients
+
+
+@torch.no_grad()
+def test_the_cache_of_a_token_is_what_a_cache_takes() -> None:
+    model = GPTModel(CONFIG)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = model.to(dtype).new_cache(5, 7)
+        assert cache.storage.nbytes == 5 * 7 * cache_bytes(CONFIG, dtype.itemsize)
+    assert generation_bytes(CONFIG, 4, 2, 10) > 4 * model.num_parameters() + 20 * cache_bytes(CONFIG)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_parts_add_up_to_the_model(tie_weights: bool) -> None:
+    config = dataclasses.replace(CONFIG, tie_weights=tie_weights)
+    parts = parameters_by_part(config)
+    assert sum(parts.values()) == GPTModel(config).num_parameters()
+    assert parts["output head"] == (0 if tie_weights else 100 * C)
+    assert parts["attention"] == 2 * (3 * C * C + 3 * C + C * C + C)
+    assert parts["MLP"] == 2 * (4 * C * C + 4 * C + 4 * C * C + C)
+    assert parts["LayerNorms"] == 5 * 2 * C
+
+
+def test_info_tells_the_cost_of_every_released_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "124M", "355M", "774M", "1558M"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("KV cache of a token") == 4
+    assert "KV cache of a token        73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
+    with torch.device("meta"):
+        total = GPTModel(GPT2_CONFIGS["1558M"]).num_parameters()
+    assert f"{total:,}" in printed and "6.23 GB      3.12 GB" in printed
+
+
+def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: alice\ntokenizer: bpe\ntokenizer_size: 300\nlearning_rate: 6e-4\nbatch_size: 6\n")
+    assert main(["info", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"vocabulary, context +300, 64\n", printed)  # the context is the command's default
+    assert "6 x 64 tokens" in printed
+    recipe.write_text("data: records.json\nmodel: gpt2\n")
+    assert main(["info", str(recipe)]) == 2
+    assert "it tunes the model 'gpt2'" in capsys.readouterr().err
+    recipe.write_text("batch_size: [\n")
+    assert main(["info", str(recipe)]) == 2
+    assert "is not YAML" in capsys.readouterr().err
