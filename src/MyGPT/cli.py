@@ -23,7 +23,8 @@ COMMANDS = {
     "download": "get a released GPT-2",
     "prepare": "turn text files into a token file for long training",
     "info": "explain a model, a checkpoint or a configuration",
-    "plot": "draw the loss curves of runs",
+    "plot": "draw the loss curves of runs, attention, the logit lens, sampling and more",
+    "explain": "write a page on how a model reads a text: tokens, attention, logit lens",
 }
 
 
@@ -61,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Parses the options and calls the command's function."""
-    command = getattr(importlib.import_module(f"MyGPT.commands.{name}"), name)
+    """Parses the options and calls the command's function, or the one that its first word names in the module's `KINDS`."""
+    module = importlib.import_module(f"MyGPT.commands.{name}")
+    command = getattr(module, name)
+    kinds = getattr(module, "KINDS", {})
+    if arguments and arguments[0] in kinds:
+        name, command, arguments = f"{name} {arguments[0]}", kinds[arguments[0]], arguments[1:]
     parser = make_parser(name, command)
     call(command, parser.parse_args([_underscored(argument, parser) for argument in arguments]))
 
