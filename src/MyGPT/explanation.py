@@ -32,8 +32,8 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
     data = json.dumps(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
     template = (Path(__file__).parent / "assets" / "explain.html").read_text(encoding="utf-8")
     title = html.escape(f"How {name} reads a text")
-    before, after = template.replace("{{title}}", title).split("{{data}}")
-    return before + data + after
+    before, after = template.split("{{data}}")
+    return before.replace("{{title}}", title) + data + after
 
 
 def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:

@@ -250,7 +250,8 @@ def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tens
     _require_gpt(model)
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
     _check_number("id", id_, len(vectors))
-    _check_number("k", k - 1, len(vectors) - 1)
+    if type(k) is not int or not 1 <= k < len(vectors):
+        raise ValueError(f"k must be a whole number from 1 to {len(vectors) - 1}, the other tokens, got {k!r}")
     cosines = (vectors @ vectors[id_]).index_fill(0, torch.tensor(id_, device=vectors.device), -2.0)  # (V,)
     best = cosines.topk(k)
     return best.indices, best.values

@@ -116,7 +116,7 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         if head >= H:
             axes.set_axis_off()
             continue
-        image = axes.imshow(weights[head].detach().float().cpu(), cmap=LIGHT_TO_DARK, vmin=0, vmax=1)
+        image = axes.imshow(_array(weights[head]), cmap=LIGHT_TO_DARK, vmin=0, vmax=1)
         axes.set_title(f"head {first_head + head}", fontsize=10)
         ticks = range(0, T, every)
         axes.set_xticks(ticks, names[::every], rotation=90, fontsize=size, parse_math=False)
@@ -144,7 +144,7 @@ def plot_layers(values: Tensor, columns: Sequence[str] | str, label: str) -> Fig
     cell = min(0.7, (WIDTH - 2) / N)
     figure = _figure(max(4.0, cell * N + 2), max(1.8, min(0.5, cell) * L + 1))
     axes: Any = figure.subplots()
-    image = axes.imshow(values.detach().float().cpu(), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower")
+    image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower")
     names, every = _readable(labels, cell * N)
     upright = max(map(len, names)) * 0.1 < cell * every
     axes.set_xticks(range(0, N, every), names[::every], rotation=0 if upright else 90, parse_math=False, fontsize=9)
@@ -167,7 +167,7 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
     width = (WIDTH - 1.8) / T
     figure = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2))
     axes: Any = figure.subplots()
-    image = axes.imshow(probabilities.cpu(), cmap=LIGHT_TO_DARK, vmin=0, vmax=1, aspect="auto", origin="lower")
+    image = axes.imshow(_array(probabilities), cmap=LIGHT_TO_DARK, vmin=0, vmax=1, aspect="auto", origin="lower")
     room = int(width / 0.088)  # characters of 9 points that fit into a cell
     if room >= 2:
         for depth in range(n_depths):
@@ -289,6 +289,11 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _array(values: Tensor) -> Any:
+    """As matplotlib wants it: it asks numpy for a copy in a way that tensors do not know."""
+    return values.detach().float().cpu().numpy()
 
 
 def _readable(labels: Sequence[str], inches: float) -> tuple[list[str], int]:
