@@ -105,7 +105,8 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
     H, T = weights.shape[0], weights.shape[1]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
         raise ValueError(f"weights must be (heads, {len(labels)}, {len(labels)}), got {tuple(weights.shape)}")
-    n_columns = min(H, 4 if H != 6 else 3)
+    # Labels of a longer text need larger maps.
+    n_columns = min(H, 2 if T > 16 and H <= 4 else 3 if T > 16 or H in (5, 6, 9) else 4)
     n_rows = math.ceil(H / n_columns)
     side = min(5.5, (WIDTH - 1.3) / n_columns)
     figure = _figure(side * n_columns + 1.3, (side + 0.25) * n_rows + 0.6)
@@ -131,10 +132,13 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
     return figure
 
 
-def plot_layers(values: Tensor, columns: Sequence[str] | str, label: str) -> Figure:
+def plot_layers(
+    values: Tensor, columns: Sequence[str] | str, label: str, limits: tuple[float, float] | None = None
+) -> Figure:
     """A number for each layer (row, the first below) and head or token (column): induction scores, effects of patching.
 
-    values (L, N); columns are N texts, or what they are ("head"), to be numbered.
+    values (L, N); columns are N texts, or what they are ("head"), to be numbered. limits are the values of the lightest
+    and the darkest colour; default the smallest and the largest.
     """
     L, N = values.shape
     numbered = isinstance(columns, str)
@@ -144,7 +148,8 @@ def plot_layers(values: Tensor, columns: Sequence[str] | str, label: str) -> Fig
     cell = min(0.7, (WIDTH - 2) / N)
     figure = _figure(max(4.0, cell * N + 2), max(1.8, min(0.5, cell) * L + 1))
     axes: Any = figure.subplots()
-    image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower")
+    low, high = limits or (None, None)
+    image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower", vmin=low, vmax=high)
     names, every = _readable(labels, cell * N)
     upright = max(map(len, names)) * 0.1 < cell * every
     axes.set_xticks(range(0, N, every), names[::every], rotation=0 if upright else 90, parse_math=False, fontsize=9)
