@@ -25,7 +25,8 @@ COMMANDS = {
     "prepare": "turn text files into a token file for long training",
     "info": "explain a model, a checkpoint or a configuration",
     "doctor": "check this machine, and how long each recipe would take on it",
-    "plot": "draw the loss curves of runs",
+    "plot": "draw the loss curves of runs, attention, the logit lens, sampling and more",
+    "explain": "write a page on how a model reads a text: tokens, attention, logit lens",
 }
 
 
@@ -63,9 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Parses the options and calls the command's function."""
+    """Parses the options and calls the command's function, or the one that its first word names in the module's `KINDS`."""
     module = importlib.import_module(f"MyGPT.commands.{name}")
     command = getattr(module, name)
+    kinds = getattr(module, "KINDS", {})
+    if arguments and arguments[0] in kinds:
+        name, command, arguments = f"{name} {arguments[0]}", kinds[arguments[0]], arguments[1:]
     parser = make_parser(name, command)
     arguments = [_underscored(argument, parser) for argument in arguments]
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))

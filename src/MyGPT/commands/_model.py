@@ -125,3 +125,15 @@ def stream_text(
     ):
         yield stream.add(int(new))
     yield stream.end()
+
+
+def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """The ids of a text that is to be looked at whole, (1, T); a ValueError unless it fits the context and is not empty."""
+    import torch
+
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the text is empty; give at least one token")
+    if len(ids) > model.config.context_length:
+        raise ValueError(f"the text has {len(ids)} tokens, the model's context is {model.config.context_length}")
+    return torch.tensor([ids])

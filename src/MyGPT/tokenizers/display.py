@@ -1,0 +1,63 @@
+"""Tokens as people can see them: a label for each, and a text with its token boundaries in colour."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from MyGPT.tokenizers.base import encode_with_specials
+
+_MARKS = {" ": "·", "\n": "↵", "\r": "←", "\t": "⇥"}
+_KEPT = {" ": " ", "\n": "↵\n", "\r": "←", "\t": "⇥   "}
+# Tints of Okabe and Ito's colours (2008), light enough for black letters; neighbours differ to colour-blind readers too.
+_TINTS = ("#a6d3f2", "#fbd38d", "#a8e0c8", "#f0c4dc", "#f4ec9c")
+_TERMINAL_TINTS = (153, 222, 158, 225, 229)
+
+
+def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """A short visible text for each id: spaces are ·, line ends ↵, bytes that are no whole character \\xe2 and the like."""
+    return [_visible(text) for text in token_texts(tokenizer, ids)]
+
+
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each id alone stands for; bytes that are no whole character are written \\xe2 and the like."""
+    ids = list(ids)
+    if hasattr(tokenizer, "decode_tokens_bytes"):
+        return [token.decode("utf-8", errors="backslashreplace") for token in tokenizer.decode_tokens_bytes(ids)]
+    return [tokenizer.decode([id_]) for id_ in ids]
+
+
+def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:
+    """The text with each token on a background of its own, by ANSI codes; without colour with | between tokens."""
+    texts = token_texts(tokenizer, encode_with_specials(tokenizer, text))
+    if not colour:
+        return "|".join(_visible(text, _KEPT) for text in texts)
+    painted = []
+    for token, tint in zip(texts, cycle(_TERMINAL_TINTS), strict=False):
+        # A background that is on at a line's end would fill the rest of the line.
+        lines = [f"\x1b[30;48;5;{tint}m{line}\x1b[0m" if line else "" for line in _visible(token, _KEPT).split("\n")]
+        painted.append("\n".join(lines))
+    return "".join(painted)
+
+
+def tokens_to_html(tokenizer: Any, text: str) -> str:
+    """The same as one HTML element; a token's id appears when the pointer rests on it."""
+    ids = encode_with_specials(tokenizer, text)
+    spans = [
+        f'<span style="background:{tint};color:#000;border-radius:2px" title="id {id_}">'
+        f"{html.escape(_visible(token, _KEPT))}</span>"
+        for id_, token, tint in zip(ids, token_texts(tokenizer, ids), cycle(_TINTS), strict=False)
+    ]
+    return f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.6">{"".join(spans)}</div>'
+
+
+def shorten(labels: Sequence[str], longest: int) -> list[str]:
+    """Labels of at most `longest` characters, … standing for what is left out."""
+    return [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
+
+
+def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
+    """The text in characters that can be seen; an escape stands for what would act on a terminal instead."""
+    return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

@@ -1,0 +1,210 @@
+"""The page of `mygpt explain`: its numbers, that nothing in a text can break it, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import lively_model
+from MyGPT import CharTokenizer, GPTConfig, GPTModel
+from MyGPT.cli import main
+from MyGPT.explanation import LONGEST, explain_page, page_data
+from oracles_model import transformers_twin
+
+TOKENIZER = CharTokenizer([*(chr(32 + i) for i in range(95)), "\n", "\u2028"])
+TEXT = "</script>\n<b>"
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTModel:
+    return lively_model(
+        GPTConfig(vocab_size=97, context_length=160, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.tensor([TOKENIZER.encode("The Cat")])
+
+
+class Page(HTMLParser):
+    """Refuses a page whose elements are not closed in order; keeps attributes and the scripts' contents."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+
+
+@torch.no_grad()
+def test_the_numbers_are_those_of_transformers(model: GPTModel, ids: Tensor) -> None:
+    data = page_data(model, TOKENIZER, ids)
+    theirs = transformers_twin(model)(ids, output_attentions=True)
+    T = ids.shape[1]
+    packed = torch.frombuffer(bytearray(base64.b64decode(data["attention"])), dtype=torch.uint8)
+    attention = torch.stack(theirs.attentions)[:, 0]
+    assert (packed.view(2, 3, T, T) / 255 - attention).abs().max() <= 0.5 / 255 + 1e-5
+    probabilities = theirs.logits[0].softmax(-1)
+    for t, entry in enumerate(data["next"]):
+        values, best = probabilities[t].topk(12)
+        assert [id_ for _, _, id_ in entry["top"]] == best.tolist()
+        assert [p for _, p, _ in entry["top"]] == pytest.approx(values.tolist(), abs=2e-5)
+        assert entry["rest"] == pytest.approx(1 - float(values.sum()), abs=2e-4)
+        assert [label for label, _, _ in entry["top"]] == [
+            TOKENIZER.decode([i]).replace(" ", "·").replace("\n", "↵").replace("\u2028", "\\u2028")
+            for i in best.tolist()
+        ]
+        if t + 1 < T:
+            label, p, rank, id_ = entry["actual"]
+            assert (id_, label) == (int(ids[0, t + 1]), TOKENIZER.decode([id_]).replace(" ", "·"))
+            assert p == pytest.approx(float(probabilities[t, id_]), abs=2e-5)
+            assert rank == probabilities[t].argsort(descending=True).tolist().index(id_) + 1
+    assert data["next"][-1]["actual"] is None
+    assert len(data["lens"]) == 3
+    assert data["lens"][-1] == [[entry[:2] for entry in position["top"][:5]] for position in data["next"]]
+
+
+def test_the_page_is_well_formed_whole_and_asks_for_nothing(model: GPTModel) -> None:
+    ids = torch.tensor([TOKENIZER.encode(TEXT)])
+    page = Page(explain_page(model, TOKENIZER, ids, name="<i>mine</i> & {{data}}"))
+    assert len(page.scripts) == 2
+    data = json.loads(page.scripts[0])
+    assert "".join(token["label"] for token in data["tokens"]) == TEXT.replace("\n", "↵")
+    assert not [attribute for attribute in page.attributes if attribute[1] in ("src", "href", "action")]
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", page.scripts[1])
+
+
+def test_a_page_is_refused_for_more_than_it_can_hold(model: GPTModel) -> None:
+    long = torch.zeros(1, LONGEST + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the text has 129 tokens, a page can hold 128"):
+        explain_page(model, TOKENIZER, long)
+    with pytest.raises(ValueError, match=r"one text, ids \(1, T\), got \(2, 3\)"):
+        explain_page(model, TOKENIZER, long[:, :3].expand(2, 3))
+    assert Page(explain_page(model, TOKENIZER, long[:, :LONGEST])).scripts
+
+
+def test_the_command_writes_the_page_and_refuses_in_one_line(
+    model: GPTModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model", TOKENIZER)
+    on_the_model = ["explain", "--model", str(tmp_path / "model")]
+    assert main([*on_the_model, "The Cat", "--out", str(tmp_path / "a.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.html'}\n"
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page == explain_page(model, TOKENIZER, torch.tensor([TOKENIZER.encode("The Cat")]), "model")
+    for arguments, words in [
+        (["The Cat", "--out", str(tmp_path / "b.png")], "a page is written as .html"),
+        (["The é", "--out", str(tmp_path / "b.html")], "'é'"),
+        (["a" * 129, "--out", str(tmp_path / "b.html")], "129 tokens, a page can hold 128"),
+        (["a" * 161, "--out", str(tmp_path / "b.html")], "161 tokens, the model's context is 160"),
+        (["", "--out", str(tmp_path / "b.html")], "the text is empty"),
+    ]:
+        assert main([*on_the_model, *arguments]) == 2
+        errors = capsys.readouterr().err
+        assert words in errors and len(errors.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "model"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by chromedriver."""
+    chromium, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.slow
+def test_in_a_browser_every_part_follows_what_is_chosen(
+    browser: Any, model: GPTModel, ids: Tensor, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    def texts(selector: str) -> list[str]:
+        return [found.text for found in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+    data = page_data(model, TOKENIZER, ids)
+    attention = base64.b64decode(data["attention"])
+    (tmp_path / "page.html").write_text(explain_page(model, TOKENIZER, ids), encoding="utf-8")
+    browser.get((tmp_path / "page.html").as_uri())
+    labels = list("The·Cat")
+    assert texts("#tokens button .mono") == labels
+    assert texts("#tokens .chosen .mono") == ["t"]
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#heads canvas")) == 6
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#map td[title]")) == 7 * 8 // 2
+    assert texts("#lens tr")[-1].split() == ["after", *labels]
+    assert texts("#bars .name")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
+
+    browser.find_element(By.CSS_SELECTOR, "#heads button[data-place='1.2']").click()
+    browser.find_elements(By.CSS_SELECTOR, "#tokens button")[4].click()
+    assert Select(browser.find_element(By.ID, "layer")).first_selected_option.text == "1"
+    assert Select(browser.find_element(By.ID, "head")).first_selected_option.text == "2"
+    weights = attention[(1 * 3 + 2) * 49 + 4 * 7 :][:5]
+    shown = [text.removesuffix(" %").removeprefix("< ") for text in texts("#taken small")]
+    assert [float(text) for text in shown] == pytest.approx([100 * weight / 255 for weight in weights], abs=0.51)
+    assert "In layer 1, head 2, C (token 4) takes:" in browser.find_element(By.ID, "reading").text
+    assert "in the text it is a, the model's choice number" in browser.find_element(By.ID, "question").text
+    assert browser.execute_script("return location.hash") == "#layer=1&head=2&token=4"
+
+    Select(browser.find_element(By.ID, "layer")).select_by_visible_text("0")
+    assert browser.find_element(By.CSS_SELECTOR, "#heads .chosen").get_attribute("data-place") == "0.2"
+    browser.find_elements(By.CSS_SELECTOR, "#lens tr:nth-child(3) td")[1].click()  # the embeddings' row
+    second = data["lens"][0][1][1][0]
+    assert f"From the embeddings, behind h: {data['lens'][0][1][0][0]}" in browser.find_element(By.ID, "runners").text
+    assert second in browser.find_element(By.ID, "runners").text
+
+    browser.set_window_size(400, 800)
+    narrow = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    assert browser.execute_script(narrow)  # only the maps scroll sideways
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_text_that_looks_like_markup_is_text(browser: Any, model: GPTModel, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    ids = torch.tensor([TOKENIZER.encode(TEXT)])
+    (tmp_path / "page.html").write_text(explain_page(model, TOKENIZER, ids, name="</title>"), encoding="utf-8")
+    browser.get((tmp_path / "page.html").as_uri() + "#layer=1&head=9&token=3")
+    shown = [found.text for found in browser.find_elements(By.CSS_SELECTOR, "#tokens button .mono")]
+    assert shown == list(TEXT.replace("\n", "↵"))
+    assert browser.title == "How </title> reads a text"
+    # What of an address does not exist is left as it is.
+    assert browser.find_element(By.CSS_SELECTOR, "#heads .chosen").get_attribute("data-place") == "1.0"
+    assert browser.get_log("browser") == []
