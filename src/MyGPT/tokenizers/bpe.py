@@ -11,6 +11,7 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -281,9 +282,10 @@ def from_visible(
 ) -> BPETokenizer:
     """A tokenizer from tokens written in GPT-2's visible characters, as `tokenizer.json` and `vocab.bpe` have them."""
 
+    @cache  # nearly every token is in three places
     def to_bytes(token: str) -> bytes:
         try:
-            return bytes(CHARACTER_TO_BYTE[character] for character in token)
+            return bytes(map(CHARACTER_TO_BYTE.__getitem__, token))
         except KeyError as error:
             raise ValueError(f"token {token!r} holds {error.args[0]!r}, which stands for no byte") from None
 
