@@ -40,7 +40,7 @@ def test_a_notebook_is_stored_executed_in_order_without_errors_or_traces_of_a_ma
     kinds = {output.output_type for cell in cells for output in cell.outputs}
     assert "error" not in kinds
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
-    assert pictures(notebook) >= 4
+    assert pictures(notebook) >= 3
     text = path.read_text(encoding="utf-8")
     assert str(ROOT) not in text and "/home/" not in text and "/tmp/" not in text
     assert len(text) < 3_000_000
