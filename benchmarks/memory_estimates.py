@@ -1,7 +1,7 @@
 """How close `mygpt info`'s estimates of memory come to what training and generating take.
 
-Each case runs twice in processes of its own. "tensors" is the most that torch's tensors hold at one time, which is what is
-estimated; "process" is how far the resident memory rises, with what the allocator keeps and the kernels use besides.
+Each case runs twice in processes of its own. "tensors" is the most that the tensors which Python sees hold at one time; "process"
+is how far the resident memory rises, with what the kernels use inside and the allocator keeps besides.
 `python benchmarks/memory_estimates.py`; one case: `… --case "30M, 4 sequences"`.
 """
 
