@@ -1,8 +1,8 @@
 """How close `mygpt info`'s estimates of memory come to what training and generating take.
 
-Each case runs twice in processes of its own. "tensors" is the most that torch's tensors hold at one time, which is what is
-estimated; "process" is how far the resident memory rises, with what the allocator keeps and the kernels use besides.
-`python benchmarks/memory_estimates.py`; one case: `… --case "30M, 8 sequences"`.
+Each case runs twice in processes of its own. "tensors" is the most that the tensors which Python sees hold at one time; "process"
+is how far the resident memory rises, with what the kernels use inside and the allocator keeps besides.
+`python benchmarks/memory_estimates.py`; one case: `… --case "30M, 4 sequences"`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SMALL = GPTConfig(**{**GPT_CONFIG_SMALL, "drop_rate": 0.0})
 GPT2 = GPTConfig(drop_rate=0.0, context_length=256)
 # The model, sequences a step, and options of TrainConfig.
 TRAINING: dict[str, tuple[GPTConfig, int, dict[str, Any]]] = {
-    "11M by letters, 32 sequences": (CHARACTERS, 32, {}),
-    "30M, 8 sequences": (SMALL, 8, {}),
-    "30M, 8 sequences, dropout": (GPTConfig(**GPT_CONFIG_SMALL), 8, {}),
-    "30M, 8 sequences, 2 at a time": (SMALL, 8, {"micro_batch_size": 2}),
-    "30M, 8 sequences, checkpointing": (SMALL, 8, {"gradient_checkpointing": True}),
-    "124M, 2 sequences of 256": (GPT2, 2, {}),
+    "11M by letters, 8 sequences": (CHARACTERS, 8, {}),
+    "30M, 4 sequences": (SMALL, 4, {}),
+    "30M, 4 sequences, dropout": (GPTConfig(**GPT_CONFIG_SMALL), 4, {}),
+    "30M, 4 sequences, 2 at a time": (SMALL, 4, {"micro_batch_size": 2}),
+    "30M, 4 sequences, checkpointing": (SMALL, 4, {"gradient_checkpointing": True}),
+    "124M, 1 sequence of 256": (GPT2, 1, {}),
 }
 GENERATION = {"generating, 30M, 256 tokens": SMALL, "generating, 124M, 256 tokens": GPT2}
 

@@ -4,7 +4,7 @@ from MyGPT import __version__
 
 project, author, release = "MyGPT", "the MyGPT authors", __version__
 project_copyright = "the MyGPT authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 

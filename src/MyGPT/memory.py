@@ -65,6 +65,8 @@ class TrainingMemory:
     """What the way back needs of the way forward, for one micro-batch."""
     head: int
     """Logits that exist at one time with their gradient, and the gradient of the head's weights."""
+    tying: int
+    """A tied head's gradient and the token embedding's, until they are one."""
     copies: int
     """The matrices in bf16, which autocast keeps until the step ends."""
     accumulates: bool
@@ -74,7 +76,8 @@ class TrainingMemory:
     def peak(self) -> int:
         """The most at one time. On the way back activations go as gradients come, so only the larger of the two counts."""
         forward = self.activations + self.head + self.copies
-        passing = self.gradients + forward if self.accumulates else max(self.gradients, forward)
+        backward = self.gradients + self.tying
+        passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)
         return self.weights + self.moments + passing
 
 
@@ -100,15 +103,18 @@ def training_memory(
     if config.drop_rate:
         kept += _dropped(4, C, device)
     logits = min(n_tokens * config.vocab_size, MAX_LOGITS)
-    is_chunked = n_tokens * config.vocab_size > MAX_LOGITS
-    head_weights = config.vocab_size * C
+    of_logits, of_weights = 2 * 4 * logits, 4 * config.vocab_size * C
+    head = of_logits + of_weights
+    if n_tokens * config.vocab_size > MAX_LOGITS:  # in chunks, and the gradient is scaled once more on the way back
+        head = max(head, 2 * of_weights)
     return TrainingMemory(
         weights=4 * n,
         gradients=4 * n,
         moments=4 * (2 * n - matrices) if optimizer == "muon" else 8 * n,
         activations=n_tokens * kept,
-        head=2 * 4 * logits + 4 * head_weights * (2 if is_chunked else 1),
-        copies=2 * (matrices + head_weights) if bf16 else 0,
+        head=head,
+        tying=2 * of_weights if config.tie_weights else 0,
+        copies=2 * matrices + of_weights // 2 if bf16 else 0,
         accumulates=accumulates,
     )
 
