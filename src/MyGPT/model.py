@@ -49,6 +49,11 @@ class KVCache:
         self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
         self.length = 0
 
+    @property
+    def room(self) -> int:
+        """How many tokens it can hold."""
+        return self.storage.shape[4]
+
     def check(self, B: int, S: int) -> None:
         """A ValueError unless it can hold S tokens of B sequences, and no gradient is asked for."""
         _, _, batch_size, _, room, _ = self.storage.shape
