@@ -101,7 +101,7 @@ def test_gradients_of_several_losses_add_up(path: str) -> None:
 
 def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     take("chunks", monkeypatch, [])
-    inputs = hidden, weight, targets = example()
+    inputs = hidden, weight, _ = example()
     gradients = torch.autograd.grad(linear_token_loss(*inputs)[0], (hidden, weight))
     h = 1e-5  # of the third derivative is left h² / 6, of rounding 1e-14 / h
     with torch.no_grad():
