@@ -1,0 +1,1 @@
+"""Speed beside the model, not inside it."""
