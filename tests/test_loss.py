@@ -1,4 +1,4 @@
-"""The loss in chunks, by torch's function and by ours, against cross-entropy of all logits at once."""
+"""The loss in chunks, against cross-entropy of all logits at once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from MyGPT.loss import linear_token_loss, token_loss
 
 B, T, C, V = 3, 7, 6, 50
 ROWS = 4  # 21 rows in chunks of 4: the last chunk has one
+WIDTH = 64  # 50 words take the room of 64
 
-needs_torch_213 = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
 
-
-@pytest.fixture(params=["whole", pytest.param("torch", marks=needs_torch_213), "ours"])
+@pytest.fixture(params=["whole", "chunks"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each of the three ways that the loss can take; afterwards it has taken that one, or, where few targets count, the plain."""
+    """Both ways that the loss can take; afterwards it has taken that one, or, where few targets count, the plain."""
     name, calls = request.param, []
     take(name, monkeypatch, calls)
     yield name
@@ -35,13 +34,11 @@ def take(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     def spied(way: str, function: Any) -> Any:
         return lambda *args, **options: (calls.append(way), function(*args, **options))[1]
 
-    monkeypatch.setattr(loss, "MAX_LOGITS", 1 << 24 if name == "whole" else ROWS * V)
+    if name == "chunks":
+        monkeypatch.setattr(loss, "MAX_LOGITS", ROWS * WIDTH)
+        monkeypatch.setattr(loss, "WORDS", 7)  # of 50: the last product has one word
     monkeypatch.setattr(loss, "token_loss", spied("whole", token_loss))
-    monkeypatch.setattr(loss._ChunkedLinearLoss, "apply", spied("ours", loss._ChunkedLinearLoss.apply))
-    if name == "ours":
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    elif hasattr(F, "linear_cross_entropy"):
-        monkeypatch.setattr(F, "linear_cross_entropy", spied("torch", F.linear_cross_entropy))
+    monkeypatch.setattr(loss._ChunkedLinearLoss, "apply", spied("chunks", loss._ChunkedLinearLoss.apply))
 
 
 def example(dtype: torch.dtype = torch.float64, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,17 +100,37 @@ def test_gradients_of_several_losses_add_up(path: str) -> None:
 
 
 def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For ours; torch's function is for one backward only, which gradcheck does not keep to."""
-    take("ours", monkeypatch, [])
+    take("chunks", monkeypatch, [])
+    inputs = hidden, weight, _ = example()
+    gradients = torch.autograd.grad(linear_token_loss(*inputs)[0], (hidden, weight))
+    h = 1e-5  # of the third derivative is left h² / 6, of rounding 1e-14 / h
+    with torch.no_grad():
+        for numbers, gradient in zip((hidden.view(-1), weight.view(-1)), gradients, strict=True):
+            for i in range(0, len(numbers), 11):
+                numbers[i] += h
+                above = linear_token_loss(*inputs)[0]
+                numbers[i] -= 2 * h
+                below = linear_token_loss(*inputs)[0]
+                numbers[i] += h
+                assert ((above - below) / (2 * h)).item() == pytest.approx(gradient.view(-1)[i].item(), abs=1e-7)
+
+
+def test_a_second_backward_is_an_error_and_no_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("chunks", monkeypatch, [])
     hidden, weight, targets = example()
-    assert torch.autograd.gradcheck(lambda *inputs: linear_token_loss(*inputs, targets)[0], (hidden, weight))
+    total, _ = linear_token_loss(hidden, weight, targets)
+    total.backward(retain_graph=True)
+    kept = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    same(weight.grad, kept)
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("way", [pytest.param("torch", marks=needs_torch_213), "ours"])
-def test_any_chunk_gives_the_whole(way: str, data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
-    n, max_logits = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20 * V))
+def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, max_logits = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20 * WIDTH))
+    n_words = data.draw(st.integers(1, V + 1))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     hidden = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, C, dtype=torch.float64, requires_grad=True)
@@ -121,8 +138,8 @@ def test_any_chunk_gives_the_whole(way: str, data: st.DataObject, monkeypatch: p
     targets[targets == -1] = -100
     expected = cross_entropy(hidden, weight, targets)
     with monkeypatch.context() as patch:
-        take(way, patch, [])
         patch.setattr(loss, "MAX_LOGITS", max_logits)
+        patch.setattr(loss, "WORDS", n_words)
         total, _ = linear_token_loss(hidden, weight, targets)
         gradients = torch.autograd.grad(total, (hidden, weight))
     same(total, expected)
@@ -145,27 +162,18 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_there_are_never_more_logits_than_a_chunk_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    take("ours", monkeypatch, [])
-    monkeypatch.setattr(loss, "MAX_LOGITS", 10 * V)
+    take("chunks", monkeypatch, [])
+    monkeypatch.setattr(loss, "MAX_LOGITS", 10 * WIDTH)
     hidden, weight, targets = example()
     with LargestTensor() as largest:
         linear_token_loss(hidden, weight, targets)[0].backward()
-    assert largest.numel == max(10 * V, V * C, B * T * C)
-
-
-@needs_torch_213
-def test_torch_is_asked_for_chunks_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(loss, "MAX_LOGITS", 10 * V)
-    monkeypatch.setattr(F, "linear_cross_entropy", lambda *_, options, **__: asked.append(options.batch_chunk_size))
-    linear_token_loss(*example())
-    assert asked == [10]
+    assert largest.numel == max(10 * WIDTH, V * C, B * T * C)
 
 
 def test_under_bf16_autocast_chunks_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 has 8 bits: a sum of 1,500 kept in it is off by up to 4. The logits are rounded to bf16 here as there, some
     the other way because chunks add in another order; 0.1 % is ten times what that makes."""
-    take("torch" if hasattr(F, "linear_cross_entropy") else "ours", monkeypatch, calls := [])
+    take("chunks", monkeypatch, calls := [])
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(300, C), torch.randn(V, C), torch.randint(V, (300,))
     logits = F.linear(hidden.bfloat16(), weight.bfloat16()).double()
@@ -174,14 +182,14 @@ def test_under_bf16_autocast_chunks_sum_in_float32(monkeypatch: pytest.MonkeyPat
         total, _ = linear_token_loss(hidden, weight, targets)
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected, rel=1e-3)
-    assert set(calls) == {"ours"}
+    assert set(calls) == {"chunks"}
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_under_bf16_autocast_gradients_have_the_right_size(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number is rounded by up to 0.4 %, up or down, which averages out over 300 rows: along the true gradient 0.1 %
     may be left. Rounded to bf16 on its own, the factor 1/3 would be wrong by 0.2 % for all numbers alike."""
-    take("ours" if chunked else "whole", monkeypatch, [])
+    take("chunks" if chunked else "whole", monkeypatch, [])
     torch.manual_seed(0)
     hidden = torch.randn(300, C).bfloat16().float().requires_grad_()
     weight = (0.1 * torch.randn(V, C)).bfloat16().float().requires_grad_()
@@ -210,11 +218,8 @@ def test_logits_of_any_precision_are_summed_in_float32_at_least(dtype: torch.dty
 
 # Dynamo does that itself to every autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("way", [pytest.param("torch", marks=needs_torch_213), "ours"])
-def test_a_compiled_step_gives_the_same_without_a_warning(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "MAX_LOGITS", ROWS * V)
-    if way == "ours":
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+def test_a_compiled_step_gives_the_same_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("chunks", monkeypatch, [])
     hidden, weight, targets = example()
     compiled = torch.compile(linear_token_loss, backend="eager")
     total, _ = compiled(hidden, weight, targets)
@@ -226,12 +231,12 @@ def test_a_compiled_step_gives_the_same_without_a_warning(way: str, monkeypatch:
 
 def test_evaluation_computes_no_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights ask for gradients in evaluation too; the chunks once heeded that and took three times as long."""
-    take("ours", monkeypatch, [])
-    monkeypatch.setattr(loss, "MAX_LOGITS", 2 * V)
+    take("chunks", monkeypatch, [])
+    monkeypatch.setattr(loss, "MAX_LOGITS", 2 * WIDTH)
     inputs = example()
     with torch.no_grad(), LargestTensor() as largest:
         linear_token_loss(*inputs)
-    assert largest.numel == 2 * V
+    assert largest.numel == 2 * WIDTH
 
 
 def test_rows_without_a_target_get_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

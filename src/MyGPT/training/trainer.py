@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from MyGPT.acceleration.linear import fast_linear
 from MyGPT.data.sampler import WindowSampler, WindowValidation
 from MyGPT.data.tokens import compact_ids
 from MyGPT.files import atomic_write
@@ -566,7 +567,12 @@ class Trainer:
             self._metrics.write(step, **values)
 
     def _token_loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        # Neither compiled code nor checkpointing's second pass would go the way that fast_linear goes.
+        plain = self.config.compile or self.config.gradient_checkpointing
+        with (
+            nullcontext() if plain else fast_linear(),
+            torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
+        ):
             return self.model.token_loss(inputs, targets, mask)
 
     def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

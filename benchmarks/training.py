@@ -1,0 +1,319 @@
+"""Training steps of MyGPT, of nanoGPT's kind, and of transformers, in turn: tokens a second, memory, and how near the ceiling.
+
+Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
+Random tokens and weights, the same batches for all, dropout as the model's, AdamW, gradients clipped to 1. Every program runs in
+a process of its own; its first step warms up. The ceiling is the best float32 or bf16 product of the model's own sizes
+that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
+libraries took. bf16 is measured where the processor has it. Writes benchmarks/results/training_MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memory import Peak
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and on how much a step."""
+
+    vocab_size: int
+    context_length: int
+    emb_dim: int
+    n_heads: int
+    n_layers: int
+    drop_rate: float
+    batch_size: int
+
+
+MODELS = {
+    "small": Size(50257, 256, 384, 6, 6, 0.1, 8),
+    "char": Size(65, 64, 128, 4, 4, 0.0, 12),
+    "124m": Size(50257, 1024, 768, 12, 12, 0.0, 1),
+}
+
+
+def ids_for(size: Size, steps: int) -> Any:
+    """(steps, B, T + 1) random tokens."""
+    import torch
+
+    shape = (steps, size.batch_size, size.context_length + 1)
+    return torch.randint(0, size.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+class FixedBatches:
+    """The tokens as what MyGPT's Trainer asks for."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+
+    def batch(self, step: int) -> tuple[Any, Any]:
+        return self.ids[step, :, :-1], self.ids[step, :, 1:]
+
+
+def mygpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
+    from MyGPT import GPTModel, TrainConfig, Trainer
+
+    fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
+    config = TrainConfig(
+        max_steps=len(ids), batch_size=size.batch_size, precision=precision, compile=compiled, warmup_steps=0,
+        schedule="constant",
+    )  # fmt: skip
+    trainer = Trainer(GPTModel({**fields, "qkv_bias": True}), config, FixedBatches(ids), progress=False)
+    trainer.setup()
+    return lambda step: trainer.step()["loss"]
+
+
+def nanogpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
+    """A step of nanoGPT's kind: all logits at once, plain cross-entropy, torch's default AdamW."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    C, H, p = size.emb_dim, size.n_heads, size.drop_rate
+
+    class PlainBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+            self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+            self.wide, self.narrow = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+            self.drop = nn.Dropout(p)
+
+        def forward(self, x: Tensor) -> Tensor:
+            B, T, _ = x.shape
+            q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(C, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            x = x + self.drop(self.out(y.transpose(1, 2).contiguous().view(B, T, C)))
+            return x + self.drop(self.narrow(F.gelu(self.wide(self.norm2(x)))))
+
+    class PlainGPT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(size.vocab_size, C), nn.Embedding(size.context_length, C)
+            self.blocks = nn.Sequential(*(PlainBlock() for _ in range(size.n_layers)))
+            self.norm = nn.LayerNorm(C)
+            for parameter in self.parameters():
+                if parameter.dim() == 2:
+                    nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            x = F.dropout(self.words(inputs) + self.places(torch.arange(inputs.shape[1])), p)
+            logits = F.linear(self.norm(self.blocks(x)), self.words.weight)
+            return F.cross_entropy(logits.view(-1, size.vocab_size), targets.reshape(-1), ignore_index=-1)
+
+    return torch_step(PlainGPT(), ids, precision, compiled)
+
+
+def transformers_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    p = size.drop_rate
+    config = GPT2Config(
+        vocab_size=size.vocab_size, n_positions=size.context_length, n_embd=size.emb_dim, n_head=size.n_heads,
+        n_layer=size.n_layers, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, use_cache=False, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    return torch_step(lambda x, y: model(input_ids=x, labels=x, shift_labels=y).loss, ids, precision, compiled, model)
+
+
+def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: Any = None) -> Callable[[int], float]:
+    """A step as it is usually written: autocast, backward, clip, AdamW in two groups."""
+    import torch
+
+    model = (forward if model is None else model).train()
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    forward = torch.compile(forward) if compiled else forward
+
+    def step(number: int) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(ids[number, :, :-1], ids[number, :, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step}
+
+
+def measure(program: str, model: str, precision: str, steps: int) -> dict[str, Any]:
+    """Losses, seconds of each step after the first, and bytes, in this process."""
+    import torch
+
+    size = MODELS[model]
+    name, _, compiled = program.partition(", ")
+    make = PROGRAMS[name]
+    ids = ids_for(size, steps + 1)
+    torch.manual_seed(1)
+    with Peak() as whole:
+        step = make(size, ids, precision, bool(compiled))
+        losses, seconds = [], []
+        for number in range(steps + 1):
+            start = time.perf_counter()
+            losses.append(step(number))
+            seconds.append(time.perf_counter() - start)
+    return {"losses": losses, "seconds": seconds[1:], "first": seconds[0], "bytes": whole.n_bytes}
+
+
+def ceiling(model: str, precision: str) -> dict[str, float]:
+    """FLOP/s of the best library at the best of the model's own products."""
+    import torch
+    import torch.nn.functional as F
+
+    size, found = MODELS[model], {}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    N, C = size.batch_size * size.context_length, size.emb_dim
+    for width in (C, 3 * C, 4 * C):
+        x, weight, across = (torch.randn(shape, dtype=dtype) for shape in ((N, C), (width, C), (C, width)))
+        ways: dict[str, Callable[[], Any]] = {
+            "linear": lambda x=x, w=weight: F.linear(x, w),
+            "mm": lambda x=x, w=across: x @ w,
+            "oneDNN": lambda x=x, w=weight: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+        }
+        for way, product in ways.items():
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                product()
+                times.append(time.perf_counter() - start)
+            found[way] = max(found.get(way, 0.0), 2 * N * C * width / statistics.median(times[1:]))
+    return found
+
+
+def in_a_process(function: str, **arguments: Any) -> Any:
+    command = [sys.executable, str(Path(__file__)), "--child", json.dumps([function, arguments])]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{function} of {arguments} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(model: str, precision: str, programs: list[str], rounds: int, steps: int) -> dict[str, Any]:
+    """All rounds, printed as a table; what results/ keeps."""
+    from MyGPT import GPTModel
+
+    size = MODELS[model]
+    runs: dict[str, list[Any]] = {program: [] for program in programs}
+    ceilings = []
+    for _ in range(rounds):
+        ceilings.append(in_a_process("ceiling", model=model, precision=precision))
+        for program in programs:
+            runs[program].append(
+                in_a_process("measure", program=program, model=model, precision=precision, steps=steps)
+            )
+    fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
+    import torch
+
+    with torch.device("meta"):
+        flops = GPTModel({**fields, "qkv_bias": True}).estimate_flops()
+    best = statistics.median(max(of_round.values()) for of_round in ceilings)
+    n_tokens = size.batch_size * size.context_length
+    table = {}
+    for program, of_program in runs.items():
+        seconds = [second for run in of_program for second in run["seconds"]]
+        middle = statistics.median(seconds)
+        table[program] = {
+            "tokens_per_second": n_tokens / middle,
+            "fastest": n_tokens / min(seconds),
+            "slowest": n_tokens / max(seconds),
+            "part_of_ceiling": flops * n_tokens / middle / best,
+            "peak_bytes": statistics.median(run["bytes"] for run in of_program),
+            "first_step_seconds": statistics.median(run["first"] for run in of_program),
+            "losses": of_program[0]["losses"],
+        }
+    peers = [row for program, row in table.items() if not program.startswith("MyGPT")]
+    fastest = max(row["tokens_per_second"] for row in peers)
+    smallest = min(row["peak_bytes"] for row in peers)
+    print(
+        f"\n{model}, {precision}: {size.batch_size} x {size.context_length} tokens, {rounds} x {steps} steps, medians"
+    )
+    print("ceiling: " + ", ".join(f"{way} {statistics.median(c[way] for c in ceilings) / 1e9:.0f}" for way in ceilings[0])
+          + " GFLOP/s")  # fmt: skip
+    print(
+        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of ceiling':>10} {'peak':>9} {'ratio':>6}"
+    )
+    for program, row in table.items():
+        print(
+            f"{program:<24} {row['tokens_per_second']:>9,.0f} {row['slowest']:>9,.0f} {row['fastest']:>9,.0f} "
+            f"{row['tokens_per_second'] / fastest:>6.2f} {row['part_of_ceiling']:>10.0%} "
+            f"{row['peak_bytes'] / 1e9:>6.2f} GB {row['peak_bytes'] / smallest:>6.2f}"
+        )
+    return {"model": model, "precision": precision, "size": vars(size), "rounds": rounds, "steps": steps,
+            "ceilings": ceilings, "flops_per_token": flops, "programs": table}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about = dict(part for line in lines if len(part := [side.strip() for side in line.split(":", 1)]) == 2)
+        name = f"{about.get('model name', name)}, family {about.get('cpu family')}, model {about.get('model')}"
+    return {
+        "processor": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def has_bf16() -> bool:
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="each program also through torch.compile")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        function, arguments = json.loads(options.child)
+        print(json.dumps({"measure": measure, "ceiling": ceiling}[function](**arguments)))
+        return
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    programs = [*PROGRAMS, *(f"{program}, compiled" for program in PROGRAMS if options.compiled)]
+    for model in options.models:
+        tables = []
+        for precision in options.precision:
+            if precision == "bf16" and not has_bf16():
+                print(f"\n{model}, bf16: not measured, this processor has no bf16 instructions")
+                continue
+            tables.append(compare(model, precision, programs, options.rounds, options.steps))
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"training_{model}.json"
+        path.write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
