@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from MyGPT.acceleration.lookup import PromptLookup
+    from MyGPT.acceleration.step import accelerate
     from MyGPT.config import GPT2_CONFIGS, GPT_CONFIG, GPT_CONFIG_SMALL, GPTConfig, as_config
     from MyGPT.data.instructions import InstructionDataset, collate_instructions
     from MyGPT.data.templates import format_input
@@ -48,10 +50,12 @@ _MODULE_OF = {
     "GPT_CONFIG_SMALL": "config",
     "InstructionDataset": "data.instructions",
     "KVCache": "model",
+    "PromptLookup": "acceleration.lookup",
     "SamplingConfig": "sampling",
     "SimpleTokenizer": "tokenizers",
     "TrainConfig": "training.config",
     "Trainer": "training.trainer",
+    "accelerate": "acceleration.step",
     "as_config": "config",
     "calc_loss_batch": "training.simple",
     "calc_loss_loader": "training.simple",
@@ -81,10 +85,12 @@ __all__ = [  # noqa: RUF022 - in the order of the table above
     "GPT_CONFIG_SMALL",
     "InstructionDataset",
     "KVCache",
+    "PromptLookup",
     "SamplingConfig",
     "SimpleTokenizer",
     "TrainConfig",
     "Trainer",
+    "accelerate",
     "as_config",
     "calc_loss_batch",
     "calc_loss_loader",

@@ -89,27 +89,36 @@ inline float exponential(float x) {
 inline float gelu(float x) { return x / (1 + exponential(-1.595769122f * (x + 0.044715f * x * x * x))); }
 inline float exact_gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.707106781f)); }
 
-// sums (n, P) += x (n, K) panel (K, P), for n of at most R rows.
-template <int R, class W> void multiply(int n, const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
-    if constexpr (R > 1)
-        if (n < R) return multiply<R - 1>(n, panel, x, x_stride, K, sums);
-    vec sum[R][3] = {};
-    for (int k = 0; k < K; k++, panel += P) {
-        vec w[3] = {load(panel), load(panel + LANES), load(panel + 2 * LANES)};
-        __builtin_prefetch((const char*)panel + AHEAD);
-        IN_REGISTERS(w[0], w[1], w[2]);
+// sums (R, P) += x (R, K) panel (K, P), in BLOCKS blocks of K at the same time, each summed apart and added in its turn.
+template <int R, int BLOCKS, class W> void multiply(const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
+    vec sum[BLOCKS][R][3] = {};
+    for (int k = 0; k < K; k++)
+#pragma GCC unroll 2
+        for (int b = 0; b < BLOCKS; b++) {
+            const W* from = panel + (int64_t)(b * K + k) * P;
+            vec w[3] = {load(from), load(from + LANES), load(from + 2 * LANES)};
+            if (sizeof(W) < 4) __builtin_prefetch((const char*)from + AHEAD);  // floats come in time by themselves
+            IN_REGISTERS(w[0], w[1], w[2]);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+                for (int i = 0; i < 3; i++) sum[b][r][i] += w[i] * x[r * x_stride + b * K + k];
+        }
+#pragma GCC unroll 2
+    for (int b = 0; b < BLOCKS; b++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-            for (int i = 0; i < 3; i++) sum[r][i] += w[i] * x[r * x_stride + k];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; i++) {
-            vec total = load(sums + r * P + i * LANES) + sum[r][i];
-            std::memcpy(sums + r * P + i * LANES, &total, sizeof total);
-        }
+            for (int i = 0; i < 3; i++) {
+                vec total = load(sums + r * P + i * LANES) + sum[b][r][i];
+                std::memcpy(sums + r * P + i * LANES, &total, sizeof total);
+            }
+}
+// The same for n of at most R rows.
+template <int R, class W> void multiply_rows(int n, const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
+    if constexpr (R > 1)
+        if (n < R) return multiply_rows<R - 1>(n, panel, x, x_stride, K, sums);
+    multiply<R, 1>(panel, x, x_stride, K, sums);
 }
 
 // y (M, N) = x (M, K) weightᵀ + bias, then what `then` says. Each thread takes panels that lie one after the other.
@@ -121,10 +130,14 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
         const W* panel = (const W*)l.weight + (int64_t)first * l.K;
         float sums[ROW_BLOCK * P];
         std::fill(sums, sums + n_rows * P, 0.0f);
-        for (int k = 0; k < l.K; k += K_BLOCK)
+        int k = 0;
+        if (n_rows == 1)  // whose three sums alone would wait for each other
+            for (; k + 2 * K_BLOCK <= l.K; k += 2 * K_BLOCK)
+                multiply<1, 2>(panel + k * P, x + (int64_t)row * l.K + k, l.K, K_BLOCK, sums);
+        for (; k < l.K; k += K_BLOCK)
             for (int r = 0; r < n_rows; r += ROWS)
-                multiply<ROWS>(std::min(ROWS, n_rows - r), panel + k * P, x + (int64_t)(row + r) * l.K + k, l.K,
-                               std::min(K_BLOCK, l.K - k), sums + r * P);
+                multiply_rows<ROWS>(std::min(ROWS, n_rows - r), panel + k * P, x + (int64_t)(row + r) * l.K + k, l.K,
+                                    std::min(K_BLOCK, l.K - k), sums + r * P);
         const int width = std::min(P, l.N - first);
         for (int r = 0; r < n_rows; r++) {
             float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;

@@ -1,7 +1,8 @@
 """A model's matrices, laid out once for generation: in float32, in bf16, or as int8 with a scale for each output.
 
-Only the weights are narrow. Sums and activations are float32, so a bf16 weight costs its own rounding (2^-9) and nothing else,
-and an int8 weight is off by at most half of its row's largest divided by 127. N outputs, K inputs.
+A bf16 weight is off by at most 2^-9 of itself, an int8 weight by half of its row's largest over 127. Through kernel.cpp that
+is all: activations and sums are float32. torch's operators for narrow weights round the activations to bf16 too.
+N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class HugePages:
     """Memory for all matrices of a model in pages of 2 MB where Linux gives them: a fifth faster to read than in 4 KB."""
 
     def __init__(self, n_bytes: int) -> None:
-        self.memory = mmap.mmap(-1, n_bytes)
         self.used = 0
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory = mmap.mmap(-1, n_bytes)
+            return
+        self.memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
+        with contextlib.suppress(OSError):  # nor has every system
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros, which keeps the memory alive."""
@@ -106,17 +109,23 @@ class PlainLinear:
         return y if then == "store" else F.gelu(y, approximate="tanh" if then == "gelu_new" else "none")
 
     def _product(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == torch.float32:
-            return _float32_linear(x, self.weight, self.bias)
-        if self.scale is None:
-            y = F.linear(x.bfloat16(), self.weight).float()
+        weight = self.weight
+        K = x.shape[-1]
+        # For many rows float32 pays for widening the weights, and most processors multiply nothing narrower fast. torch's
+        # int8 kernel ends the process when a row is not a multiple of its blocks long.
+        if weight.dtype == torch.float32 or x.numel() > 16 * K or (self.scale is not None and K % 32):
+            y = _float32_linear(x, weight.float(), self.bias if self.scale is None else None)
+        elif self.scale is None:
+            y = F.linear(x.bfloat16(), weight).float()
+            return y if self.bias is None else y + self.bias
         else:
-            y = self._int8_product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            rows = x.reshape(-1, K).bfloat16()  # for float32 rows torch's kernel is ten times slower
+            y = torch.ops.aten._weight_int8pack_mm(rows, weight, torch.ones_like(self.scale, dtype=torch.bfloat16))
+            y = y.view(*x.shape[:-1], -1).float()
+        if self.scale is None:
+            return y
+        y = y * self.scale
         return y if self.bias is None else y + self.bias
-
-    def _int8_product(self, x: Tensor) -> Tensor:
-        assert self.scale is not None
-        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W, as it is multiplied with, for ids (B, T): (B, T, K) float32."""

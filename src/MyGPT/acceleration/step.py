@@ -7,7 +7,10 @@ B batch, T new tokens, S tokens seen, C width, H heads, D = C // H, V vocabulary
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import DTYPES, AnyLinear, HugePages, PanelLinear, PlainLinear, Precision, panel_bytes
-from MyGPT.model import GPTModel, KVCache, TiedHead, _positions_and_mask
+from MyGPT.model import Block, GPTModel, KVCache, TiedHead, _positions_and_mask
 
 FEW = 32
 """Up to so many new tokens of a sequence go through the kernel whole; for more, torch's attention is faster."""
@@ -61,7 +64,7 @@ def _check_model(model: GPTModel, precision: str) -> None:
             )
 
 
-def _linears(block: nn.Module) -> tuple[nn.Linear, ...]:
+def _linears(block: Block) -> tuple[nn.Linear, ...]:
     """A block's matrices in the order in which kernel.cpp names them."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
@@ -87,14 +90,19 @@ class FastModel(nn.Module):
         self.kernel = kernel
         self.gelu = self.config.activation
         head, transformer = model.lm_head, model.transformer
-        linears = [head, *(linear for h in transformer.h for linear in _linears(h))]
+        layers: Any = transformer.h
+        linears = [head, *(linear for h in layers for linear in _linears(h))]
         weights = [linear.weight for linear in linears]
         self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
         self.head = self._pack(head)
+        embedding = transformer.wte.weight.detach()
         is_tied = head.weight is transformer.wte.weight
-        self.wte = self.head.rows if is_tied else nn.Embedding.from_pretrained(transformer.wte.weight.detach().float())
+        self.wte: Callable[[Tensor], Tensor] = (
+            self.head.rows if is_tied else functools.partial(F.embedding, weight=embedding.float())
+        )
         self.wpe = transformer.wpe.weight.detach().float()
-        self.blocks = [(_Norm(h.ln_1), _Norm(h.ln_2), *map(self._pack, _linears(h))) for h in transformer.h]
+        self.norms = [(_Norm(h.ln_1), _Norm(h.ln_2)) for h in layers]
+        self.linears = [[self._pack(linear) for linear in _linears(h)] for h in layers]
         self.ln_f = _Norm(transformer.ln_f)
         self.described = self._describe()
         self.train(False)
@@ -109,9 +117,12 @@ class FastModel(nn.Module):
         """The model as kernel.cpp sees it."""
         if not isinstance(self.head, PanelLinear):
             return None
-        blocks = (c.Block * len(self.blocks))(
-            *(c.Block(*(part.described for part in block)) for block in self.blocks)
-        )
+        blocks = (c.Block * self.config.n_layers)()
+        for block, norms, linears in zip(blocks, self.norms, self.linears, strict=True):
+            block.ln_1, block.ln_2 = (norm.described for norm in norms)
+            block.c_attn, block.attn_proj, block.c_fc, block.mlp_proj = (
+                linear.described for linear in linears if isinstance(linear, PanelLinear)
+            )
         return c.Model(
             blocks, self.ln_f.described, self.head.described, self.config.n_layers, self.config.n_heads,
             self.head.panels.element_size(), self.gelu == "gelu", self.config.layer_norm_eps,
@@ -154,15 +165,14 @@ class FastModel(nn.Module):
         cache.length += T
         return logits
 
-    def _many(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool
-    ) -> Tensor:
+    def _many(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool) -> Tensor:
         """A layer after the other, as in model.py."""
         B, T = input_ids.shape
         S = T + (cache.length if cache is not None else 0)
         positions, mask = _positions_and_mask(attention_mask, B, T, S, input_ids.device)
         x = self.wte(input_ids) + self.wpe[positions]  # (B, T, C)
-        for layer, (ln_1, ln_2, c_attn, attn_proj, c_fc, mlp_proj) in enumerate(self.blocks):
+        layers = zip(self.norms, self.linears, strict=True)
+        for layer, ((ln_1, ln_2), (c_attn, attn_proj, c_fc, mlp_proj)) in enumerate(layers):
             q, k, v = c_attn(ln_1(x)).view(B, T, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
             if cache is not None:
                 k, v = cache.append(layer, k, v)  # (B, H, S, D)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from MyGPT.acceleration.kernel import Build
     from MyGPT.data.templates import Template
     from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
+
+
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,6 +67,33 @@ def open_model(name_or_path: str, device: str, adapter: str | None = None) -> tu
     return model.to(place), find_tokenizer(path, model.config.vocab_size), place
 
 
+def start_build(device: str) -> Build | None:
+    """Begins to compile the processor's kernel, where one will be used and there is none yet, while torch is being imported."""
+    from MyGPT.acceleration.kernel import Build
+
+    may_use_gpu = device == "auto" and (sys.platform == "darwin" or shutil.which("nvidia-smi") is not None)
+    return Build() if device in ("auto", "cpu") and not may_use_gpu else None
+
+
+def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
+    """The model as it generates fastest where it is; "auto" keeps the precision in which its weights are stored."""
+    import torch
+
+    from MyGPT.acceleration.lookup import PromptLookup
+    from MyGPT.acceleration.step import accelerate
+
+    weight = model.transformer.wte.weight
+    fast: nn.Module = model
+    if weight.device.type == "cpu":
+        stored = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
+        fast = accelerate(model, stored if precision == "auto" else precision, build=build)  # type: ignore[arg-type]
+    elif precision == "int8":
+        raise ValueError(f"precision int8 is for a processor; on {weight.device.type} there are fp32 and bf16")
+    elif precision != "auto":
+        fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return PromptLookup(fast) if lookup else fast
+
+
 def adapter_of(name_or_path: str) -> Path | None:
     """The adapter, where there is no whole model: a directory itself, or `adapter/` in a run of finetune."""
     path = Path(name_or_path)
@@ -99,7 +133,7 @@ def find_tokenizer(model_path: Path, vocab_size: int) -> Tokenizer:
 
 
 def stream_text(
-    model: GPTModel,
+    model: nn.Module,
     tokenizer: Tokenizer,
     ids: list[int],
     max_new_tokens: int,
@@ -113,9 +147,10 @@ def stream_text(
     from MyGPT.generation import TextStream, generate_stream
 
     stream = TextStream(tokenizer, ids, stop or [])
+    device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
     for new in generate_stream(
         model,
-        torch.tensor([ids], device=next(model.parameters()).device),
+        torch.tensor([ids], device=device),
         max_new_tokens,
         **dataclasses.asdict(sampling),
         eos_id=tokenizer.eot_token,

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from MyGPT.commands._model import Precision
 from MyGPT.data.templates import Template
 from MyGPT.sampling import SamplingConfig
 
@@ -75,6 +76,8 @@ def chat(
     max_new_tokens: int | None = None,
     seed: int | None = None,
     device: str = "auto",
+    precision: Precision = "auto",
+    lookup: bool = False,
 ) -> None:
     """Talk with a model, answers appearing as they are made.
 
@@ -90,11 +93,15 @@ def chat(
         max_new_tokens: most tokens of an answer; default 200, or half the model's context if that is less
         seed: makes the conversation repeatable
         device: auto, cpu, cuda or mps
+        precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
+        lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
     """
-    from MyGPT.commands._model import find_template, open_model, stream_text
+    from MyGPT.commands._model import find_template, make_fast, open_model, start_build, stream_text
     from MyGPT.data.templates import load_template
 
+    build = start_build(device)
     gpt, tokenizer, _ = open_model(model, device, adapter)
+    fast = make_fast(gpt, precision, lookup, build)
     own = load_template(template) if template else find_template(model, adapter)
     asked_by = own or TRANSCRIPT
     conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
@@ -119,7 +126,7 @@ def chat(
             if n_forgotten:
                 print(f"(no longer in the model's sight: the oldest {n_forgotten} of the turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
-            for text in stream_text(gpt, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):
+            for text in stream_text(fast, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):
                 answer += text
                 print(text, end="", flush=True)
         except KeyboardInterrupt:

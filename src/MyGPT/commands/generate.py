@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from MyGPT.commands._model import Precision
 from MyGPT.sampling import SamplingConfig
 
 DEFAULTS = {"temperature": 0.8, "top_k": 50}
@@ -20,6 +21,8 @@ def generate(
     slide: bool = False,
     seed: int | None = None,
     device: str = "auto",
+    precision: Precision = "auto",
+    lookup: bool = False,
 ) -> None:
     """Continue a prompt with a trained model, printing as it goes.
 
@@ -36,11 +39,14 @@ def generate(
         slide: allow a prompt longer than the model's context, of which it sees the end only
         seed: makes the sample repeatable
         device: auto, cpu, cuda or mps
+        precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
+        lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
     """
-    from MyGPT.commands._model import open_model, stream_text
+    from MyGPT.commands._model import make_fast, open_model, start_build, stream_text
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    build = start_build(device)
     gpt, tokenizer, _ = open_model(model, device, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
@@ -52,12 +58,13 @@ def generate(
             f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or let the model see its "
             f"last {context} tokens only with --slide true"
         )
+    fast = make_fast(gpt, precision, lookup, build)
     for i in range(n_samples):
         if i:
             print("\n---")
         print(text, end="", flush=True)
         for piece in stream_text(
-            gpt, tokenizer, ids, max_new_tokens, sampling, stop, None if seed is None else seed + i
+            fast, tokenizer, ids, max_new_tokens, sampling, stop, None if seed is None else seed + i
         ):
             print(piece, end="", flush=True)
         print()

@@ -1,0 +1,385 @@
+"""The accelerated model: the plain model's logits, from every layout of the weights, with and without a compiler."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import lively_model
+from MyGPT.acceleration.kernel import Build, Kernel, find_compiler
+from MyGPT.acceleration.packed import HugePages, PanelLinear, PlainLinear, panel_bytes
+from MyGPT.acceleration.step import FastModel, accelerate
+from MyGPT.config import GPTConfig
+from MyGPT.generation import generate
+from MyGPT.model import GPTModel
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+ways = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "GPT-2's": {"tie_weights": True},
+    "untied": {},
+    "no qkv bias": {"qkv_bias": False},
+    "exact GELU": {"activation": "gelu"},
+    "one head, one layer, odd sizes": {"emb_dim": 5, "n_heads": 1, "n_layers": 1, "vocab_size": 11},
+    "wide": {"emb_dim": 320, "n_heads": 5, "n_layers": 1, "vocab_size": 130},
+}
+configs = pytest.mark.parametrize("name", CONFIGS)
+
+
+def make_model(**changes: Any) -> GPTModel:
+    sizes = {"vocab_size": 67, "context_length": 48, "emb_dim": 24, "n_heads": 3, "n_layers": 3}
+    return lively_model(
+        GPTConfig(**{**sizes, "drop_rate": 0.0, "qkv_bias": True, "tie_weights": False, **changes})  # type: ignore[arg-type]
+    )
+
+
+def ragged(model: GPTModel, B: int = 3, T: int = 9) -> tuple[Tensor, Tensor]:
+    """Prompts of T, T - 1, ... tokens, left-padded, and their mask."""
+    ids = torch.randint(0, model.config.vocab_size, (B, T))
+    return ids, (torch.arange(T) >= torch.arange(B)[:, None]).long()
+
+
+def in_pieces(model: Any, ids: Tensor, mask: Tensor, *lengths: int) -> Tensor:
+    """Logits (B, T, V) computed through a cache, so many tokens at a time."""
+    cache = model.new_cache(len(ids), ids.shape[1])
+    pieces = []
+    with torch.no_grad():
+        for n in lengths:
+            end = cache.length + n
+            pieces.append(model(ids[:, end - n : end], attention_mask=mask[:, :end], cache=cache))
+    assert cache.length == ids.shape[1]
+    return torch.cat(pieces, dim=1)
+
+
+def error(logits: Tensor, exact: Tensor, mask: Tensor) -> float:
+    """Relative, over the tokens that are no padding."""
+    real = mask.bool()
+    return float((logits.double() - exact)[real].norm() / exact[real].norm())
+
+
+@ways
+@configs
+@pytest.mark.parametrize("lengths", [(9,), (1,) * 9, (4, 1, 3, 1)], ids=str)
+def test_float32_logits_are_as_near_to_float64_as_the_plain_models(
+    name: str, compiled: bool, lengths: tuple[int, ...]
+) -> None:
+    model = make_model(**CONFIGS[name])
+    ids, mask = ragged(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, attention_mask=mask)
+        plain = model(ids, attention_mask=mask)
+    fast = in_pieces(accelerate(model, compiled=compiled), ids, mask, *lengths)
+    # Rounding in another order is as large, not the same: 3 times leaves room for luck, a mistake is 1e5 times as large.
+    assert error(fast, exact, mask) < 3 * error(plain, exact, mask)
+
+
+def narrowed(model: GPTModel, precision: str) -> GPTModel:
+    """The plain model in float64 with the weights that the narrow one stands for, by torch's own conversions."""
+    narrow = copy.deepcopy(model).double()
+    for name, parameter in narrow.named_parameters():
+        is_matrix = parameter.dim() == 2 and not name.endswith("wpe.weight")
+        if not is_matrix or (name.endswith("wte.weight") and not model.config.tie_weights):
+            continue
+        with torch.no_grad():
+            if precision == "bf16":
+                parameter.copy_(parameter.bfloat16())
+            else:
+                scales = (parameter.abs().amax(1) / 127).float()
+                zeros = torch.zeros(len(scales), dtype=torch.int32)
+                parameter.copy_(torch.fake_quantize_per_channel_affine(parameter.float(), scales, zeros, 0, -127, 127))
+    return narrow
+
+
+@needs_compiler
+@configs
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_narrow_weights_are_rounded_and_nothing_else_is(name: str, precision: Any) -> None:
+    model = make_model(**CONFIGS[name])
+    ids, mask = ragged(model)
+    with torch.no_grad():
+        exact = narrowed(model, precision)(ids, attention_mask=mask)
+        plain = error(model(ids, attention_mask=mask), copy.deepcopy(model).double()(ids, attention_mask=mask), mask)
+    fast = accelerate(model, precision, compiled=True)
+    for lengths in ((9,), (4, 1, 3, 1)):
+        assert error(in_pieces(fast, ids, mask, *lengths), exact, mask) < 3 * plain
+
+
+@configs
+@pytest.mark.parametrize(("precision", "rounding"), [("bf16", 2**-8), ("int8", 2**-8)])
+def test_narrow_weights_without_a_compiler_are_near_the_plain_model(name: str, precision: Any, rounding: float) -> None:
+    model = make_model(**CONFIGS[name])
+    ids, mask = ragged(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, attention_mask=mask)
+    fast = accelerate(model, precision, compiled=False)
+    # Each of thirteen matrices adds about `rounding` in a random direction, and these weights, 20 times GPT-2's, carry it
+    # on: the factor is measured (at most 11). A wrong scale or bias gives 1, which is 256 times `rounding`.
+    assert error(in_pieces(fast, ids, mask, 4, 1, 3, 1), exact, mask) < 30 * rounding
+
+
+@ways
+@configs
+def test_greedy_tokens_are_the_plain_models(name: str, compiled: bool) -> None:
+    # Past the context too. The best two of these logits differ by 1e-3 or more, rounding by 1e-5.
+    model = make_model(**CONFIGS[name])
+    ids, mask = ragged(model)
+    fast = accelerate(model, compiled=compiled)
+    assert torch.equal(generate(fast, ids, 60, attention_mask=mask), generate(model, ids, 60, attention_mask=mask))
+    assert torch.equal(generate(fast, ids, 5, use_cache=False), generate(model, ids, 5))
+
+
+@ways
+def test_sampled_tokens_are_the_plain_models(compiled: bool) -> None:
+    model = make_model()
+    ids, mask = ragged(model)
+    options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 3}
+    fast = accelerate(model, compiled=compiled)
+    expected = generate(model, ids, 30, attention_mask=mask, **options)
+    assert torch.equal(generate(fast, ids, 30, attention_mask=mask, **options), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(precision: Any) -> None:
+    # To the last bit: sums run in one order however many rows share the weights. C of 320 has whole and half blocks of K.
+    model = make_model(**CONFIGS["wide"])
+    fast = accelerate(model, precision, compiled=True)
+    ids, mask = torch.randint(0, 130, (9, 7)), torch.ones(9, 7, dtype=torch.int64)
+    together = in_pieces(fast, ids, mask, 7)
+    for row in range(9):
+        assert torch.equal(in_pieces(fast, ids[row : row + 1], mask[:1], *(1,) * 7)[0], together[row])
+    assert torch.equal(in_pieces(fast, ids, mask, 2, 4, 1), together)
+
+
+@ways
+def test_masks_of_other_kinds_mean_what_they_mean_to_the_model(compiled: bool) -> None:
+    model = make_model()
+    fast = accelerate(model, compiled=compiled)
+    ids = torch.randint(0, 67, (3, 8))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 1, 0, 1, 1, 1]])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)
+    # Logits are of size 10, and pass through 13 matrices: 1e-4 is a hundred roundings.
+    torch.testing.assert_close(fast(ids, attention_mask=mask), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(in_pieces(fast, ids, mask, 5, 3), expected, atol=1e-4, rtol=1e-4)
+
+
+@ways
+def test_a_long_prompt_and_a_short_one_agree(compiled: bool) -> None:
+    # 40 tokens go through torch's attention, 20 and 20 through the kernel's.
+    model = make_model()
+    fast = accelerate(model, compiled=compiled)
+    ids, mask = ragged(model, T=40)
+    whole, halves = in_pieces(fast, ids, mask, 40), in_pieces(fast, ids, mask, 20, 20)
+    torch.testing.assert_close(whole[mask.bool()], halves[mask.bool()], atol=1e-4, rtol=1e-4)
+    cache = fast.new_cache(3, 40)
+    last = fast(ids, attention_mask=mask, cache=cache, last_only=True)
+    assert last.shape == (3, 1, 67)
+    torch.testing.assert_close(last, whole[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+@ways
+def test_a_merged_adapter_is_in_the_fast_model(compiled: bool) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
+    adapted = get_peft_model(make_model(), lora).eval()
+    with pytest.raises(ValueError, match="got a PeftModelForCausalLM: merge an adapter first"):
+        accelerate(adapted)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"c_attn is a Linear, not GPT-2's own layer: merge"):
+        accelerate(adapted.get_base_model())
+    ids = torch.randint(0, 67, (2, 9))
+    expected = generate(adapted, ids, 20)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(generate(accelerate(merged, compiled=compiled), ids, 20), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@ways
+def test_a_model_stored_in_half_precision_keeps_its_weights(dtype: torch.dtype, compiled: bool) -> None:
+    model = make_model().to(dtype)
+    ids, mask = ragged(model)
+    widened = copy.deepcopy(model).float()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, attention_mask=mask)
+        plain = widened(ids, attention_mask=mask)
+    fast = accelerate(model, compiled=compiled)
+    assert error(in_pieces(fast, ids, mask, 4, 5), exact, mask) < 3 * error(plain, exact, mask)
+
+
+# --- the matrices
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Build().wait()
+
+
+def panels(weight: Tensor, bias: Tensor | None, precision: Any) -> PanelLinear:
+    kernel = Build().wait()
+    return PanelLinear(weight, bias, precision, kernel, HugePages(panel_bytes([weight], precision, kernel)))
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 600),
+    st.integers(1, 300),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.booleans(),
+)
+def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, has_bias: bool) -> None:
+    weight, x = torch.randn(N, K), torch.randn(M, K)
+    bias = torch.randn(N) if has_bias else None
+    linear = panels(weight, bias, precision)
+    used = linear.rows(torch.arange(N)[None])[0].double()
+    exact = F.linear(x.double(), used, None if bias is None else bias.double())
+    # |error| <= (n + 2) u |x| |w| for sums of n in a row (Higham, 2002, section 3.1): K / 128 blocks of 128, u = 2^-24.
+    bound = (
+        (128 + K / 128 + 4) * 2**-24 * F.linear(x.abs().double(), used.abs(), bias.abs().double() if has_bias else None)
+    )
+    assert ((linear(x) - exact).abs() <= bound).all()
+    onto = torch.randn(M, N)
+    before = onto.clone()
+    added = linear(x, "add", onto)
+    assert added is onto
+    torch.testing.assert_close(added, before + linear(x))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-6, 1e6))
+def test_int8_weights_are_off_by_half_a_step_at_most(N: int, K: int, size: float) -> None:
+    weight = torch.randn(N, K) * size
+    weight[0] = 0  # a row of zeros has no largest
+    ids = torch.arange(N)[None]
+    step = weight.abs().amax(1, keepdim=True) / 127
+    plain = PlainLinear(weight, None, "int8").rows(ids)[0]
+    assert ((plain - weight).abs() <= step * (0.5 + 1e-4)).all()
+    if find_compiler() is not None:
+        assert torch.equal(panels(weight, None, "int8").rows(ids)[0], plain)
+
+
+@needs_compiler
+def test_bf16_panels_are_rounded_as_torch_rounds() -> None:
+    values = torch.randint(-(2**31), 2**31, (64, 500), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    values = torch.where(values.isfinite(), values, 1.0)
+    assert torch.equal(panels(values, None, "bf16").rows(torch.arange(64)[None])[0], values.bfloat16().float())
+
+
+@needs_compiler
+@pytest.mark.parametrize(("then", "approximate"), [("gelu_new", "tanh"), ("gelu", "none")])
+def test_gelu_is_torchs(then: Any, approximate: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-1e30, -100.0, -0.0, 100.0, 1e30])])[:, None]
+    gelu = panels(torch.ones(1, 1), None, "fp32")(x, then)
+    exact = F.gelu(x.double(), approximate=approximate)
+    # Two roundings of 1 + erf or of the exponential, which near -12 is all that is left of x.
+    torch.testing.assert_close(gelu.double(), exact, atol=2e-7, rtol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
+def test_without_a_compiler_float32_weights_are_not_copied() -> None:
+    model = make_model()
+    head = accelerate(model, compiled=False).head
+    assert isinstance(head, PlainLinear)
+    assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+# --- the compiler
+
+
+def test_without_a_compiler_torch_does_it_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = make_model()
+    fast = accelerate(model)
+    assert capsys.readouterr().err == (
+        "there is no C++ compiler (no-such-compiler); generating with torch's operators, which is slower\n"
+    )
+    ids = torch.randint(0, 67, (1, 4))
+    assert torch.equal(generate(fast, ids, 10), generate(model, ids, 10))
+    with pytest.raises(OSError, match="there is no C\\+\\+ compiler"):
+        accelerate(model, compiled=True)
+    accelerate(model, compiled=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    compiler = tmp_path / "broken++"
+    compiler.write_text("#!/bin/sh\necho 'kernel.cpp:1: error: no such flag' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    accelerate(make_model())
+    assert "could not compile the kernel: kernel.cpp:1: error: no such flag; generating" in capsys.readouterr().err
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_compiler
+def test_the_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    first = Build()
+    assert first.compiler is not None
+    first.wait()
+    assert Build().compiler is None
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_build_that_is_killed_is_begun_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    build = Build()
+    assert build.compiler is not None
+    build.compiler.kill()
+    with pytest.raises(OSError, match="could not compile"):
+        build.wait()
+    assert Build().wait().panel > 0
+
+
+# --- what is refused
+
+
+def test_what_cannot_be_accelerated_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"precision must be one of fp32, bf16, int8, got 'int4'"):
+        accelerate(make_model(), "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"wte\.weight is torch\.float64 on cpu"):
+        accelerate(make_model().double())
+    with torch.device("meta"), pytest.raises(ValueError, match=r"is torch\.float32 on meta"):
+        accelerate(GPTModel(make_model().config))
+
+
+@pytest.fixture
+def fast() -> FastModel:
+    return accelerate(make_model(), compiled=False)
+
+
+def test_wrong_input_is_refused(fast: FastModel) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least one token, got torch"):
+        fast(ids[:, :0])
+    with pytest.raises(ValueError, match="must be int64"):
+        fast(ids.int())
+    with pytest.raises(IndexError, match="id 67 is outside the vocabulary, ids are 0 to 66"):
+        fast(ids + 67)
+    with pytest.raises(ValueError, match="has 49 tokens, the model's context_length is 48"):
+        fast(torch.zeros(1, 49, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(batch, time seen\) = \(2, 3\), got \(2, 4\)"):
+        fast(ids, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="the cache is for 1 sequences, the input has 2"):
+        fast(ids, cache=fast.new_cache(1))
+    with pytest.raises(ValueError, match="has 3 tokens, the cache has room for 2"):
+        fast(ids, cache=fast.new_cache(2, 2))
+    with pytest.raises(ValueError, match="from 1 to 48, got 49"):
+        fast.new_cache(1, 49)
