@@ -73,6 +73,12 @@ def tiny_model64(tiny_config: GPTConfig) -> GPTModel:
     return lively_model(tiny_config).double()
 
 
+def same_weights(one: GPTModel, other: GPTModel) -> bool:
+    """To the last bit. Logits need not be: kernels of an opened model lie the other way round, and so may its products add."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def lively_model(config: GPTConfig) -> GPTModel:
     """All weights random, biases too: fresh weights give nearly equal logits, in which many mistakes would not show."""
     torch.manual_seed(1)
