@@ -24,5 +24,5 @@ default_role = "code"
 smartquotes = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "no-value": True}
 autodoc_inherit_docstrings = False  # torch's own say nothing of ours

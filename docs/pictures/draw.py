@@ -50,8 +50,8 @@ def draw_sampling(run: Path) -> None:
     ways = {
         "temperature 1": SamplingConfig(1.0),
         "temperature 0.5": SamplingConfig(0.5),
-        "top_k 5": SamplingConfig(1.0, top_k=5),
-        "top_p 0.5": SamplingConfig(1.0, top_p=0.5),
+        "top_k 3": SamplingConfig(1.0, top_k=3),
+        "top_p 0.8": SamplingConfig(1.0, top_p=0.8),
     }
     likeliest = logits[0].topk(16).indices.tolist()
     figure = Figure(figsize=(8, 2.6), layout="constrained")

@@ -195,7 +195,9 @@ GPT_CONFIG: dict[str, Any] = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
+"""A model of GPT-2 124M's size, as a dict with the book's seven keys."""
 GPT_CONFIG_SMALL: dict[str, Any] = {**GPT_CONFIG, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
+"""30 million parameters and a context of 256, for a laptop."""
 
 _RELEASED = {
     "124M": ("gpt2", 768, 12, 12),
@@ -208,3 +210,4 @@ GPT2_CONFIGS: dict[str, GPTConfig] = {
     for size, (alias, emb_dim, n_heads, n_layers) in _RELEASED.items()
     for name in (size, alias)
 }
+"""The released models by size, 124M to 1558M, and by Hugging Face's names, gpt2 to gpt2-xl."""
