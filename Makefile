@@ -23,6 +23,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bpe.py --text $(TEXT)
 	$(BIN)/python benchmarks/tinyshakespeare.py --text $(TEXT)
+	$(BIN)/python benchmarks/decode.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -23,6 +23,7 @@ COMMANDS = {
     "download": "get a released GPT-2",
     "prepare": "turn text files into a token file for long training",
     "info": "explain a model, a checkpoint or a configuration",
+    "bench": "measure how fast this machine generates",
     "plot": "draw the loss curves of runs",
 }
 
