@@ -26,6 +26,7 @@ from memory import Peak
 
 from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
 from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_a_token
+from MyGPT.files import atomic_write
 
 PROGRAMS = {
     "MyGPT plain": "fp32",
@@ -254,10 +255,14 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
     parser.add_argument("--convert_only", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path, help="print the table of a run's --out, measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         serve(options.child, options.directory, options.tokens)
+        return
+    if options.show is not None:
+        print_table(json.loads(options.show.read_text(encoding="utf-8")))
         return
     if not (options.directory / "model").exists():
         torch.manual_seed(1)
@@ -269,48 +274,46 @@ def main() -> None:
         except RuntimeError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not options.convert_only:
-        report(children, options)
+        print_table(measure(children, options))
     for child in children.values():
         child.process.terminate()
 
 
-def report(children: dict[str, Child], options: argparse.Namespace) -> None:
+def measure(children: dict[str, Child], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every program in every round; written after each, so that a run that is stopped has not been for nothing."""
     questions = ["decode 1", "decode 8", "prefill 1"]
-    found: dict[str, dict[str, list[float]]] = {name: {question: [] for question in questions} for name in children}
-    peaks, bandwidths = {}, []
+    programs: dict[str, dict[str, Any]] = {name: {question: [] for question in questions} for name in children}
+    machine: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "bandwidth": []}
+    result = {"size": options.size, "machine": machine, "versions": versions(), "programs": programs}
     for turn in range(options.rounds + 1):  # the first warms up
         for question in questions:
             for name, child in children.items():
-                seconds, peaks[name] = child.ask(question)
+                seconds, programs[name]["peak"] = child.ask(question)
                 if turn:
-                    found[name][question].append(seconds)
+                    programs[name][question].append(seconds)
             if turn:
-                bandwidths.append(next(iter(children.values())).ask("bandwidth"))
-    config = GPT2_CONFIGS[options.size]
+                machine["bandwidth"].append(next(iter(children.values())).ask("bandwidth"))
+        if options.out is not None and turn:
+            with atomic_write(options.out) as file:
+                json.dump(result, file, indent=1)
+    return result
+
+
+def print_table(result: dict[str, Any]) -> None:
+    machine, programs = result["machine"], result["programs"]
     with torch.device("meta"):
-        model = GPTModel(config)
+        model = GPTModel(GPT2_CONFIGS[result["size"]])
     n_read = model.num_parameters(exclude_embeddings=True) + model.transformer.wte.weight.numel()
-    result = {
-        "machine": {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "bandwidth": statistics.median(bandwidths),
-        },
-        "versions": versions(),
-        "size": options.size,
-        "rounds": options.rounds,
-        "programs": {name: {**found[name], "peak": peaks[name]} for name in children},
-    }
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    bandwidth = statistics.median(bandwidths)
-    print(f"{options.size} on {processor()}, {torch.get_num_threads()} threads, {options.rounds} rounds, medians")
-    print(f"memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    speed = statistics.median(machine["bandwidth"])
+    n_rounds = len(next(iter(programs.values()))["decode 1"])
+    print(f"{result['size']} on {machine['processor']}, {machine['threads']} threads, medians of {n_rounds} rounds")
+    print(
+        f"memory reads {speed / 1e9:.1f} GB/s ({min(machine['bandwidth']) / 1e9:.1f} to {max(machine['bandwidth']) / 1e9:.1f})"
+    )
+    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     print(f"{'':<20}{'B=1, tokens/s':>24}{'of limit':>9}{'B=8, tokens/s':>24}{'1,024 tokens, ms':>26}{'peak GB':>9}")
-    for name, times in found.items():
-        limit = bandwidth / n_read / {"fp32": 4, "bf16": 2, "int8": 1}[PROGRAMS[name]]
+    for name, times in programs.items():
+        limit = speed / n_read / {"fp32": 4, "bf16": 2, "int8": 1}[PROGRAMS[name]]
         one, eight = ([B / s for s in times[f"decode {B}"]] for B in (1, 8))
         long = [1000 * s for s in times["prefill 1"]]
         cells = "".join(
@@ -318,7 +321,7 @@ def report(children: dict[str, Child], options: argparse.Namespace) -> None:
         )
         print(
             f"{name:<20}{statistics.median(one):>10.1f} ({min(one):.1f} to {max(one):.1f}){statistics.median(one) / limit:>9.0%}"
-            f"{cells}{peaks[name] / 1e9:>8.2f}"
+            f"{cells}{times['peak'] / 1e9:>8.2f}"
         )
 
 
