@@ -23,6 +23,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bpe.py --text $(TEXT)
 	$(BIN)/python benchmarks/tinyshakespeare.py --text $(TEXT)
+	$(BIN)/python benchmarks/decode.py
 
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py

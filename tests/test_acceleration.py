@@ -348,6 +348,27 @@ def test_a_build_that_is_killed_is_begun_anew(monkeypatch: pytest.MonkeyPatch, t
     assert Build().wait().panel > 0
 
 
+@needs_compiler
+def test_a_build_that_no_one_waits_for_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    # mygpt generate begins to compile before it knows that the model is there.
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    build = Build()
+    process = build.compiler
+    del build
+    assert process is not None and process.returncode is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("CXX", "true")
+    accelerate(make_model())
+    assert "generating with torch's operators" in capsys.readouterr().err
+
+
 # --- what is refused
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare": "turn text files into a token file for long training",
     "info": "explain a model, a checkpoint or a configuration",
     "doctor": "check this machine, and how long each recipe would take on it",
+    "bench": "measure how fast this machine generates",
     "plot": "draw the loss curves of runs, attention, the logit lens, sampling and more",
     "explain": "write a page on how a model reads a text: tokens, attention, logit lens",
 }

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ class Build:
             self.library.parent.mkdir(parents=True, exist_ok=True)
             command = [program, *FLAGS, str(SOURCE), "-o", str(self.half)]
             self.compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            weakref.finalize(self, _give_up, self.compiler, self.half)
 
     def wait(self) -> Kernel:
         """The compiled kernel. An OSError says in a sentence why there is none."""
@@ -90,6 +92,13 @@ class Build:
         if not self.library.exists():
             raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
         return Kernel(ctypes.CDLL(str(self.library)))
+
+
+def _give_up(compiler: subprocess.Popen[str], half: Path) -> None:
+    """What is left to do when no one waits for the compiler any more: nothing, if it was waited for."""
+    compiler.kill()
+    compiler.communicate()
+    half.unlink(missing_ok=True)
 
 
 def find_compiler() -> str | None:

@@ -72,7 +72,10 @@ def start_build(device: str) -> Build | None:
     from MyGPT.acceleration.kernel import Build
 
     may_use_gpu = device == "auto" and (sys.platform == "darwin" or shutil.which("nvidia-smi") is not None)
-    return Build() if device in ("auto", "cpu") and not may_use_gpu else None
+    if device in ("auto", "cpu") and not may_use_gpu:
+        with contextlib.suppress(OSError):  # make_fast tries again, and says what is wrong
+            return Build()
+    return None
 
 
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:

@@ -1,0 +1,344 @@
+"""Generation with a GPT-2 of random weights: MyGPT beside those of transformers, CTranslate2, llama.cpp, OpenVINO that are there.
+
+Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
+Each program has a process of its own, opened once and asked in turn, so that a slow minute of the machine is shared by all.
+A token's time is that of 1 + n tokens less that of one, which is the prompt; memory is the peak beyond what the libraries took.
+Converted models are kept in the directory. llama.cpp is called through llama-cpp-python, OpenVINO through openvino-genai.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import Peak
+
+from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
+from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_a_token
+from MyGPT.files import atomic_write
+
+PROGRAMS = {
+    "MyGPT plain": "fp32",
+    "MyGPT eager": "fp32",
+    "MyGPT fp32": "fp32",
+    "MyGPT bf16": "bf16",
+    "MyGPT int8": "int8",
+    "transformers fp32": "fp32",
+    "transformers bf16": "bf16",
+    "CTranslate2 fp32": "fp32",
+    "CTranslate2 int8": "int8",
+    "llama.cpp f32": "fp32",
+    "llama.cpp bf16": "bf16",
+    "llama.cpp q8_0": "int8",
+    "OpenVINO fp32": "fp32",
+    "OpenVINO int8": "int8",
+}
+PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
+PROMPT, LONG = 16, 1024
+
+
+def open_program(name: str, directory: Path) -> Run:
+    program, kind = name.split()
+    model = str(directory / "model")
+    if program == "MyGPT":
+        return open_mygpt(GPTModel.from_pretrained(model), kind)
+    if program == "transformers":
+        return open_transformers(model, {"fp32": "float32", "bf16": "bfloat16"}[kind])
+    if program == "CTranslate2":
+        return open_ctranslate2(directory, kind)
+    return open_llama_cpp(directory, kind) if program == "llama.cpp" else open_openvino(directory, kind)
+
+
+def open_ctranslate2(directory: Path, kind: str) -> Run:
+    import ctranslate2
+
+    converted, quantization = str(directory / f"ctranslate2-{kind}"), None if kind == "fp32" else kind
+    if not Path(converted).exists():
+        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(converted, quantization)
+    threads = torch.get_num_threads()
+    generator = ctranslate2.Generator(
+        converted, compute_type="float32" if kind == "fp32" else "int8_float32", intra_threads=threads
+    )
+    words = json.loads((directory / "model/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    word_of = {id_: word for word, id_ in words.items()}
+
+    def run(ids: torch.Tensor, n: int) -> Any:
+        prompts = [[word_of.get(id_, "a") for id_ in row] for row in ids.tolist()]
+        results = generator.generate_batch(
+            prompts,
+            max_length=n,
+            min_length=n,
+            end_token=[],
+            include_prompt_in_result=False,
+            max_batch_size=len(prompts),
+        )
+        assert all(len(result.sequences_ids[0]) == n for result in results)
+        return results
+
+    return run
+
+
+def write_gguf(model: GPTModel, path: Path, kind: str) -> None:
+    """llama.cpp's file, without a vocabulary: ids go in and come out."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    narrow = {"f32": kinds.F32, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[kind]
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.emb_dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(4 * config.emb_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
+        "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        module, _, last = name.rpartition(".")
+        if module.startswith("transformer.h."):
+            layer, inner = module.removeprefix("transformer.h.").split(".", 1)
+            theirs = f"blk.{layer}.{names[inner]}.{last}"
+        else:
+            theirs = f"{names[module]}.{last}"
+        is_narrow = parameter.dim() == 2 and "wpe" not in name
+        wanted = narrow if is_narrow else kinds.F32
+        writer.add_tensor(theirs, gguf.quants.quantize(parameter.detach().numpy(), wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def open_llama_cpp(directory: Path, kind: str) -> Run:
+    import ctypes
+
+    import llama_cpp as llama
+    import numpy as np
+
+    path = directory / f"llama-{kind}.gguf"
+    if not path.exists():
+        write_gguf(GPTModel.from_pretrained(directory / "model"), path, kind)
+    quiet = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    options = llama.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 8 * LONG, LONG, LONG, 8
+    options.n_threads = options.n_threads_batch = torch.get_num_threads()
+    context = llama.llama_init_from_model(model, options)
+    memory = llama.llama_get_memory(context)
+    batch = llama.llama_batch_init(8 * LONG, 0, 1)
+    n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+
+    def forward(rows: list[list[int]], past: int) -> list[int]:
+        batch.n_tokens = 0
+        for row, ids in enumerate(rows):
+            for i, id_ in enumerate(ids):
+                j = batch.n_tokens
+                batch.token[j], batch.pos[j], batch.n_seq_id[j], batch.seq_id[j][0] = id_, past + i, 1, row
+                batch.logits[j] = i == len(ids) - 1
+                batch.n_tokens += 1
+        if llama.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        last = np.cumsum([len(ids) for ids in rows]) - 1
+        logits = [llama.llama_get_logits_ith(context, int(i)) for i in last]
+        return [int(np.ctypeslib.as_array(row, (n_vocab,)).argmax()) for row in logits]
+
+    def run(ids: torch.Tensor, n: int, _keep: Any = quiet) -> list[list[int]]:
+        llama.llama_memory_clear(memory, True)
+        new = [forward(ids.tolist(), 0)]
+        for i in range(n - 1):
+            new.append(forward([[id_] for id_ in new[-1]], ids.shape[1] + i))
+        return new
+
+    return run
+
+
+def open_openvino(directory: Path, kind: str) -> Run:
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    converted = directory / f"openvino-{kind}"
+    if not converted.exists():
+        command = [
+            "optimum-cli",
+            "export",
+            "openvino",
+            "--model",
+            str(directory / "model"),
+            "--task",
+            "text-generation-with-past",
+        ]
+        subprocess.run([*command, "--weight-format", kind, str(converted)], check=True, capture_output=True)
+    threads = torch.get_num_threads()
+    pipeline = genai.LLMPipeline(str(converted), "CPU", INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT="f32")
+    options = genai.GenerationConfig()
+    options.do_sample, options.ignore_eos = False, True
+
+    def run(ids: torch.Tensor, n: int) -> Any:
+        options.max_new_tokens = options.min_new_tokens = n
+        mask = np.ones(tuple(ids.shape), dtype=np.int64)
+        return pipeline.generate(genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(mask)), options)
+
+    return run
+
+
+def serve(name: str, directory: Path, n: int) -> None:
+    """Opens a program, then measures whenever a line asks for one: tokens for a batch of that size, or the long prompt."""
+    with Peak() as peak:
+        run = open_program(name, directory)
+        generator = torch.Generator().manual_seed(1)
+        short = torch.randint(0, 50257, (8, PROMPT), generator=generator)
+        long = torch.randint(0, 50257, (1, LONG), generator=generator)
+        print(json.dumps("open"), flush=True)
+        for line in sys.stdin:
+            if line.strip() == "bandwidth":
+                print(json.dumps(read_bandwidth()), flush=True)
+                continue
+            kind, batch_size = line.split()
+            if kind == "decode":
+                seconds = seconds_a_token(run, short[: int(batch_size)], n)
+            else:
+                start = time.perf_counter()
+                run(long, 1)
+                seconds = time.perf_counter() - start
+            print(json.dumps([seconds, peak.most - peak.before]), flush=True)
+
+
+class Child:
+    def __init__(self, name: str, directory: Path, n: int) -> None:
+        command = [sys.executable, __file__, "--child", name, "--directory", str(directory), "--tokens", str(n)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.read()
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        while line := self.process.stdout.readline():
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)
+        errors = self.process.stderr.read().strip().splitlines() or ["no message"]
+        raise RuntimeError(errors[-1])
+
+    def ask(self, question: str) -> Any:
+        assert self.process.stdin is not None
+        print(question, file=self.process.stdin, flush=True)
+        return self.read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="124M")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--directory", type=Path, default=Path("bench-models"))
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
+    parser.add_argument("--convert_only", action="store_true", help="make the models, measure nothing")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path, help="print the table of a run's --out, measure nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        serve(options.child, options.directory, options.tokens)
+        return
+    if options.show is not None:
+        print_table(json.loads(options.show.read_text(encoding="utf-8")))
+        return
+    if not (options.directory / "model").exists():
+        torch.manual_seed(1)
+        GPTModel(GPT2_CONFIGS[options.size]).save_pretrained(options.directory / "model", get_tokenizer("gpt2"))
+    children = {}
+    for name in options.programs:
+        try:
+            children[name] = Child(name, options.directory, options.tokens)
+        except RuntimeError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    if not options.convert_only:
+        print_table(measure(children, options))
+    for child in children.values():
+        child.process.terminate()
+
+
+def measure(children: dict[str, Child], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every program in every round; written after each, so that a run that is stopped has not been for nothing."""
+    questions = ["decode 1", "decode 8", "prefill 1"]
+    programs: dict[str, dict[str, Any]] = {name: {question: [] for question in questions} for name in children}
+    machine: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "bandwidth": []}
+    result = {"size": options.size, "machine": machine, "versions": versions(), "programs": programs}
+    for turn in range(options.rounds + 1):  # the first warms up
+        for question in questions:
+            for name, child in children.items():
+                seconds, programs[name]["peak"] = child.ask(question)
+                if turn:
+                    programs[name][question].append(seconds)
+            if turn:
+                machine["bandwidth"].append(next(iter(children.values())).ask("bandwidth"))
+        if options.out is not None and turn:
+            with atomic_write(options.out) as file:
+                json.dump(result, file, indent=1)
+    return result
+
+
+def print_table(result: dict[str, Any]) -> None:
+    machine, programs = result["machine"], result["programs"]
+    with torch.device("meta"):
+        model = GPTModel(GPT2_CONFIGS[result["size"]])
+    n_read = model.num_parameters(exclude_embeddings=True) + model.transformer.wte.weight.numel()
+    speed = statistics.median(machine["bandwidth"])
+    n_rounds = len(next(iter(programs.values()))["decode 1"])
+    print(f"{result['size']} on {machine['processor']}, {machine['threads']} threads, medians of {n_rounds} rounds")
+    print(
+        f"memory reads {speed / 1e9:.1f} GB/s ({min(machine['bandwidth']) / 1e9:.1f} to {max(machine['bandwidth']) / 1e9:.1f})"
+    )
+    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    print(f"{'':<20}{'B=1, tokens/s':>24}{'of limit':>9}{'B=8, tokens/s':>24}{'1,024 tokens, ms':>26}{'peak GB':>9}")
+    for name, times in programs.items():
+        limit = speed / n_read / {"fp32": 4, "bf16": 2, "int8": 1}[PROGRAMS[name]]
+        one, eight = ([B / s for s in times[f"decode {B}"]] for B in (1, 8))
+        long = [1000 * s for s in times["prefill 1"]]
+        cells = "".join(
+            f"{statistics.median(c):>10.0f} ({min(c):.0f} to {max(c):.0f})".ljust(25) for c in (eight, long)
+        )
+        print(
+            f"{name:<20}{statistics.median(one):>10.1f} ({min(one):.1f} to {max(one):.1f}){statistics.median(one) / limit:>9.0%}"
+            f"{cells}{times['peak'] / 1e9:>8.2f}"
+        )
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+if __name__ == "__main__":
+    main()
