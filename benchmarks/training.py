@@ -1,10 +1,12 @@
 """Training steps of MyGPT, of nanoGPT's kind, and of transformers, in turn: tokens a second, memory, and how near the ceiling.
 
 Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
+       [--busy]
 Random tokens and weights, the same batches for all, dropout as the model's, AdamW, gradients clipped to 1. Every program runs in
 a process of its own; its first step warms up. The ceiling is the best float32 or bf16 product of the model's own sizes
 that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
-libraries took. bf16 is measured where the processor has it. Writes benchmarks/results/training_MODEL.json.
+libraries took. bf16 is measured where the processor has it. --busy is for a machine that does other things too:
+one thread, and the time that it computed instead of the time that passed. Writes benchmarks/results/training_MODEL.json.
 """
 
 from __future__ import annotations
@@ -160,10 +162,21 @@ def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: An
 PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step}
 
 
-def measure(program: str, model: str, precision: str, steps: int) -> dict[str, Any]:
+def clock_of(busy: bool) -> Callable[[], float]:
+    """Seconds that passed, or that one thread computed."""
+    import torch
+
+    if not busy:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
+def measure(program: str, model: str, precision: str, steps: int, busy: bool) -> dict[str, Any]:
     """Losses, seconds of each step after the first, and bytes, in this process."""
     import torch
 
+    clock = clock_of(busy)
     size = MODELS[model]
     name, _, compiled = program.partition(", ")
     make = PROGRAMS[name]
@@ -173,17 +186,18 @@ def measure(program: str, model: str, precision: str, steps: int) -> dict[str, A
         step = make(size, ids, precision, bool(compiled))
         losses, seconds = [], []
         for number in range(steps + 1):
-            start = time.perf_counter()
+            start = clock()
             losses.append(step(number))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return {"losses": losses, "seconds": seconds[1:], "first": seconds[0], "bytes": whole.n_bytes}
 
 
-def ceiling(model: str, precision: str) -> dict[str, float]:
+def ceiling(model: str, precision: str, busy: bool) -> dict[str, float]:
     """FLOP/s of the best library at the best of the model's own products."""
     import torch
     import torch.nn.functional as F
 
+    clock = clock_of(busy)
     size, found = MODELS[model], {}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     N, C = size.batch_size * size.context_length, size.emb_dim
@@ -197,9 +211,9 @@ def ceiling(model: str, precision: str) -> dict[str, float]:
         for way, product in ways.items():
             times = []
             for _ in range(7):
-                start = time.perf_counter()
+                start = clock()
                 product()
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
             found[way] = max(found.get(way, 0.0), 2 * N * C * width / statistics.median(times[1:]))
     return found
 
@@ -212,7 +226,7 @@ def in_a_process(function: str, **arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(model: str, precision: str, programs: list[str], rounds: int, steps: int) -> dict[str, Any]:
+def compare(model: str, precision: str, programs: list[str], rounds: int, steps: int, busy: bool) -> dict[str, Any]:
     """All rounds, printed as a table; what results/ keeps."""
     from MyGPT import GPTModel
 
@@ -220,10 +234,10 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
     runs: dict[str, list[Any]] = {program: [] for program in programs}
     ceilings = []
     for _ in range(rounds):
-        ceilings.append(in_a_process("ceiling", model=model, precision=precision))
+        ceilings.append(in_a_process("ceiling", model=model, precision=precision, busy=busy))
         for program in programs:
             runs[program].append(
-                in_a_process("measure", program=program, model=model, precision=precision, steps=steps)
+                in_a_process("measure", program=program, model=model, precision=precision, steps=steps, busy=busy)
             )
     fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
     import torch
@@ -262,7 +276,7 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
             f"{row['tokens_per_second'] / fastest:>6.2f} {row['part_of_ceiling']:>10.0%} "
             f"{row['peak_bytes'] / 1e9:>6.2f} GB {row['peak_bytes'] / smallest:>6.2f}"
         )
-    return {"model": model, "precision": precision, "size": vars(size), "rounds": rounds, "steps": steps,
+    return {"model": model, "precision": precision, "size": vars(size), "rounds": rounds, "steps": steps, "busy": busy,
             "ceilings": ceilings, "flops_per_token": flops, "programs": table}  # fmt: skip
 
 
@@ -294,13 +308,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="each program also through torch.compile")
+    parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         function, arguments = json.loads(options.child)
         print(json.dumps({"measure": measure, "ceiling": ceiling}[function](**arguments)))
         return
-    about = machine()
+    about = machine() | ({"threads": 1} if options.busy else {})
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     programs = [*PROGRAMS, *(f"{program}, compiled" for program in PROGRAMS if options.compiled)]
     for model in options.models:
@@ -309,7 +324,7 @@ def main() -> None:
             if precision == "bf16" and not has_bf16():
                 print(f"\n{model}, bf16: not measured, this processor has no bf16 instructions")
                 continue
-            tables.append(compare(model, precision, programs, options.rounds, options.steps))
+            tables.append(compare(model, precision, programs, options.rounds, options.steps, options.busy))
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"training_{model}.json"
         path.write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n", encoding="utf-8")
