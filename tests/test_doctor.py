@@ -88,14 +88,6 @@ def test_a_directory_without_recipes_is_said(tmp_path: Path) -> None:
     assert "none in" in finding.text and finding.fix is not None
 
 
-def test_muon_on_a_processor_without_bf16_is_advised_against(tmp_path: Path) -> None:
-    """torch's Muon orthogonalises in bf16, which some processors do fifty times slower than float32."""
-    (tmp_path / "muon.yaml").write_text(RECIPE + "optimizer: muon\n")
-    for bf16, is_slow in ((1e9, True), (1e11, False)):
-        fix = doctor.judge_recipe(tmp_path / "muon.yaml", torch.device("cpu"), {**SPEEDS, "bfloat16": bf16}).fix
-        assert fix is not None and "--optimizer adamw" in fix if is_slow else fix is None
-
-
 @pytest.mark.parametrize("speed", [1e15, 1.0])
 def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """With steps that take a second for a million operations, however large the part that was tried."""

@@ -9,7 +9,7 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from MyGPT import GPTModel, TrainConfig
-from MyGPT.training.optim import make_optimizers, schedule_factor, set_learning_rate
+from MyGPT.training.optim import Muon, make_optimizers, orthogonalised, schedule_factor, set_learning_rate
 
 
 def oracle_factors(make: Any, **options: Any) -> list[float]:
@@ -78,10 +78,44 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tiny_model: GPTM
     }
 
 
-def test_an_older_torch_without_muon_is_told_apart(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"optimizer=muon needs torch 2\.9"):
-        make_optimizers(tiny_model, TrainConfig(optimizer="muon"))
+def matrices(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    shapes = [(8, 24), (24, 8), (8, 24), (8, 8)]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_muon_is_torchs_but_for_its_bf16() -> None:
+    """Its five steps are in bf16: a direction of length 1 is off by some 2^-8, ten steps of 0.1 by at most ten times that."""
+    ours, theirs = matrices(torch.float32), matrices(torch.float32)
+    optimizers = Muon(ours, 0.1, 0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
+    for step in range(10):
+        gradients = torch.Generator().manual_seed(step)
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=gradients)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 10 * 0.1 * 2**-8
+
+
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths() -> None:
+    """The polynomial of the paper, taken of the singular values by themselves."""
+    for shape in ((3, 6, 10), (3, 10, 6)):
+        stack = torch.randn(shape, dtype=torch.float64)
+        U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+        s = S / S.norm(dim=1, keepdim=True)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        assert (orthogonalised(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
+
+
+def test_a_matrix_without_a_gradient_stays() -> None:
+    still, moved = matrices(torch.float32)[:2]
+    before, moved.grad = still.detach().clone(), torch.ones_like(moved)
+    Muon([still, moved], 0.1, 0.1).step()
+    assert torch.equal(still, before)
 
 
 def test_every_group_keeps_its_own_peak(tiny_model: GPTModel) -> None:

@@ -221,10 +221,7 @@ def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> F
     step, whole = estimate_training(config, training, place, speeds["float32"])
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
-    fix = missing_data(recipe.get("data", "alice"))
-    if training.optimizer == "muon" and speeds["bfloat16"] < speeds["float32"] / 4:
-        fix = "Muon computes in bf16, which is slow here: --optimizer adamw --learning_rate 1e-3 takes less time"
-    return Finding(label, text, fix)
+    return Finding(label, text, missing_data(recipe.get("data", "alice")))
 
 
 def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:

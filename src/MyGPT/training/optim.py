@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from MyGPT.training.config import TrainConfig
@@ -19,16 +19,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}")
         # Muon is for matrices that map activations to activations; embeddings and head stay with AdamW (Jordan, 2024).
         matrices = {name: parameter for name, parameter in named.items() if ".h." in name and parameter.dim() == 2}
         named = {name: parameter for name, parameter in named.items() if name not in matrices}
-        optimizers.append(
-            torch.optim.Muon(
-                matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95
-            )
-        )
+        optimizers.append(Muon(list(matrices.values()), config.muon_learning_rate, config.weight_decay))
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -40,6 +34,49 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are orthogonalised before they are added (Jordan et al., 2024): all directions get the same length.
+
+    Equal to torch.optim.Muon, but that matrices of one shape are orthogonalised together, on a processor in their own
+    precision: torch does it one by one in bf16, which processors without such products take a hundred times as long for.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; matrices without a gradient stay as they are."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            of_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                of_shape.setdefault(matrix.shape, []).append((matrix, matrix.grad.lerp(mean, momentum)))  # Nesterov's
+            for (n_out, n_in), pairs in of_shape.items():
+                directions = orthogonalised(torch.stack([update for _, update in pairs]))
+                for (matrix, _), direction in zip(pairs, directions, strict=True):
+                    matrix.mul_(1 - lr * group["weight_decay"])
+                    matrix.add_(direction, alpha=-lr * math.sqrt(max(1, n_out / n_in)))
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """UVᵀ of each UΣVᵀ in a stack (n, out, in), roughly: five Newton-Schulz steps bring singular values to 0.7 to 1.2."""
+    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    if is_tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
