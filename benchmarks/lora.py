@@ -121,6 +121,7 @@ def compare(directory: str, precision: str, options: argparse.Namespace) -> None
                 command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True
             )
             results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{program}: {results[-1]['seconds']:.2f} s a step", file=sys.stderr)
     pairs = zip(found["MyGPT"][0]["losses"], found["transformers"][0]["losses"], strict=True)
     differences = [abs(ours - theirs) for ours, theirs in pairs]
     print(

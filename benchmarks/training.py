@@ -236,9 +236,9 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
     for _ in range(rounds):
         ceilings.append(in_a_process("ceiling", model=model, precision=precision, busy=busy))
         for program in programs:
-            runs[program].append(
-                in_a_process("measure", program=program, model=model, precision=precision, steps=steps, busy=busy)
-            )
+            run = in_a_process("measure", program=program, model=model, precision=precision, steps=steps, busy=busy)
+            runs[program].append(run)
+            print(f"{program}: {statistics.median(run['seconds']):.3f} s a step", file=sys.stderr)
     fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
     import torch
 
