@@ -243,7 +243,7 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """The k tokens whose embeddings point most nearly the same way as that of id_, itself left out.
+    """The k tokens whose embeddings point most nearly the same way as that of `id_`, itself left out.
 
     Ids (k,) int64 and cosines (k,), the largest first.
     """

@@ -1,13 +1,11 @@
 """A run's state on disk: all that the next step depends on, whole or not there.
 
-    checkpoints/step-000500/weights.safetensors      the parameters that are trained
-                            optimizer.safetensors    what the optimizers remember of each, as parameter/key
-                            state.json               the counters, the random states, the recipe, the versions
-                            manifest.json            length and SHA-256 of the others
-    checkpoints/latest                               the name of the newest
+`checkpoints/step-000500/` has weights.safetensors (the parameters that are trained), optimizer.safetensors (what the
+optimizers remember of each, as parameter/key), state.json (the counters, the random states, the recipe, the versions) and
+manifest.json (length and SHA-256 of the others); `checkpoints/latest` names the newest. There is no pickle in it.
 
-There is no pickle in it. A checkpoint is written beside its place, flushed to the disk and renamed; then `latest` moves;
-then older ones go. A kill at any moment leaves the one before.
+A checkpoint is written beside its place, flushed to the disk and renamed; then `latest` moves; then older ones go. A kill at
+any moment leaves the one before.
 """
 
 from __future__ import annotations
