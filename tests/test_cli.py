@@ -200,7 +200,7 @@ def test_ctrl_c_saves_the_model_and_says_where(tmp_path: Path) -> None:
         (["--schedule", "sine"], ["schedule", "cosine", "sine"]),
         (["--colour", "red"], ["--colour"]),
         (["--config", "{tmp}/wrong.yaml"], ["max_stepz"]),
-        (["--config", "{tmp}/list.yaml"], ["holds no keys", "- 1"]),
+        (["--config", "{tmp}/list.yaml"], ["list.yaml", "holds no keys"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--device", "cuda"], ["'cuda' is not available"]),
         (["--device", "toaster"], ["'toaster' is not available", "cpu"]),
