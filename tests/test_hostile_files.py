@@ -90,7 +90,11 @@ def lines(path: Path, records: list[Any]) -> None:
 
 def use(tokenizer: Any) -> None:
     """What opens must also work: at least on what it can encode."""
-    ids = tokenizer.encode("a b")
+    try:
+        ids = tokenizer.encode("a b")
+    except ValueError as error:
+        assert "not in the vocabulary" in str(error) and not isinstance(tokenizer, BPETokenizer)
+        return
     assert max(ids) < tokenizer.n_vocab
     tokenizer.decode(ids)
     tokenizer.to_json()
@@ -245,10 +249,11 @@ COUNTS: Counter[tuple[str, str]] = Counter()
 @pytest.fixture(scope="module", autouse=True)
 def _counts(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    report = request.config.pluginmanager.getplugin("terminalreporter")
-    for name in READERS if FACTOR > 1 else ():
-        found = {what: n for (reader, what), n in COUNTS.items() if reader == name}
-        report.write_line(f"{name:<36} {sum(found.values()):>8,}  {found}")
+    if FACTOR > 1:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            for name in dict.fromkeys(reader for reader, _ in COUNTS):
+                found = {what: n for (reader, what), n in COUNTS.items() if reader == name}
+                print(f"\n{name:<36} {sum(found.values()):>8,}  {found}", end="")
 
 
 @functools.cache

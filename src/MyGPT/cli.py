@@ -137,10 +137,8 @@ def call(command: Callable[..., Any], options: Any) -> None:
     keywords = {}
     for parameter, kind in _dataclasses_of(command).items():
         if parameter in values:  # behind its name
-            if not isinstance(values[parameter], dict):
-                raise ValueError(
-                    f"{parameter} must have options of its own (--{parameter}.NAME), got {values[parameter]!r}"
-                )
+            if not isinstance(values[parameter], dict):  # lora: null
+                raise ValueError(f"{parameter} must be options with their values, got {values[parameter]!r}")
             keywords[parameter] = kind(**values[parameter])
             continue
         fields = [field.name for field in dataclasses.fields(kind) if field.name in values]

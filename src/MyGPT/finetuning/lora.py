@@ -116,8 +116,14 @@ def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftMode
     _refuse_adapted(model)
     directory = Path(directory)
     config = _read_config(directory)
-    _refuse_tied(model, config)
-    _refuse_misfit(model, config, directory)
+    try:
+        _refuse_tied(model, config)
+        _refuse_misfit(model, config, directory)
+    except Exception as error:  # on a damaged config PEFT fails in any way; the model itself is not touched yet
+        if str(directory) in str(error):
+            raise
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the adapter in {directory} does not fit the model: {problem}") from None
     config.fan_in_fan_out = False  # True for transformers' Conv1D; PEFT would say so in a warning, and do the same
     device = str(model.transformer.wte.weight.device)
     return PeftModel.from_pretrained(model, directory, config=config, torch_device=device)
@@ -256,13 +262,8 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None
             "way round: merge it there, and open the model"
         )
     config.fan_in_fan_out = config.init_lora_weights = False
-    try:
-        with torch.device("meta"):  # of any rank, without its memory
-            adapted = PeftModel(_skeleton(model), config)
-    except Exception as error:  # on a damaged config PEFT fails in any way; the model itself is not touched yet
-        raise ValueError(
-            f"the adapter in {directory} does not fit the model: {type(error).__name__}: {error}"
-        ) from None
+    with torch.device("meta"):  # of any rank, without its memory
+        adapted = PeftModel(_skeleton(model), config)
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     known = {**adapted.state_dict(), **expected}  # PEFT may have saved an embedding with the adapter
     problems = [f"it lacks {name}" for name in expected if name not in found]
