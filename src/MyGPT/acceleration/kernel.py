@@ -95,9 +95,11 @@ class Build:
 
 
 def _give_up(compiler: subprocess.Popen[str], half: Path) -> None:
-    """What is left to do when no one waits for the compiler any more: nothing, if it was waited for."""
+    """What is left to do when no one will wait for the compiler any more; nothing, if it was waited for."""
     compiler.kill()
-    compiler.communicate()
+    compiler.wait()
+    if compiler.stderr is not None:
+        compiler.stderr.close()
     half.unlink(missing_ok=True)
 
 

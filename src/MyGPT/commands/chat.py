@@ -98,10 +98,11 @@ def chat(
 
     build = start_build(device)
     gpt, tokenizer, _ = open_model(model, device, adapter)
+    context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
+    del gpt  # on a processor the fast one has weights of its own
     own = load_template(template) if template else find_template(model, adapter)
     conversation = Conversation(own or TRANSCRIPT, own is None if memory is None else memory, system)
-    context = gpt.config.context_length
     longest = min(200, context // 2) if max_new_tokens is None else max_new_tokens
     room = context - longest
     if room < 1:
