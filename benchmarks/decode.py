@@ -63,7 +63,9 @@ def open_ctranslate2(directory: Path, kind: str) -> Run:
 
     converted, quantization = str(directory / f"ctranslate2-{kind}"), None if kind == "fp32" else kind
     if not Path(converted).exists():
-        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(converted, quantization)
+        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(
+            converted, quantization=quantization
+        )
     threads = torch.get_num_threads()
     generator = ctranslate2.Generator(
         converted, compute_type="float32" if kind == "fp32" else "int8_float32", intra_threads=threads
