@@ -1,9 +1,9 @@
-"""Generation with a GPT-2 of random weights: MyGPT beside those of transformers, CTranslate2, llama.cpp, OpenVINO that are there.
+"""Generation with a GPT-2 of random weights: MyGPT beside transformers, CTranslate2 and llama.cpp, as they are installed.
 
 Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
 Each program has a process of its own, opened once and asked in turn, so that a slow minute of the machine is shared by all.
 A token's time is that of 1 + n tokens less that of one, which is the prompt; memory is the peak beyond what the libraries took.
-Converted models are kept in the directory. llama.cpp is called through llama-cpp-python, OpenVINO through openvino-genai.
+Converted models are kept in the directory. llama.cpp needs llama-cpp-python and gguf.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ PROGRAMS = {
     "llama.cpp f32": "fp32",
     "llama.cpp bf16": "bf16",
     "llama.cpp q8_0": "int8",
-    "OpenVINO fp32": "fp32",
-    "OpenVINO int8": "int8",
 }
-PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
+PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python")
 PROMPT, LONG = 16, 1024
 
 
@@ -57,7 +55,7 @@ def open_program(name: str, directory: Path) -> Run:
         return open_transformers(model, {"fp32": "float32", "bf16": "bfloat16"}[kind])
     if program == "CTranslate2":
         return open_ctranslate2(directory, kind)
-    return open_llama_cpp(directory, kind) if program == "llama.cpp" else open_openvino(directory, kind)
+    return open_llama_cpp(directory, kind)
 
 
 def open_ctranslate2(directory: Path, kind: str) -> Run:
@@ -65,7 +63,9 @@ def open_ctranslate2(directory: Path, kind: str) -> Run:
 
     converted, quantization = str(directory / f"ctranslate2-{kind}"), None if kind == "fp32" else kind
     if not Path(converted).exists():
-        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(converted, quantization)
+        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(
+            converted, quantization=quantization
+        )
     threads = torch.get_num_threads()
     generator = ctranslate2.Generator(
         converted, compute_type="float32" if kind == "fp32" else "int8_float32", intra_threads=threads
@@ -167,36 +167,6 @@ def open_llama_cpp(directory: Path, kind: str) -> Run:
         for i in range(n - 1):
             new.append(forward([[id_] for id_ in new[-1]], ids.shape[1] + i))
         return new
-
-    return run
-
-
-def open_openvino(directory: Path, kind: str) -> Run:
-    import numpy as np
-    import openvino as ov
-    import openvino_genai as genai
-
-    converted = directory / f"openvino-{kind}"
-    if not converted.exists():
-        command = [
-            "optimum-cli",
-            "export",
-            "openvino",
-            "--model",
-            str(directory / "model"),
-            "--task",
-            "text-generation-with-past",
-        ]
-        subprocess.run([*command, "--weight-format", kind, str(converted)], check=True, capture_output=True)
-    threads = torch.get_num_threads()
-    pipeline = genai.LLMPipeline(str(converted), "CPU", INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT="f32")
-    options = genai.GenerationConfig()
-    options.do_sample, options.ignore_eos = False, True
-
-    def run(ids: torch.Tensor, n: int) -> Any:
-        options.max_new_tokens = options.min_new_tokens = n
-        mask = np.ones(tuple(ids.shape), dtype=np.int64)
-        return pipeline.generate(genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(mask)), options)
 
     return run
 

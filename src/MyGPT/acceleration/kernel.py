@@ -95,7 +95,7 @@ class Build:
 
 
 def _give_up(compiler: subprocess.Popen[str], half: Path) -> None:
-    """What is left to do when no one waits for the compiler any more: nothing, if it was waited for."""
+    """What is left to do when no one will wait for the compiler any more; nothing, if it was waited for."""
     compiler.kill()
     compiler.wait()
     if compiler.stderr is not None:

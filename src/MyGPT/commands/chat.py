@@ -101,11 +101,12 @@ def chat(
 
     build = start_build(device)
     gpt, tokenizer, _ = open_model(model, device, adapter)
+    context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
+    del gpt  # on a processor the fast one has weights of its own
     own = load_template(template) if template else find_template(model, adapter)
     asked_by = own or TRANSCRIPT
     conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
-    context = gpt.config.context_length
     longest = min(200, context // 2) if max_new_tokens is None else max_new_tokens
     room = context - longest
     if room < 1:

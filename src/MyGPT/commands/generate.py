@@ -59,6 +59,7 @@ def generate(
             f"last {context} tokens only with --slide true"
         )
     fast = make_fast(gpt, precision, lookup, build)
+    del gpt  # on a processor the fast one has weights of its own
     for i in range(n_samples):
         if i:
             print("\n---")
