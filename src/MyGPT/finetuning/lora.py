@@ -223,12 +223,23 @@ def _read_config(directory: Path) -> LoraConfig:
     return config
 
 
+_OPTIONS = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
+    layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type peft_version r
+    rank_pattern revision target_modules task_type use_dora use_rslora""".split()
+)
+
+
 def _harm_in(config: LoraConfig) -> str | None:
-    """What PEFT would do at the word of a file that nobody has looked at, and should not."""
-    if config.megatron_config is not None:
-        return "megatron_config makes PEFT import, and so run, the module that the file names"
-    if config.layer_replication is not None:
-        return "layer_replication makes as many layers as the file asks for"
+    """What PEFT would do at the word of a file that nobody has looked at, and should not.
+
+    Of its many options some import, and so run, the module that the file names (megatron_core), or copy layers as often as
+    it says (layer_replication): only those are opened that are known here. PEFT itself opens the others.
+    """
+    for field in dataclasses.fields(config):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name not in _OPTIONS and getattr(config, field.name) not in (default, None, False):
+            return f"{field.name}={getattr(config, field.name)!r} is none of the options {', '.join(sorted(_OPTIONS))}"
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
         return f"init_lora_weights is {init!r}, it may be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
