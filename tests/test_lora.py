@@ -294,7 +294,7 @@ def test_a_saved_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_of_another_kind_than_lora_is_refused(tmp_path: Path) -> None:
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"])
     get_peft_model(base(), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="an adapter with IA3Config, only LoraConfig can be opened"):
+    with pytest.raises(ValueError, match="of the kind 'IA3', only 'LORA' can be opened"):
         open_adapter(base(), tmp_path)
 
 

@@ -205,41 +205,41 @@ def _refuse_tied(model: GPTModel, config: Any) -> None:
 
 
 def _read_config(directory: Path) -> LoraConfig:
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     path = directory / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {directory}: it has no {path.name}")
     try:
-        read_json(path)  # is bounded, which PEFT's reading is not
-        config = PeftConfig.from_pretrained(str(directory))
+        described = read_json(path)
+        if described.get("peft_type") != "LORA":
+            raise ValueError(f"it is of the kind {described.get('peft_type')!r}, only 'LORA' can be opened")
+        for field in dataclasses.fields(LoraConfig):
+            value = described.get(field.name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.name not in _OPTIONS and value not in (None, False, default):
+                raise ValueError(f"the option {field.name} is none of {', '.join(sorted(_OPTIONS))}")
+        config: LoraConfig = LoraConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"{path} does not describe an adapter: {type(error).__name__}: {error}") from None
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{path} is of an adapter with {type(config).__name__}, only LoraConfig can be opened")
-    problem = _harm_in(config)
-    if problem:
-        raise ValueError(f"{path} is not opened: {problem}")
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} does not describe an adapter that can be opened: {problem}") from None
+    harm = _harm_in(config)
+    if harm:
+        raise ValueError(f"{path} is not opened: {harm}")
     return config
 
 
+# Of PEFT's many options some import, and so run, the module that a file names (megatron_core), copy layers as often as it says
+# (layer_replication), or never end on what it says: only those are opened that are known. PEFT itself opens the others.
 _OPTIONS = frozenset(
     """alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
     layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type peft_version r
-    rank_pattern revision target_modules task_type use_dora use_rslora""".split()
+    rank_pattern revision runtime_config target_modules task_type use_dora use_rslora""".split()
 )
 
 
 def _harm_in(config: LoraConfig) -> str | None:
-    """What PEFT would do at the word of a file that nobody has looked at, and should not.
-
-    Of its many options some import, and so run, the module that the file names (megatron_core), or copy layers as often as
-    it says (layer_replication): only those are opened that are known here. PEFT itself opens the others.
-    """
-    for field in dataclasses.fields(config):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if field.name not in _OPTIONS and getattr(config, field.name) not in (default, None, False):
-            return f"{field.name}={getattr(config, field.name)!r} is none of the options {', '.join(sorted(_OPTIONS))}"
+    """What PEFT would do at the word of a file that nobody has looked at, and should not."""
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
         return f"init_lora_weights is {init!r}, it may be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
@@ -249,8 +249,11 @@ def _harm_in(config: LoraConfig) -> str | None:
         if not isinstance(getattr(config, name) or {}, dict):
             return f"{name} must be an object, got {getattr(config, name)!r}"
     expressions: list[Any] = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
-    for matched in (config.target_modules, config.exclude_modules, config.layers_pattern):
-        expressions += [matched] if isinstance(matched, str) else matched or []
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        named = getattr(config, name) or []
+        if not isinstance(named, (str, list, set)):
+            return f"{name} must be a text or a list of texts, got {named!r}"
+        expressions += [named] if isinstance(named, str) else named
     for expression in expressions:
         # Repeats within repeats, or many choices, keep Python's matching busy for ever.
         quantifiers, groups = re.findall(r"[*+?{]+", str(expression)), str(expression).count("(")
