@@ -1,9 +1,10 @@
-"""Generation with a GPT-2 of random weights: MyGPT beside transformers, CTranslate2 and llama.cpp, as they are installed.
+"""Generation with a GPT-2 of random weights: MyGPT beside transformers, CTranslate2, llama.cpp and OpenVINO, as they are installed.
 
 Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
 Each program has a process of its own, opened once and asked in turn, so that a slow minute of the machine is shared by all.
 A token's time is that of 1 + n tokens less that of one, which is the prompt; memory is the peak beyond what the libraries took.
-Converted models are kept in the directory. llama.cpp needs llama-cpp-python and gguf.
+Converted models are kept in the directory. llama.cpp needs llama-cpp-python and gguf; OpenVINO needs openvino-genai, and once
+optimum-cli of optimum-intel[openvino], which wants an older transformers than ours: --optimum names it in another environment.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ PROGRAMS = {
     "llama.cpp f32": "fp32",
     "llama.cpp bf16": "bf16",
     "llama.cpp q8_0": "int8",
+    "OpenVINO fp32": "fp32",
+    "OpenVINO fp16": "bf16",
+    "OpenVINO int8": "int8",
 }
-PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python")
+PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
 PROMPT, LONG = 16, 1024
 
 
@@ -55,17 +59,17 @@ def open_program(name: str, directory: Path) -> Run:
         return open_transformers(model, {"fp32": "float32", "bf16": "bfloat16"}[kind])
     if program == "CTranslate2":
         return open_ctranslate2(directory, kind)
+    if program == "OpenVINO":
+        return open_openvino(directory, kind)
     return open_llama_cpp(directory, kind)
 
 
 def open_ctranslate2(directory: Path, kind: str) -> Run:
     import ctranslate2
 
-    converted, quantization = str(directory / f"ctranslate2-{kind}"), None if kind == "fp32" else kind
+    converted = str(directory / "ctranslate2")  # float32; int8 is made of it when it is opened
     if not Path(converted).exists():
-        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(
-            converted, quantization=quantization
-        )
+        ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(converted)
     threads = torch.get_num_threads()
     generator = ctranslate2.Generator(
         converted, compute_type="float32" if kind == "fp32" else "int8_float32", intra_threads=threads
@@ -171,6 +175,36 @@ def open_llama_cpp(directory: Path, kind: str) -> Run:
     return run
 
 
+def open_openvino(directory: Path, kind: str) -> Run:
+    import openvino
+    import openvino_genai as genai
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if kind == "fp32" else {}
+    converted = directory / f"openvino-{kind}"
+    if not converted.exists():
+        raise RuntimeError(f"{converted} is missing: optimum-cli makes it, see --optimum")
+    pipeline = genai.LLMPipeline(str(converted), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads(), **exact)
+
+    def run(ids: torch.Tensor, n: int) -> Any:
+        options = genai.GenerationConfig(max_new_tokens=n, min_new_tokens=n, ignore_eos=True, do_sample=False)
+        mask = openvino.Tensor(torch.ones_like(ids).numpy())
+        result = pipeline.generate(genai.TokenizedInputs(openvino.Tensor(ids.numpy()), mask), options)
+        assert all(len(tokens) == n for tokens in result.tokens)
+        return result
+
+    return run
+
+
+def export_openvino(program: str, directory: Path) -> None:
+    """The model as OpenVINO's, in its three precisions."""
+    for kind in ("fp32", "fp16", "int8"):
+        converted = directory / f"openvino-{kind}"
+        if not converted.exists():
+            command = [program, "export", "openvino", "--model", str(directory / "model"), str(converted)]
+            command += ["--task", "text-generation-with-past", "--weight-format", kind]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
 def serve(name: str, directory: Path, n: int) -> None:
     """Opens a program, then measures whenever a line asks for one: tokens for a batch of that size, or the long prompt."""
     with Peak() as peak:
@@ -190,7 +224,7 @@ def serve(name: str, directory: Path, n: int) -> None:
                 start = time.perf_counter()
                 run(long, 1)
                 seconds = time.perf_counter() - start
-            print(json.dumps([seconds, peak.most - peak.before]), flush=True)
+            print(json.dumps([seconds, peak.n_bytes]), flush=True)
 
 
 class Child:
@@ -223,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--directory", type=Path, default=Path("bench-models"))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
+    parser.add_argument("--optimum", help="optimum-cli, to make OpenVINO's models with")
     parser.add_argument("--convert_only", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="print the table of a run's --out, measure nothing")
@@ -237,6 +272,8 @@ def main() -> None:
     if not (options.directory / "model").exists():
         torch.manual_seed(1)
         GPTModel(GPT2_CONFIGS[options.size]).save_pretrained(options.directory / "model", get_tokenizer("gpt2"))
+    if options.optimum:
+        export_openvino(options.optimum, options.directory)
     children = {}
     for name in options.programs:
         try:
