@@ -1,4 +1,4 @@
-"""Generation with a GPT-2 of random weights: MyGPT beside transformers, CTranslate2, llama.cpp and OpenVINO, as they are installed.
+"""Generation with a GPT-2 of random weights: MyGPT, transformers, CTranslate2, llama.cpp and OpenVINO, as they are installed.
 
 Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
 Each program has a process of its own, opened once and asked in turn, so that a slow minute of the machine is shared by all.

@@ -101,15 +101,18 @@ def narrowed(model: GPTModel, precision: str) -> GPTModel:
 @needs_compiler
 @configs
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_narrow_weights_are_rounded_and_nothing_else_is(name: str, precision: Any) -> None:
+def test_narrow_weights_are_rounded_and_little_else_is(name: str, precision: Any) -> None:
     model = make_model(**CONFIGS[name])
     ids, mask = ragged(model)
     with torch.no_grad():
         exact = narrowed(model, precision)(ids, attention_mask=mask)
-        plain = error(model(ids, attention_mask=mask), copy.deepcopy(model).double()(ids, attention_mask=mask), mask)
+        unrounded = copy.deepcopy(model).double()(ids, attention_mask=mask)
+        plain = error(model(ids, attention_mask=mask), unrounded, mask)
+    # int8 weights meet activations of 16 bits, whose steps are 256 times as fine as theirs: so is what they change (0.3 to 1.2).
+    bound = 3 * plain if precision == "bf16" else error(exact, unrounded, mask) / 128
     fast = accelerate(model, precision, compiled=True)
     for lengths in ((9,), (4, 1, 3, 1)):
-        assert error(in_pieces(fast, ids, mask, *lengths), exact, mask) < 3 * plain
+        assert error(in_pieces(fast, ids, mask, *lengths), exact, mask) < bound
 
 
 @configs
@@ -247,6 +250,9 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, h
     bound = (
         (128 + K / 128 + 4) * 2**-24 * F.linear(x.abs().double(), used.abs(), bias.abs().double() if has_bias else None)
     )
+    if precision == "int8":  # activations are off by half of what 1 means: a block's largest is 32,767
+        half = torch.cat([block.abs().amax(1, keepdim=True).expand_as(block) / 65534 for block in x.split(128, 1)], 1)
+        bound += F.linear(half.double(), used.abs())
     assert ((linear(x) - exact).abs() <= bound).all()
     onto = torch.randn(M, N)
     before = onto.clone()

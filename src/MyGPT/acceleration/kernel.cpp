@@ -3,14 +3,22 @@
 // B sequences of T new tokens each, M = B T rows, C width, H heads, D = C / H, S tokens seen. All threads go through one
 // step together; each `omp for` is a stage that they share, with a barrier at its end.
 //
-// A matrix (N, K) lies in panels of P outputs: (N / P, K, P). A panel is read from its first byte to its last, which is the
-// order that memory is fastest in, and P is three vector registers, so that no sum ever crosses lanes. Every output is
-// summed in the same order whatever M is: a row's result does not depend on the rows beside it.
+// A matrix (N, K) lies in panels of P outputs: (N / P, K, P), narrow weights as (N / P, K / 2, P, 2), two that follow each other
+// in K together. A panel is read from its first byte to its last, which is the order that memory is fastest in, and P is three
+// vector registers, so that no sum ever crosses lanes. Every output is summed in the same order whatever M is: a row's result
+// does not depend on the rows beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 // GCC would rather load the weights again for each row.
@@ -19,12 +27,13 @@
 #define IN_REGISTERS(a, b, c)
 #endif
 
+// So many rows at a time that their sums stay in registers, three for each; int8 products pass through one more.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // 32 registers: 24 sums, 3 weights
+constexpr int LANES = 16, ROWS = 8, INT_ROWS = 8;  // of 32 registers
 #elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 4;   // 16 registers: 12 sums, 3 weights
+constexpr int LANES = 8, ROWS = 4, INT_ROWS = 3;   // of 16
 #else
-constexpr int LANES = 4, ROWS = 4;
+constexpr int LANES = 4, ROWS = 4, INT_ROWS = 4;
 #endif
 constexpr int P = 3 * LANES;
 constexpr int K_BLOCK = 128;    // this many products are summed apart: more accurate, and the weights stay in L1 for all rows
@@ -33,35 +42,52 @@ constexpr int AHEAD = 6144;     // bytes: about what arrives while memory answer
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 struct bf16 { uint16_t high; };  // the upper half of a float
 struct int8 { int8_t value; };
+template <class W> constexpr int TOGETHER = sizeof(W) == 4 ? 1 : 2;
 
-inline vec load(const float* w) {
-    vec v;
-    std::memcpy(&v, w, sizeof v);
+template <class V, class T> inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
     return v;
 }
-#if defined(__AVX512F__)
-inline vec load(const bf16* w) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)w)), 16); }
-inline vec load(const int8* w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((__m128i*)w))); }
-#elif defined(__AVX2__)
-inline vec load(const bf16* w) { return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((__m128i*)w)), 16); }
-inline vec load(const int8* w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i*)w))); }
+// A vector of the weights that are multiplied with number k of a row, k even, or the one after it.
+inline vec weights(const float* panel, int k, bool after, int i) { return load<vec>(panel + (k + after) * P + i * LANES); }
+inline vec weights(const bf16* panel, int k, bool after, int i) {
+    bits pairs = load<bits>(panel + k * P + i * 2 * LANES);
+    return (vec)(after ? pairs & 0xffff0000u : pairs << 16);
+}
+#if defined(__AVX512BW__)
+inline shorts widen(const int8* w) { return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((__m256i*)w)); }
+inline ints dot(ints sum, shorts w, int32_t x) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 #else
-inline vec load(const bf16* w) {
-    bits b;
-    for (int i = 0; i < LANES; i++) b[i] = (uint32_t)w[i].high << 16;
-    return (vec)b;
+    return sum + (ints)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
+#endif
 }
-inline vec load(const int8* w) {
-    vec v;
-    for (int i = 0; i < LANES; i++) v[i] = w[i].value;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline shorts widen(const int8* w) { return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((__m128i*)w)); }
+inline ints dot(ints sum, shorts w, int32_t x) {
+    return sum + (ints)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
+}
+#else
+inline shorts widen(const int8* w) {
+    shorts v;
+    for (int i = 0; i < 2 * LANES; i++) v[i] = w[i].value;
     return v;
+}
+// Sums of two products each: of pairs of weights and of the two halves of x.
+inline ints dot(ints sum, shorts w, int32_t x) {
+    for (int i = 0; i < LANES; i++) sum[i] += w[2 * i] * (int16_t)x + w[2 * i + 1] * (x >> 16);
+    return sum;
 }
 #endif
 
 struct Linear {
-    const void* weight;  // (N / P, K, P) of float, bf16 or int8
+    const void* weight;  // panels of float, bf16 or int8
     const float* scale;  // (N) or null: what an int8 weight of 1 means
     const float* bias;   // (N) or null
     int32_t N, K;
@@ -69,6 +95,7 @@ struct Linear {
 struct Norm { const float *weight, *bias; };
 struct Block { Norm ln_1, ln_2; Linear c_attn, attn_proj, c_fc, mlp_proj; };
 struct Model {
+    const float *wte, *wpe;  // (V, C), null if the head's weights are the embedding; (context, C)
     const Block* blocks;
     Norm ln_f;
     Linear head;
@@ -92,63 +119,172 @@ inline float exact_gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.7071067
 // sums (R, P) += x (R, K) panel (K, P), in BLOCKS blocks of K at the same time, each summed apart and added in its turn.
 template <int R, int BLOCKS, class W> void multiply(const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
     vec sum[BLOCKS][R][3] = {};
-    for (int k = 0; k < K; k++)
+    auto add = [&](int k, bool after) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int b = 0; b < BLOCKS; b++) {
-            const W* from = panel + (int64_t)(b * K + k) * P;
-            vec w[3] = {load(from), load(from + LANES), load(from + 2 * LANES)};
-            if (sizeof(W) < 4) __builtin_prefetch((const char*)from + AHEAD);  // floats come in time by themselves
+            const W* block = panel + (int64_t)b * K * P;
+            vec w[3] = {weights(block, k, after, 0), weights(block, k, after, 1), weights(block, k, after, 2)};
+            const char* later = (const char*)(block + (k + after) * P) + AHEAD;
+            if (sizeof(W) < 4 || R > 1) __builtin_prefetch(later);  // for one row floats come in time by themselves
+            if (sizeof(W) == 4 && R > 1) __builtin_prefetch(later + 64);
             IN_REGISTERS(w[0], w[1], w[2]);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-                for (int i = 0; i < 3; i++) sum[b][r][i] += w[i] * x[r * x_stride + b * K + k];
+                for (int i = 0; i < 3; i++) sum[b][r][i] += w[i] * x[r * x_stride + b * K + k + after];
         }
+    };
+    int k = 0;
+    if (TOGETHER<W> == 2)
+        for (; k + 2 <= K; k += 2) add(k, false), add(k, true);
+    for (; k < K; k++) add(k, false);
 #pragma GCC unroll 2
     for (int b = 0; b < BLOCKS; b++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
             for (int i = 0; i < 3; i++) {
-                vec total = load(sums + r * P + i * LANES) + sum[b][r][i];
+                vec total = load<vec>(sums + r * P + i * LANES) + sum[b][r][i];
                 std::memcpy(sums + r * P + i * LANES, &total, sizeof total);
             }
 }
-// The same for n of at most R rows.
-template <int R, class W> void multiply_rows(int n, const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
+// The same for int8 weights and rows of 16-bit numbers, each a multiple of its row's scale. No sum of 128 overflows.
+template <int R> void multiply_int(const int8* panel, const int16_t* x, int64_t x_stride, int K, const float* scale,
+                                   int64_t scale_stride, float* sums) {
+    ints sum[R][3] = {};
+    for (int k = 0; k < K; k += 2, panel += 2 * P) {
+        shorts w[3] = {widen(panel), widen(panel + 2 * LANES), widen(panel + 4 * LANES)};
+        __builtin_prefetch((const char*)panel + AHEAD);
+        IN_REGISTERS(w[0], w[1], w[2]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const int32_t pair = load<int32_t>(x + r * x_stride + k);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; i++) sum[r][i] = dot(sum[r][i], w[i], pair);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; i++) {
+            vec total = load<vec>(sums + r * P + i * LANES) + __builtin_convertvector(sum[r][i], vec) * scale[r * scale_stride];
+            std::memcpy(sums + r * P + i * LANES, &total, sizeof total);
+        }
+}
+
+// What is multiplied with the weights of a block of K: rows of floats, or for int8 weights of 16-bit numbers.
+template <class W> struct Rows {
+    const float* x;
+    int64_t stride;
+    Rows(const float* x, int, int K) : x(x), stride(K) {}
+
+    template <int R> void times(int row, const W* block, int k, int K, float* sums) const {
+        multiply<R, 1>(block, x + row * stride + k, stride, K, sums);
+    }
+};
+template <> struct Rows<int8> {
+    int64_t stride, n_blocks;
+    int16_t* x;
+    float* scale;  // what a 1 of each row means in each block
+
+    Rows(const float* from, int n, int K) : stride((K + 1) / 2 * 2), n_blocks((K + K_BLOCK - 1) / K_BLOCK) {
+        static thread_local std::vector<int16_t> numbers;
+        static thread_local std::vector<float> scales;
+        numbers.resize(std::max<size_t>(numbers.size(), n * stride));
+        scales.resize(std::max<size_t>(scales.size(), n * n_blocks));
+        x = numbers.data(), scale = scales.data();
+        for (int row = 0; row < n; row++, from += K) {
+            for (int b = 0; b < n_blocks; b++) {
+                const int first = b * K_BLOCK, end = std::min(K, first + K_BLOCK);
+                float largest = 0;
+#pragma omp simd reduction(max : largest)
+                for (int k = first; k < end; k++) largest = std::max(largest, std::fabs(from[k]));
+                const float one = largest > 0 ? 32767 / largest : 0;
+                for (int k = first; k < end; k++) x[row * stride + k] = (int16_t)(int32_t)std::nearbyint(from[k] * one);
+                scale[row * n_blocks + b] = largest / 32767;
+            }
+            if (K % 2) x[row * stride + K] = 0;
+        }
+    }
+    template <int R> void times(int row, const int8* block, int k, int K, float* sums) const {
+        multiply_int<R>(block, x + row * stride + k, stride, K, scale + row * n_blocks + k / K_BLOCK, n_blocks, sums);
+    }
+};
+// The product of n rows, at most R, from `row` on.
+template <int R, class W> void times(const Rows<W>& rows, int n, int row, const W* block, int k, int K, float* sums) {
     if constexpr (R > 1)
-        if (n < R) return multiply_rows<R - 1>(n, panel, x, x_stride, K, sums);
-    multiply<R, 1>(panel, x, x_stride, K, sums);
+        if (n < R) return times<R - 1>(rows, n, row, block, k, K, sums);
+    rows.template times<R>(row, block, k, K, sums);
+}
+// sums (n, P) += the n rows times a panel.
+template <class W> void multiply_panel(const Rows<W>& rows, int n, const float* x, const W* panel, int K, float* sums) {
+    int k = 0;
+    if constexpr (!std::is_same_v<W, int8>)
+        if (n == 1)  // whose three sums alone would wait for each other
+            for (; k + 2 * K_BLOCK <= K; k += 2 * K_BLOCK) multiply<1, 2>(panel + k * P, x + k, K, K_BLOCK, sums);
+    for (; k < K; k += K_BLOCK) {
+        const int length = std::min(K_BLOCK, K - k);
+        if constexpr (std::is_same_v<W, bf16>)
+            if (n > ROWS) {  // widened once for all of them
+                alignas(64) float block[K_BLOCK * P];
+                for (int j = 0; j < length; j++) {
+                    for (int i = 0; i < 3; i++) {
+                        vec w = weights(panel + k * P, j / 2 * 2, j % 2, i);
+                        std::memcpy(block + j * P + i * LANES, &w, sizeof w);
+                    }
+                    __builtin_prefetch((const char*)(panel + (k + j) * P) + AHEAD);
+                }
+                for (int r = 0; r < n; r += ROWS)
+                    times<ROWS>(Rows<float>(x, n, K), std::min(ROWS, n - r), r, block, k, length, sums + r * P);
+                continue;
+            }
+        constexpr int R = std::is_same_v<W, int8> ? INT_ROWS : ROWS;
+        for (int r = 0; r < n; r += R)
+            times<R>(rows, std::min(R, n - r), r, panel + (int64_t)k * P, k, length, sums + r * P);
+    }
 }
 
 // y (M, N) = x (M, K) weightᵀ + bias, then what `then` says. Each thread takes panels that lie one after the other.
 template <class W> void linear(const Linear& l, const float* x, int M, float* y, Then then) {
     const int n_panels = (l.N + P - 1) / P, n_row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
-#pragma omp for schedule(static)
-    for (int unit = 0; unit < n_panels * n_row_blocks; unit++) {
-        const int first = unit % n_panels * P, row = unit / n_panels * ROW_BLOCK, n_rows = std::min(ROW_BLOCK, M - row);
-        const W* panel = (const W*)l.weight + (int64_t)first * l.K;
-        float sums[ROW_BLOCK * P];
-        std::fill(sums, sums + n_rows * P, 0.0f);
-        int k = 0;
-        if (n_rows == 1)  // whose three sums alone would wait for each other
-            for (; k + 2 * K_BLOCK <= l.K; k += 2 * K_BLOCK)
-                multiply<1, 2>(panel + k * P, x + (int64_t)row * l.K + k, l.K, K_BLOCK, sums);
-        for (; k < l.K; k += K_BLOCK)
-            for (int r = 0; r < n_rows; r += ROWS)
-                multiply_rows<ROWS>(std::min(ROWS, n_rows - r), panel + k * P, x + (int64_t)(row + r) * l.K + k, l.K,
-                                    std::min(K_BLOCK, l.K - k), sums + r * P);
-        const int width = std::min(P, l.N - first);
-        for (int r = 0; r < n_rows; r++) {
-            float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;
-            if (l.scale) for (int i = 0; i < width; i++) sum[i] *= l.scale[first + i];
-            if (l.bias) for (int i = 0; i < width; i++) sum[i] += l.bias[first + i];
-            if (then == ADD) for (int i = 0; i < width; i++) to[i] += sum[i];
-            else if (then == GELU) for (int i = 0; i < width; i++) to[i] = gelu(sum[i]);
-            else if (then == EXACT_GELU) for (int i = 0; i < width; i++) to[i] = exact_gelu(sum[i]);
-            else std::copy(sum, sum + width, to);
+    const int64_t panel_size = (int64_t)(l.K + TOGETHER<W> - 1) / TOGETHER<W> * TOGETHER<W> * P;
+    const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), n_units = n_panels * n_row_blocks;
+    int unit = (int64_t)n_units * thread / n_threads;
+    const int last = (int64_t)n_units * (thread + 1) / n_threads;
+    while (unit < last) {
+        const int row = unit / n_panels * ROW_BLOCK, n_rows = std::min(ROW_BLOCK, M - row);
+        const Rows<W> rows(x + (int64_t)row * l.K, n_rows, l.K);
+        for (const int end = std::min(last, (unit / n_panels + 1) * n_panels); unit < end; unit++) {
+            const int first = unit % n_panels * P, width = std::min(P, l.N - first);
+            const W* panel = (const W*)l.weight + unit % n_panels * panel_size;
+            float sums[ROW_BLOCK * P];
+            std::fill(sums, sums + n_rows * P, 0.0f);
+            multiply_panel(rows, n_rows, x + (int64_t)row * l.K, panel, l.K, sums);
+            for (int r = 0; r < n_rows; r++) {
+                float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;
+                if (l.scale) for (int i = 0; i < width; i++) sum[i] *= l.scale[first + i];
+                if (l.bias) for (int i = 0; i < width; i++) sum[i] += l.bias[first + i];
+                if (then == ADD) for (int i = 0; i < width; i++) to[i] += sum[i];
+                else if (then == GELU) for (int i = 0; i < width; i++) to[i] = gelu(sum[i]);
+                else if (then == EXACT_GELU) for (int i = 0; i < width; i++) to[i] = exact_gelu(sum[i]);
+                else std::copy(sum, sum + width, to);
+            }
         }
     }
+#pragma omp barrier
+}
+
+inline float widened(float w) { return w; }
+inline float widened(bf16 w) { return __builtin_bit_cast(float, (uint32_t)w.high << 16); }
+inline float widened(int8 w) { return w.value; }
+// Where weight (n, k) lies among the panels.
+template <class W> int64_t place(const Linear& l, int n, int k) {
+    constexpr int T = TOGETHER<W>;
+    return ((int64_t)(n / P) * ((l.K + T - 1) / T) + k / T) * T * P + n % P * T + k % T;
+}
+// Row n of a matrix, y (K).
+template <class W> void row_of(const Linear& l, int n, float* y) {
+    for (int k = 0; k < l.K; k++) y[k] = widened(((const W*)l.weight)[place<W>(l, n, k)]) * (l.scale ? l.scale[n] : 1);
 }
 
 // The last n of each sequence's T rows of x, normalised: y (B n, C).
@@ -193,13 +329,21 @@ void attend(const float* qkv, int T, int C, int D, int first, int past, float* k
     }
 }
 
-template <class W> void forward(const Model& model, float* x, int B, int T, int past, int length, const int32_t* first,
+template <class W> void forward(const Model& model, const int64_t* ids, int B, int T, int past, int length, const int32_t* first,
                                 float* cache, int n_logits, float* logits, float* scratch) {
     const int C = model.head.K, H = model.n_heads, D = C / H, M = B * T;
-    float *h = scratch, *wide = scratch + (int64_t)M * C;  // (M, C) and (M, 4 C)
+    float *x = scratch, *h = x + (int64_t)M * C, *wide = h + (int64_t)M * C;  // (M, C), (M, C) and (M, 4 C)
     const int64_t one = (int64_t)length * D;               // keys or values of a head, (length, D)
 #pragma omp parallel
     {
+#pragma omp for
+        for (int row = 0; row < M; row++) {
+            float* to = x + (int64_t)row * C;
+            if (model.wte) std::copy_n(model.wte + ids[row] * C, C, to);
+            else row_of<W>(model.head, ids[row], to);
+            const float* position = model.wpe + (int64_t)std::max(0, past + row % T - first[row / T]) * C;
+            for (int c = 0; c < C; c++) to[c] += position[c];
+        }
         for (int layer = 0; layer < model.n_layers; layer++) {
             const Block& block = model.blocks[layer];
             float *keys = cache + layer * 2 * B * H * one, *values = keys + B * H * one;
@@ -228,31 +372,38 @@ inline void narrow(float w, float, bf16& to) {
 }
 inline void narrow(float w, float scale, int8& to) { to.value = (int8_t)std::nearbyint(w / scale); }
 
-// weight (N, K) to panels.
-template <class W> void pack(const float* weight, const float* scale, int N, int K, W* panels) {
+// weight (N, K) to panels; what is left over in the last ones is 0.
+template <class W> void pack(const float* weight, const Linear& l, W* panels) {
+    constexpr int T = TOGETHER<W>;
 #pragma omp parallel for schedule(dynamic)
-    for (int n = 0; n < (N + P - 1) / P * P; n += P)
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < P; i++) {
-                W& to = panels[((int64_t)n * K) + k * P + i];
-                if (n + i < N) narrow(weight[(int64_t)(n + i) * K + k], scale ? scale[n + i] : 1, to);
+    for (int panel = 0; panel < (l.N + P - 1) / P; panel++)
+        for (int k = 0; k < (l.K + T - 1) / T * T; k++)
+            for (int n = panel * P; n < (panel + 1) * P; n++) {
+                W& to = panels[place<W>(l, n, k)];
+                if (n < l.N && k < l.K) narrow(weight[(int64_t)n * l.K + k], l.scale ? l.scale[n] : 1, to);
                 else to = W{};
             }
 }
 
 extern "C" int32_t gpt2_panel() { return P; }
 
-extern "C" void gpt2_pack(const float* weight, const float* scale, int32_t weight_bytes, int32_t N, int32_t K, void* to) {
-    if (weight_bytes == 4) pack(weight, scale, N, K, (float*)to);
-    else if (weight_bytes == 2) pack(weight, scale, N, K, (bf16*)to);
-    else pack(weight, scale, N, K, (int8*)to);
+extern "C" void gpt2_pack(const float* weight, const Linear* l, int32_t weight_bytes) {
+    if (weight_bytes == 4) pack(weight, *l, (float*)l->weight);
+    else if (weight_bytes == 2) pack(weight, *l, (bf16*)l->weight);
+    else pack(weight, *l, (int8*)l->weight);
 }
 
-// x (B, T, C), embeddings, is used up; first (B) is where each sequence begins, after its padding; logits (B, n_logits, V).
-extern "C" void gpt2_forward(const Model* model, float* x, int32_t B, int32_t T, int32_t past, int32_t length,
+// Rows of a matrix for n ids: y (n, K).
+extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* ids, int32_t n, float* y) {
+    auto row = weight_bytes == 4 ? row_of<float> : weight_bytes == 2 ? row_of<bf16> : row_of<int8>;
+    for (int i = 0; i < n; i++) row(*l, ids[i], y + (int64_t)i * l->K);
+}
+
+// ids (B, T); first (B) is where each sequence begins, after its padding; logits (B, n_logits, V); scratch 6 B T C.
+extern "C" void gpt2_forward(const Model* model, const int64_t* ids, int32_t B, int32_t T, int32_t past, int32_t length,
                              const int32_t* first, float* cache, int32_t n_logits, float* logits, float* scratch) {
     auto run = model->weight_bytes == 4 ? forward<float> : model->weight_bytes == 2 ? forward<bf16> : forward<int8>;
-    run(*model, x, B, T, past, length, first, cache, n_logits, logits, scratch);
+    run(*model, ids, B, T, past, length, first, cache, n_logits, logits, scratch);
 }
 
 extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* x, int32_t M, float* y, int32_t then) {

@@ -56,6 +56,7 @@ class Block(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("wte", "wpe")),
         ("blocks", ctypes.POINTER(Block)),
         ("ln_f", Norm),
         ("head", Linear),
@@ -127,26 +128,29 @@ class Kernel:
         self.panel: int = library.gpt2_panel()
         """Outputs of a panel, P in kernel.cpp."""
 
-    def pack(self, weight: Tensor, scale: Tensor | None, packed: Tensor) -> None:
-        """weight (N, K) into panels, `packed` (N / P, K, P), divided by scale (N) if packed is int8."""
-        N, K = weight.shape
-        self._library.gpt2_pack(address(weight), address(scale), packed.element_size(), N, K, address(packed))
+    def pack(self, weight: Tensor, linear: Linear, weight_bytes: int) -> None:
+        """weight (N, K) into the matrix's panels, divided by its scale."""
+        self._library.gpt2_pack(address(weight), ctypes.byref(linear), weight_bytes)
+
+    def rows(self, linear: Linear, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
+        """The matrix's rows for int64 ids, into y (*ids.shape, K)."""
+        self._library.gpt2_rows(ctypes.byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
 
     def linear(self, linear: Linear, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
         """x (M, K) through a matrix into y (M, N)."""
         self._library.gpt2_linear(ctypes.byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
     def forward(
-        self, model: Model, x: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
+        self, model: Model, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
     ) -> None:
-        """Embeddings x (B, T, C), which are used up, to logits (B, n, V) of the last n tokens.
+        """ids (B, T) int64, each in the vocabulary, to logits (B, n, V) of the last n tokens.
 
         cache (n_layers, 2, B, H, length, D) holds `past` tokens and gets T more; first (B) int32 tells where each
-        sequence begins after its padding; scratch has room for 5 B T C numbers.
+        sequence begins after its padding; scratch has room for 6 B T C numbers.
         """
-        B, T, _ = x.shape
+        B, T = ids.shape
         self._library.gpt2_forward(
-            ctypes.byref(model), address(x), B, T, past, cache.shape[4], address(first), address(cache),
+            ctypes.byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
             logits.shape[1], address(logits), address(scratch),
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """A model's matrices, laid out once for generation: in float32, in bf16, or as int8 with a scale for each output.
 
 A bf16 weight is off by at most 2^-9 of itself, an int8 weight by half of its row's largest over 127. Through kernel.cpp that
-is all: activations and sums are float32. torch's operators for narrow weights round the activations to bf16 too.
+is nearly all: sums are float32, and so are activations, but that int8 weights meet them rounded to 16 bits, off by at most
+2^-16 of the largest of 128. torch's operators for narrow weights round the activations to bf16.
 N outputs, K inputs.
 """
 
@@ -50,16 +51,17 @@ class HugePages:
         return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
 
 
-def panel_shape(weight: Tensor, kernel: Kernel) -> tuple[int, int, int]:
-    """(N / P, K, P), the last panel filled up."""
+def panel_shape(weight: Tensor, precision: Precision, kernel: Kernel) -> tuple[int, int, int, int]:
+    """(N / P, K / 2, P, 2) for narrow weights, (N / P, K, P, 1) for float32; what does not divide is filled up."""
     N, K = weight.shape
-    return -(-N // kernel.panel), K, kernel.panel
+    together = 1 if precision == "fp32" else 2
+    return -(-N // kernel.panel), -(-K // together), kernel.panel, together
 
 
 def panel_bytes(weights: list[Tensor], precision: Precision, kernel: Kernel) -> int:
     """How much memory the panels of all the weights take."""
     itemsize = DTYPES[precision].itemsize
-    return sum(64 + math.prod(panel_shape(weight, kernel)) * itemsize for weight in weights)
+    return sum(64 + math.prod(panel_shape(weight, precision, kernel)) * itemsize for weight in weights)
 
 
 class PanelLinear:
@@ -70,11 +72,11 @@ class PanelLinear:
     ) -> None:
         self.kernel = kernel
         self.shape = N, K = weight.shape
-        self.panels = memory.take(panel_shape(weight, kernel), DTYPES[precision])
+        self.panels = memory.take(panel_shape(weight, precision, kernel), DTYPES[precision])
         self.scale = row_scales(weight) if precision == "int8" else None
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        kernel.pack(weight.detach().float().contiguous(), self.scale, self.panels)
         self.described = Linear(address(self.panels), address(self.scale), address(self.bias), N, K)
+        kernel.pack(weight.detach().float().contiguous(), self.described, self.panels.element_size())
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
         """x (..., K) to (..., N); for "add" it goes onto a tensor of that shape, which is changed."""
@@ -85,9 +87,9 @@ class PanelLinear:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W, as it is multiplied with, for ids (B, T): (B, T, K) float32."""
-        P = self.kernel.panel
-        rows = self.panels[ids // P, :, ids % P].float()
-        return rows if self.scale is None else rows * self.scale[ids][..., None]
+        rows = torch.empty(*ids.shape, self.shape[1])
+        self.kernel.rows(self.described, self.panels.element_size(), ids.contiguous(), rows)
+        return rows
 
 
 class PlainLinear:

@@ -7,9 +7,7 @@ B batch, T new tokens, S tokens seen, C width, H heads, D = C // H, V vocabulary
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,12 +93,9 @@ class FastModel(nn.Module):
         weights = [linear.weight for linear in linears]
         self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
         self.head = self._pack(head)
-        embedding = transformer.wte.weight.detach()
-        is_tied = head.weight is transformer.wte.weight
-        self.wte: Callable[[Tensor], Tensor] = (
-            self.head.rows if is_tied else functools.partial(F.embedding, weight=embedding.float())
-        )
-        self.wpe = transformer.wpe.weight.detach().float()
+        # The embedding is the head's panels, or a table of its own.
+        self.table = None if head.weight is transformer.wte.weight else transformer.wte.weight.detach().float().clone()
+        self.wpe = transformer.wpe.weight.detach().float().clone()  # a view would keep the whole file in memory
         self.norms = [(_Norm(h.ln_1), _Norm(h.ln_2)) for h in layers]
         self.linears = [[self._pack(linear) for linear in _linears(h)] for h in layers]
         self.ln_f = _Norm(transformer.ln_f)
@@ -124,8 +119,9 @@ class FastModel(nn.Module):
                 linear.described for linear in linears if isinstance(linear, PanelLinear)
             )
         return c.Model(
-            blocks, self.ln_f.described, self.head.described, self.config.n_layers, self.config.n_heads,
-            self.head.panels.element_size(), self.gelu == "gelu", self.config.layer_norm_eps,
+            c.address(self.table), c.address(self.wpe), blocks, self.ln_f.described, self.head.described,
+            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.gelu == "gelu",
+            self.config.layer_norm_eps,
         )  # fmt: skip
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
@@ -156,11 +152,10 @@ class FastModel(nn.Module):
         """Through the kernel; first (B) is where each row begins after its padding on the left."""
         assert self.kernel is not None and self.described is not None
         B, T = input_ids.shape
-        positions = torch.arange(cache.length, cache.length + T) - first[:, None]  # (B, T)
-        x = self.wte(input_ids) + self.wpe[positions.clamp_min(0)]  # (B, T, C)
-        logits = x.new_empty(B, n, self.config.vocab_size)
+        logits = torch.empty(B, n, self.config.vocab_size)
+        scratch = torch.empty(6 * B * T * self.config.emb_dim)
         self.kernel.forward(
-            self.described, x, cache.length, first.int(), cache.storage, logits, x.new_empty(5 * x.numel())
+            self.described, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
         )
         cache.length += T
         return logits
@@ -170,7 +165,8 @@ class FastModel(nn.Module):
         B, T = input_ids.shape
         S = T + (cache.length if cache is not None else 0)
         positions, mask = _positions_and_mask(attention_mask, B, T, S, input_ids.device)
-        x = self.wte(input_ids) + self.wpe[positions]  # (B, T, C)
+        wte = self.head.rows(input_ids) if self.table is None else F.embedding(input_ids, self.table)
+        x = wte + self.wpe[positions]  # (B, T, C)
         layers = zip(self.norms, self.linears, strict=True)
         for layer, ((ln_1, ln_2), (c_attn, attn_proj, c_fc, mlp_proj)) in enumerate(layers):
             q, k, v = c_attn(ln_1(x)).view(B, T, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
@@ -191,9 +187,9 @@ class FastModel(nn.Module):
             )
         if input_ids.device.type != "cpu":
             raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
-        wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
-        if len(wrong):
-            raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
+        for id_ in (int(end) for end in input_ids.aminmax()):
+            if not 0 <= id_ < self.config.vocab_size:
+                raise IndexError(f"id {id_} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
         B, T = input_ids.shape
         S = T if cache is None else cache.length + T
         if self.config.context_length < S:
