@@ -1,7 +1,8 @@
 """Cost against context, batch, layers and corpus: seconds and peak memory on double logarithmic scales, and where they bend.
 
 Usage: python benchmarks/growth.py [--rounds 3] [--quick] [--out growth.json] [--plot growth.svg] [--show growth.json]
-A model 384 wide with 6 heads, 6 layers and 512 words, in float32: few words, so that the head does not hide what grows.
+Models of 512 words in float32: with more the head would hide what grows. Training and prompts: 4 layers, 384 wide; a token
+after others, which waits for memory, 8 layers, 512 wide, so that no cache holds the weights. Heads are 64 wide.
 Each point is measured in a process of its own (peak memory beyond what the libraries took), all points in turn, round
 after round. The medians are printed as Markdown, with the slope between neighbours and the predicted one, for which
 operations and bytes are counted and divided by this machine's best, measured in the same run;
@@ -45,7 +46,7 @@ from MyGPT.tokenizers import BPETokenizer
 
 SECONDS = 0.2
 """A point that takes less is measured again and again for so long."""
-WIDTH, HEADS, LAYERS, VOCAB = 384, 6, 6, 512
+VOCAB = 512
 PASSES = 11
 """Numbers moved for each weight between backward and the next forward: the gradient is written, read for its norm and
 scaled (4); AdamW reads four and writes three."""
@@ -55,9 +56,8 @@ TOLERANCE = 0.25
 """A slope that is further from the plain law's is called a bend."""
 
 
-def config(context: int, layers: int = LAYERS, width: int = WIDTH, drop_rate: float = 0.0) -> GPTConfig:
-    heads = HEADS if width == WIDTH else 2
-    return GPTConfig(VOCAB, context, width, heads, layers, drop_rate, qkv_bias=True)
+def config(context: int, layers: int, width: int, drop_rate: float = 0.0) -> GPTConfig:
+    return GPTConfig(VOCAB, context, width, width // 64, layers, drop_rate, qkv_bias=True)
 
 
 # What is measured. Each function prepares, and gives back what is to be timed.
@@ -248,6 +248,8 @@ class Panel:
 class Sizes:
     layers: int
     width: int
+    decoding_layers: int
+    decoding_width: int
     tokens: int
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -258,10 +260,10 @@ class Sizes:
 
 
 FULL = Sizes(
-    LAYERS, WIDTH, 2048, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16),
+    4, 384, 8, 512, 2048, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16),
     (16, 64, 256, 1024, 4096), (1, 4, 16), tuple(4**i * 10**6 for i in range(5)),
 )  # fmt: skip
-QUICK = Sizes(2, 64, 64, (16, 32, 64), (1, 2, 4), (1, 2, 4), (16, 64), (0.05, 0.1, 0.2), (2**12, 2**14, 2**16))
+QUICK = Sizes(2, 64, 2, 64, 64, (16, 32, 64), (1, 2, 4), (1, 2, 4), (16, 64), (0.05, 0.1, 0.2), (2**12, 2**14, 2**16))
 
 AGAINST_CONTEXT, AGAINST_COUNT = "Training: a step against context", "Training: a step against batch and layers"
 MEMORY = "{}, memory"
@@ -280,7 +282,8 @@ def lines_of(sizes: Sizes, place: Path) -> list[Line]:
         )  # fmt: skip
 
     def decoded(name: str, panel: str, points: dict[float, dict[str, Any]], law: float) -> Line:
-        full = {x: {"layers": L, "width": C, "context": 2 * max(sizes.seen), **point} for x, point in points.items()}
+        shared = {"layers": sizes.decoding_layers, "width": sizes.decoding_width, "context": 2 * max(sizes.seen)}
+        full = {x: {**shared, **point} for x, point in points.items()}
         return Line(
             panel, name, {x: ("decoding", point) for x, point in full.items()}, law,
             lambda best, x: decoding_seconds(best, **full[x]),
@@ -403,7 +406,9 @@ def run(sizes: Sizes, rounds: int) -> dict[str, Any]:
                 )
     return {
         "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": rounds,
-        "layers": sizes.layers, "width": sizes.width, "operations_a_second": limits.operations,
+        "layers": sizes.layers, "width": sizes.width,
+        "decoding_layers": sizes.decoding_layers, "decoding_width": sizes.decoding_width,
+        "operations_a_second": limits.operations,
         "bytes_a_second": limits.bytes_read, "panels": panels,
     }  # fmt: skip
 
@@ -439,7 +444,8 @@ def bends(x: list[float], y: list[float], law: float) -> str:
 
 def print_tables(result: dict[str, Any]) -> None:
     print(
-        f"{result['layers']} layers, {result['width']} wide, {VOCAB} words, float32, on {result['processor']}, "
+        f"{result['layers']} layers, {result['width']} wide (a token after others: {result['decoding_layers']} layers, "
+        f"{result['decoding_width']} wide), {VOCAB} words, float32, on {result['processor']}, "
         f"{result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} rounds. Products reach "
         f"{result['operations_a_second'] / 1e9:.0f} GFLOP/s, memory reads {result['bytes_a_second'] / 1e9:.0f} GB/s."
     )
