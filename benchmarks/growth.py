@@ -456,7 +456,7 @@ def print_tables(result: dict[str, Any]) -> None:
         print("|---" * (len(every) + 4) + "|")
         for line in rows:
             x, law = line["x"], line["law"]
-            cells = dict(zip(x, (f"{y:,.3g}" for y in line["measured"]), strict=True))
+            cells = dict(zip(x, (f"{y:,.0f}" if y >= 100 else f"{y:.3g}" for y in line["measured"]), strict=True))
             pairs = zip(slopes(x, line["measured"]), slopes(x, line["predicted"]), strict=True)
             for at, (slope, expected) in zip(x[1:], pairs, strict=True):
                 cells[at] += f"<br>{slope:.2f} ({expected:.2f})"

@@ -4,9 +4,10 @@ Usage: python benchmarks/overheads.py [--recipes configs/quickstart.yaml configs
        [--busy] [--out overheads.json]
 The model and batch of each recipe, at its own intervals and at TrainConfig's. Each part is timed apart, the parts in turn round
 after round, and its median divided by the steps between two of it; so no long run is needed, and none is extrapolated from its
-first minutes. Every evaluation is taken to be a new best, which is saved. The last evaluation, over the whole
-validation text, comes once a run. --text replaces the recipe's; a tenth of it is for validation. --busy: one thread's own
-time.
+first minutes. Every evaluation is taken to be a new best, which is saved; the whole validation text at the end, which
+comes once, is left out. An evaluation reads eval_windows windows forward, a step batch_size of them forward and back, so
+it should take eval_windows / (3 eval_every batch_size) of the time of the steps. --text replaces the recipe's, and is
+repeated if a tenth of it is less than the windows of an evaluation. --busy: one thread's own time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decode import processor
 from training import clock_of
@@ -41,6 +43,8 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
     if not own:
         config = dataclasses.replace(config, **{name: getattr(TrainConfig(), name) for name in INTERVALS})
     ids, tokenizer = load_data(text, plan.get("tokenizer", "chars"), 1024)
+    needed = 10 * (config.eval_windows * shape.context_length + 1)
+    ids = np.resize(ids, max(len(ids), needed))  # repeats them
     n_train = len(ids) - len(ids) // 10
     model = GPTModel(dataclasses.replace(shape, vocab_size=tokenizer.n_vocab))
     with tempfile.TemporaryDirectory() as directory:
@@ -55,7 +59,6 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
             "best model": trainer.save,
             "sample": trainer.sample,
             "checkpoint": trainer.snapshot,
-            "last evaluation": lambda: trainer.evaluate(whole=True),
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         trainer.step()  # warms up
@@ -70,7 +73,6 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
         "best model": config.eval_every,
         "sample": config.sample_every or math.inf,
         "checkpoint": config.checkpoint_every or math.inf,
-        "last evaluation": config.max_steps,
     }
     a_step = {"step": seconds["step"] - seconds["batch"], "batch": seconds["batch"]}
     a_step |= {name: seconds[name] / steps for name, steps in steps_between.items()}
@@ -79,18 +81,27 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
         "batch_size": config.batch_size,
         "intervals": {name: getattr(config, name) for name in INTERVALS},
         "seconds": times,
+        "predicted": config.eval_windows / (3 * config.eval_every * config.batch_size),
         "shares": {name: part / sum(a_step.values()) for name, part in a_step.items()},
     }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     parts = list(rows[0]["shares"])
-    print("| share of a run's time | " + " | ".join(parts) + " | evaluation, best model and sample |")
-    print("|---" * (len(parts) + 2) + "|")
+    print(
+        "| share of a run's time | "
+        + " | ".join(parts)
+        + " | evaluation, best model and sample | evaluation, predicted |"
+    )
+    print("|---" * (len(parts) + 3) + "|")
     for row in rows:
         shares = row["shares"]
         asked = sum(shares[name] for name in ("evaluation", "best model", "sample"))
-        print(f"| {row['name']} | " + " | ".join(f"{shares[name]:.2%}" for name in parts) + f" | {asked:.2%} |")
+        print(
+            f"| {row['name']} | "
+            + " | ".join(f"{shares[name]:.2%}" for name in parts)
+            + f" | {asked:.2%} | {row['predicted']:.1%} |"
+        )
     print("\n| seconds, each time | " + " | ".join(parts) + " | intervals |")
     print("|---" * (len(parts) + 2) + "|")
     for row in rows:

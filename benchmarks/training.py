@@ -1,12 +1,13 @@
 """Training steps of MyGPT, of nanoGPT's kind, transformers and LitGPT, in turn: tokens a second, memory, how near the ceiling.
 
 Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
-       [--busy] [--programs MyGPT transformers] [--litgpt PYTHON]
+       [--busy] [--programs MyGPT transformers] [--litgpt PYTHON] [--out DIR]
 Random tokens and weights, the same batches for all, dropout as the model's, AdamW, gradients clipped to 1. Every program runs in
 a process of its own; its first step warms up, and compiles. The ceiling is the best float32 or bf16 product of the model's own
 sizes that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
 libraries took. bf16 is measured where the processor has it. --busy is for a machine that does other things too:
-one thread, and the time that it computed instead of the time that passed. Writes benchmarks/results/training_MODEL.json.
+one thread, and the time that it computed instead of the time that passed. Writes training_MODEL.json to --out, by default
+benchmarks/results.
 
 A program that is not installed is left out. LitGPT's requirements exclude ours, so that it wants an environment of its own
 (pip install torch litgpt), whose Python --litgpt names. It has neither dropout nor learned positions, which is less work, and
@@ -363,6 +364,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
     parser.add_argument("--litgpt", default=sys.executable, help="a Python that has litgpt")
     parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the directory of the figures")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -383,8 +385,8 @@ def main() -> None:
             tables.append(compare(model, precision, programs, options.rounds, options.steps, options.busy))
         from MyGPT.files import atomic_write  # not above: LitGPT's environment has no MyGPT
 
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"training_{model}.json"
+        options.out.mkdir(exist_ok=True, parents=True)
+        path = options.out / f"training_{model}.json"
         with atomic_write(path) as file:
             file.write(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n")
 
