@@ -1,18 +1,26 @@
-"""Training steps of MyGPT, of nanoGPT's kind, and of transformers, in turn: tokens a second, memory, and how near the ceiling.
+"""Training steps of MyGPT, of nanoGPT's kind, transformers and LitGPT, in turn: tokens a second, memory, how near the ceiling.
 
 Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
-       [--busy]
+       [--busy] [--programs MyGPT transformers] [--litgpt PYTHON] [--out DIR]
 Random tokens and weights, the same batches for all, dropout as the model's, AdamW, gradients clipped to 1. Every program runs in
-a process of its own; its first step warms up. The ceiling is the best float32 or bf16 product of the model's own sizes
-that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
+a process of its own; its first step warms up, and compiles. The ceiling is the best float32 or bf16 product of the model's own
+sizes that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
 libraries took. bf16 is measured where the processor has it. --busy is for a machine that does other things too:
-one thread, and the time that it computed instead of the time that passed. Writes benchmarks/results/training_MODEL.json.
+one thread, and the time that it computed instead of the time that passed. Writes training_MODEL.json to --out, by default
+benchmarks/results.
+
+A program that is not installed is left out. LitGPT's requirements exclude ours, so that it wants an environment of its own
+(pip install torch litgpt), whose Python --litgpt names. It has neither dropout nor learned positions, which is less work, and
+pads the words to a multiple of 64.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -134,6 +142,22 @@ def transformers_step(size: Size, ids: Any, precision: str, compiled: bool) -> C
     return torch_step(lambda x, y: model(input_ids=x, labels=x, shift_labels=y).loss, ids, precision, compiled, model)
 
 
+def litgpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
+    """The loss is what its own pretraining takes."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    config = Config(
+        block_size=size.context_length, vocab_size=size.vocab_size, padding_multiple=64, n_layer=size.n_layers,
+        n_head=size.n_heads, n_embd=size.emb_dim, rotary_percentage=0.0, norm_class_name="LayerNorm",
+        mlp_class_name="GptNeoxMLP", bias=True, parallel_residual=False,
+    )  # fmt: skip
+    model = GPT(config)
+    model.apply(model._init_weights)
+    model.transformer.wte.weight = model.lm_head.weight  # as its pretraining ties them
+    return torch_step(lambda x, y: chunked_cross_entropy(model(x), y), ids, precision, compiled, model)
+
+
 def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: Any = None) -> Callable[[int], float]:
     """A step as it is usually written: autocast, backward, clip, AdamW in two groups."""
     import torch
@@ -159,7 +183,10 @@ def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: An
     return step
 
 
-PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step}
+PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step,
+            "LitGPT": litgpt_step}  # fmt: skip
+PACKAGES = {"transformers": "transformers", "LitGPT": "litgpt"}
+"""What a program needs, besides torch."""
 
 
 def clock_of(busy: bool) -> Callable[[], float]:
@@ -218,16 +245,18 @@ def ceiling(model: str, precision: str, busy: bool) -> dict[str, float]:
     return found
 
 
-def in_a_process(function: str, **arguments: Any) -> Any:
-    command = [sys.executable, str(Path(__file__)), "--child", json.dumps([function, arguments])]
+def in_a_process(function: str, python: str = sys.executable, **arguments: Any) -> Any:
+    command = [python, str(Path(__file__)), "--child", json.dumps([function, arguments])]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{function} of {arguments} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(model: str, precision: str, programs: list[str], rounds: int, steps: int, busy: bool) -> dict[str, Any]:
-    """All rounds, printed as a table; what results/ keeps."""
+def compare(
+    model: str, precision: str, programs: dict[str, str], rounds: int, steps: int, busy: bool
+) -> dict[str, Any]:
+    """All rounds, printed as a table; what results/ keeps. programs are names, each with its Python."""
     from MyGPT import GPTModel
 
     size = MODELS[model]
@@ -235,8 +264,10 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
     ceilings = []
     for _ in range(rounds):
         ceilings.append(in_a_process("ceiling", model=model, precision=precision, busy=busy))
-        for program in programs:
-            run = in_a_process("measure", program=program, model=model, precision=precision, steps=steps, busy=busy)
+        for program, python in programs.items():
+            run = in_a_process(
+                "measure", python, program=program, model=model, precision=precision, steps=steps, busy=busy
+            )
             runs[program].append(run)
             print(f"{program}: {statistics.median(run['seconds']):.3f} s a step", file=sys.stderr)
     fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
@@ -260,21 +291,23 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
             "losses": of_program[0]["losses"],
         }
     peers = [row for program, row in table.items() if not program.startswith("MyGPT")]
-    fastest = max(row["tokens_per_second"] for row in peers)
-    smallest = min(row["peak_bytes"] for row in peers)
+    fastest = max((row["tokens_per_second"] for row in peers), default=math.nan)
+    smallest = min((row["peak_bytes"] for row in peers), default=math.nan)
     print(
         f"\n{model}, {precision}: {size.batch_size} x {size.context_length} tokens, {rounds} x {steps} steps, medians"
     )
     print("ceiling: " + ", ".join(f"{way} {statistics.median(c[way] for c in ceilings) / 1e9:.0f}" for way in ceilings[0])
           + " GFLOP/s")  # fmt: skip
     print(
-        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of ceiling':>10} {'peak':>9} {'ratio':>6}"
+        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of ceiling':>10} {'peak':>9} {'ratio':>6} "
+        f"{'first step':>10}"
     )
     for program, row in table.items():
         print(
             f"{program:<24} {row['tokens_per_second']:>9,.0f} {row['slowest']:>9,.0f} {row['fastest']:>9,.0f} "
             f"{row['tokens_per_second'] / fastest:>6.2f} {row['part_of_ceiling']:>10.0%} "
-            f"{row['peak_bytes'] / 1e9:>6.2f} GB {row['peak_bytes'] / smallest:>6.2f}"
+            f"{row['peak_bytes'] / 1e9:>6.2f} GB {row['peak_bytes'] / smallest:>6.2f} "
+            f"{row['first_step_seconds']:>8.1f} s"
         )
     return {"model": model, "precision": precision, "size": vars(size), "rounds": rounds, "steps": steps, "busy": busy,
             "ceilings": ceilings, "flops_per_token": flops, "programs": table}  # fmt: skip
@@ -282,7 +315,6 @@ def compare(model: str, precision: str, programs: list[str], rounds: int, steps:
 
 def machine() -> dict[str, Any]:
     import torch
-    import transformers
 
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -291,8 +323,29 @@ def machine() -> dict[str, Any]:
         name = f"{about.get('model name', name)}, family {about.get('cpu family')}, model {about.get('model')}"
     return {
         "processor": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def version(package: str) -> dict[str, str | None]:
+    """Of the package, None if it is not there, and of the torch beside it."""
+    found = importlib.util.find_spec(package) is not None
+    return {name: importlib.metadata.version(name) if found else None for name in (package, "torch")}
+
+
+def installed(names: list[str], litgpt: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The programs that can run, each with its Python, and the versions of what they need. The others are told."""
+    programs, versions = {}, {}
+    for name in names:
+        python = litgpt if name == "LitGPT" else sys.executable
+        if name in PACKAGES:
+            found = in_a_process("version", python, package=PACKAGES[name])
+            if found[PACKAGES[name]] is None:
+                print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr)
+                continue
+            versions[name] = f"{found[PACKAGES[name]]} with torch {found['torch']}"
+        programs[name] = python
+    return programs, versions
 
 
 def has_bf16() -> bool:
@@ -308,16 +361,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="each program also through torch.compile")
+    parser.add_argument("--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
+    parser.add_argument("--litgpt", default=sys.executable, help="a Python that has litgpt")
     parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the directory of the figures")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         function, arguments = json.loads(options.child)
-        print(json.dumps({"measure": measure, "ceiling": ceiling}[function](**arguments)))
+        print(json.dumps({"measure": measure, "ceiling": ceiling, "version": version}[function](**arguments)))
         return
-    about = machine() | ({"threads": 1} if options.busy else {})
+    programs, versions = installed(options.programs, options.litgpt)
+    about = machine() | ({"threads": 1} if options.busy else {}) | versions
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    programs = [*PROGRAMS, *(f"{program}, compiled" for program in PROGRAMS if options.compiled)]
+    if options.compiled:
+        programs |= {f"{program}, compiled": python for program, python in programs.items()}
     for model in options.models:
         tables = []
         for precision in options.precision:
@@ -325,9 +383,12 @@ def main() -> None:
                 print(f"\n{model}, bf16: not measured, this processor has no bf16 instructions")
                 continue
             tables.append(compare(model, precision, programs, options.rounds, options.steps, options.busy))
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"training_{model}.json"
-        path.write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+        from MyGPT.files import atomic_write  # not above: LitGPT's environment has no MyGPT
+
+        options.out.mkdir(exist_ok=True, parents=True)
+        path = options.out / f"training_{model}.json"
+        with atomic_write(path) as file:
+            file.write(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

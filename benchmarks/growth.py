@@ -1,0 +1,540 @@
+"""Cost against context, batch, layers and corpus: seconds and peak memory on double logarithmic scales, and where they bend.
+
+Usage: python benchmarks/growth.py [--rounds 3] [--quick] [--out growth.json] [--plot growth.svg] [--show growth.json]
+Models of 512 words in float32: with more the head would hide what grows. Training and prompts: 4 layers, 384 wide; a token
+after others, which waits for memory, 8 layers, 512 wide, so that no cache holds the weights. Heads are 64 wide.
+Each point is measured in a process of its own (peak memory beyond what the libraries took), all points in turn, round
+after round. The medians are printed as Markdown, with the slope between neighbours and the predicted one, for which
+operations and bytes are counted and divided by this machine's best, measured in the same run;
+docs/performance/growth.md has the reasons. The text has as many distinct words as a natural one of its length.
+--quick tries everything at toy size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from decode import processor
+from memory import Peak
+
+from MyGPT import GPTConfig, GPTModel, KVCache, TrainConfig, Trainer, accelerate, get_tokenizer
+from MyGPT.acceleration.linear import fast_linear
+from MyGPT.commands.bench import read_bandwidth
+from MyGPT.data.prepare import prepare
+from MyGPT.data.sampler import WindowSampler
+from MyGPT.data.tokens import open_tokens, sampled_sha256
+from MyGPT.files import atomic_write
+from MyGPT.memory import cache_bytes, training_memory
+from MyGPT.tokenizers import BPETokenizer
+
+SECONDS = 0.2
+"""A point that takes less is measured again and again for so long."""
+VOCAB = 512
+PASSES = 11
+"""Numbers moved for each weight between backward and the next forward: the gradient is written, read for its norm and
+scaled (4); AdamW reads four and writes three."""
+HASHED = 64 << 20
+"""Bytes of a prepared corpus that opening it reads at most."""
+TOLERANCE = 0.25
+"""A slope that is further from the plain law's is called a bend."""
+
+
+def config(context: int, layers: int, width: int, drop_rate: float = 0.0) -> GPTConfig:
+    return GPTConfig(VOCAB, context, width, width // 64, layers, drop_rate, qkv_bias=True)
+
+
+# What is measured. Each function prepares, and gives back what is to be timed.
+
+
+class SameBatch:
+    """What MyGPT's Trainer asks for, the same at each step."""
+
+    def __init__(self, batch: int, context: int) -> None:
+        self.ids = torch.randint(0, VOCAB, (batch, context + 1), generator=torch.Generator().manual_seed(1))
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ids[:, :-1], self.ids[:, 1:]
+
+
+def training(batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0) -> Callable[[], Any]:
+    data = SameBatch(batch, context)
+    settings = TrainConfig(batch_size=batch, precision="fp32", warmup_steps=0, schedule="constant")
+    trainer = Trainer(GPTModel(config(context, layers, width, drop_rate)), settings, data, progress=False)
+    trainer.setup()
+    return trainer.step
+
+
+def decoding(batch: int, seen: int, context: int, layers: int, width: int, precision: str) -> Callable[[], Any]:
+    """One more token for each of `batch` sequences that have `seen`."""
+    fast = accelerate(GPTModel(config(context, layers, width)), precision)  # type: ignore[arg-type]
+    ids = torch.zeros(batch, 1, dtype=torch.int64)
+    kept = fast.new_cache(batch, seen + 1)
+    kept.storage.normal_(std=0.1)
+
+    def step(kept: KVCache = kept) -> None:
+        kept.length = seen
+        fast(ids, cache=kept, last_only=True)
+
+    return torch.no_grad()(step)
+
+
+def prompting(length: int, context: int, layers: int, width: int, fast: bool) -> Callable[[], Any]:
+    model = GPTModel(config(context, layers, width)).eval()
+    runner: Any = accelerate(model) if fast else model
+    ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
+    return torch.no_grad()(lambda: runner(ids, cache=runner.new_cache(1, length), last_only=True))
+
+
+def learning_merges(text: str) -> Callable[[], Any]:
+    def train() -> None:
+        with open(text, encoding="utf-8") as lines:
+            BPETokenizer.train(lines, 1024, progress=False)
+
+    return train
+
+
+def encoding(text: str) -> Callable[[], Any]:
+    tokenizer, content = get_tokenizer("gpt2"), Path(text).read_text(encoding="utf-8")
+    tokenizer.encode("warm")
+    return lambda: tokenizer.encode(content)
+
+
+def preparing(text: str) -> Callable[[], Any]:
+    tokenizer = get_tokenizer("gpt2")
+    tokenizer.encode("warm")
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            prepare([Path(text)], Path(directory) / "out", tokenizer, progress=False)
+
+    return run
+
+
+def opening(corpus: str) -> Callable[[], Any]:
+    return lambda: open_tokens(corpus)
+
+
+def batching(corpus: str, order: str) -> Callable[[], Any]:
+    ids = np.memmap(Path(corpus) / "tokens.bin", "<u2", "r")
+    steps = iter(range(10**9))
+    sampler = WindowSampler(ids, 256, 12, order)  # type: ignore[arg-type]
+    return lambda: sampler.batch(next(steps))
+
+
+MEASURED = {
+    f.__name__: f
+    for f in (training, decoding, prompting, learning_merges, encoding, preparing, opening, batching)
+}  # fmt: skip
+
+
+TOY = {"batch": 1, "context": 16, "seen": 8, "length": 8, "layers": 1, "width": 64}
+
+
+def measure(name: str, arguments: dict[str, Any], warm: bool) -> tuple[float, int]:
+    """Seconds (a median) and bytes, in a new process. What is not warmed up runs once."""
+    if "layers" in arguments:  # the libraries' own pages come into memory before what is measured does
+        MEASURED[name](**{key: TOY.get(key, value) for key, value in arguments.items()})()
+    with Peak() as peak:
+        run = MEASURED[name](**arguments)
+        if warm:
+            run()
+        times: list[float] = []
+        while not times or (warm and sum(times) < SECONDS):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times), peak.n_bytes
+
+
+def ceilings(width: int) -> tuple[float, float]:
+    """Operations a second of the best float32 product, and bytes read a second."""
+    x, weight = torch.randn(2048, width), torch.randn(4 * width, width)
+    times = []
+    with fast_linear(), torch.no_grad():
+        for _ in range(12):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - start)
+    return 2 * x.numel() * 4 * width / min(times[2:]), read_bandwidth()
+
+
+# What is predicted: seconds from operations and bytes, or bytes, of which only the shape counts.
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    operations: float
+    bytes_read: float
+
+
+@cache
+def shape(context: int, layers: int, width: int) -> GPTModel:
+    with torch.device("meta"):
+        return GPTModel(config(context, layers, width))
+
+
+def training_seconds(
+    best: Ceilings, batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0
+) -> float:
+    """The products, then the optimizer. Attention looks half of the way back on average; with dropout it computes all."""
+    model = shape(context, layers, width)
+    operations = batch * context * model.estimate_flops(context if drop_rate else context // 2)
+    return operations / best.operations + PASSES * 4 * model.num_parameters() / best.bytes_read
+
+
+def training_bytes(batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0) -> float:
+    return training_memory(config(context, layers, width, drop_rate), batch).peak
+
+
+def decoding_seconds(
+    best: Ceilings, batch: int, seen: int, context: int, layers: int, width: int, precision: str
+) -> float:
+    """Weights once and the cache of each sequence, or the operations, whichever takes longer."""
+    model = shape(context, layers, width)
+    weights = model.num_parameters(exclude_embeddings=True) + VOCAB * width
+    n_bytes = weights * {"fp32": 4, "int8": 1}[precision] + batch * seen * cache_bytes(model.config)
+    operations = batch * model.estimate_flops(seen, backward=False)
+    return max(n_bytes / best.bytes_read, operations / best.operations)
+
+
+def prompting_seconds(best: Ceilings, length: int, context: int, layers: int, width: int, fast: bool) -> float:
+    model = shape(context, layers, width)
+    operations = length * model.estimate_flops(length // 2, backward=False)
+    return max(4 * model.num_parameters() / best.bytes_read, operations / best.operations)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is measured at each x, and by which law it would be straight."""
+
+    panel: str
+    name: str
+    points: dict[float, tuple[str, dict[str, Any]]]
+    """x to a function of MEASURED and its arguments."""
+    law: float
+    """The slope that a beginner would expect."""
+    seconds: Callable[[Ceilings, float], float]
+    law_of_bytes: float | None = None
+    n_bytes: Callable[[float], float] | None = None
+    panel_of_bytes: str | None = None
+    warm: bool = True
+
+
+@dataclass
+class Panel:
+    axis: str
+    lines: list[tuple[str, dict[float, float], dict[float, float], float]] = field(default_factory=list)
+    """Name, measured, predicted, law."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int
+    width: int
+    decoding_layers: int
+    decoding_width: int
+    tokens: int
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    depths: tuple[int, ...]
+    seen: tuple[int, ...]
+    megabytes: tuple[float, ...]
+    corpora: tuple[int, ...]
+
+
+FULL = Sizes(
+    4, 384, 8, 512, 2048, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16),
+    (16, 64, 256, 1024, 4096), (1, 4, 16), tuple(4**i * 10**6 for i in range(5)),
+)  # fmt: skip
+QUICK = Sizes(2, 64, 2, 64, 64, (16, 32, 64), (1, 2, 4), (1, 2, 4), (16, 64), (0.05, 0.1, 0.2), (2**12, 2**14, 2**16))
+
+AGAINST_CONTEXT, AGAINST_COUNT = "Training: a step against context", "Training: a step against batch and layers"
+MEMORY = "{}, memory"
+"""The panel of bytes beside one of seconds."""
+
+
+def lines_of(sizes: Sizes, place: Path) -> list[Line]:
+    L, C = sizes.layers, sizes.width
+
+    def trained(name: str, panel: str, points: dict[float, dict[str, Any]], law: float, law_of_bytes: float) -> Line:
+        full = {x: {"layers": L, "width": C, **point} for x, point in points.items()}
+        return Line(
+            panel, name, {x: ("training", point) for x, point in full.items()}, law,
+            lambda best, x: training_seconds(best, **full[x]), law_of_bytes, lambda x: training_bytes(**full[x]),
+            MEMORY.format(panel),
+        )  # fmt: skip
+
+    def decoded(name: str, panel: str, points: dict[float, dict[str, Any]], law: float) -> Line:
+        shared = {"layers": sizes.decoding_layers, "width": sizes.decoding_width, "context": 2 * max(sizes.seen)}
+        full = {x: {**shared, **point} for x, point in points.items()}
+        return Line(
+            panel, name, {x: ("decoding", point) for x, point in full.items()}, law,
+            lambda best, x: decoding_seconds(best, **full[x]),
+        )  # fmt: skip
+
+    def prompted(name: str, fast: bool) -> Line:
+        full = {T: {"length": T, "context": max(sizes.seen), "layers": L, "width": C, "fast": fast} for T in sizes.seen}
+        return Line(
+            "Generation: a prompt against its length", name, {x: ("prompting", point) for x, point in full.items()}, 1,
+            lambda best, x: prompting_seconds(best, **full[int(x)]),
+        )  # fmt: skip
+
+    def of_text(name: str, function: str, law_of_bytes: float | None) -> Line:
+        points = {x: (function, {"text": str(place / f"{x}.txt")}) for x in sizes.megabytes}
+        predicted = None if law_of_bytes is None else lambda x: x**law_of_bytes
+        panel = "Corpus: from text to tokens"
+        return Line(panel, name, points, 1, lambda _, x: x, law_of_bytes, predicted, MEMORY.format(panel), warm=False)
+
+    def of_corpus(name: str, function: str, predicted: Callable[[float], float], **more: Any) -> Line:
+        points = {x / 1e6: (function, {"corpus": str(place / str(x)), **more}) for x in sizes.corpora}
+        panel = "Corpus: to open it, and a batch of 12 x 256"
+        return Line(panel, name, points, 0, lambda _, x: predicted(1e6 * x))
+
+    n, window, panel = sizes.tokens, sizes.contexts[1], "Generation: a token against tokens seen"
+    many = {T: {"batch": n // T, "context": T} for T in sizes.contexts}
+    return [
+        trained(f"{n:,} tokens", AGAINST_CONTEXT, many, 0, 0),
+        trained(f"{n:,} tokens, dropout", AGAINST_CONTEXT,
+                {T: {**point, "drop_rate": 0.1} for T, point in many.items()}, 0, 0),
+        trained("one sequence", AGAINST_CONTEXT, {T: {"batch": 1, "context": T} for T in sizes.contexts}, 1, 1),
+        trained(f"batch, of {window} tokens", AGAINST_COUNT,
+                {B: {"batch": B, "context": window} for B in sizes.batches}, 1, 1),
+        trained(f"layers, {n // 2:,} tokens", AGAINST_COUNT,
+                {k: {"batch": n // 2 // window, "context": window, "layers": k} for k in sizes.depths}, 1, 1),
+        *(decoded(kind, panel, {S: {"batch": 1, "seen": S, "precision": kind} for S in sizes.seen}, 0)
+          for kind in ("fp32", "int8")),
+        *(decoded(kind, "Generation: a step against batch",
+                  {B: {"batch": B, "seen": sizes.seen[1], "precision": kind} for B in sizes.batches}, 0)
+          for kind in ("fp32", "int8")),
+        prompted("accelerate()", fast=True),
+        prompted("the model as it stands", fast=False),
+        of_text("learning 1,024 words of BPE", "learning_merges", 0.6),
+        of_text("encoding", "encoding", None),
+        of_text("mygpt prepare", "preparing", 0),
+        of_corpus("opening", "opening", lambda x: min(2 * x, HASHED)),
+        of_corpus("a batch, random", "batching", lambda x: 1, order="random"),
+        of_corpus("a batch, shuffled", "batching", lambda x: 1, order="shuffled"),
+    ]  # fmt: skip
+
+
+def write_text(path: Path, megabytes: float) -> None:
+    """Words by Zipf's law, n**0.6 of n distinct, as in natural text; the frequent ones are short. Ten to a line."""
+    letters, random, size, words = "etaoinshrdlucmfwygpbvkxqjz", np.random.default_rng(1), 0, []
+
+    def spell(rank: int) -> str:
+        word = ""
+        while rank:
+            rank, letter = divmod(rank - 1, 26)
+            word += letters[letter]
+        return word
+
+    while size < 1e6 * megabytes:
+        words.append(spell(int(random.zipf(1 / 0.6))))
+        size += len(words[-1]) + 1
+    lines = (" ".join(words[i : i + 10]) for i in range(0, len(words), 10))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_corpus(directory: Path, n_tokens: int) -> None:
+    """A prepared corpus of random ids."""
+    directory.mkdir()
+    path, block = directory / "tokens.bin", np.random.default_rng(1).integers(0, VOCAB, 2**20).astype("<u2")
+    with open(path, "wb") as file:
+        for start in range(0, n_tokens, len(block)):
+            file.write(block[: n_tokens - start].tobytes())
+    sampled = sampled_sha256(path)
+    about = {"n_tokens": n_tokens, "dtype": "uint16", "sha256": sampled, "sampled_sha256": sampled}
+    (directory / "tokens.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Forked from a process that has imported the libraries and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch._dynamo", "MyGPT.commands.bench", "MyGPT.data.prepare", "MyGPT.training.trainer"]
+    )
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(sizes: Sizes, rounds: int) -> dict[str, Any]:
+    """Every point in every round."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        for megabytes in sizes.megabytes:
+            write_text(place / f"{megabytes}.txt", megabytes)
+        for n_tokens in sizes.corpora:
+            write_corpus(place / str(n_tokens), n_tokens)
+        lines = lines_of(sizes, place)
+        found: list[dict[float, list[tuple[float, int]]]] = [{x: [] for x in line.points} for line in lines]
+        best = []
+        for turn in range(rounds):
+            best.append(in_a_process(ceilings, sizes.width))
+            for i, line in enumerate(lines):
+                for x, (name, arguments) in line.points.items():
+                    found[i][x].append(in_a_process(measure, name, arguments, line.warm))
+                seconds = sum(times[-1][0] for times in found[i].values())
+                print(f"round {turn + 1}: {line.panel}, {line.name}: {seconds:.2f} s", file=sys.stderr)
+        limits = Ceilings(*(statistics.median(of_round) for of_round in zip(*best, strict=True)))
+        panels: dict[str, Any] = {}
+        for line, of_line in zip(lines, found, strict=True):
+            seconds = {x: statistics.median(time for time, _ in of_x) for x, of_x in of_line.items()}
+            predicted = {x: line.seconds(limits, x) for x in of_line}
+            panels.setdefault(line.panel, []).append(row(line.name, "ms", seconds, predicted, line.law, 1e3))
+            if line.n_bytes is not None and line.law_of_bytes is not None:
+                memory = {x: statistics.median(n_bytes for _, n_bytes in of_x) for x, of_x in of_line.items()}
+                needed = {x: line.n_bytes(x) for x in of_line}
+                panels.setdefault(line.panel_of_bytes, []).append(
+                    row(line.name, "MB", memory, needed, line.law_of_bytes, 1e-6)
+                )
+    return {
+        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": rounds,
+        "layers": sizes.layers, "width": sizes.width,
+        "decoding_layers": sizes.decoding_layers, "decoding_width": sizes.decoding_width,
+        "operations_a_second": limits.operations,
+        "bytes_a_second": limits.bytes_read, "panels": panels,
+    }  # fmt: skip
+
+
+def row(
+    name: str, unit: str, measured: dict[float, float], predicted: dict[float, float], law: float, scale: float
+) -> dict[str, Any]:
+    x = list(measured)
+    return {
+        "name": name, "unit": unit, "law": law, "x": x, "measured": [scale * measured[at] for at in x],
+        "predicted": [scale * predicted[at] for at in x],
+    }  # fmt: skip
+
+
+def slopes(x: list[float], y: list[float]) -> list[float]:
+    """Between neighbours, on double logarithmic scales."""
+    points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
+    return [(d - b) / (c - a) for (a, b), (c, d) in pairwise(points)]
+
+
+def bends(x: list[float], y: list[float], law: float) -> str:
+    """Between which x the slope is not the law's."""
+    spans: list[list[float]] = []
+    for slope, start, end in zip(slopes(x, y), x, x[1:], strict=False):
+        if abs(slope - law) <= TOLERANCE:
+            continue
+        if spans and spans[-1][1] == start:
+            spans[-1][1] = end
+        else:
+            spans.append([start, end])
+    return ", ".join(f"{start:,g} to {end:,g}" for start, end in spans) or "nowhere"
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    print(
+        f"{result['layers']} layers, {result['width']} wide (a token after others: {result['decoding_layers']} layers, "
+        f"{result['decoding_width']} wide), {VOCAB} words, float32, on {result['processor']}, "
+        f"{result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} rounds. Products reach "
+        f"{result['operations_a_second'] / 1e9:.0f} GFLOP/s, memory reads {result['bytes_a_second'] / 1e9:.0f} GB/s."
+    )
+    for panel, rows in result["panels"].items():
+        every = sorted({x for line in rows for x in line["x"]})
+        print(f"\n**{panel}** ({rows[0]['unit']}; then the slope from the point before, and the predicted slope)\n")
+        print("| | " + " | ".join(f"{x:,.4g}" for x in every) + " | plain law | bends at | predicted |")
+        print("|---" * (len(every) + 4) + "|")
+        for line in rows:
+            x, law = line["x"], line["law"]
+            cells = dict(zip(x, (f"{y:,.0f}" if y >= 100 else f"{y:.3g}" for y in line["measured"]), strict=True))
+            pairs = zip(slopes(x, line["measured"]), slopes(x, line["predicted"]), strict=True)
+            for at, (slope, expected) in zip(x[1:], pairs, strict=True):
+                cells[at] += f"<br>{slope:.2f} ({expected:.2f})"
+            about = [f"{law:g}", bends(x, line["measured"], law), bends(x, line["predicted"], law)]
+            print(f"| {line['name']} | " + " | ".join([*(cells.get(at, "") for at in every), *about]) + " |")
+
+
+# The word in a panel's title, and what its axis says.
+AXES = {
+    "open": "corpus (million tokens)",
+    "context": "context (tokens)",
+    "layers": "batch, layers",
+    "batch": "batch (sequences)",
+    "seen": "tokens seen",
+    "length": "prompt (tokens)",
+    "text": "text (MB)",
+}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    from MyGPT.plots import COLOURS, save_figure
+
+    panels = list(result["panels"].items())
+    figure = Figure(figsize=(9, 3.1 * math.ceil(len(panels) / 2)), layout="constrained")
+    grid: Any = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, rows) in zip(grid.flat, panels, strict=False):
+        # A line has the same colour in seconds and in bytes.
+        names = [line["name"] for line in result["panels"][title.removesuffix(MEMORY.format(""))]]
+        for line in rows:
+            colour = COLOURS[names.index(line["name"])]
+            x, y = line["x"], line["measured"]
+            axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.5, label=line["name"])
+            factor = y[-1] / line["predicted"][-1]
+            axes.plot(x, [factor * value for value in line["predicted"]], "--", color=colour, linewidth=1, alpha=0.7)
+        axes.set(xscale="log", yscale="log", ylabel=rows[0]["unit"])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(next(name for word, name in AXES.items() if word in title.rpartition(":")[2]))
+        every = sorted({x for line in rows for x in line["x"]})
+        axes.set_xticks(every, [f"{x:,.4g}" for x in every], fontsize=8)
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # so that noise does not look like growth
+            middle = math.sqrt(low * high)
+            axes.set_ylim(middle / 4, middle * 4)
+        if axes.get_ylim()[1] < 300 * axes.get_ylim()[0]:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.minorticks_off()
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle("Points are measured; dashed is the predicted shape, laid through the last point", fontsize=10)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one round")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--plot", type=Path, help="where the picture goes (svg, png, pdf)")
+    parser.add_argument("--show", type=Path, help="print and draw a run's --out, measure nothing")
+    options = parser.parse_args()
+    if options.show is not None:
+        result = json.loads(options.show.read_text(encoding="utf-8"))
+    else:
+        result = run(QUICK, 1) if options.quick else run(FULL, options.rounds)
+    if options.out is not None:
+        with atomic_write(options.out) as file:
+            json.dump(result, file, indent=1)
+    print_tables(result)
+    if options.plot is not None:
+        draw(result, options.plot)
+
+
+if __name__ == "__main__":
+    main()

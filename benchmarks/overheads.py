@@ -1,0 +1,134 @@
+"""What a training run spends beside its steps: batches, evaluations, best models, samples, checkpoints, as shares of its time.
+
+Usage: python benchmarks/overheads.py [--recipes configs/quickstart.yaml configs/gpt2_small.yaml] [--text alice] [--rounds 3]
+       [--busy] [--out overheads.json]
+The model and batch of each recipe, at its own intervals and at TrainConfig's. Each part is timed apart, the parts in turn round
+after round, and its median divided by the steps between two of it; so no long run is needed, and none is extrapolated from its
+first minutes. Every evaluation is taken to be a new best, which is saved; the whole validation text at the end, which
+comes once, is left out. An evaluation reads eval_windows windows forward, a step batch_size of them forward and back, so
+it should take eval_windows / (3 eval_every batch_size) of the time of the steps. --text replaces the recipe's, and is
+repeated if a tenth of it is less than the windows of an evaluation. --busy: one thread's own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from decode import processor
+from training import clock_of
+
+from MyGPT import GPTModel, TrainConfig, Trainer
+from MyGPT.commands._recipe import read_plan
+from MyGPT.commands.train import load_data
+from MyGPT.files import atomic_write
+
+INTERVALS = ("eval_every", "eval_windows", "sample_every", "sample_tokens", "checkpoint_every")
+
+
+def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Seconds of each part, and the share of the run's time that it takes at the recipe's intervals or at the defaults."""
+    shape, config, plan = read_plan(recipe)
+    if config is None:
+        raise SystemExit(f"{recipe} describes no training")
+    if not own:
+        config = dataclasses.replace(config, **{name: getattr(TrainConfig(), name) for name in INTERVALS})
+    ids, tokenizer = load_data(text, plan.get("tokenizer", "chars"), 1024)
+    needed = 10 * (config.eval_windows * shape.context_length + 1)
+    ids = np.resize(ids, max(len(ids), needed))  # repeats them
+    n_train = len(ids) - len(ids) // 10
+    model = GPTModel(dataclasses.replace(shape, vocab_size=tokenizer.n_vocab))
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(
+            model, config, ids[:n_train], ids[n_train:], tokenizer=tokenizer, run_dir=Path(directory) / "run", progress=False
+        )  # fmt: skip
+        trainer.setup()
+        parts: dict[str, Callable[[], Any]] = {
+            "step": trainer.step,
+            "batch": lambda: trainer.sampler.batch(trainer.step_number),
+            "evaluation": trainer.evaluate,
+            "best model": trainer.save,
+            "sample": trainer.sample,
+            "checkpoint": trainer.snapshot,
+        }
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        trainer.step()  # warms up
+        for _ in range(rounds):
+            for name, part in parts.items():
+                start = clock()
+                part()
+                times[name].append(clock() - start)
+    seconds = {name: statistics.median(of_part) for name, of_part in times.items()}
+    steps_between = {
+        "evaluation": config.eval_every,
+        "best model": config.eval_every,
+        "sample": config.sample_every or math.inf,
+        "checkpoint": config.checkpoint_every or math.inf,
+    }
+    a_step = {"step": seconds["step"] - seconds["batch"], "batch": seconds["batch"]}
+    a_step |= {name: seconds[name] / steps for name, steps in steps_between.items()}
+    return {
+        "name": f"{recipe.stem}, {'its own intervals' if own else 'default intervals'}",
+        "batch_size": config.batch_size,
+        "intervals": {name: getattr(config, name) for name in INTERVALS},
+        "seconds": times,
+        "predicted": config.eval_windows / (3 * config.eval_every * config.batch_size),
+        "shares": {name: part / sum(a_step.values()) for name, part in a_step.items()},
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    parts = list(rows[0]["shares"])
+    print(
+        "| share of a run's time | "
+        + " | ".join(parts)
+        + " | evaluation, best model and sample | evaluation, predicted |"
+    )
+    print("|---" * (len(parts) + 3) + "|")
+    for row in rows:
+        shares = row["shares"]
+        asked = sum(shares[name] for name in ("evaluation", "best model", "sample"))
+        print(
+            f"| {row['name']} | "
+            + " | ".join(f"{shares[name]:.2%}" for name in parts)
+            + f" | {asked:.2%} | {row['predicted']:.1%} |"
+        )
+    print("\n| seconds, each time | " + " | ".join(parts) + " | intervals |")
+    print("|---" * (len(parts) + 2) + "|")
+    for row in rows:
+        cells = [f"{statistics.median(row['seconds'][name]):.4g}" for name in parts]
+        about = f"{row['batch_size']} sequences a step, " + ", ".join(f"{k} {v}" for k, v in row["intervals"].items())
+        print(f"| {row['name']} | " + " | ".join([*cells, about]) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs = Path(__file__).parents[1] / "configs"
+    recipes = [configs / "quickstart.yaml", configs / "gpt2_small.yaml"]
+    parser.add_argument("--recipes", type=Path, nargs="+", default=recipes)
+    parser.add_argument("--text", default="alice", help="a file, or the name of a text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
+    parser.add_argument("--out", type=Path, help="where the seconds go, as JSON")
+    options = parser.parse_args()
+    clock = clock_of(options.busy)
+    rows = [measure(r, options.text, own, options.rounds, clock) for r in options.recipes for own in (True, False)]
+    about = {"processor": processor(), "threads": torch.get_num_threads(), "busy": options.busy}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", medians of {options.rounds} rounds\n")
+    print_table(rows)
+    if options.out is not None:
+        with atomic_write(options.out) as file:
+            json.dump({**about, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
