@@ -83,7 +83,10 @@ def mygpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable
         max_steps=len(ids), batch_size=size.batch_size, precision=precision, compile=compiled, warmup_steps=0,
         schedule="constant",
     )  # fmt: skip
-    trainer = Trainer(GPTModel({**fields, "qkv_bias": True}), config, FixedBatches(ids), progress=False)
+    gelu = "gelu"  # the exact one, as nanoGPT's kind and LitGPT have it
+    trainer = Trainer(
+        GPTModel({**fields, "qkv_bias": True, "activation": gelu}), config, FixedBatches(ids), progress=False
+    )
     trainer.setup()
     return lambda step: trainer.step()["loss"]
 

@@ -28,7 +28,7 @@ _THEN = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # as in kernel.cpp
 
 def row_scales(weight: Tensor) -> Tensor:
     """What an int8 weight of 1 stands for in each row: the largest of the row's magnitudes is 127. (N,) float32."""
-    largest = weight.abs().amax(1).float()
+    largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
     return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
 
 
