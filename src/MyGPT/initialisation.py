@@ -9,6 +9,8 @@ The architecture is the same and everything is trained. C embedding width, T con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ SHARPNESS = 2.0
 
 
 @torch.no_grad()
-def look_back(wte: Tensor, wpe: Tensor, c_attn: list[Tensor], n_heads: int, std: float) -> None:
+def look_back(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:
     """Changes weights drawn with `std` in place: wte (V, C), wpe (T, C), and of each block c_attn (3 C, C). C is even."""
     T, C = wpe.shape
     # Waves from two tokens long to twice the context.

@@ -205,10 +205,9 @@ class GPTModel(nn.Module):
             else:
                 nn.init.ones_(parameter)
         if self.config.init == "local":
-            queries_and_keys = [block.attn.c_attn.weight for block in self.transformer.h]
-            look_back(
-                self.transformer.wte.weight, self.transformer.wpe.weight, queries_and_keys, self.config.n_heads, std
-            )
+            c_attn = [parameter for name, parameter in self.named_parameters() if name.endswith("c_attn.weight")]
+            wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
+            look_back(wte, wpe, c_attn, self.config.n_heads, std)
 
     def forward(
         self,
