@@ -175,7 +175,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
     print(f"\ntarget: {target:.4f} nats a character over the whole validation set")
     print(f"{'program':<24} {'seed':>4} {'last loss':>9} {'reached at step':>15} {'seconds':>8} {'ratio':>6}")
     ratios = []
-    for seed, baseline in baselines.items():
+    for seed, baseline in sorted(baselines.items()):
         until = reached(baseline, target) or baseline["evaluations"][-1]
         for run in (baseline, ours[seed]):
             at, last = reached(run, target), run["evaluations"][-1]
