@@ -36,6 +36,7 @@ def test_the_released_sizes_are_known_by_two_names() -> None:
         ("layer_norm_eps", 0.0),
         ("init_std", -1.0),
         ("init_std", None),  # only for an untied head
+        ("init", "zeros"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name_and_value(field: str, value: Any) -> None:
@@ -47,6 +48,17 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_value(field: str, val
 def test_a_width_that_the_heads_do_not_divide_is_refused_with_one_that_they_do() -> None:
     with pytest.raises(ValueError, match=r"divisible by n_heads, got 100 and 12 \(try emb_dim=108\)"):
         GPTConfig(emb_dim=100)
+
+
+def test_local_weights_need_a_deviation_and_pairs_of_numbers() -> None:
+    with pytest.raises(ValueError, match="init='local' needs an init_std and an even emb_dim, got None and 768"):
+        GPTConfig(init="local", init_std=None, tie_weights=False)
+    with pytest.raises(ValueError, match=r"got 0.02 and 9$"):
+        GPTConfig(init="local", emb_dim=9, n_heads=3)
+
+
+def test_a_models_config_json_does_not_tell_how_its_weights_began() -> None:
+    assert GPTConfig.from_dict(GPTConfig(init="local").to_dict()) == GPTConfig()
 
 
 def test_unknown_and_missing_keys_are_named() -> None:

@@ -15,9 +15,8 @@ SMALL += " --sample_tokens 3 --val_fraction 0.003 --compile false --log_every 1"
 
 
 def test_the_recipes_are_found() -> None:
-    assert {"quickstart", "shakespeare_char", "shakespeare_char_fast", "gpt2_small", "gpt2_124m"} <= {
-        c.stem for c in CONFIGS
-    }
+    names = "quickstart shakespeare_char shakespeare_char_fast shakespeare_char_quick gpt2_small gpt2_124m"
+    assert {c.stem for c in CONFIGS} >= set(names.split())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

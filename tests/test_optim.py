@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from MyGPT import GPTModel, TrainConfig
+from MyGPT.training import optim
 from MyGPT.training.optim import Muon, make_optimizers, orthogonalised, schedule_factor, set_learning_rate
 
 
@@ -85,10 +87,12 @@ def matrices(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
-def test_muon_is_torchs_but_for_its_bf16() -> None:
+@pytest.mark.parametrize("momentum", [0.7, 0.95])
+def test_muon_is_torchs_but_for_its_bf16_and_its_polynomials(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its five steps are in bf16, each with a slope of up to 3.4: a direction is off by some percent, and ten steps add up."""
+    monkeypatch.setattr(optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)
     ours, theirs = matrices(torch.float32), matrices(torch.float32)
-    optimizers = Muon(ours, 0.1, 0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
+    optimizers = Muon(ours, 0.1, 0.1, momentum), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=momentum)
     for step in range(10):
         gradients = torch.Generator().manual_seed(step)
         for one, other in zip(ours, theirs, strict=True):
@@ -101,14 +105,30 @@ def test_muon_is_torchs_but_for_its_bf16() -> None:
 
 
 def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths() -> None:
-    """The polynomial of the paper, taken of the singular values by themselves."""
+    """The polynomials of the paper, taken of the singular values by themselves."""
     for shape in ((3, 6, 10), (3, 10, 6)):
         stack = torch.randn(shape, dtype=torch.float64)
         U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
         s = S / S.norm(dim=1, keepdim=True)
-        for _ in range(5):
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        for a, b, c in optim.POLYNOMIALS:
+            s = a * s + b * s**3 + c * s**5
         assert (orthogonalised(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
+
+
+def test_singular_values_come_to_where_the_docstring_says() -> None:
+    """One matrix with singular values from 0.002 of its norm to almost all of it."""
+    given = torch.cat(
+        [torch.logspace(math.log10(0.002), -1, 60, dtype=torch.float64), torch.tensor([0.9, 0.3]).double()]
+    )
+    U, V = (torch.linalg.qr(torch.randn(62, 62, dtype=torch.float64)).Q for _ in "UV")
+    given[-2] = (1 - given[:-2].square().sum() - given[-1] ** 2).sqrt()  # so that the norm is 1
+    found = torch.linalg.svdvals(orthogonalised((U @ given.diag() @ V.T)[None])[0])
+    assert 0.18 < found.min() < found.max() < 1.87
+
+
+def test_muons_momentum_is_the_recipes(tiny_model: GPTModel) -> None:
+    muon, _ = make_optimizers(tiny_model, TrainConfig(optimizer="muon", muon_momentum=0.7))
+    assert {group["momentum"] for group in muon.param_groups} == {0.7}
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:
@@ -144,6 +164,7 @@ def test_every_group_keeps_its_own_peak(tiny_model: GPTModel) -> None:
         ("weight_decay", -0.1),
         ("beta1", 1.0),
         ("beta2", -0.1),
+        ("muon_momentum", 1.0),
         ("grad_clip", -1.0),
         ("decay_fraction", 0.0),
         ("decay_fraction", 1.5),

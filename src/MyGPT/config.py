@@ -31,6 +31,7 @@ _HUGGING_FACE_KEYS = {
 }
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
+Init = Literal["gpt2", "local"]
 _MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
 """Beyond any model; a file may ask for more, of which even the names would fill the memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
@@ -62,6 +63,9 @@ class GPTConfig:
     """Standard deviation of the initial weights, GPT-2's; None leaves torch's own, which the book uses, to an untied model."""
     activation: Activation = "gelu_new"
     """GELU (Hendrycks & Gimpel, 2016): gelu_new is the tanh form, GPT-2's; gelu is the exact one, nanoGPT's."""
+    init: Init = "gpt2"
+    """Initial weights: gpt2's, all random, or local, from which each head looks a few tokens back (initialisation.py).
+    Trained weights do not depend on it, so config.json does not tell it."""
 
     model_type: ClassVar[str] = "gpt2"
 
@@ -75,6 +79,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at most {largest}, got {value!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be {' or '.join(get_args(Activation))}, got {self.activation!r}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be {' or '.join(get_args(Init))}, got {self.init!r}")
         for name in ("qkv_bias", "tie_weights"):
             value = getattr(self, name)
             if type(value) is not bool:
@@ -90,6 +96,10 @@ class GPTConfig:
         if self.init_std is None and self.tie_weights:
             raise ValueError(
                 "init_std=None needs tie_weights=False: torch's embeddings are 50 times too large for a head"
+            )
+        if self.init == "local" and (self.init_std is None or self.emb_dim % 2):
+            raise ValueError(
+                f"init='local' needs an init_std and an even emb_dim, got {self.init_std} and {self.emb_dim}"
             )
         if self.emb_dim % self.n_heads:
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from MyGPT.config import GPTConfig, as_config
+from MyGPT.initialisation import look_back
 from MyGPT.loss import IGNORED, linear_token_loss, token_loss
 from MyGPT.weights.directory import write_directory
 from MyGPT.weights.pretrained import read_weights
@@ -203,6 +204,10 @@ class GPTModel(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.ones_(parameter)
+        if self.config.init == "local":
+            c_attn = [parameter for name, parameter in self.named_parameters() if name.endswith("c_attn.weight")]
+            wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
+            look_back(wte, wpe, c_attn, self.config.n_heads, std)
 
     def forward(
         self,

@@ -37,6 +37,8 @@ class TrainConfig:
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest."""
     muon_learning_rate: float = 0.02
     """Highest learning rate of Muon."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the mean gradient; a run of few hundred steps wants less."""
     weight_decay: float = 0.1
     """Decay of matrices and embeddings; biases and LayerNorms are not decayed."""
     beta1: float = 0.9
@@ -123,7 +125,7 @@ class TrainConfig:
         for name in ("min_learning_rate", "weight_decay", "grad_clip", "sample_temperature", "checkpoint_minutes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 up to but not including 1, got {getattr(self, name)!r}")
         if not 0 < self.decay_fraction <= 1:

@@ -22,7 +22,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         # Muon is for matrices that map activations to activations; embeddings and head stay with AdamW (Jordan, 2024).
         matrices = {name: parameter for name, parameter in named.items() if ".h." in name and parameter.dim() == 2}
         named = {name: parameter for name, parameter in named.items() if name not in matrices}
-        optimizers.append(Muon(list(matrices.values()), config.muon_learning_rate, config.weight_decay))
+        optimizers.append(
+            Muon(list(matrices.values()), config.muon_learning_rate, config.weight_decay, config.muon_momentum)
+        )
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -36,11 +38,23 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     return optimizers
 
 
+POLYNOMIALS = [
+    (a / 1.01, b / 1.01**3, c / 1.01**5)  # a hundredth of room, since what rounding brings above 1 grows
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    )
+]
+"""Polar Express (Amsel et al., 2025), its first three: a, b, c of ax + bx³ + cx⁵, each the best after those before it."""
+
+
 class Muon(Optimizer):
     """Momentum whose matrices are orthogonalised before they are added (Jordan et al., 2024): all directions get the same length.
 
-    Equal to torch.optim.Muon, but that matrices of one shape are orthogonalised together, on a processor in their own
-    precision: torch does it one by one in bf16, which processors without such products take a hundred times as long for.
+    Equal to torch.optim.Muon but for how it orthogonalises: by three polynomials in place of five, and matrices of one shape
+    together, on a processor in their own precision. torch does it one by one in bf16, which processors without such
+    products take a hundred times as long for.
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -68,14 +82,17 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """UVᵀ of each UΣVᵀ in a stack (n, out, in), roughly: five Newton-Schulz steps bring singular values to 0.7 to 1.2."""
+    """UVᵀ of each UΣVᵀ in a stack (n, out, in), roughly: singular values above 0.002 of the norm come to 0.18 to 1.87.
+
+    That is as good a step as a closer result: twice as many polynomials made no difference to the loss.
+    """
     x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if is_tall := x.shape[1] > x.shape[2]:
         x = x.mT
-    for _ in range(5):
+    for a, b, c in POLYNOMIALS:
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
