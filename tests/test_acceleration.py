@@ -261,6 +261,15 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, h
     torch.testing.assert_close(added, before + linear(x))
 
 
+@needs_compiler
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-37, 1e-30, 1e30])
+def test_int8_products_of_tiny_and_huge_rows_are_finite_and_near(size: float) -> None:
+    # Of a row below 1e-30 the 16-bit numbers are all 0.
+    weight, x = torch.randn(5, 300), torch.randn(2, 300) * size
+    exact = F.linear(x.double(), weight.double())
+    assert ((panels(weight, None, "int8")(x) - exact).abs() <= 0.02 * exact.abs().amax() + 1e-27).all()
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-6, 1e6))
 def test_int8_weights_are_off_by_half_a_step_at_most(N: int, K: int, size: float) -> None:

@@ -199,7 +199,7 @@ template <> struct Rows<int8> {
                 float largest = 0;
 #pragma omp simd reduction(max : largest)
                 for (int k = first; k < end; k++) largest = std::max(largest, std::fabs(from[k]));
-                const float one = largest > 0 ? 32767 / largest : 0;
+                const float one = largest > 1e-30f ? 32767 / largest : 0;  // below that it would be infinite
                 for (int k = first; k < end; k++) x[row * stride + k] = (int16_t)(int32_t)std::nearbyint(from[k] * one);
                 scale[row * n_blocks + b] = largest / 32767;
             }
