@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from decode import processor
 from memory import Peak
+from training import FixedBatches
 
 from MyGPT import GPTConfig, GPTModel, KVCache, TrainConfig, Trainer, accelerate, get_tokenizer
 from MyGPT.acceleration.linear import fast_linear
@@ -63,18 +64,9 @@ def config(context: int, layers: int, width: int, drop_rate: float = 0.0) -> GPT
 # What is measured. Each function prepares, and gives back what is to be timed.
 
 
-class SameBatch:
-    """What MyGPT's Trainer asks for, the same at each step."""
-
-    def __init__(self, batch: int, context: int) -> None:
-        self.ids = torch.randint(0, VOCAB, (batch, context + 1), generator=torch.Generator().manual_seed(1))
-
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.ids[:, :-1], self.ids[:, 1:]
-
-
 def training(batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0) -> Callable[[], Any]:
-    data = SameBatch(batch, context)
+    ids = torch.randint(0, VOCAB, (batch, context + 1), generator=torch.Generator().manual_seed(1))
+    data = FixedBatches(ids.expand(10**9, -1, -1))  # the same at each step
     settings = TrainConfig(batch_size=batch, precision="fp32", warmup_steps=0, schedule="constant")
     trainer = Trainer(GPTModel(config(context, layers, width, drop_rate)), settings, data, progress=False)
     trainer.setup()

@@ -83,10 +83,9 @@ def mygpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable
         max_steps=len(ids), batch_size=size.batch_size, precision=precision, compile=compiled, warmup_steps=0,
         schedule="constant",
     )  # fmt: skip
-    gelu = "gelu"  # the exact one, as nanoGPT's kind and LitGPT have it
-    trainer = Trainer(
-        GPTModel({**fields, "qkv_bias": True, "activation": gelu}), config, FixedBatches(ids), progress=False
-    )
+    # The exact GELU, as nanoGPT's kind and LitGPT have it.
+    model = GPTModel({**fields, "qkv_bias": True, "activation": "gelu"})
+    trainer = Trainer(model, config, FixedBatches(ids), progress=False)
     trainer.setup()
     return lambda step: trainer.step()["loss"]
 

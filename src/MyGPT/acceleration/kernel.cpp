@@ -217,11 +217,11 @@ template <int R, class W> void times(const Rows<W>& rows, int n, int row, const 
     rows.template times<R>(row, block, k, K, sums);
 }
 // sums (n, P) += the n rows times a panel.
-template <class W> void multiply_panel(const Rows<W>& rows, int n, const float* x, const W* panel, int K, float* sums) {
+template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* panel, int K, float* sums) {
     int k = 0;
     if constexpr (!std::is_same_v<W, int8>)
         if (n == 1)  // whose three sums alone would wait for each other
-            for (; k + 2 * K_BLOCK <= K; k += 2 * K_BLOCK) multiply<1, 2>(panel + k * P, x + k, K, K_BLOCK, sums);
+            for (; k + 2 * K_BLOCK <= K; k += 2 * K_BLOCK) multiply<1, 2>(panel + k * P, rows.x + k, K, K_BLOCK, sums);
     for (; k < K; k += K_BLOCK) {
         const int length = std::min(K_BLOCK, K - k);
         if constexpr (std::is_same_v<W, bf16>)
@@ -235,7 +235,7 @@ template <class W> void multiply_panel(const Rows<W>& rows, int n, const float* 
                     __builtin_prefetch((const char*)(panel + (k + j) * P) + AHEAD);
                 }
                 for (int r = 0; r < n; r += ROWS)
-                    times<ROWS>(Rows<float>(x, n, K), std::min(ROWS, n - r), r, block, k, length, sums + r * P);
+                    times<ROWS>(Rows<float>(rows.x, n, K), std::min(ROWS, n - r), r, block, k, length, sums + r * P);
                 continue;
             }
         constexpr int R = std::is_same_v<W, int8> ? INT_ROWS : ROWS;
@@ -259,7 +259,7 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
             const W* panel = (const W*)l.weight + unit % n_panels * panel_size;
             float sums[ROW_BLOCK * P];
             std::fill(sums, sums + n_rows * P, 0.0f);
-            multiply_panel(rows, n_rows, x + (int64_t)row * l.K, panel, l.K, sums);
+            multiply_panel(rows, n_rows, panel, l.K, sums);
             for (int r = 0; r < n_rows; r++) {
                 float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;
                 if (l.scale) for (int i = 0; i < width; i++) sum[i] *= l.scale[first + i];
