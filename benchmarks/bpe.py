@@ -19,9 +19,9 @@ from pathlib import Path
 
 import regex
 import rustbpe
-import tokenizers
 from decode import processor
 
+import tokenizers
 from MyGPT import BPETokenizer
 from MyGPT.data.sources import find_files
 from MyGPT.files import atomic_write

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import tiktoken
-import tokenizers
 
+import tokenizers
 from MyGPT import get_tokenizer
 from MyGPT.data.prepare import prepare
 from MyGPT.data.sources import find_files

@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from decode import processor
 from memory import Peak
-from training import FixedBatches
 
 from MyGPT import GPTConfig, GPTModel, KVCache, TrainConfig, Trainer, accelerate, get_tokenizer
 from MyGPT.acceleration.linear import fast_linear
@@ -44,6 +43,7 @@ from MyGPT.data.tokens import open_tokens, sampled_sha256
 from MyGPT.files import atomic_write
 from MyGPT.memory import cache_bytes, training_memory
 from MyGPT.tokenizers import BPETokenizer
+from training import FixedBatches
 
 SECONDS = 0.2
 """A point that takes less is measured again and again for so long."""

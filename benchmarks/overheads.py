@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from decode import processor
-from training import clock_of
 
 from MyGPT import GPTModel, TrainConfig, Trainer
 from MyGPT.commands._recipe import read_plan
 from MyGPT.commands.train import load_data
 from MyGPT.files import atomic_write
+from training import clock_of
 
 INTERVALS = ("eval_every", "eval_windows", "sample_every", "sample_tokens", "checkpoint_every")
 

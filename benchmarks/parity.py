@@ -1,8 +1,8 @@
 """How far MyGPT's logits are from those of OpenAI's code, of transformers and of ctranslate2, with the same weights.
 
 Usage: python benchmarks/parity.py [--size 124M] [--directory DIR]
-OpenAI's logits are those that its own model code, under TensorFlow, gave for the small checkpoint in tests/data. The others get a
-random model of the size, saved by MyGPT, whose logits are as large as a trained model's. float32 unless it is said.
+OpenAI's logits are those that its own model code, under TensorFlow, gave for the small checkpoint in tests/fixtures. The others
+get a random model of the size, saved by MyGPT, whose logits are as large as a trained model's. float32 unless it is said.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
 
-OPENAI = Path(__file__).parents[1] / "tests/data/openai_gpt2_tf"
+OPENAI = Path(__file__).parents[1] / "tests/fixtures/openai_gpt2_tf"
 
 
 @torch.no_grad()

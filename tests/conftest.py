@@ -12,6 +12,7 @@ import torch
 
 from MyGPT.config import GPTConfig
 from MyGPT.model import GPTModel
+from places import ALICE
 
 # transformers, an oracle, would otherwise look for updates and models on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -91,7 +92,7 @@ def lively_model(config: GPTConfig) -> GPTModel:
 
 @pytest.fixture
 def alice() -> str:
-    return (Path(__file__).parents[1] / "src/MyGPT/assets/alice.txt").read_text(encoding="utf-8")
+    return ALICE
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from killing import MOMENTS, Kill, differences, leftovers, remains, run
-from test_resume import RECIPES, TEXT, train_command
+from tiny_runs import RECIPES, TEXT, train_command
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from MyGPT.cli import main
+from places import ROOT
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What makes a recipe large; everything else of it is used as it is.
 SMALL = "--data alice --max_steps 2 --batch_size 2 --micro_batch_size 1 --context_length 16 --warmup_steps 1 --eval_windows 2"
 SMALL += " --sample_tokens 3 --val_fraction 0.003 --compile false --log_every 1"

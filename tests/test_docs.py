@@ -14,8 +14,9 @@ import pytest
 
 import MyGPT
 from MyGPT.cli import COMMANDS, main
+from places import ROOT
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 FENCES = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
 # evaluation.md names data that nobody may have, design.md and the reference have no examples.
 PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md"])

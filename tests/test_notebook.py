@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
+
 TOUR, SOLUTIONS = ROOT / "MyGPT.ipynb", ROOT / "notebooks" / "solutions.ipynb"
 
 

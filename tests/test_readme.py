@@ -16,9 +16,9 @@ from bundle_writer import stored, write_bundle
 from MyGPT import GPT2_CONFIGS
 from MyGPT.cli import main
 from MyGPT.weights.layout import openai_shapes
+from places import ROOT
 from texts import OPENAI_FILES
 
-ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 # Training commands are cut to a few steps; everything else runs as it stands.
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()

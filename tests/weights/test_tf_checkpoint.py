@@ -37,8 +37,9 @@ from MyGPT.config import GPTConfig
 from MyGPT.model import GPTModel
 from MyGPT.weights.openai import load_gpt2_params_from_tf_ckpt, read_settings
 from MyGPT.weights.tf_checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint
+from places import FIXTURES
 
-DATA = Path(__file__).parent / "data"
+DATA = FIXTURES
 OPENAI = DATA / "openai_gpt2_tf"
 ODD = DATA / "tf_odd/odd.ckpt"
 SHARD = ".data-00000-of-00001"

@@ -15,9 +15,7 @@ from MyGPT.data import sources
 from MyGPT.data.prepare import tokenize
 from MyGPT.data.sources import find_files, read_documents, read_pieces
 from MyGPT.tokenizers import BPETokenizer, make_tokenizer
-
-ALICE = (Path(__file__).parents[1] / "src/MyGPT/assets/alice.txt").read_text(encoding="utf-8")
-
+from places import ALICE
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 

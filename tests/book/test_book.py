@@ -20,7 +20,8 @@ from MyGPT import book, get_tokenizer
 from MyGPT.weights.openai import read_settings
 from oracles_layouts import BookBlock, BookGPT
 from oracles_model import greedy_by_hand, naive_attention, train_by_hand
-from test_pretrained import openai_logits, openai_params
+from oracles_openai import openai_logits, openai_params
+from places import FIXTURES, ROOT
 
 V, T = 29, 6
 CONFIG = {"vocab_size": V, "context_length": 8, "emb_dim": 12, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0}
@@ -29,7 +30,7 @@ OPENAI: dict[str, Any] = {"vocab_size": 503, "context_length": 32, "emb_dim": 24
 OPENAI_CONFIG = MyGPT.GPTConfig(**OPENAI, qkv_bias=True, tie_weights=False, init_std=None)
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
 GPT2_SMALL |= {"drop_rate": 0.1, "qkv_bias": False}
-DOCUMENT = Path(__file__).parents[1] / "docs/coming_from_the_book.md"
+DOCUMENT = ROOT / "docs/coming_from_the_book.md"
 # The beginning of The Verdict (Edith Wharton, 1908), on which the book trains.
 VERDICT = (
     "I HAD always thought Jack Gisburn rather a cheap genius--though a good fellow enough--so it was no great surprise to me "
@@ -555,7 +556,7 @@ def test_assigning_another_shape_is_refused() -> None:
 
 
 def test_the_downloads_are_those_of_the_package() -> None:
-    directory = Path(__file__).parent / "data/openai_gpt2_tf"
+    directory = FIXTURES / "openai_gpt2_tf"
     assert book.download_and_load_gpt2 is MyGPT.download_and_load_gpt2
     params = book.load_gpt2_params_from_tf_ckpt(str(directory / "model.ckpt"), read_settings(directory))
     assert params["blocks"][0]["attn"]["c_attn"]["w"].shape == (24, 72)

@@ -14,17 +14,18 @@ import regex
 import rustbpe
 import tiktoken
 import tiktoken.load
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from transformers import GPT2Tokenizer
 
+import tokenizers
 from MyGPT import BPETokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers import gpt2
 from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, GPT2_PATTERN, count_chunks, learn_merges
 from oracles import naive_bpe, naive_merges
-from texts import ALICE, OPENAI_FILES, TEXTS
+from places import ALICE
+from texts import OPENAI_FILES, TEXTS
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 

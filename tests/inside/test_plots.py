@@ -35,6 +35,7 @@ from MyGPT.plots import (
 )
 from MyGPT.tokenizers.display import token_labels, token_texts, tokens_to_html, tokens_to_terminal
 from oracles_model import naive_distribution
+from places import ROOT
 
 CHARACTERS = CharTokenizer([chr(33 + i) for i in range(67)])
 TEXT = "The cat, naïve as 漢字,\nsat\t🧙."
@@ -290,7 +291,7 @@ def test_every_kind_of_plot_is_written(run: Path, tmp_path: Path, capsys: pytest
         "lens": on_a_model,
         "sampling": [*on_a_model, "--top-k", "null", "--temperature", "0.5"],
         "neighbours": on_a_model,
-        "schedule": [str(run), str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")],
+        "schedule": [str(run), str(ROOT / "configs" / "quickstart.yaml")],
     }.items():
         out = tmp_path / f"{kind}.svg"
         assert main(["plot", kind, *options, "--out", str(out)]) == 0, capsys.readouterr().err

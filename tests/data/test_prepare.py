@@ -23,8 +23,8 @@ from MyGPT.data.prepare import prepare, tokenize
 from MyGPT.data.sources import find_files, read_pieces
 from MyGPT.data.tokens import is_prepared, open_tokens
 from MyGPT.tokenizers import Tokenizer
+from places import ALICE
 
-ALICE = (Path(__file__).parents[1] / "src/MyGPT/assets/alice.txt").read_text(encoding="utf-8")
 BPE = BPETokenizer.train(ALICE, 400, progress=False)
 
 

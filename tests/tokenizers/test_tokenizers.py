@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import MyGPT.tokenizers.bpe
+import tokenizers
 from MyGPT import CharTokenizer, SimpleTokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers import Tokenizer, make_tokenizer
 from oracles import book_words
-from texts import ALICE, TEXTS
+from places import ALICE
+from texts import TEXTS
 
 
 def opened_by_transformers(tokenizer: Tokenizer, directory: Path) -> PreTrainedTokenizerFast:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import MyGPT.weights.directory
 from conftest import lively_model, same_weights
+from http_server import file, serving
 from MyGPT import (
     BPETokenizer,
     GPTConfig,
@@ -29,14 +30,12 @@ from MyGPT import (
 )
 from MyGPT.weights import gpt2_files
 from MyGPT.weights.checkpoint import guess_config, open_checkpoint
-from MyGPT.weights.openai import read_settings
 from MyGPT.weights.pretrained import find_model
 from oracles_layouts import BookGPT, NanoGPT
 from oracles_model import transformers_twin
-from test_download import file, serving
+from oracles_openai import OPENAI, openai_logits, openai_params
 from texts import OPENAI_FILES
 
-OPENAI = Path(__file__).parent / "data/openai_gpt2_tf"
 IDS = torch.arange(20).reshape(2, 10) * 3
 SIZES: dict[str, Any] = {"vocab_size": 67, "context_length": 16, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
 CONFIG = GPTConfig(**SIZES, drop_rate=0.1, qkv_bias=True)
@@ -63,15 +62,6 @@ def difference(ours: nn.Module, theirs: nn.Module, ids: Tensor = IDS) -> float:
 
 
 # OpenAI's
-
-
-def openai_params() -> dict[str, Any]:
-    return load_gpt2_params_from_tf_ckpt(OPENAI / "model.ckpt", read_settings(OPENAI))
-
-
-def openai_logits() -> tuple[Tensor, Tensor]:
-    reference = np.load(OPENAI / "reference.npz")
-    return torch.from_numpy(reference["ids"]).long(), torch.from_numpy(reference["logits"])
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
