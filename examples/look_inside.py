@@ -1,8 +1,8 @@
 """Look inside a model: which earlier tokens each head attends to, and what each layer would predict.
 
-    pip install 'mygpt[plots]'
-    python examples/look_inside.py                          # downloads GPT-2 124M once, 500 MB
-    python examples/look_inside.py runs/book                # a model of yours
+pip install 'mygpt[plots]'
+python examples/look_inside.py                          # downloads GPT-2 124M once, 500 MB
+python examples/look_inside.py runs/book                # a model of yours
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Save a model and open the same directory in transformers, with equal logits.
 
-    pip install transformers
-    python examples/open_in_transformers.py
+pip install transformers
+python examples/open_in_transformers.py
 """
 
 import torch

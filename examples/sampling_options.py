@@ -1,7 +1,7 @@
 """Continue a prompt with GPT-2, or another model directory, under different sampling options.
 
-    python examples/sampling_options.py                     # downloads GPT-2 124M once, 500 MB
-    python examples/sampling_options.py runs/book           # a model of yours
+python examples/sampling_options.py                     # downloads GPT-2 124M once, 500 MB
+python examples/sampling_options.py runs/book           # a model of yours
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Makes the pictures of README and docs anew: `python docs/pictures/draw.py [--only NAME]`.
 
-architecture.svg is drawn from architecture.dot by Graphviz. losses.svg and sampling.svg come from a real run, "Alice in
-Wonderland" by letters, which is trained first; a run that is there already is drawn again.
+architecture.svg, and flowchart.png at the root, are drawn from architecture.dot by Graphviz. losses.svg and sampling.svg
+come from a real run, "Alice in Wonderland" by letters, which is trained first; a run that is there already is drawn again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def train(run: Path) -> None:
 
 
 def draw_architecture(_: Path) -> None:
-    subprocess.run(["dot", "-Tsvg", HERE / "architecture.dot", "-o", HERE / "architecture.svg"], check=True)
+    source = HERE / "architecture.dot"
+    subprocess.run(["dot", "-Tsvg", source, "-o", HERE / "architecture.svg"], check=True)
+    subprocess.run(["dot", "-Tpng", "-Gdpi=110", source, "-o", ROOT / "flowchart.png"], check=True)
 
 
 def draw_losses(run: Path) -> None:
