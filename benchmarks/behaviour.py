@@ -4,11 +4,11 @@
     python benchmarks/behaviour.py --out after.json --old path/to/the/other/src
     python benchmarks/behaviour.py --compare before.json after.json
 
-The record holds the losses of every recipe and of every way of fine-tuning, generated token ids, hashes of initial weights and of
-written files, the command-line options with their defaults, and the weights of runs that are stopped and resumed. With `--old`,
-the source given there starts the stopped runs and the current source resumes them. The script uses the command line and the
-public names of MyGPT only, so that it runs unchanged on both versions. Everything runs on one CPU thread, because the number
-of threads changes the last bits of a sum.
+The record holds the losses of every recipe and of every way of fine-tuning, generated token ids, hashes of initial
+weights and of written files, the command-line options with their defaults, and the weights of runs that are stopped and
+resumed. With `--old`, the source given there starts the stopped runs and the current source resumes them. The script
+uses the command line and the public names of MyGPT only, so that it runs unchanged on both versions. Everything runs on
+one CPU thread, because the number of threads changes the last bits of a sum.
 """
 
 from __future__ import annotations
