@@ -168,6 +168,26 @@ def test_a_schedule_shows_the_learning_rates_of_training() -> None:
     assert [line.get_label() for line in figure.axes[0].lines] == ["mine", "other"]
 
 
+def test_plot_schedule_reads_recipes_like_the_other_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plot schedule` once rejected 1e-3, which YAML 1.1 reads as text, and expanded aliases until the memory was full."""
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_steps: 20\nwarmup_steps: 1\n")
+    assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "a.svg")]) == 0
+    capsys.readouterr()
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefgh"))
+    for content, problem in [
+        (bomb, "it has the alias *a: write the value out"),
+        ("a: " + "[" * 30 + "]" * 30, "nested more than 20"),
+        ("max_steps: many", "a.yaml: "),
+    ]:
+        (tmp_path / "a.yaml").write_text(content)
+        assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "b.svg")]) == 2
+        message = capsys.readouterr().err
+        assert problem in message and message.count("\n") == 1
+        assert not (tmp_path / "b.svg").exists()
+
+
 def test_layer_values_are_drawn_from_the_bottom_up() -> None:
     values = torch.rand(3, 5)
     figure = drawn(plot_layers(values, "head", "induction score"))
