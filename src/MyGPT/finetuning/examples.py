@@ -22,24 +22,24 @@ Rows = Literal["padded", "packed"]
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """Options for the examples of fine-tuning; an invalid value raises ValueError."""
+    """Options for the records that a model is trained on. Raises ValueError for a value out of range."""
 
     data: str
-    """A JSON array or JSON lines of records: instruction, input, output (Alpaca); messages; prompt, completion; or text."""
+    """JSON or JSONL file of records with the keys instruction, input, output (Alpaca); messages; prompt, completion; or text."""
     template: str = "alpaca"
-    """Prompt format: alpaca, book, or your own JSON file; it is saved with the model."""
+    """Prompt template: alpaca, book, or a JSON file with your own. The template is saved with the model."""
     mask_prompt: bool = True
-    """Train on the answers only, not on the prompts."""
+    """Compute the loss on the answers only, not on the prompts."""
     max_length: int | None = None
-    """Skip and count examples with more tokens than this; default: the context of the model."""
+    """Leave out examples with more tokens than this; without it, the limit is the model's context length."""
     rows: Rows = "padded"
-    """padded: examples of similar length, padded to the longest; packed: several examples in each row."""
+    """Pad examples of similar length to the longest (padded), or put several examples into each row (packed)."""
     train_fraction: float = 0.85
     """Fraction of the records for training."""
     test_fraction: float = 0.1
     """Fraction of the records for the final test; the remaining records are for validation."""
     split_seed: int | None = None
-    """Seed to split the records at random; default: split them in the order of the file."""
+    """Seed for splitting the records at random; without it, they are split in the order of the file."""
 
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
