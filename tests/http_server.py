@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that answers each request as a test says: whole, cut, stalled, reset or refused."""
+"""A real HTTP server on this machine whose answers a test chooses: complete, cut off, stalled, reset or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """Answers each request with the next of `answers`, then with `default`; keeps the requests."""
+    """A server that gives the next of `answers` to each request, then `default`, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -77,7 +77,7 @@ def file(
     length: int | None = None,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """A server of one file. `cut` ends the body after so many bytes, after `stall` seconds of silence, or by a reset."""
+    """Answer with a file. The body ends after `cut` bytes and `stall` seconds of silence, with `reset` by a TCP reset."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         wanted = handler.headers["Range"]
@@ -140,7 +140,7 @@ def chunked(content: bytes = CONTENT, ends: bool = True, **headers: str) -> Answ
 
 
 def until_the_end(handler: BaseHTTPRequestHandler) -> None:
-    """As in HTTP/1.0: the end of the connection is the end of the file, or of the server."""
+    """Answer as in HTTP/1.0, where the end of the connection marks the end of the file."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(CONTENT)

@@ -1,7 +1,7 @@
-"""Runs of `mygpt` in processes of their own that are killed at moments of our choice, and what remains of them.
+"""Run `mygpt` in new processes, kill them at chosen moments, and collect the results.
 
-A kill is SIGKILL, which no program can catch. It comes at the n-th call of something in the process itself (a step, and every
-kind of call with which files are written), or from outside after a time.
+A kill is SIGKILL, which no program can catch. It happens at the n-th call of a function in the process itself, such as a training
+step or a call that writes files, or after a given time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Forked from a process that has imported torch already: a fresh one would take seconds for that.
+import pytest
+
+if sys.platform == "win32":
+    pytest.skip("needs SIGKILL and fork", allow_module_level=True)
+
+# Forked from a process that has already imported torch, which takes seconds in a new one.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "MyGPT.cli", "MyGPT.training.trainer", "MyGPT.commands.train", "peft"])
 
 MOMENTS = ("step", "half_file", "fsync", "rename", "replace", "rmtree", "snapshot")
-"""In the process itself; "half_file" is with the first half of a file of tensors on the disk."""
+"""Functions at whose call a process can be killed; "half_file" kills after half of a tensor file is on the disk."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process is killed: at the n-th of a moment, or, with "time", n milliseconds after it began to work."""
+    """When to kill a process: at the n-th call of a moment or, with "time", n milliseconds after it started to work."""
 
     moment: str
     n: int
@@ -41,14 +46,14 @@ def start(
     prepare: Callable[[], None] | None = None,
     errors: str | Path = os.devnull,
 ) -> Any:
-    """`mygpt` with these arguments, as a process; `prepare` is called in it first, what it says of errors goes to a file."""
+    """Start `mygpt` in a new process. It first calls `prepare`, and writes its standard error to the file `errors`."""
     process = _processes.Process(target=_work, args=(arguments, kill, prepare, errors))
     process.start()
     return process
 
 
 def run(arguments: list[str], *how: Any, **more: Any) -> int:
-    """As `start`, to its end; returns the exit status, -9 if it was killed."""
+    """Start `mygpt`, wait for its end, and return the exit status, which is -9 after a kill."""
     process = start(arguments, *how, **more)
     process.join(600)
     assert process.exitcode is not None, "the process hangs"
@@ -56,7 +61,7 @@ def run(arguments: list[str], *how: Any, **more: Any) -> int:
 
 
 def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
-    """The same command again and again until the kills are used up, then once more to the end; how many struck."""
+    """Run the command once for each kill, then to the end. Return the number of kills that happened in time."""
     struck = 0
     for kill in [*kills, None]:
         status = run(arguments, kill)
@@ -66,10 +71,13 @@ def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """All of a run that must not depend on whether it was killed: weights, optimizers, generators, records, samples."""
+    """Return everything in a run directory that must not depend on kills: weights, optimizers, generators, metrics, samples."""
     newest = max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     state = json.loads((newest / "state.json").read_text())
-    for of_machine in ("lengths", "recipe"):  # speeds are of different lengths, and the run's path may be in the recipe
+    for of_machine in (
+        "lengths",
+        "recipe",
+    ):  # speeds have different numbers of digits, and the recipe may hold the run's path
         del state[of_machine]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     of_time = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
@@ -85,12 +93,12 @@ def remains(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The names under which two runs' remains differ."""
+    """Return the names whose values differ between two results of `remains`."""
     return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
 
 
 def leftovers(run_dir: Path) -> list[str]:
-    """Names of unfinished files and directories."""
+    """Return the names of unfinished files and directories."""
     return sorted(
         path.name for path in run_dir.rglob(".*") if path.name not in (".lock", ".process") and "tmp" not in path.name
     )

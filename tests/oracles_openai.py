@@ -1,4 +1,4 @@
-"""The checkpoint that TensorFlow wrote, and the logits that OpenAI's own model code gave for it."""
+"""A checkpoint written by TensorFlow, and the logits that OpenAI's own code computed from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Kills runs fifty times, at random moments, and compares what remains with runs that were never touched: `make soak`.
+"""Kill training runs fifty times at random moments and compare the results with uninterrupted runs: `make soak`.
 
-Every second kill is aimed at a moment inside a write (killing.MOMENTS), the others come at a random time. The table counts, for
-each recipe, the kills that struck (a process can be done before its kill), the checkpoints that were found damaged, and
-whatever differs from the untouched run in weights, optimizer state, random states, losses or samples: nothing may.
+Every second kill is aimed at a moment inside a write (killing.MOMENTS); the others come after a random time. For each recipe, the
+table counts the kills that happened before the run had finished, the resumes, the unfinished files, and the differences from the
+uninterrupted run in weights, optimizer state, random states, losses and samples. No difference is allowed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def main() -> None:
 
 
 def kill_until_done(command: list[str], n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
-    """Runs until so many kills have struck, and then to the end; how many were aimed and timed, and how often it went on.
+    """Run the command until `n_kills` kills have happened, then to the end.
 
-    A run that came to its end before that is as it is: it goes on at its end, again and again.
+    Returns the number of aimed and of timed kills, and the number of resumes. A run that has already finished is resumed at its
+    end again.
     """
     struck: Counter[str] = Counter()
     resumes = 0

@@ -1,4 +1,4 @@
-"""Every recipe under configs/ is read by the real command and trains two steps."""
+"""Every recipe in configs/ trains two steps through the command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from MyGPT.cli import main
 from places import ROOT
 
+SLOW = ("gpt2_124m", "gpt2_small")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-# What makes a recipe large; everything else of it is used as it is.
+# Replaces the options that make a recipe large; all others are used as they are.
 SMALL = "--data alice --max_steps 2 --batch_size 2 --micro_batch_size 1 --context_length 16 --warmup_steps 1 --eval_windows 2"
 SMALL += " --sample_tokens 3 --val_fraction 0.003 --compile false --log_every 1"
 
@@ -20,7 +21,10 @@ def test_the_recipes_are_found() -> None:
     assert {c.stem for c in CONFIGS} >= set(names.split())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else (), id=path.stem) for path in CONFIGS],
+)
 def test_a_recipe_trains(config: Path, tmp_path: Path) -> None:
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), *SMALL.split()]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The pages of docs/: their examples run, and they build into a site without a warning."""
+"""The examples of every page in docs/ run, and the pages build into a site without a warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from places import ROOT
 
 DOCS = ROOT / "docs"
 FENCES = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
-# evaluation.md names data that nobody may have, design.md and the reference have no examples.
+# evaluation.md uses data sets that are not shipped; design.md and the reference have no examples.
 PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md"])
 
 
@@ -30,14 +30,14 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
     for language, code in FENCES.findall(page.read_text(encoding="utf-8")):
-        if language.startswith("{"):  # a directive of the site, or an example that needs the network
+        if language.startswith("{"):  # a directive of Sphinx, or an example that needs the network
             continue
         assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
         if language == "python":
             exec(compile(code, page.name, "exec"), names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
             command, *arguments = shlex.split(line, comments=True)
-            # The machine is examined in test_doctor.py.
+            # test_doctor.py tests the doctor, which measures this machine for a while.
             if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
                 assert main(arguments) == 0, line
             else:

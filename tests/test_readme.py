@@ -1,4 +1,4 @@
-"""Every code block of the README runs, in order, in one directory, as a reader would run them."""
+"""Every code block of the README runs, in order and in one directory, as a reader would run it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from places import ROOT
 from texts import OPENAI_FILES
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-# Training commands are cut to a few steps; everything else runs as it stands.
+# Training commands are shortened to a few steps; everything else runs unchanged.
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()
 
 
 def write_random_gpt2(directory: Path) -> None:
-    """OpenAI's files for 124M, with their sizes and random weights."""
+    """Write OpenAI's files for GPT-2 124M, in the real sizes and with random weights."""
     directory.mkdir(parents=True)
     config = GPT2_CONFIGS["124M"]
     tensors = {
@@ -50,7 +50,7 @@ def test_every_block_runs(
     ]
     Path("records.json").write_text(json.dumps(records))
     Path("messages.csv").write_text("text,label\nsee you at six,ham\nbuy now,spam\nfree gold,spam\nthank you,ham\n")
-    write_random_gpt2(Path("gpt2/124M"))  # what is there already is not downloaded
+    write_random_gpt2(Path("gpt2/124M"))  # existing files are not downloaded
     monkeypatch.setattr("sys.stdin", io.StringIO("Spell cat.\n"))
     names: dict[str, object] = {"__name__": "readme"}
     languages = set()

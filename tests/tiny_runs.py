@@ -1,4 +1,4 @@
-"""Training runs of seconds, as commands: what test_resume.py stops and kills, and soak.py fifty times."""
+"""Commands for training runs of a few seconds, which test_resume.py and soak.py stop, kill and resume."""
 
 from __future__ import annotations
 
