@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from MyGPT.acceleration.lookup import PromptLookup
     from MyGPT.acceleration.step import accelerate
+    from MyGPT.cache import KVCache
     from MyGPT.config import GPT2_CONFIGS, GPT_CONFIG, GPT_CONFIG_SMALL, GPTConfig, as_config
     from MyGPT.data.instructions import InstructionDataset, collate_instructions
     from MyGPT.data.templates import format_input
     from MyGPT.data.windows import GPTDataset, create_dataloader
     from MyGPT.generation import generate, generate_stream
-    from MyGPT.model import GPTModel, KVCache
+    from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import (
         BPETokenizer,
@@ -49,7 +50,7 @@ _MODULE_OF = {
     "GPT_CONFIG": "config",
     "GPT_CONFIG_SMALL": "config",
     "InstructionDataset": "data.instructions",
-    "KVCache": "model",
+    "KVCache": "cache",
     "PromptLookup": "acceleration.lookup",
     "SamplingConfig": "sampling",
     "SimpleTokenizer": "tokenizers",

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from MyGPT.config import TrainingPrecision
 from MyGPT.data.order import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainConfig:
     """Largest norm of the gradient, 0 for any."""
     order: Order = "random"
     """Which windows a step sees: random ones, shuffled epochs, or the text in sequence."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Arithmetic of the matrix products; auto takes bf16 where the machine gains from it."""
     gradient_checkpointing: bool = False
     """Compute each block anew on the way back instead of keeping its activations: less memory, a third more work."""
@@ -137,7 +137,7 @@ class TrainConfig:
         for name, allowed in (
             ("schedule", Schedule),
             ("optimizer", OptimizerName),
-            ("precision", Precision),
+            ("precision", TrainingPrecision),
             ("order", Order),
         ):
             if getattr(self, name) not in get_args(allowed):

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from MyGPT.acceleration.linear import fast_linear
+from MyGPT.config import TrainingPrecision
 from MyGPT.data.sampler import WindowSampler, WindowValidation
 from MyGPT.data.tokens import compact_ids
 from MyGPT.files import atomic_write
@@ -44,7 +45,7 @@ from MyGPT.training.checkpoint import (
     restore_random_states,
     seed_everything,
 )
-from MyGPT.training.config import Precision, TrainConfig
+from MyGPT.training.config import TrainConfig
 from MyGPT.training.metrics import MetricsLog, read_metrics
 from MyGPT.training.optim import make_optimizers, set_learning_rate
 from MyGPT.training.run_directory import (
@@ -579,7 +580,7 @@ class Trainer:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
 
-def autocast_dtype(device: torch.device, precision: Precision, emb_dim: int) -> torch.dtype | None:
+def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
     """bfloat16 where it was asked for or, with "auto", where the machine gains from it; None for float32.
 
     A processor gains with AVX-512 BF16 or AMX, and only when the matrices are large enough to pay for the conversions.
