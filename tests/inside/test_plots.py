@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from MyGPT import BPETokenizer, CharTokenizer, GPTModel, SamplingConfig, SimpleTokenizer, TrainConfig, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands.plot import KINDS
-from MyGPT.inspect import logit_lens, trace
-from MyGPT.plots import (
+from MyGPT.inside.plots import (
     COLOURS,
     plot_attention,
     plot_layers,
@@ -33,6 +32,7 @@ from MyGPT.plots import (
     save_figure,
     smooth,
 )
+from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.tokenizers.display import token_labels, token_texts, tokens_to_html, tokens_to_terminal
 from oracles_model import naive_distribution
 from places import ROOT
@@ -168,6 +168,24 @@ def test_a_schedule_is_what_the_steps_use() -> None:
     assert [line.get_label() for line in figure.axes[0].lines] == ["mine", "other"]
 
 
+def test_a_recipe_is_read_as_the_other_commands_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plot schedule` once refused 1e-3, which YAML 1.1 reads as a text, and followed aliases that fill the memory."""
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_steps: 20\nwarmup_steps: 1\n")
+    assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "a.svg")]) == 0
+    capsys.readouterr()
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefgh"))
+    for content, problem in [
+        (bomb, "it has the alias *a: write the value out"),
+        ("a: " + "[" * 30 + "]" * 30, "nested more than 20"),
+        ("max_steps: many", "a.yaml: "),
+    ]:
+        (tmp_path / "a.yaml").write_text(content)
+        assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "b.svg")]) == 2
+        message = capsys.readouterr().err
+        assert problem in message and message.count("\n") == 1
+        assert not (tmp_path / "b.svg").exists()
+
+
 def test_values_of_layers_stand_in_rows_from_below() -> None:
     values = torch.rand(3, 5)
     figure = drawn(plot_layers(values, "head", "induction score"))
@@ -198,7 +216,7 @@ def test_colours_are_told_apart_without_colour() -> None:
 
 
 def test_figures_do_not_touch_pyplot_and_are_written_whole(tmp_path: Path) -> None:
-    code = "import sys; from MyGPT.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
+    code = "import sys; from MyGPT.inside.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     figure = plot_layers(torch.rand(2, 2), "head", "x")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from MyGPT.config import TrainingPrecision
-from MyGPT.data.order import Order
+from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
