@@ -22,24 +22,24 @@ Rows = Literal["padded", "packed"]
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """Which records a model is tuned on, and how they are shown to it. A value out of range is a ValueError."""
+    """Options for the records that a model is trained on. Raises ValueError for a value out of range."""
 
     data: str
-    """A JSON array or JSON lines of records: instruction, input, output (Alpaca's); messages; prompt, completion; text."""
+    """JSON or JSONL file of records with the keys instruction, input, output (Alpaca); messages; prompt, completion; or text."""
     template: str = "alpaca"
-    """The prompt: alpaca, book, or a JSON file with one of your own; it is saved with the model."""
+    """Prompt template: alpaca, book, or a JSON file with your own. The template is saved with the model."""
     mask_prompt: bool = True
-    """Learn the answers only, not the prompts."""
+    """Compute the loss on the answers only, not on the prompts."""
     max_length: int | None = None
-    """Leave out (and count) examples of more tokens; default the model's context."""
+    """Leave out examples with more tokens than this; without it, the limit is the model's context length."""
     rows: Rows = "padded"
-    """Examples of similar length padded to the longest, or several examples packed into each row."""
+    """Pad examples of similar length to the longest (padded), or put several examples into each row (packed)."""
     train_fraction: float = 0.85
-    """Part of the records that is trained on."""
+    """Fraction of the records for training."""
     test_fraction: float = 0.1
-    """Part that is kept for the last evaluation; what is left is for validation."""
+    """Fraction of the records for the final test; the remaining records are for validation."""
     split_seed: int | None = None
-    """Draw the parts at random; default in the file's order."""
+    """Seed for splitting the records at random; without it, they are split in the order of the file."""
 
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
