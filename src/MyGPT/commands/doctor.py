@@ -226,7 +226,7 @@ def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> F
 def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:
     """Bytes that a step of a recipe takes on the device."""
     from MyGPT.costs import training_memory
-    from MyGPT.training.trainer import autocast_dtype
+    from MyGPT.training.arithmetic import autocast_dtype
 
     micro = training.micro_batch_size or training.batch_size
     return training_memory(
@@ -259,9 +259,8 @@ def training_seconds(
             training, batch_size=batch_size, micro_batch_size=None, compile=False, tensorboard=False
         )
         ids = torch.randint(config.vocab_size, (2 * config.context_length * batch_size + 1,)).numpy()
-        trainer = Trainer(GPTModel(part), tried, ids, device=place, progress=False)
-        trainer.setup()
-        return median_seconds(trainer.step, place, 3)
+        with Trainer(GPTModel(part), tried, ids, device=place, progress=False) as trainer:
+            return median_seconds(trainer.step, place, 3)
 
     micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
     sequence = estimate_step_seconds(config, micro, measure_step, flops_per_second) / micro
