@@ -1,8 +1,8 @@
-"""Every reader of files from outside gives a result that can be used, or a ValueError or OSError that names the file.
+"""Every reader of foreign files returns a usable result, or raises a ValueError or OSError that names the file.
 
-Never another exception, code that runs, memory that a header asks for, or a reader that does not come back. `make fuzz`
-tries more examples and counts them (MYGPT_FUZZ, a factor). Pickles and TensorFlow's checkpoints have tests of their own
-(test_pretrained.py, test_tf_checkpoint.py).
+A reader must not raise another exception, run code, allocate memory because a header asks for it, or hang. `make fuzz` tries more
+examples and counts them; MYGPT_FUZZ multiplies their number. Pickles and TensorFlow checkpoints are tested in test_pretrained.py and
+test_tf_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from MyGPT.training.metrics import read_metrics
 
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
 HANG_SECONDS = 15
-"""No example takes a second. One that does not end would hold up everything: it fails after so long."""
+"""Seconds after which an example fails instead of blocking all other tests. Normally none takes a second."""
 
 PHASES = (Phase.explicit, Phase.generate)
-"""No shrinking, which may try a slow example hundreds of times: one change to a small file is short enough to read."""
+"""Phases without shrinking, which may repeat a slow example hundreds of times. The damage is short enough to read."""
 
 TINY = GPTConfig(vocab_size=300, context_length=8, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
 RECORDS = [
@@ -75,7 +75,7 @@ TUNING = {"model": "gpt2", "data": "x.json", "lora": {"r": 4, "targets": ["c_att
 
 @dataclass(frozen=True)
 class Reader:
-    """A way into the library: how its files are made in a directory, which of them is damaged, and how they are read."""
+    """A reader of the library: how its files are made, which file is damaged, and how they are read."""
 
     make: Callable[[Path], object]
     file: str
@@ -89,7 +89,7 @@ def lines(path: Path, records: list[Any]) -> None:
 
 
 def use(tokenizer: Any) -> None:
-    """What opens must also work: at least on what it can encode."""
+    """Use an opened tokenizer on a text that it can encode."""
     try:
         ids = tokenizer.encode("a b")
     except ValueError as error:
@@ -144,7 +144,7 @@ def parser_of(command: Any) -> Any:
 
 
 def read_recipe(command: Any, place: Path) -> None:
-    """As `mygpt train --config FILE` up to where the command's own work begins."""
+    """Parse a recipe like `mygpt train --config FILE`, without running the command."""
 
     @functools.wraps(command)
     def nothing(*arguments: Any, **options: Any) -> None:
@@ -258,7 +258,7 @@ def _counts(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended(seconds: int) -> Iterator[None]:
-    """An AssertionError in what still runs after so many seconds, where the system has an alarm."""
+    """Raise AssertionError in a block that runs longer than the given seconds, on systems with SIGALRM."""
 
     def fail(*_: object) -> None:
         raise AssertionError(f"a reader did not come back within {seconds} seconds")
@@ -277,7 +277,7 @@ def ended(seconds: int) -> Iterator[None]:
 
 @functools.cache
 def original(name: str) -> Path:
-    """A directory with the reader's files as they should be, which the reader takes."""
+    """Return a directory with the reader's undamaged files, after checking that the reader accepts them."""
     place = Path(tempfile.mkdtemp(prefix="hostile-")) / "files"
     place.mkdir()
     READERS[name].make(place)
@@ -319,7 +319,7 @@ def test_a_damaged_file_is_refused_by_its_name_or_read(name: str, in_tmp_path: P
 
 
 def in_four_gigabytes(code: str, *arguments: object) -> str:
-    """What a fresh process prints that may have no more memory than that, and two minutes; a crash or a traceback fails."""
+    """Return what a new process prints within a memory limit and two minutes. A crash or a traceback fails the test."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
     command = [sys.executable, "-c", limit + textwrap.dedent(code), *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
@@ -329,7 +329,7 @@ def in_four_gigabytes(code: str, *arguments: object) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Path) -> None:
-    """A header of 2 TB, sizes of 10**9 layers, tokens of 4 EB, files of a terabyte of nothing, three archives of gigabytes."""
+    """Headers of 2 TB, 10**9 layers, 4 EB of tokens, sparse files of a terabyte, and archives that unpack to gigabytes."""
     MODEL.save_pretrained(tmp_path / "header")
     weights = tmp_path / "header" / "model.safetensors"
     weights.write_bytes(struct.pack("<Q", 2 << 40) + weights.read_bytes()[8:])
@@ -378,7 +378,7 @@ def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Pat
 
 @pytest.mark.parametrize("deep", ['{"a":' * 100_000, "[" * 100_000, "- " * 100_000], ids=["objects", "lists", "blocks"])
 def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str) -> None:
-    """libyaml's reader, which jsonargparse takes where it is there, ended the process with a segmentation fault."""
+    """libyaml's reader, which jsonargparse uses if it is installed, crashed with a segmentation fault."""
     (tmp_path / "run.yaml").write_text(deep)
     with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
         parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
@@ -387,7 +387,7 @@ def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str)
 
 
 def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) -> None:
-    """Nine lines that stand for a thousand million words, which an error's text would have spelled out."""
+    """Nine lines expand to a thousand million words, which an error message would have contained."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     (tmp_path / "run.yaml").write_text("\n".join([*lines, "emb_dim: *a8", ""]))
@@ -434,7 +434,7 @@ def test_a_regular_expression_of_the_usual_kind_is_still_a_target(tmp_path: Path
 
 
 def test_a_token_of_many_bytes_is_checked_in_no_time(tmp_path: Path) -> None:
-    """Each merge doubles: by trying every pair anew the check of a file of a megabyte took hours."""
+    """Each merge doubles a token. Checking a file of one megabyte by trying every pair again took hours."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"a" * 2**i for i in range(1, 16)]
     merges = [(b"a" * 2**i, b"a" * 2**i) for i in range(15)]
     BPETokenizer({token: id_ for id_, token in enumerate(tokens)}, merges, {}).save(tmp_path)
@@ -452,7 +452,7 @@ def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(t
 
 
 def test_of_a_long_token_file_samples_from_end_to_end_are_compared(tmp_path: Path) -> None:
-    """As the docstring says: a swap is seen, a byte between two samples is not, and what is read does not grow."""
+    """A sampled hash detects a swap, misses a byte between two samples, and reads a fixed number of bytes."""
     n_bytes = 256 << 20
     with open(tmp_path / "tokens.bin", "wb") as file:
         file.truncate(n_bytes)
