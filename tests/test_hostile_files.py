@@ -1,8 +1,8 @@
 """Every reader of foreign files returns a usable result, or raises a ValueError or OSError that names the file.
 
 A reader must not raise another exception, run code, allocate memory because a header asks for it, or hang. `make fuzz` tries more
-examples and counts them; MYGPT_FUZZ multiplies their number. Pickles and TensorFlow checkpoints are tested in test_pretrained.py and
-test_tf_checkpoint.py.
+examples and counts them; MYGPT_FUZZ multiplies their number. Pickles and TensorFlow checkpoints have their own tests in
+test_pretrained.py and test_tf_checkpoint.py.
 """
 
 from __future__ import annotations
