@@ -33,6 +33,10 @@ _HUGGING_FACE_KEYS = {
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
+TrainingPrecision = Literal["auto", "fp32", "bf16"]
+"""Number formats of matrix products in training; "auto" selects bf16 if it is faster on the hardware."""
+Precision = Literal[TrainingPrecision, "int8"]
+"""Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
 _MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
 """Limits beyond any real model. A hostile config.json could ask for sizes that exhaust memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
@@ -40,33 +44,34 @@ _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size and architecture of a GPT-2 model. Values out of range raise ValueError."""
+    """The size and architecture of a GPT-2 model. A value out of range raises ValueError."""
 
     vocab_size: int = 50257
-    """Number of different tokens; token ids are 0 to vocab_size - 1."""
+    """Number of token ids; valid ids are 0 to vocab_size - 1."""
     context_length: int = 1024
-    """Maximum length of a sequence, in tokens."""
+    """Maximum sequence length in tokens."""
     emb_dim: int = 768
     """Width of the embeddings and hidden states; a multiple of n_heads."""
     n_heads: int = 12
-    """Number of attention heads per block; each head has width emb_dim / n_heads."""
+    """Attention heads per block, each of width emb_dim / n_heads."""
     n_layers: int = 12
     """Number of transformer blocks."""
     drop_rate: float = 0.1
-    """Dropout probability during training, at least 0 and below 1."""
+    """Dropout probability in training, at least 0 and below 1."""
     qkv_bias: bool = False
-    """Add biases to the query, key and value projections, as the released GPT-2 models do."""
+    """Add biases to the query, key and value projections, as in the released GPT-2 models."""
     tie_weights: bool = True
-    """Share the weights of the token embedding with the output head, as GPT-2 does."""
+    """Share the token embedding's weights with the output head, as in GPT-2."""
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights; null keeps PyTorch's default weights, and needs tie_weights=false."""
+    """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
+    tie_weights=False."""
     activation: Activation = "gelu_new"
-    """Activation function of the MLP: gelu_new is the tanh approximation of GPT-2, gelu is the exact function."""
+    """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
     init: Init = "gpt2"
-    """Initial weights: gpt2 draws all weights at random; local lets each head attend to nearby tokens from the start.
-    config.json does not store this choice."""
+    """Initial weights: random as in GPT-2, or local, where each head first attends to a few preceding tokens. config.json does
+    not store this field, because trained weights do not depend on it."""
 
     model_type: ClassVar[str] = "gpt2"
 
