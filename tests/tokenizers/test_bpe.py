@@ -310,7 +310,10 @@ def test_a_vocabulary_and_merges_that_do_not_belong_together_are_refused() -> No
     for vocab, words in (
         ({**BYTES, b"ab": 257, b"abc": 256}, "ids must increase"),
         ({**BYTES, b"ab": 256}, "lacks"),
-        ({**BYTES, b"ab": 256, b"abc": 257, b"xy": 258}, "another number"),
+        (
+            {**BYTES, b"ab": 256, b"abc": 257, b"xy": 258},
+            "the vocabulary has 259 tokens, 256 bytes and 2 merges need 258",
+        ),
         ({**BYTES, b"ab": 256, b"abc": 256}, "distinct"),
         ({b"a": 0}, "of the 256 bytes"),
         ({**BYTES, b"ab": 256, b"abc": 2**32}, "distinct whole numbers"),
