@@ -472,7 +472,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    from MyGPT.plots import COLOURS, save_figure
+    from MyGPT.inside.plots import COLOURS, save_figure
 
     panels = list(result["panels"].items())
     figure = Figure(figsize=(9, 3.1 * math.ceil(len(panels) / 2)), layout="constrained")

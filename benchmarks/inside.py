@@ -1,4 +1,4 @@
-"""MyGPT.inspect beside TransformerLens on a GPT-2 124M with random weights: do they see the same, and how long do they take?
+"""Compare MyGPT.inside with TransformerLens on a GPT-2 124M with random weights: do they agree, and how long do they take?
 
     pip install 'transformer-lens<3' && python benchmarks/inside.py
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from MyGPT import GPT2_CONFIGS, GPTModel
-from MyGPT.inspect import ablate_heads, induction_scores, logit_lens, patching_effects, trace
+from MyGPT.inside.tracing import ablate_heads, induction_scores, logit_lens, patching_effects, trace
 
 # Our place, theirs, and what theirs looks like where the axes differ: (B, T, H, D) there is (B, H, T, D) here.
 PLACES = {

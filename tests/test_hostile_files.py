@@ -48,8 +48,8 @@ from MyGPT.data.tokens import open_tokens, sampled_sha256
 from MyGPT.evaluation.protocols import read_texts
 from MyGPT.finetuning.classification import GPTForClassification, read_labelled
 from MyGPT.finetuning.lora import add_lora, base_of_adapter, open_adapter
+from MyGPT.inside.plots import plot_losses
 from MyGPT.model import GPTModel
-from MyGPT.plots import plot_losses
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer, get_tokenizer, load_tokenizer
 from MyGPT.training.metrics import read_metrics
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from MyGPT import GPTModel, SamplingConfig, load_tokenizer
-from MyGPT.plots import COLOURS, plot_losses, save_figure
+from MyGPT.inside.plots import COLOURS, plot_losses, save_figure
 from MyGPT.sampling import filter_logits
 
 HERE = Path(__file__).parent

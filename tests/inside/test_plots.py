@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from MyGPT import BPETokenizer, CharTokenizer, GPTModel, SamplingConfig, SimpleTokenizer, TrainConfig, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands.plot import KINDS
-from MyGPT.inspect import logit_lens, trace
-from MyGPT.plots import (
+from MyGPT.inside.plots import (
     COLOURS,
     plot_attention,
     plot_layers,
@@ -33,6 +32,7 @@ from MyGPT.plots import (
     save_figure,
     smooth,
 )
+from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.tokenizers.display import token_labels, token_texts, tokens_to_html, tokens_to_terminal
 from oracles_model import naive_distribution
 from places import ROOT
@@ -198,7 +198,7 @@ def test_colours_are_told_apart_without_colour() -> None:
 
 
 def test_figures_do_not_touch_pyplot_and_are_written_whole(tmp_path: Path) -> None:
-    code = "import sys; from MyGPT.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
+    code = "import sys; from MyGPT.inside.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     figure = plot_layers(torch.rand(2, 2), "head", "x")

@@ -21,8 +21,8 @@ def explain(
         device: auto, cpu, cuda or mps
     """
     from MyGPT.commands._model import encode_for, open_model
-    from MyGPT.explanation import explain_page
     from MyGPT.files import atomic_write
+    from MyGPT.inside.page import explain_page
 
     if Path(out).suffix not in (".html", ".htm"):
         raise ValueError(f"a page is written as .html, got {out}")

@@ -26,7 +26,7 @@ def plot(*runs: str, out: str = "loss.png") -> None:
         out: the picture to write: .png, .svg or .pdf
     """
     _require_matplotlib()
-    from MyGPT.plots import plot_losses
+    from MyGPT.inside.plots import plot_losses
 
     _write(plot_losses(runs), out)
 
@@ -54,8 +54,8 @@ def attention(
         device: auto, cpu, cuda or mps
     """
     _require_matplotlib()
-    from MyGPT.inspect import trace
-    from MyGPT.plots import plot_attention, token_labels
+    from MyGPT.inside.plots import plot_attention, token_labels
+    from MyGPT.inside.tracing import trace
 
     gpt, tokenizer, ids = _open(model, text, adapter, device)
     _check_count("layer", layer, gpt.config.n_layers)
@@ -80,8 +80,8 @@ def lens(model: str, text: str, adapter: str | None = None, out: str = "lens.png
         device: auto, cpu, cuda or mps
     """
     _require_matplotlib()
-    from MyGPT.inspect import logit_lens, trace
-    from MyGPT.plots import plot_logit_lens, token_labels
+    from MyGPT.inside.plots import plot_logit_lens, token_labels
+    from MyGPT.inside.tracing import logit_lens, trace
 
     gpt, tokenizer, ids = _open(model, text, adapter, device)
     said = logit_lens(gpt, trace(gpt, ids))[:, 0]
@@ -119,7 +119,7 @@ def sampling(
     _require_matplotlib()
     import torch
 
-    from MyGPT.plots import plot_sampling
+    from MyGPT.inside.plots import plot_sampling
     from MyGPT.sampling import SamplingConfig
 
     config = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -150,7 +150,7 @@ def neighbours(
         device: auto, cpu, cuda or mps
     """
     _require_matplotlib()
-    from MyGPT.plots import plot_neighbours
+    from MyGPT.inside.plots import plot_neighbours
 
     gpt, tokenizer, ids = _open(model, text, adapter, device)
     different = list(dict.fromkeys(ids[0].tolist()))
@@ -169,7 +169,7 @@ def schedule(*recipes: str, out: str = "schedule.png") -> None:
         out: the picture to write: .png, .svg or .pdf
     """
     _require_matplotlib()
-    from MyGPT.plots import plot_schedule
+    from MyGPT.inside.plots import plot_schedule
 
     _write(plot_schedule({_name_of(recipe): _read_training(recipe) for recipe in recipes}), out)
 
@@ -186,7 +186,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
         out: an .html file to write instead
     """
     from MyGPT.files import atomic_write
-    from MyGPT.plots import tokens_to_html, tokens_to_terminal
+    from MyGPT.inside.plots import tokens_to_html, tokens_to_terminal
     from MyGPT.tokenizers import get_tokenizer
 
     inside = Path(tokenizer, "model")
@@ -259,7 +259,7 @@ def _read_training(recipe: str) -> Any:
 
 
 def _write(figure: Figure, out: str) -> None:
-    from MyGPT.plots import save_figure
+    from MyGPT.inside.plots import save_figure
 
     save_figure(figure, out)
     print(out)

@@ -126,7 +126,7 @@ def draw_losses(run: Path) -> None:
     if not (run / "metrics.jsonl").is_file():
         return
     try:
-        from MyGPT.plots import plot_losses, save_figure
+        from MyGPT.inside.plots import plot_losses, save_figure
 
         save_figure(plot_losses([run]), run / "loss.png")
     except ImportError:

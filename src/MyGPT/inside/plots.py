@@ -256,7 +256,7 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
 
 def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int = 8) -> Figure:
     """For each of some tokens the k tokens whose embeddings are most like its own, by the cosine between them."""
-    from MyGPT.inspect import nearest_tokens
+    from MyGPT.inside.tracing import nearest_tokens
 
     if not ids:
         raise ValueError("there is no token to find neighbours of")

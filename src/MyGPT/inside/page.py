@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from MyGPT.inspect import logit_lens, trace
+from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.display import token_labels
 
@@ -30,7 +30,7 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
         raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {LONGEST}")
     # A < in the text must not end the script that holds the data.
     data = json.dumps(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
-    template = (Path(__file__).parent / "assets" / "explain.html").read_text(encoding="utf-8")
+    template = (Path(__file__).parents[1] / "assets" / "explain.html").read_text(encoding="utf-8")
     title = html.escape(f"How {name} reads a text")
     before, after = template.split("{{data}}")
     return before.replace("{{title}}", title) + data + after

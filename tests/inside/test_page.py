@@ -18,7 +18,7 @@ from torch import Tensor
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import main
-from MyGPT.explanation import LONGEST, explain_page, page_data
+from MyGPT.inside.page import LONGEST, explain_page, page_data
 from oracles_model import transformers_twin
 
 TOKENIZER = CharTokenizer([*(chr(32 + i) for i in range(95)), "\n", "\u2028"])

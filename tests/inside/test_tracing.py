@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from conftest import lively_model
 from MyGPT import GPTConfig, GPTModel, generate
-from MyGPT.inspect import (
+from MyGPT.inside.tracing import (
     Trace,
     ablate_heads,
     ablate_mlps,
