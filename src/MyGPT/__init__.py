@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from MyGPT.data.windows import GPTDataset, create_dataloader
     from MyGPT.generation import generate, generate_stream
     from MyGPT.model import GPTModel, KVCache
+    from MyGPT.opening import open_model
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import (
         BPETokenizer,
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
         train_model_simple,
     )
     from MyGPT.training.trainer import Trainer
-    from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
+    from MyGPT.weights.formats.openai import load_gpt2_params_from_tf_ckpt
     from MyGPT.weights.pretrained import load_weights_into_gpt
+    from MyGPT.weights.released import download_and_load_gpt2
 
 __version__ = "0.1.0"
 
@@ -61,16 +63,17 @@ _MODULE_OF = {
     "calc_loss_loader": "training.simple",
     "collate_instructions": "data.instructions",
     "create_dataloader": "data.windows",
-    "download_and_load_gpt2": "weights.openai",
+    "download_and_load_gpt2": "weights.released",
     "evaluate_model": "training.simple",
     "format_input": "data.templates",
     "generate": "generation",
     "generate_and_print_sample": "training.simple",
     "generate_stream": "generation",
     "get_tokenizer": "tokenizers",
-    "load_gpt2_params_from_tf_ckpt": "weights.openai",
+    "load_gpt2_params_from_tf_ckpt": "weights.formats.openai",
     "load_tokenizer": "tokenizers",
     "load_weights_into_gpt": "weights.pretrained",
+    "open_model": "opening",
     "train_model_simple": "training.simple",
 }
 
@@ -106,6 +109,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table above
     "load_gpt2_params_from_tf_ckpt",
     "load_tokenizer",
     "load_weights_into_gpt",
+    "open_model",
     "train_model_simple",
 ]
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.initialisation import look_back
 from MyGPT.loss import IGNORED, linear_token_loss, token_loss
-from MyGPT.weights.directory import write_directory
+from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights
 
 

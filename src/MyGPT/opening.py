@@ -1,7 +1,7 @@
 """How a model is opened: from a name or path to the model, its tokenizer, its prompt template and its LoRA adapter.
 
-1. `find_files` finds the parts. A name of a released model or a repository is downloaded (weights/pretrained.py), a run's directory
-   contains `model/` or `adapter/`, and an adapter names the model that it was trained on.
+1. `find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), the directory of
+   a run contains `model/` or `adapter/`, and an adapter names the model that it was trained on.
 2. `open_checkpoint` (weights/formats) reads the config and lazy tensors. Each file format is one module there.
 3. `open_model` builds the model from them, merges the adapter, and opens the tokenizer.
 """
@@ -48,7 +48,7 @@ def open_model(
         ValueError: a file is damaged, the parts do not fit together, or there is no tokenizer or no such device.
     """
     place = pick_device(device)
-    files = find_files(name_or_path, adapter)
+    files = find_model_files(name_or_path, adapter)
     model = GPTModel.from_pretrained(files.path)
     if files.adapter is not None:
         model = merge(open_adapter(model, files.adapter)).eval()
@@ -87,7 +87,7 @@ class ModelFiles:
         return find_directory(directory) or directory
 
 
-def find_files(name_or_path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> ModelFiles:
+def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> ModelFiles:
     """Return the parts of a model (arguments as for `open_model`), after downloading what is missing.
 
     Raises FileNotFoundError if the model that an adapter was trained on is not where the adapter's config says.

@@ -85,9 +85,9 @@ def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     """What a command opens is the same. float32: logits of size 10 agree to 1e-4."""
-    from MyGPT.commands._model import open_model
+    from MyGPT import open_model
 
-    ours, tokenizer, _ = open_model(str(tuned), "cpu")
+    ours, tokenizer = open_model(str(tuned), "cpu")
     assert tokenizer.n_vocab == ours.config.vocab_size
     with warnings.catch_warnings():  # PEFT's and transformers' own, of names that they will change
         warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tm
         assert (merged(IDS) - theirs(IDS).logits).abs().max() < 1e-4
     assert load_tokenizer(tmp_path / "run/model").encode("cat") == load_tokenizer(base / "base").encode("cat")
     assert load_template(tmp_path / "run/model") == load_template("alpaca") == load_template(tmp_path / "run/adapter")
-    from MyGPT.finetuning.lora import open_adapter
+    from MyGPT.finetuning.foreign_adapters import open_adapter
 
     adapted = open_adapter(GPTModel.from_pretrained(base / "base"), tmp_path / "run/adapter")
     assert (adapted(IDS) - merged(IDS)).abs().max() < 1e-5

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from MyGPT.book.gpt import GPTModel
 from MyGPT.weights import pretrained
-from MyGPT.weights.layout import BLOCK, TOP, Lazy, align, config_of, fit, flatten, to_ours
+from MyGPT.weights.layout import BLOCK, TOP, align, config_of, fit, to_ours
+from MyGPT.weights.lazy import LazyTensor, flatten
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
@@ -56,7 +57,7 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
     return None
 
 
-def _by_the_books_names(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
+def _by_the_books_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """Weights under our names under the book's; queries, keys and values are three there."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
     in_block = {ours: theirs for ours, _, theirs in BLOCK}

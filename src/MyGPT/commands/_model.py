@@ -1,4 +1,4 @@
-"""From what a user names to what a command needs: a device, a model with its tokenizer."""
+"""What the commands that run a model share: faster copies of it, and the options' types. opening.py opens models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from MyGPT.acceleration.kernel import Build
-    from MyGPT.data.templates import Template
     from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
@@ -25,18 +23,25 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def start_build(device: str) -> Build | None:
-    """Begins to compile the processor's kernel, where one will be used and there is none yet, while torch is being imported."""
+    """Start compiling the CPU kernel in the background if it will be used, so that torch is imported meanwhile."""
     from MyGPT.acceleration.kernel import Build
 
     may_use_gpu = device == "auto" and (sys.platform == "darwin" or shutil.which("nvidia-smi") is not None)
     if device in ("auto", "cpu") and not may_use_gpu:
-        with contextlib.suppress(OSError):  # make_fast tries again, and says what is wrong
+        with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
     return None
 
 
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
-    """The model as it generates fastest where it is; "auto" keeps the precision in which its weights are stored."""
+    """Return the fastest form of the model for generation on its device.
+
+    Args:
+        model: an opened model.
+        precision: the precision of the weights; "auto" keeps the stored precision.
+        lookup: wrap the model in PromptLookup.
+        build: the compilation that `start_build` started.
+    """
     import torch
 
     from MyGPT.acceleration.lookup import PromptLookup
@@ -48,7 +53,7 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
         stored = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
         fast = accelerate(model, stored if precision == "auto" else precision, build=build)  # type: ignore[arg-type]
     elif precision == "int8":
-        raise ValueError(f"precision int8 is for a processor; on {weight.device.type} there are fp32 and bf16")
+        raise ValueError(f"precision int8 needs the CPU; {weight.device.type} supports fp32 and bf16")
     elif precision != "auto":
         fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
@@ -63,7 +68,17 @@ def stream_text(
     stop: list[str] | None = None,
     seed: int | None = None,
 ) -> Iterator[str]:
-    """The text that a model adds to a prompt's ids, in pieces, up to a stop text or the end of the text."""
+    """Yield the continuation of a prompt in pieces of text, up to a stop text or the end-of-text token.
+
+    Args:
+        model: a GPTModel, or what `make_fast` returns.
+        tokenizer: the model's tokenizer.
+        ids: the ids of the prompt.
+        max_new_tokens: the largest number of tokens to add.
+        sampling: how the tokens are sampled.
+        stop: texts at which generation ends; they are not part of the result.
+        seed: makes the text reproducible.
+    """
     import torch
 
     from MyGPT.generation import TextStream, generate_stream
@@ -85,7 +100,7 @@ def stream_text(
 
 
 def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """The ids of a text that is to be looked at whole, (1, T); a ValueError unless it fits the context and is not empty."""
+    """Return the ids of a text, (1, T), on the model's device. Raises ValueError if it is empty or exceeds the context."""
     import torch
 
     ids = tokenizer.encode(text)
@@ -93,4 +108,4 @@ def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor
         raise ValueError("the text is empty; give at least one token")
     if len(ids) > model.config.context_length:
         raise ValueError(f"the text has {len(ids)} tokens, the model's context is {model.config.context_length}")
-    return torch.tensor([ids])
+    return torch.tensor([ids], device=model.transformer.wte.weight.device)

@@ -30,7 +30,9 @@ def base_of_adapter(directory: str | os.PathLike[str]) -> str:
     """Return the name or path of the model that an adapter was trained on, from the adapter's config."""
     base = _read_config(Path(directory)).base_model_name_or_path
     if not base:
-        raise ValueError(f"the adapter in {directory} does not name the model that it was trained on: name it with --model")
+        raise ValueError(
+            f"the adapter in {directory} does not name the model that it was trained on: name it with --model"
+        )
     return str(base)
 
 
@@ -77,7 +79,9 @@ def _read_config(directory: Path) -> LoraConfig:
             value = entries.get(field.name)
             default = field.default_factory() if callable(field.default_factory) else field.default
             if field.name not in _OPTIONS and value not in (None, False, default):
-                raise ValueError(f"the option {field.name} is not supported; the supported options are {', '.join(sorted(_OPTIONS))}")
+                raise ValueError(
+                    f"the option {field.name} is not supported; the supported options are {', '.join(sorted(_OPTIONS))}"
+                )
         config: LoraConfig = LoraConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -101,7 +105,9 @@ def _unsafe_option(config: LoraConfig) -> str | None:
     """Return a description of an option whose value could make PEFT load other files, fail or hang; None if there is none."""
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
-        return f"init_lora_weights must be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16, got {init!r}"
+        return (
+            f"init_lora_weights must be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16, got {init!r}"
+        )
     if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
         return f"lora_alpha must be a number above 0, got {config.lora_alpha!r}"
     for name in ("rank_pattern", "alpha_pattern"):
@@ -117,7 +123,7 @@ def _unsafe_option(config: LoraConfig) -> str | None:
         # Nested repeats and many alternatives can make Python's regular expressions run practically forever.
         quantifiers, groups = re.findall(r"[*+?{]+", str(expression)), str(expression).count("(")
         if len(quantifiers) > 4 or groups > 4 or re.search(r"\)[*+?{]", str(expression)):
-            return f"the regular expression {expression!r} could run forever: at most 4 repeats and 4 groups are allowed, and no repeated group"
+            return f"the regular expression {expression!r} could run forever: at most 4 repeats, 4 groups and no repeated group"
     return None
 
 

@@ -24,6 +24,7 @@ from MyGPT.model import GPTModel
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
 class LoRALayer(nn.Module):
     """The trainable product (alpha / rank) x A B, with A (in_dim, rank) and B (rank, out_dim).
 

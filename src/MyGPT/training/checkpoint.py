@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
-from MyGPT.weights.directory import read_safetensors, write_safetensors
+from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"

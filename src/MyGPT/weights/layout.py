@@ -112,7 +112,9 @@ def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
     """Return the config of a model with these weights (by MyGPT's names). Only `n_heads` does not follow from the shapes."""
     for name in (WTE, WPE):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(f"the model's sizes cannot be inferred from the weights: {name} is missing or not a matrix")
+            raise ValueError(
+                f"the model's sizes cannot be inferred from the weights: {name} is missing or not a matrix"
+            )
     vocab_size, emb_dim = tensors[WTE].shape
     return GPTConfig(
         vocab_size=vocab_size,

@@ -48,7 +48,9 @@ def download_model(name: str, directory: str | os.PathLike[str] | None = None, b
         return download_from_hub(repository, parent / repository.replace("/", "--"))
     if name in GPT2_CONFIGS:
         return download_gpt2(name, parent, base_url)
-    raise ValueError(f"unknown model {name!r}: the models to download are {', '.join(GPT2_CONFIGS)}, or hf://user/model")
+    raise ValueError(
+        f"unknown model {name!r}: the models to download are {', '.join(GPT2_CONFIGS)}, or hf://user/model"
+    )
 
 
 def read_weights(

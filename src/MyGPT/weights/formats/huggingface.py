@@ -168,7 +168,7 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
         _write_json(temporary / f"{WEIGHTS[0]}{INDEX_SUFFIX}", index)
 
 
-def _n_bytes(tensor: Lazy) -> int:
+def _n_bytes(tensor: LazyTensor) -> int:
     assert tensor.dtype is not None  # parameters are floating-point
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 

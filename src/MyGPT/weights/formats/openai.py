@@ -1,7 +1,7 @@
 """OpenAI's GPT-2 checkpoints: TensorFlow bundles with hparams.json, as arrays and as a checkpoint.
 
-`load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large Language Model
-(From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out); layout.py transposes them.
+`load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large Language
+Model (From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out); layout.py transposes them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _open_bundle(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any])
     problems = _differences(bundle, settings)
     if problems:
         raise CheckpointError(
-            f"{os.fspath(ckpt_path)} does not match the settings, {len(problems)} differences: {'; '.join(problems)}"
+            f"{os.fspath(ckpt_path)} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
         )
     return bundle
 

@@ -80,7 +80,9 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|callable) (\S*\w)", str(error))
         if found is None:
-            raise ValueError(f"{path} is not a checkpoint: it is neither safetensors nor written by torch.save") from None
+            raise ValueError(
+                f"{path} is not a checkpoint: it is neither safetensors nor written by torch.save"
+            ) from None
         raise ValueError(
             f"{path} is not opened because it contains {found[1]}, which could run arbitrary code: only tensors and plain "
             "values are allowed"

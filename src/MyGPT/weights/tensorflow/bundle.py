@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from MyGPT.files import read_text
-from MyGPT.weights.tensorflow.leveldb import masked_crc, read_table, read_varint
 from MyGPT.weights.mapped import MappedFile
+from MyGPT.weights.tensorflow.leveldb import masked_crc, read_table, read_varint
 
 _FORMAT_VERSION = 1
 _MAX_INDEX_BYTES = 1 << 30  # enough for about ten million tensors
@@ -88,7 +88,7 @@ class Bundle:
         entry, dtype = self._entry(name), self.dtype(name)
         if entry.is_partitioned:
             raise CheckpointError(
-                f"{self._prefix}.index: tensor {name!r} is a partitioned variable, stored in slices, which is not supported"
+                f"{self._prefix}.index: tensor {name!r} is a partitioned variable, which is not supported"
             )
         raw = self._raw(name, entry)
         if masked_crc(raw) != entry.crc:
@@ -131,7 +131,7 @@ class Bundle:
                 lengths[shard] = os.path.getsize(shard)
             if entry.offset + entry.size > lengths[shard]:
                 raise CheckpointError(
-                    f"{shard} has {lengths[shard]} bytes, too few for tensor {name!r}: {entry.size} bytes at offset {entry.offset}"
+                    f"{shard} has {lengths[shard]} bytes, too few for tensor {name!r}: {entry.size} at offset {entry.offset}"
                 )
             itemsize = 2 if entry.dtype == _BFLOAT16 else np.dtype(_DTYPES.get(entry.dtype, "V0")).itemsize
             if itemsize and math.prod(entry.shape) * itemsize != entry.size:
@@ -192,7 +192,9 @@ def _read_header(value: bytes | None) -> int:
         raise ValueError("the checkpoint is big-endian, but only little-endian checkpoints are supported")
     min_consumer = _number(_fields(_message(header, 3)), 2)
     if min_consumer > _FORMAT_VERSION:
-        raise ValueError(f"the format's version is {min_consumer}, but versions after {_FORMAT_VERSION} are not supported")
+        raise ValueError(
+            f"the format's version is {min_consumer}, but versions after {_FORMAT_VERSION} are not supported"
+        )
     return _number(header, 1)
 
 

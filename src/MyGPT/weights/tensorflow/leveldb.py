@@ -81,15 +81,15 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
     """Return the entries and restart points of a block, after its checksum was verified."""
     end = offset + size
     if end + _TRAILER_BYTES > len(table) - _FOOTER_BYTES:
-        raise ValueError(
-            f"a block of {size} bytes at offset {offset} does not fit in a table of {len(table)} bytes"
-        )
+        raise ValueError(f"a block of {size} bytes at offset {offset} does not fit in a table of {len(table)} bytes")
     if masked_crc(table[offset : end + 1]) != int.from_bytes(table[end + 1 : end + _TRAILER_BYTES], "little"):
         raise ValueError(f"the block at offset {offset} is damaged: its checksum is wrong")
     compression = table[end]
     if compression:
         kind = "with Snappy" if compression == 1 else f"with the unknown method {compression}"
-        raise ValueError(f"the block at offset {offset} is compressed {kind}, but only uncompressed tables are supported")
+        raise ValueError(
+            f"the block at offset {offset} is compressed {kind}, but only uncompressed tables are supported"
+        )
     return table[offset:end]
 
 
