@@ -721,7 +721,7 @@ def test_the_server_that_had_one_file_is_asked_first_for_the_next(
 def test_released_sizes_have_two_names_and_no_third() -> None:
     assert [released_size(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] == [*released.DATA_BYTES]
     assert released_size("1558M") == "1558M"
-    with pytest.raises(ValueError, match="no GPT-2 of the size '117M'; there are 124M, gpt2, 355M, gpt2-medium"):
+    with pytest.raises(ValueError, match="no GPT-2 of the size '117M'; the sizes are 124M, gpt2, 355M, gpt2-medium"):
         released_size("117M")
 
 
