@@ -235,7 +235,7 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
         (["--full", "--merge"], "there is nothing to merge"),
         (["--full", "--frozen_dtype", "bf16"], "with --full there are none"),
         (["--epochs", "0"], "epochs must be a number above 0, got 0"),
-        (["--lora.targets", "[c_atn]"], "no layer of the model is called 'c_atn'"),
+        (["--lora.targets", "[c_atn]"], "the model has no layer called 'c_atn'"),
         (["--lora.r", "0"], "lora.r must be at least 1, got 0"),
         (["--lora.alpha", "0"], "lora.alpha must be at least 1, got 0"),
         (["--lora.dropout", "1"], "lora.dropout must be from 0 up to but not including 1, got 1.0"),
