@@ -238,7 +238,7 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
         (["--lora.targets", "[c_atn]"], "the model has no layer called 'c_atn'"),
         (["--lora.r", "0"], "lora.r must be at least 1, got 0"),
         (["--lora.alpha", "0"], "lora.alpha must be at least 1, got 0"),
-        (["--lora.dropout", "1"], "lora.dropout must be from 0 up to but not including 1, got 1.0"),
+        (["--lora.dropout", "1"], "lora.dropout must be at least 0 and less than 1, got 1.0"),
         (["--lora.targets", "[]"], "lora.targets must name at least one layer, got none"),
         (["--template", "vicuna"], "no template 'vicuna': give alpaca, book"),
         (["--max_length", "3"], "there are no examples to learn from: 23 records, 23 too long for max_length=3"),

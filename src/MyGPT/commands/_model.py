@@ -7,7 +7,9 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from MyGPT.config import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
-
-
-Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def start_build(device: str) -> Build | None:
@@ -50,8 +49,7 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
     weight = model.transformer.wte.weight
     fast: nn.Module = model
     if weight.device.type == "cpu":
-        stored = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
-        fast = accelerate(model, stored if precision == "auto" else precision, build=build)  # type: ignore[arg-type]
+        fast = accelerate(model, precision, build=build)
     elif precision == "int8":
         raise ValueError(f"precision int8 needs the CPU; {weight.device.type} supports fp32 and bf16")
     elif precision != "auto":
