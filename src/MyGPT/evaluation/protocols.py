@@ -134,7 +134,7 @@ STOP_WORDS = frozenset(
 
 
 def _by_size(*figures: float) -> dict[str, float]:
-    """Return the figures by the released model sizes, from the smallest to the largest."""
+    """Return a dict of the figures for the released model sizes, given from the smallest to the largest."""
     return dict(zip(("124M", "355M", "774M", "1558M"), figures, strict=True))
 
 
