@@ -1,4 +1,4 @@
-"""Paths of the repository that tests use."""
+"""Paths of the repository's files for the tests."""
 
 from __future__ import annotations
 
