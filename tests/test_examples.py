@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What each script prints or writes if it did its work.
 PRINTED = {
     "look_inside": "without head 0 of layer 0",
-    "lora_finetuning": "step 29: loss",
+    "lora_finetuning": "step 40: loss",
     "open_in_transformers": "the same greedy continuation: True",
     "sampling_options": "--- top_p 0.9",
     "train_from_scratch": "Alice was ",
@@ -29,6 +29,7 @@ def test_the_examples_are_the_ones_listed_here() -> None:
     assert [path.stem for path in EXAMPLES] == list(PRINTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_shorter_than_forty_lines_and_runs(
     path: Path, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -41,14 +42,10 @@ def test_an_example_is_shorter_than_forty_lines_and_runs(
         GPTModel({"vocab_size": tokenizer.n_vocab, **sizes}).save_pretrained("model", tokenizer)
         arguments = ["model"]
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-    runpy.run_path(str(path), run_name="__main__")
+    names = runpy.run_path(str(path), run_name="__main__")
     assert PRINTED[path.stem] in capsys.readouterr().out
-
-
-def test_lora_lowers_the_loss_and_the_saved_model_is_the_tuned_one(in_tmp_path: Path) -> None:
-    names = runpy.run_path(str(ROOT / "examples/lora_finetuning.py"), run_name="__main__")
-    opened = GPTModel.from_pretrained("runs/spelling").eval()
-    with torch.no_grad():
-        logits = opened(names["inputs"])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), names["targets"].flatten()).item()
-    assert loss < 5  # at first log(50257) = 10.8
+    if path.stem == "lora_finetuning":
+        with torch.no_grad():
+            logits = GPTModel.from_pretrained("runs/spelling").eval()(names["inputs"])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), names["targets"].flatten()).item()
+        assert loss < 2.5  # the saved model is the tuned one; the loss of a uniform guess is log(512) = 6.2
