@@ -11,7 +11,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear
 
 from MyGPT import GPTModel, TrainConfig
 from MyGPT.training import optim
-from MyGPT.training.optim import Muon, make_optimizers, orthogonalised, schedule_factor, set_learning_rate
+from MyGPT.training.optim import Muon, make_optimizers, orthogonalized, schedule_factor, set_learning_rate
 
 
 def oracle_factors(make: Any, **options: Any) -> list[float]:
@@ -104,7 +104,7 @@ def test_muon_is_torchs_but_for_its_bf16_and_its_polynomials(momentum: float, mo
         assert (one - other).norm() < 0.02 * 10 * 0.1 * one.shape[0] ** 0.5
 
 
-def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths() -> None:
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_lengths() -> None:
     """The polynomials of the paper, taken of the singular values by themselves."""
     for shape in ((3, 6, 10), (3, 10, 6)):
         stack = torch.randn(shape, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths() 
         s = S / S.norm(dim=1, keepdim=True)
         for a, b, c in optim.POLYNOMIALS:
             s = a * s + b * s**3 + c * s**5
-        assert (orthogonalised(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
+        assert (orthogonalized(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
 
 
 def test_singular_values_come_to_where_the_docstring_says() -> None:
@@ -122,7 +122,7 @@ def test_singular_values_come_to_where_the_docstring_says() -> None:
     )
     U, V = (torch.linalg.qr(torch.randn(62, 62, dtype=torch.float64)).Q for _ in "UV")
     given[-2] = (1 - given[:-2].square().sum() - given[-1] ** 2).sqrt()  # so that the norm is 1
-    found = torch.linalg.svdvals(orthogonalised((U @ given.diag() @ V.T)[None])[0])
+    found = torch.linalg.svdvals(orthogonalized((U @ given.diag() @ V.T)[None])[0])
     assert 0.18 < found.min() < found.max() < 1.87
 
 

@@ -255,6 +255,24 @@ def test_after_every_epoch_a_sample_is_printed_in_the_books_place(
     assert [line[:3] for line in lines] == ["Ep ", "the", "Ep ", "the"]
 
 
+def test_a_tokenizer_that_looks_empty_is_used(chars: CharTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its length is 0, so its truth value is False."""
+
+    class EmptyLooking(CharTokenizer):
+        def __len__(self) -> int:
+            return 0
+
+    empty = EmptyLooking.from_text(TEXT)
+    batches = [(x % chars.n_vocab, y % chars.n_vocab) for x, y in random_batches(1)]
+    for tokenizer in (empty, chars):
+        torch.manual_seed(1)
+        model = ForeignGPT(chars.n_vocab)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_model_simple(model, batches, None, optimizer, "cpu", 1, start_context="the", tokenizer=tokenizer)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == printed[2:]
+
+
 def test_training_on_a_text_learns_it(chars: CharTokenizer) -> None:
     """The text is one sentence, over and over: its entropy is nearly nothing, a uniform guess pays 2.9 nats."""
     loader = create_dataloader(TEXT * 20, batch_size=4, max_length=16, tokenizer=chars, seed=0)
