@@ -21,6 +21,7 @@ from MyGPT import (
     create_dataloader,
     generate,
 )
+from MyGPT.costs import median_seconds
 from MyGPT.evaluation.perplexity import strided_loss
 from MyGPT.training.batches import to_device
 from MyGPT.training.optim import make_optimizers
@@ -102,3 +103,19 @@ def test_evaluation_needs_no_compiler_unless_the_run_is_compiled(monkeypatch: py
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: pytest.fail("the compiler was asked"))
     config = TrainConfig(max_steps=1, batch_size=2, sample_every=1, sample_tokens=2)
     Trainer(GPTModel(CONFIG), config, IDS[:100], IDS[100:200], tokenizer=TOKENIZER, progress=False).run()
+
+
+def test_a_device_without_autocast_has_a_loss() -> None:
+    """The meta device is one: it has shapes and no numbers. The vocabulary is too large for one chunk."""
+    with torch.device("meta"):
+        model = GPTModel({**vars(CONFIG), "vocab_size": 3000})
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        assert model(ids, labels=ids).loss.shape == ()
+
+
+def test_times_include_the_work_that_a_gpu_does_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(device.type))
+    for name in ("cpu", "mps", "cuda"):
+        median_seconds(lambda: None, torch.device(name), 1)
+    assert waited == ["mps", "mps", "cuda", "cuda"]

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from MyGPT.config import TrainingPrecision
 from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainConfig:
     """Maximum norm of the gradient; larger gradients are scaled down. 0 turns clipping off."""
     order: Order = "random"
     """Order of the training windows: drawn at random, shuffled in each epoch, or in the order of the text."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Precision of matrix products; auto uses bf16 where it is faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
@@ -120,7 +120,7 @@ class TrainConfig:
             raise ValueError(
                 f"min_learning_rate must be at most learning_rate, got {self.min_learning_rate} and {self.learning_rate}"
             )
-        choices = {"schedule": Schedule, "optimizer": OptimizerName, "precision": Precision, "order": Order}
+        choices = {"schedule": Schedule, "optimizer": OptimizerName, "precision": TrainingPrecision, "order": Order}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
