@@ -430,7 +430,10 @@ def change_state(path: Path, *removed: str, **changed: Any) -> None:
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished: Path) -> None:
     place = finished / "checkpoints"
     change_state(place / "step-000008", "mean_grad_norm")
-    with pytest.raises(ValueError, match=r"step-000008 lacks mean_grad_norm: another version of MyGPT wrote it"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-000008.state.json is not usable: it lacks mean_grad_norm, so another version of MyGPT wrote it",
+    ):
         make_trainer(finished, resume=True).run()
 
 

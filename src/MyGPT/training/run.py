@@ -90,12 +90,7 @@ class Run:
     Args:
         directory: the run's directory, or None.
         config: says when checkpoints are written, how many are kept, and whether TensorBoard's files are written.
-        recipe: the content of config.yaml; None for the fields of `config`.
-        best_model: saves and restores the best model.
-        console: prints what happens.
-        overwrite: replace an earlier run in the directory. Files that do not belong to a run stay.
-        resume: continue the run in the directory.
-        allow_changed: recipe keys that may differ from the resumed run's; also "data" and "model".
+        recipe, best_model, console, overwrite, resume, allow_changed: see `Trainer`.
     """
 
     def __init__(
