@@ -241,7 +241,7 @@ def test_a_directory_that_is_not_empty_is_refused_and_only_a_run_can_be_overwrit
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"8 tokens.*context 8 needs 9"):
+    with pytest.raises(ValueError, match=r"8 tokens.*window of 8 tokens and its targets need 9"):
         Trainer(fresh_model(), QUICK, IDS[:8])
 
 
