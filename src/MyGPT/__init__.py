@@ -1,122 +1,65 @@
-"""MyGPT: GPT-2 written from scratch in PyTorch, whole.
+"""MyGPT: GPT-2 written from scratch in PyTorch, from tokenizers and training to generation.
 
-Names are loaded at first use (PEP 562), so that `import MyGPT` costs nothing and `mygpt --help` answers at once.
+The imports under `TYPE_CHECKING` are the only list of public names. Type checkers and editors read them as imports.
+At run time the list is parsed, and each name is loaded at its first use (PEP 562): `import MyGPT` does not import torch.
+To add a public name, add one import.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from MyGPT.acceleration.lookup import PromptLookup
-    from MyGPT.acceleration.step import accelerate
-    from MyGPT.config import GPT2_CONFIGS, GPT_CONFIG, GPT_CONFIG_SMALL, GPTConfig, as_config
-    from MyGPT.data.instructions import InstructionDataset, collate_instructions
-    from MyGPT.data.templates import format_input
-    from MyGPT.data.windows import GPTDataset, create_dataloader
-    from MyGPT.generation import generate, generate_stream
-    from MyGPT.model import GPTModel, KVCache
-    from MyGPT.sampling import SamplingConfig
-    from MyGPT.tokenizers import (
-        BPETokenizer,
-        CharTokenizer,
-        SimpleTokenizer,
-        get_tokenizer,
-        load_tokenizer,
-    )
-    from MyGPT.training.config import TrainConfig
-    from MyGPT.training.simple import (
-        calc_loss_batch,
-        calc_loss_loader,
-        evaluate_model,
-        generate_and_print_sample,
-        train_model_simple,
-    )
-    from MyGPT.training.trainer import Trainer
-    from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
-    from MyGPT.weights.pretrained import load_weights_into_gpt
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {
-    "BPETokenizer": "tokenizers",
-    "CharTokenizer": "tokenizers",
-    "GPT2_CONFIGS": "config",
-    "GPTConfig": "config",
-    "GPTDataset": "data.windows",
-    "GPTModel": "model",
-    "GPT_CONFIG": "config",
-    "GPT_CONFIG_SMALL": "config",
-    "InstructionDataset": "data.instructions",
-    "KVCache": "model",
-    "PromptLookup": "acceleration.lookup",
-    "SamplingConfig": "sampling",
-    "SimpleTokenizer": "tokenizers",
-    "TrainConfig": "training.config",
-    "Trainer": "training.trainer",
-    "accelerate": "acceleration.step",
-    "as_config": "config",
-    "calc_loss_batch": "training.simple",
-    "calc_loss_loader": "training.simple",
-    "collate_instructions": "data.instructions",
-    "create_dataloader": "data.windows",
-    "download_and_load_gpt2": "weights.openai",
-    "evaluate_model": "training.simple",
-    "format_input": "data.templates",
-    "generate": "generation",
-    "generate_and_print_sample": "training.simple",
-    "generate_stream": "generation",
-    "get_tokenizer": "tokenizers",
-    "load_gpt2_params_from_tf_ckpt": "weights.openai",
-    "load_tokenizer": "tokenizers",
-    "load_weights_into_gpt": "weights.pretrained",
-    "train_model_simple": "training.simple",
-}
+if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
+    from MyGPT.acceleration.lookup import PromptLookup as PromptLookup
+    from MyGPT.acceleration.step import accelerate as accelerate
+    from MyGPT.config import GPT2_CONFIGS as GPT2_CONFIGS
+    from MyGPT.config import GPT_CONFIG as GPT_CONFIG
+    from MyGPT.config import GPT_CONFIG_SMALL as GPT_CONFIG_SMALL
+    from MyGPT.config import GPTConfig as GPTConfig
+    from MyGPT.config import as_config as as_config
+    from MyGPT.data.instructions import InstructionDataset as InstructionDataset
+    from MyGPT.data.instructions import collate_instructions as collate_instructions
+    from MyGPT.data.templates import format_input as format_input
+    from MyGPT.data.windows import GPTDataset as GPTDataset
+    from MyGPT.data.windows import create_dataloader as create_dataloader
+    from MyGPT.generation import generate as generate
+    from MyGPT.generation import generate_stream as generate_stream
+    from MyGPT.model import GPTModel as GPTModel
+    from MyGPT.model import KVCache as KVCache
+    from MyGPT.sampling import SamplingConfig as SamplingConfig
+    from MyGPT.tokenizers import BPETokenizer as BPETokenizer
+    from MyGPT.tokenizers import CharTokenizer as CharTokenizer
+    from MyGPT.tokenizers import SimpleTokenizer as SimpleTokenizer
+    from MyGPT.tokenizers import get_tokenizer as get_tokenizer
+    from MyGPT.tokenizers import load_tokenizer as load_tokenizer
+    from MyGPT.training.config import TrainConfig as TrainConfig
+    from MyGPT.training.simple import calc_loss_batch as calc_loss_batch
+    from MyGPT.training.simple import calc_loss_loader as calc_loss_loader
+    from MyGPT.training.simple import evaluate_model as evaluate_model
+    from MyGPT.training.simple import generate_and_print_sample as generate_and_print_sample
+    from MyGPT.training.simple import train_model_simple as train_model_simple
+    from MyGPT.training.trainer import Trainer as Trainer
+    from MyGPT.weights.openai import download_and_load_gpt2 as download_and_load_gpt2
+    from MyGPT.weights.openai import load_gpt2_params_from_tf_ckpt as load_gpt2_params_from_tf_ckpt
+    from MyGPT.weights.pretrained import load_weights_into_gpt as load_weights_into_gpt
+else:
+    _MODULE_OF = {
+        node.names[0].name: node.module
+        for node in ast.walk(ast.parse(__spec__.loader.get_source(__name__)))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("MyGPT.")
+    }
+    __all__ = sorted(_MODULE_OF)
 
-__all__ = [  # noqa: RUF022 - in the order of the table above
-    "BPETokenizer",
-    "CharTokenizer",
-    "GPT2_CONFIGS",
-    "GPTConfig",
-    "GPTDataset",
-    "GPTModel",
-    "GPT_CONFIG",
-    "GPT_CONFIG_SMALL",
-    "InstructionDataset",
-    "KVCache",
-    "PromptLookup",
-    "SamplingConfig",
-    "SimpleTokenizer",
-    "TrainConfig",
-    "Trainer",
-    "accelerate",
-    "as_config",
-    "calc_loss_batch",
-    "calc_loss_loader",
-    "collate_instructions",
-    "create_dataloader",
-    "download_and_load_gpt2",
-    "evaluate_model",
-    "format_input",
-    "generate",
-    "generate_and_print_sample",
-    "generate_stream",
-    "get_tokenizer",
-    "load_gpt2_params_from_tf_ckpt",
-    "load_tokenizer",
-    "load_weights_into_gpt",
-    "train_model_simple",
-]
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'MyGPT' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value  # Python calls __getattr__ only for names that the module lacks.
+        return value
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'MyGPT' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"MyGPT.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""Files that survive us, and files that we did not write.
+"""Files that stay whole when a write fails, and safe reading of files that others wrote.
 
-What stands under its final name is whole, whatever fails while it is written: everything is written beside its place,
-flushed to the disk and renamed. What is read may be damaged or made to harm: it is a value, or one ValueError.
+Writing: content goes to a temporary file beside the target, is flushed to the disk, and is then renamed. A reader never
+sees half a file. Reading: a damaged or hostile file raises ValueError with the file's name, and never exhausts memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -20,63 +20,83 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_TEXT_BYTES = 1 << 32
-"""A file that is read whole may have so many; longer texts are read in pieces (data/sources.py)."""
+"""Largest file that `read_text` accepts. Longer texts are read in pieces, see data/sources.py."""
 MAX_JSON_BYTES = 1 << 28
-"""Ten times the largest tokenizer.json that is in use."""
-_MAX_NESTING = 100  # Python gives up at about a thousand, and then in whatever walks through a value next
+"""Largest JSON file that `read_json` accepts: ten times the largest tokenizer.json in use."""
+_MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file object (UTF-8 text with `\\n`, or bytes with mode "wb") that becomes `path` when the block ends well.
+    """Open a temporary file for writing, and rename it to `path` when the `with` block succeeds.
 
-    If the block fails, `path` stays as it was and nothing is left behind. An old file's permissions stay, and a link
-    still points where it did.
+    If the block raises, the old `path` is unchanged and the temporary file is removed. An existing file keeps its
+    permissions, and a symbolic link keeps its target.
+
+    Args:
+        path: the file to create or to replace
+        mode: "w" for UTF-8 text with `\\n` line ends, "wb" for bytes
     """
     path = _real(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    is_new = not path.exists()
+    # The kernel applies the user's umask to these permissions. A private file stays private while it is written.
+    permissions = 0o666 if is_new else stat.S_IMODE(path.stat().st_mode)
+    temporary = _temporary(path)
+    text_options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with os.fdopen(descriptor, mode, **text_options) as file:  # type: ignore[call-overload]
+        with open(
+            temporary,
+            mode.replace("w", "x"),
+            opener=lambda name, flags: os.open(name, flags, permissions),
+            **text_options,
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _mode(path, 0o666))
+        if not is_new:
+            os.chmod(temporary, permissions)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A new, empty directory to fill, which takes the place of `path` when the block ends well.
+    """Create a new, empty directory to fill, and rename it to `path` when the `with` block succeeds.
 
-    Files of the old directory that the new one does not have are carried over, since they may be the user's, but for
-    those whose names match one of the patterns `replaces`. Its permissions stay, and a link still points where it did.
-    There is one instant between two renames in which `path` is missing; `restore_directory` undoes a kill at that instant.
-    The current directory cannot be replaced: a ValueError.
+    Files of the old directory that the new one lacks are copied to the new one, because they may be the user's. An
+    existing directory keeps its permissions, and a symbolic link keeps its target. Between two renames `path` is missing
+    for an instant; `restore_directory` repairs the directory if the process is killed at that instant.
+
+    Args:
+        path: the directory to create or to replace
+        replaces: patterns such as "*.safetensors"; old files whose names match are not copied
+
+    Raises:
+        ValueError: `path` contains the current directory.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
-        raise ValueError(
-            f"{path} is replaced as a whole, and cannot be while it is the current directory: name another"
-        )
+        raise ValueError(f"{path} cannot be replaced while it contains the current directory: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     restore_directory(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _temporary(path)
+    temporary.mkdir()
     try:
+        file_permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # what the user's umask leaves
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) | 0o700)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(_default_mode(0o666))  # safetensors' are for their owner alone
+                file.chmod(file_permissions)  # safetensors creates files that only their owner can read.
                 _sync_file(file)
         _sync_directory(temporary)
         if path.exists():
-            _carry_over(path, temporary, replaces)
-        os.chmod(temporary, _mode(path, 0o777))
-        if path.exists():
+            _copy_missing(path, temporary, replaces)
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             os.rename(path, _aside(path))
         os.rename(temporary, path)
     except BaseException:
@@ -84,25 +104,30 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         restore_directory(path)
         raise
     _sync_directory(path.parent)
-    shutil.rmtree(_aside(path), ignore_errors=True)  # what stays is cleared up by the next call
+    shutil.rmtree(_aside(path), ignore_errors=True)  # The next call removes what could not be removed now.
 
 
 def restore_directory(path: str | os.PathLike[str]) -> None:
-    """Brings `path` back if a kill struck while `atomic_directory` was replacing it."""
+    """Repair `path` after a process was killed while `atomic_directory` replaced it."""
     path = _real(path)
     aside = _aside(path)
     if not aside.exists():
         return
     if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # The new directory had arrived; only the clearing up was missed.
+        shutil.rmtree(aside, ignore_errors=True)  # The new directory is complete; only the old one was not yet removed.
     else:
         os.rename(aside, path)
 
 
 def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
-    """Removes what `atomic_write` and `atomic_directory` of names like these left in a directory when they were killed.
+    """Remove the temporary files that killed calls of `atomic_write` and `atomic_directory` left in a directory.
 
-    Only for a directory in which no other process writes. What a kill between two renames left is brought back.
+    A directory that was killed between its two renames is restored. No other process may write to `directory` during
+    the call.
+
+    Args:
+        directory: the directory to clean
+        patterns: patterns for the final names, such as "step-*"; other temporary files stay
     """
     for entry in Path(directory).iterdir():
         name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
@@ -110,24 +135,25 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
             continue
         if suffix == "previous":
             restore_directory(entry.parent / name)
-        elif re.fullmatch(r"[a-z0-9_]{8}", suffix):  # as tempfile names them
+        elif re.fullmatch(r"[a-z0-9_]{8}", suffix):  # also the names of earlier versions, which used tempfile
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal, read in bounded memory."""
+    """Return the SHA-256 of a file in hexadecimal. The file is read in blocks, so memory use is bounded."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file, line ends as `\\n`; anything else is a ValueError that says at which byte.
+    """Return the text of a UTF-8 file, with `\\n` line ends.
 
-    So is a file of more than max_bytes, before any of it is read.
+    Raises:
+        ValueError: the file has more than `max_bytes` bytes (it is then not read), is not UTF-8, or contains NUL.
     """
     size = os.stat(path).st_size
     if size > max_bytes:
-        raise ValueError(f"{path} has {size:,} bytes, at most {max_bytes:,} are read")
+        raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -138,34 +164,54 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file. No UTF-8, no JSON, too long, nested too deep: a ValueError that names the file."""
-    if stat.S_ISFIFO(os.stat(path).st_mode):  # would wait for a writer for ever
+    """Return the value in a JSON file.
+
+    Raises:
+        ValueError: the file is a pipe, longer than MAX_JSON_BYTES, not UTF-8, not JSON, or nested too deeply.
+    """
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
 
 
 def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:
-    """The value in a JSON text, which is one line of the file `path` or all of it; else a ValueError that names the place."""
+    """Return the value of a JSON text.
+
+    Args:
+        text: the content of a file, or of one line
+        path: the file's name for error messages
+        line: the line's number for error messages; None if `text` is the whole file
+
+    Raises:
+        ValueError: the text is not JSON, or is nested more than 100 levels deep.
+    """
     try:
         value = json.loads(text)
-        problem = f"nested more than {_MAX_NESTING} deep" if _is_deep(value) else None
+        problem = f"nested more than {_MAX_NESTING} levels deep" if _is_deep(value) else None
     except json.JSONDecodeError as error:
         line, problem = line or error.lineno, f"not JSON: {error.msg}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
         problem = f"not JSON: {error}"
     if problem is not None:
         raise ValueError(f"{path}{'' if line is None else f', line {line}'}: {problem}")
     return value
 
 
-def refuse_binary(text: str, path: str | os.PathLike[str], n_before: int = 0) -> None:
-    """A ValueError if the text, n_before characters into the file, holds NUL, which few text files do and most others."""
+def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
+    """Raise ValueError if a text contains NUL, which most binary files contain and almost no text file does.
+
+    Args:
+        text: the content of a file, or a part of it
+        path: the file's name for the error message
+        offset: the number of characters before `text` in the file
+    """
     position = text.find("\0")
     if position >= 0:
-        raise ValueError(f"{path} looks like a binary file: it holds a NUL character at position {n_before + position}")
+        raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
 
 
 def _is_deep(value: Any) -> bool:
+    """Return True if lists and dicts are nested more than _MAX_NESTING levels deep."""
     level = [value]
     for _ in range(_MAX_NESTING):
         level = [
@@ -179,11 +225,18 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+def _temporary(path: Path) -> Path:
+    """Return a new hidden name beside `path`, in the form that `remove_leftovers` recognizes."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}"
+
+
 def _aside(path: Path) -> Path:
+    """Return the name that the old directory has while `atomic_directory` replaces `path`."""
     return path.parent / f".{path.name}.previous"
 
 
-def _carry_over(old: Path, new: Path, replaces: Sequence[str]) -> None:
+def _copy_missing(old: Path, new: Path, replaces: Sequence[str]) -> None:
+    """Copy what `new` lacks from `old`, except names that match one of the patterns `replaces`."""
     for entry in old.iterdir():
         target = new / entry.name
         if target.exists() or any(fnmatch(entry.name, pattern) for pattern in replaces):
@@ -195,30 +248,19 @@ def _carry_over(old: Path, new: Path, replaces: Sequence[str]) -> None:
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path with all symbolic links resolved."""
     return Path(os.path.realpath(path))
 
 
-def _mode(path: Path, default: int) -> int:
-    """The permissions of `path`, or of a new one: mkstemp's and mkdtemp's are for secrets."""
-    if path.exists():
-        return stat.S_IMODE(path.stat().st_mode)
-    return _default_mode(default)
-
-
-def _default_mode(mode: int) -> int:
-    """What the user's umask leaves of it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mode & ~mask
-
-
 def _sync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a directory
+    """Flush a directory's entries to the disk, so that a rename survives a power failure."""
+    if os.name == "nt":  # Windows cannot open a directory.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "one" / "tokens.bin").read_bytes() == (tmp_path / "two" / "tokens.bin").read_bytes()
 
 
+def test_calls_in_two_threads_keep_their_own_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call once replaced the tokenizer of the first, which then wrote wrong ids without an error."""
+    monkeypatch.setattr(prepare_module, "TASK_CHARACTERS", 1)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in "abcabcabc")
+    (tmp_path / "a.jsonl").write_text(lines)
+
+    def other_call() -> None:
+        prepare([tmp_path / "a.jsonl"], tmp_path / "other", CharTokenizer("cba"), progress=False)
+
+    class Interrupted(CharTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if not (tmp_path / "other").exists():
+                thread = threading.Thread(target=other_call)
+                thread.start()
+                thread.join()
+            return super().encode(text)
+
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", Interrupted("abc"), progress=False)
+    assert open_tokens(tmp_path / "out")[0].tolist() == [0, 1, 2] * 3
+    assert open_tokens(tmp_path / "other")[0].tolist() == [2, 1, 0] * 3
+
+
 def test_wide_vocabularies_get_wider_ids(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(map(chr, range(40, 60))))
     tokenizer = CharTokenizer(map(chr, [*range(40, 0xD800), *range(0xE000, 0x12000)]))
@@ -124,7 +147,7 @@ def files_under(directory: Path) -> list[str]:
         ("a.txt", b"fine \xff\xfe", r"a\.txt is not UTF-8 text: byte 5 is 0xff"),
         ("a.txt", "é".encode()[:1], r"a\.txt is not UTF-8 text: byte 0 is 0xc3"),
         ("a.txt", b"x" * 50 + b"\xe4\xb8", r"a\.txt is not UTF-8 text: byte 50 is 0xe4"),
-        ("a.txt", b"GIF\0\1", r"a\.txt looks like a binary file: it holds a NUL character at position 3"),
+        ("a.txt", b"GIF\0\1", r"a\.txt looks like a binary file: it has a NUL character at position 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl, line 2: no text under the key 'text'"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: no text"),

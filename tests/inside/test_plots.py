@@ -168,6 +168,24 @@ def test_a_schedule_is_what_the_steps_use() -> None:
     assert [line.get_label() for line in figure.axes[0].lines] == ["mine", "other"]
 
 
+def test_a_recipe_is_read_as_the_other_commands_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plot schedule` once refused 1e-3, which YAML 1.1 reads as a text, and followed aliases that fill the memory."""
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_steps: 20\nwarmup_steps: 1\n")
+    assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "a.svg")]) == 0
+    capsys.readouterr()
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefgh"))
+    for content, problem in [
+        (bomb, "it has the alias *a: write the value out"),
+        ("a: " + "[" * 30 + "]" * 30, "nested more than 20"),
+        ("max_steps: many", "a.yaml: "),
+    ]:
+        (tmp_path / "a.yaml").write_text(content)
+        assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "b.svg")]) == 2
+        message = capsys.readouterr().err
+        assert problem in message and message.count("\n") == 1
+        assert not (tmp_path / "b.svg").exists()
+
+
 def test_values_of_layers_stand_in_rows_from_below() -> None:
     values = torch.rand(3, 5)
     figure = drawn(plot_layers(values, "head", "induction score"))

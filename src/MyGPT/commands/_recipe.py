@@ -65,8 +65,8 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
     is_training = "data" in recipe or "max_steps" in recipe
     try:
         model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}
-        config = as_config({**model, **_fields(GPTConfig, recipe)})
-        return config, TrainConfig(**_fields(TrainConfig, recipe)) if is_training else None, recipe
+        config = as_config({**model, **fields_of(GPTConfig, recipe)})
+        return config, TrainConfig(**fields_of(TrainConfig, recipe)) if is_training else None, recipe
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -83,5 +83,6 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
     return GPT2_VOCABULARY if name == "gpt2" else USUAL_VOCABULARY.get(name) or load_tokenizer(name).n_vocab
 
 
-def _fields(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values in a recipe whose keys are fields of the dataclass `kind`."""
     return {field.name: recipe[field.name] for field in dataclasses.fields(kind) if field.name in recipe}

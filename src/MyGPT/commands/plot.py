@@ -242,20 +242,17 @@ def _name_of(recipe: str) -> str:
 
 def _read_training(recipe: str) -> Any:
     """The TrainConfig in a YAML file or in a run's config.yaml."""
-    import yaml
-
+    from MyGPT.commands._recipe import fields_of, read_recipe
     from MyGPT.training.config import TrainConfig
 
     path = Path(recipe, "config.yaml") if Path(recipe).is_dir() else Path(recipe)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {recipe}: there is no {path}")
+    options = fields_of(TrainConfig, read_recipe(path))
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} is no recipe: it holds no options")
-    return TrainConfig(**{key: value for key, value in options.items() if key in TrainConfig.__dataclass_fields__})
+        return TrainConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _write(figure: Figure, out: str) -> None:

@@ -1,6 +1,6 @@
-"""Any number of text files to one memory-mapped file of token ids, in bounded memory and parallel processes.
+"""Convert text files to one file of token ids, in bounded memory and in parallel processes.
 
-This module needs no torch, so that worker processes start at once.
+This module does not import torch, so worker processes start quickly.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from MyGPT.files import atomic_directory, restore_directory, sha256_of
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
+"""Characters that a worker encodes at a time."""
 
 
 def prepare(
@@ -35,12 +37,24 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the ids of all documents to the directory `out` and returns what `tokens.json` says of them.
+    """Encode all documents, write the ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Every document is followed by `<|endoftext|>` where the tokenizer has it. Memory is some tens of megabytes a worker,
-    whatever the size of the files, as long as no single stretch without a space is longer. With several workers, call
-    it under `if __name__ == "__main__":`, as multiprocessing asks. An existing data set is a FileExistsError unless
-    `overwrite`; on any error nothing stands under `out` that did not before.
+    Each document is followed by `<|endoftext|>` if the tokenizer has this token. Memory is some tens of megabytes per
+    worker for files of any size. If an error occurs, `out` stays as it was.
+
+    Args:
+        paths: text files or .jsonl files, also compressed as .gz
+        out: the directory to write
+        tokenizer: a tokenizer of MyGPT
+        text_key: the key of the text in each line of a .jsonl file
+        workers: number of processes. With more than one, call this function under `if __name__ == "__main__":`, as
+            multiprocessing requires.
+        overwrite: replace the files in `out` if it is not empty
+        progress: show a progress bar
+
+    Raises:
+        FileExistsError: `out` is not empty and `overwrite` is False.
+        ValueError: a file is damaged, there is no text, or a special token contains a space.
     """
     paths, out = [Path(path) for path in paths], Path(out)
     if type(workers) is not int or workers < 1:
@@ -48,7 +62,7 @@ def prepare(
     restore_directory(out)
     if not overwrite and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
-    _require_whole_specials(tokenizer)
+    _refuse_split_specials(tokenizer)
     dtype = id_dtype(tokenizer.n_vocab)
     digest = hashlib.sha256()
     n_tokens = n_documents = n_characters = 0
@@ -83,46 +97,51 @@ def prepare(
 
 
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:
-    """The ids that `prepare` would write, in memory."""
-    _require_whole_specials(tokenizer)
+    """Return the ids that `prepare` would write, as one array in memory."""
+    _refuse_split_specials(tokenizer)
     parts = [_encode(tokenizer, task)[0] for task in _tasks(paths, text_key, tqdm(disable=True))]
     return np.concatenate([*parts, np.empty(0, id_dtype(tokenizer.n_vocab))])
 
 
-def _require_whole_specials(tokenizer: Tokenizer) -> None:
-    """A ValueError if a special token could be cut in two where long documents are cut into pieces."""
+def _refuse_split_specials(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a special token contains a space after a character, where long documents may be split."""
     for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
         if TOKEN_END.search(token):
-            raise ValueError(f"the special token {token!r} has a space in it, where a long text may be cut")
+            raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
+"""The ids of a task, and its numbers of documents and of characters."""
 
 
 def _encode_all(
     paths: list[Path], tokenizer: Tokenizer, text_key: str, workers: int, bar: tqdm[Any]
 ) -> Iterator[Encoded]:
-    """Encoded tasks in order. At most two a worker are under way, which bounds the memory."""
-    with _pool(workers, tokenizer) as pool:
-        under_way: deque[Future[Encoded]] = deque()
+    """Yield the encoded tasks in order. To bound memory, at most two tasks per worker wait at a time."""
+    pool, encode = _pool(workers, tokenizer)
+    with pool:
+        pending: deque[Future[Encoded]] = deque()
         for task in _tasks(paths, text_key, bar):
-            under_way.append(pool.submit(_encode_in_worker, task))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(pool.submit(encode, task))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _pool(workers: int, tokenizer: Tokenizer) -> Executor:
+def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[Piece]], Encoded]]:
+    """Return an executor and the function for its tasks: a thread for one worker, else processes."""
     if workers == 1:
-        return ThreadPoolExecutor(1, initializer=_remember, initargs=(tokenizer,))
-    # Spawned, since a forked copy of a process that has run torch's threads can hang.
+        return ThreadPoolExecutor(1), partial(_encode, tokenizer)
+    # A forked copy of a process that has used torch's threads can hang, so processes are spawned. The tokenizer is sent
+    # to each process once, not with every task.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
+    return pool, _encode_in_worker
 
 
 def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[list[Piece]]:
-    """Pieces gathered to about a million characters, so that small documents do not cost a message each."""
+    """Yield lists of pieces of about a million characters, so that small documents do not cost one message each."""
     task: list[Piece] = []
     size = 0
     for path in paths:
@@ -136,19 +155,21 @@ def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[lis
         yield task
 
 
-_tokenizer: Tokenizer
+_worker_tokenizer: Tokenizer
 
 
-def _remember(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _start_worker(tokenizer: Tokenizer) -> None:
+    """Store the tokenizer of a worker process, which belongs to one call of `prepare`."""
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
 
 
 def _encode_in_worker(task: list[Piece]) -> Encoded:
-    return _encode(_tokenizer, task)
+    return _encode(_worker_tokenizer, task)
 
 
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
+    """Return the ids of a task, with `<|endoftext|>` after each document, and its document and character counts."""
     ids: list[int] = []
     for piece in task:
         ids += tokenizer.encode(piece.text)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from MyGPT.data.order import Order
+from MyGPT.data import Order
 from MyGPT.data.tokens import TokenArray, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 

