@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
 BROWSER = "chromium"
-EXPLAINED = "Alice looked at the White Rabbit"
-PAGE_SIZE = (1100, 1130)
-"""Width and height of the screenshot in pixels: the tokens, the attention maps and the top of the logit lens."""
+EXPLAINED = "Alice was"
+PAGE_SIZE = (1100, 1000)
+"""Width and height of the screenshot in pixels: the tokens, the attention maps and the logit lens."""
 
 
 def mygpt(*arguments: str) -> None:
@@ -53,10 +54,9 @@ def draw_training(run: Path) -> None:
     validation = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     pieces = re.split(r"--- step (\d+) ---\n", (run / "samples.txt").read_text(encoding="utf-8"))
     samples = dict(zip(map(int, pieces[1::2]), pieces[2::2], strict=True))
-    shown = sorted(samples)[:: max(1, len(samples) // 3)][:2] + [max(samples)]
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes, texts = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes, texts = figure.subplots(1, 2, width_ratios=(1, 1))
     steps, values = zip(*losses, strict=True)
     axes.plot(steps, smooth(values), color=COLOURS[5], linewidth=1, label="training loss")
     axes.plot(validation.keys(), validation.values(), "o-", color=COLOURS[0], label="validation loss")
@@ -65,12 +65,12 @@ def draw_training(run: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     texts.set_axis_off()
-    for i, step in enumerate(shown):
-        top = 1.0 - i / len(shown)
+    for i, (step, sample) in enumerate(samples.items()):
+        top = 1.02 - i / len(samples)
         title = f"step {step}: the model writes" if i == 0 else f"step {step}"
         texts.text(0, top, title, color=COLOURS[0], weight="bold", fontsize=10, va="top")
-        sample = samples[step].strip().replace("\n\n", "\n")
-        texts.text(0, top - 0.075, sample, family="monospace", fontsize=8.5, va="top", parse_math=False)
+        wrapped = textwrap.fill(" ".join(sample.split()), 52)
+        texts.text(0, top - 0.07, wrapped, family="monospace", fontsize=9, va="top", parse_math=False)
     save_figure(figure, HERE / "training.svg")
 
 
