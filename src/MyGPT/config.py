@@ -39,33 +39,34 @@ _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size and shape of a GPT-2 model. A value out of range is a ValueError."""
+    """The size and shape of a GPT-2 model. Raises ValueError for a value out of range."""
 
     vocab_size: int = 50257
-    """Number of token ids; ids are 0 to vocab_size - 1."""
+    """Number of token ids; valid ids are 0 to vocab_size - 1."""
     context_length: int = 1024
-    """Longest sequence, in tokens, that the model can see."""
+    """Maximum sequence length in tokens."""
     emb_dim: int = 768
-    """Width of the residual stream (C); a multiple of n_heads."""
+    """Width of the embeddings and hidden states; a multiple of n_heads."""
     n_heads: int = 12
-    """Attention heads a block; each is emb_dim / n_heads wide."""
+    """Attention heads per block, each of width emb_dim / n_heads."""
     n_layers: int = 12
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     drop_rate: float = 0.1
-    """Probability of dropping an activation in training, from 0 up to but not including 1."""
+    """Dropout probability in training, at least 0 and below 1."""
     qkv_bias: bool = False
-    """Whether the query, key and value projections have biases; the released GPT-2 models have them."""
+    """Add biases to the query, key and value projections, as in the released GPT-2 models."""
     tie_weights: bool = True
-    """Whether the output head shares the token embedding's weights, as GPT-2's does."""
+    """Share the token embedding's weights with the output head, as in GPT-2."""
     layer_norm_eps: float = 1e-5
-    """Added to the variance in every LayerNorm."""
+    """Number added to the variance in every LayerNorm."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights, GPT-2's; None leaves torch's own, which the book uses, to an untied model."""
+    """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
+    tie_weights=False."""
     activation: Activation = "gelu_new"
-    """GELU (Hendrycks & Gimpel, 2016): gelu_new is the tanh form, GPT-2's; gelu is the exact one, nanoGPT's."""
+    """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
     init: Init = "gpt2"
-    """Initial weights: gpt2's, all random, or local, from which each head looks a few tokens back (initialisation.py).
-    Trained weights do not depend on it, so config.json does not tell it."""
+    """Initial weights: random as in GPT-2, or local, where each head first attends to a few preceding tokens. config.json does
+    not store this field, because trained weights do not depend on it."""
 
     model_type: ClassVar[str] = "gpt2"
 

@@ -16,18 +16,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. A value out of range is a ValueError."""
+    """Options for choosing the next token. Raises ValueError for a value out of range."""
 
     temperature: float = 0.0
-    """Divides the logits: below 1 bolder, above 1 more varied; 0 always takes the likeliest token."""
+    """Divisor of the logits: low values give predictable text, high values varied text; 0 takes the most likely token."""
     top_k: int | None = None
-    """Keep the k likeliest tokens."""
+    """Sample only from the k most likely tokens."""
     top_p: float | None = None
-    """Keep the fewest likeliest tokens whose probabilities sum to at least p."""
+    """Sample only from the most likely tokens whose probabilities together reach p."""
     min_p: float | None = None
-    """Keep tokens at least this many times as probable as the likeliest."""
+    """Sample only from tokens that have at least p times the probability of the most likely token."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens that have already appeared less likely."""
+    """Above 1, makes tokens that already occurred less likely."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:

@@ -227,7 +227,7 @@ def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> F
 def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:
     """Bytes that a step of a recipe takes on the device."""
     from MyGPT.memory import training_memory
-    from MyGPT.training.trainer import autocast_dtype
+    from MyGPT.training.arithmetic import autocast_dtype
 
     micro = training.micro_batch_size or training.batch_size
     return training_memory(

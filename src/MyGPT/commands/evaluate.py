@@ -85,9 +85,9 @@ def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
     n = measured.n_passages
     return [
         ("perplexity", f"{measured.word_perplexity:.4f} by last word"),
-        ("accuracy", f"{measured.n_right / n:.4f} of last words, all their tokens"),
-        ("", f"{measured.n_right_filtered / n:.4f} if stop words are refused"),
-        ("", f"{measured.n_right_tokens / n:.4f} of last tokens"),
+        ("accuracy", f"{measured.n_correct / n:.4f} of last words, all their tokens"),
+        ("", f"{measured.n_correct_filtered / n:.4f} if stop words are refused"),
+        ("", f"{measured.n_correct_tokens / n:.4f} of last tokens"),
         ("counted", f"{n:,} passages"),
         ("protocol", "the last word, with the space before it, is predicted greedily from the passage; text as it is"),
     ]

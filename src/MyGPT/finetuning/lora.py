@@ -34,20 +34,20 @@ TARGET_MODULES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """LoRA as the command line has it. A value out of range is a ValueError."""
+    """Options of LoRA on the command line. Raises ValueError for a value out of range."""
 
     r: int = 8
-    """Rank of the two thin matrices."""
+    """Rank of the two adapter matrices."""
     alpha: int = 16
-    """Their product counts alpha / r times."""
+    """Scale of the adapter: its output is multiplied by alpha / r."""
     dropout: float = 0.05
-    """Probability, in training, of dropping what goes into them."""
+    """Dropout probability of the adapter's input in training."""
     targets: list[str] | str = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
-    """The layers beside which they lie: one, several as [c_attn, c_fc], or all-linear."""
+    """Layers that get an adapter: one name, a list such as [c_attn, c_fc], or all-linear."""
     dora: bool = False
-    """Learn the length of each of a weight's rows apart from its direction (DoRA, Liu et al., 2024)."""
+    """Train the length and the direction of each weight row separately (DoRA, Liu et al., 2024)."""
     rslora: bool = False
-    """Count the product alpha / sqrt(r) times (Kalajdzievski, 2023)."""
+    """Multiply the adapter's output by alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
         if self.r < 1:

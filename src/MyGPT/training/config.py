@@ -15,80 +15,80 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. A value out of range is a ValueError."""
+    """The options of a training run. Raises ValueError for a value out of range."""
 
     max_steps: int = 2000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 12
-    """Sequences a step."""
+    """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences in memory at a time; the gradients of a step add up over them. Default: the whole batch."""
+    """Sequences per forward pass; their gradients are summed over the batch. Without it, one pass takes the whole batch."""
     learning_rate: float = 1e-3
-    """Highest learning rate of AdamW."""
+    """Peak learning rate of AdamW."""
     min_learning_rate: float = 1e-4
     """Learning rate at the end of the schedule."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly to learning_rate."""
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls: along a cosine, a line, not at all, or after a plateau (wsd: warmup, stable, decay)."""
+    """Learning rate after the warmup; wsd keeps it constant before the decay (warmup, stable, decay)."""
     decay_fraction: float = 0.2
-    """Part of the steps in which wsd decays."""
+    """Fraction of the steps in which wsd lowers the learning rate."""
     optimizer: OptimizerName = "adamw"
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest."""
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
     muon_learning_rate: float = 0.02
-    """Highest learning rate of Muon."""
+    """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
-    """Muon's decay of the mean gradient; a run of few hundred steps wants less."""
+    """Momentum of Muon; use a lower value for runs of a few hundred steps."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings; biases and LayerNorms are not decayed."""
+    """Weight decay of matrices and embeddings; biases and LayerNorm parameters are not decayed."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate for the running mean of the gradient."""
     beta2: float = 0.99
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's decay rate for the running mean of the squared gradient."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient, 0 for any."""
+    """Maximum norm of the gradient; larger gradients are scaled down. 0 turns clipping off."""
     order: Order = "random"
-    """Which windows a step sees: random ones, shuffled epochs, or the text in sequence."""
+    """Order of the training windows: drawn at random, shuffled in each epoch, or in the order of the text."""
     precision: Precision = "auto"
-    """Arithmetic of the matrix products; auto takes bf16 where the machine gains from it."""
+    """Precision of matrix products; auto uses bf16 where it is faster."""
     gradient_checkpointing: bool = False
-    """Compute each block anew on the way back instead of keeping its activations: less memory, a third more work."""
+    """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
     compile: bool = False
-    """Compile the blocks with torch.compile: a wait at the start, then faster steps."""
+    """Compile the blocks with torch.compile: a slow start, then faster steps."""
     eval_every: int = 250
-    """Steps between evaluations."""
+    """Steps between evaluations on the validation text."""
     eval_windows: int = 200
-    """Windows of the fixed set that each evaluation uses; the last evaluation uses the whole validation text."""
+    """Validation windows per evaluation; the last evaluation uses the whole validation text."""
     early_stop: int | None = None
-    """Stop after so many evaluations without a new best."""
+    """Stop after this many evaluations without a new lowest validation loss."""
     sample_every: int = 500
-    """Steps between live samples, 0 for none."""
+    """Steps between sample texts; 0 turns them off."""
     sample_tokens: int = 200
-    """Tokens of a live sample."""
+    """Length of a sample text in tokens."""
     sample_temperature: float = 0.8
-    """Temperature of live samples, 0 for greedy ones."""
+    """Sampling temperature of the sample texts; 0 always takes the most likely token."""
     sample_to_end: bool = False
-    """End live samples where the model ends them."""
+    """End a sample text at the end-of-text token."""
     sample_prompt: str = ""
-    """What live samples begin with; default: the first tokens of the validation text."""
+    """Prompt of the sample texts; without it, the first tokens of the validation text."""
     log_every: int = 10
     """Steps between the entries in metrics.jsonl."""
     checkpoint_every: int = 250
-    """Steps between checkpoints, from which --resume goes on as if nothing had happened; 0 for none by steps."""
+    """Steps between checkpoints, which --resume continues with identical results; 0 turns them off."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which there is one in any case; 0 for none by time."""
+    """Also save a checkpoint when this many minutes have passed; 0 turns this off."""
     keep_last: int = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Checkpoints kept beside those for their low validation loss; the best model is in model/ in any case."""
+    """Number of checkpoints with the lowest validation loss to keep too; model/ always holds the best model."""
     max_skipped_steps: int = 10
-    """Steps that may be left out because their loss or gradient is not finite; with one more the run stops."""
+    """Number of steps that may be skipped for a loss or gradient that is not finite; one more stops the run."""
     deterministic: bool = False
-    """Ask torch for deterministic algorithms alone. A processor's are anyway; on a GPU some are slower, some missing."""
+    """Use only torch's deterministic algorithms. On a GPU, some are slower and some are missing; a CPU always uses them."""
     tensorboard: bool = False
-    """Write TensorBoard's event files beside metrics.jsonl."""
+    """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = 1337
-    """Governs the initial weights, the order of the data, dropout and samples."""
+    """Seed of the initial weights, the data order, dropout and the sample texts."""
 
     def __post_init__(self) -> None:
         positive = (
