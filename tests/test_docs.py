@@ -22,7 +22,7 @@ FENCES = re.compile(r"(<!--[^\n]* not run [^\n]*-->\n)?^```([^\n`]*)\n(.*?)^```$
 # evaluation.md uses data sets that are not in this repository; design.md and the reference have no examples.
 PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md", DOCS / "learn.md"])
 # Helpers that a user has no use for.
-INTERNAL = {"MyGPT.model.KVCache.check", "MyGPT.model.KVCache.append"}
+INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -105,9 +105,9 @@ def draw_explain(run: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         page = Path(directory) / "explain.html"
         mygpt("explain", "--model", str(run), "--out", str(page), EXPLAINED)
-        size = "--window-size={},{}".format(*PAGE_SIZE)
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000", size]
-        subprocess.run([BROWSER, *options, f"--screenshot={HERE / 'explain.png'}", page.as_uri()], check=True)
+        options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000".split()
+        options += ["--window-size={},{}".format(*PAGE_SIZE), f"--screenshot={HERE / 'explain.png'}"]
+        subprocess.run([BROWSER, *options, page.as_uri()], check=True)
 
 
 PICTURES = {
@@ -121,7 +121,7 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PICTURES, help="the picture to draw; all pictures without this option")
-    parser.add_argument("--run", type=Path, default=ROOT / "runs/pictures", help="directory of the run; created if missing")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/pictures", help="run directory; created if missing")
     options = parser.parse_args()
     for name in [options.only] if options.only else PICTURES:
         PICTURES[name](options.run)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MyGPT.model import KVCache
+from MyGPT.cache import KVCache
 
 
 class SelfAttention_v1(nn.Module):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MyGPT.book.attention import MultiHeadAttention
+from MyGPT.cache import KVCache
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.loss import linear_token_loss, token_loss
-from MyGPT.model import KVCache
 
 Config = GPTConfig | Mapping[str, Any]
 

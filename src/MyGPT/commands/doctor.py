@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -66,7 +67,7 @@ def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
     """All findings, as they come."""
     import torch
 
-    from MyGPT.training.estimate import matmul_speed
+    from MyGPT.costs import matmul_speed
 
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", torch.__version__)
@@ -204,8 +205,6 @@ def find_recipes(recipes: Path, place: torch.device, speeds: dict[str, float]) -
 
 def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> Finding:
     """A recipe's time, if it fits into memory."""
-    from MyGPT.training.estimate import estimate_training
-
     label = f"  {file.stem}"
     try:
         config, training, recipe = read_plan(str(file))
@@ -218,7 +217,7 @@ def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> F
     if free is not None and needed > free:
         smaller = "a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
         return Finding(label, f"{text} a step, more than the {free / 1e9:.1f} GB that are free", smaller)
-    step, whole = estimate_training(config, training, place, speeds["float32"])
+    step, whole = training_seconds(config, training, place, speeds["float32"])
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
     return Finding(label, text, missing_data(recipe.get("data", "alice")))
@@ -226,7 +225,7 @@ def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> F
 
 def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:
     """Bytes that a step of a recipe takes on the device."""
-    from MyGPT.memory import training_memory
+    from MyGPT.costs import training_memory
     from MyGPT.training.arithmetic import autocast_dtype
 
     micro = training.micro_batch_size or training.batch_size
@@ -239,6 +238,35 @@ def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -
         accumulates=micro < training.batch_size,
         device=place.type,
     ).peak
+
+
+def training_seconds(
+    config: GPTConfig, training: TrainConfig, place: torch.device, flops_per_second: float
+) -> tuple[float, float]:
+    """Return the estimated seconds of one step, and of the whole run with its evaluations.
+
+    The estimate comes from a few training steps on random tokens. Reading the text, live samples, compiling and writing
+    files are not part of it.
+    """
+    import torch
+
+    from MyGPT.costs import estimate_step_seconds, median_seconds
+    from MyGPT.model import GPTModel
+    from MyGPT.training.trainer import Trainer
+
+    def measure_step(part: GPTConfig, batch_size: int) -> float:
+        tried = dataclasses.replace(
+            training, batch_size=batch_size, micro_batch_size=None, compile=False, tensorboard=False
+        )
+        ids = torch.randint(config.vocab_size, (2 * config.context_length * batch_size + 1,)).numpy()
+        with Trainer(GPTModel(part), tried, ids, device=place, progress=False) as trainer:
+            return median_seconds(trainer.step, place, 3)
+
+    micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    sequence = estimate_step_seconds(config, micro, measure_step, flops_per_second) / micro
+    step = sequence * training.batch_size
+    evaluation = sequence * training.eval_windows / 3  # without the backward pass
+    return step, training.max_steps * step + training.max_steps // training.eval_every * evaluation
 
 
 def missing_data(data: str | list[str]) -> str | None:

@@ -63,7 +63,7 @@ def describe(
     """A table of a model's size and cost, and of what a step of its training takes."""
     import torch
 
-    from MyGPT.memory import cache_bytes, generation_bytes, parameters_by_part
+    from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part
     from MyGPT.model import GPTModel
 
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def describe(
 
 def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple[str, list[int]]]:
     """The memory of a step: the recipe's, or of one sequence as long as the context."""
-    from MyGPT.memory import training_memory
+    from MyGPT.costs import training_memory
 
     training = training or TrainConfig(batch_size=1)
     micro = training.micro_batch_size or training.batch_size

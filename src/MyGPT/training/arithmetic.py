@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from MyGPT.acceleration.linear import fast_linear
-from MyGPT.training.config import Precision, TrainConfig
+from MyGPT.config import TrainingPrecision
+from MyGPT.training.config import TrainConfig
 
 
-def autocast_dtype(device: torch.device, precision: Precision, emb_dim: int) -> torch.dtype | None:
+def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
     """Return torch.bfloat16 if matrix products should run in bfloat16, or None for float32.
 
     Args:
