@@ -64,5 +64,12 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
 
 
+def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Put a line that shows nothing before an attribute's docstring, in whose first line napoleon reads "text: " as a type."""
+    if what in ("attribute", "property", "data"):
+        lines.insert(0, "\\ ")
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon's 500

@@ -29,7 +29,7 @@ ROOT = HERE.parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
 BROWSER = "chromium"
 EXPLAINED = "Alice was"
-PAGE_SIZE = (1100, 1180)
+PAGE_SIZE = (1100, 1224)
 """Width and height of the screenshot in pixels: the tokens, the attention maps and the logit lens."""
 
 
