@@ -447,7 +447,7 @@ def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(t
     path = tmp_path / "tokens" / name
     content = path.read_bytes()
     path.write_bytes(content.replace(b"a", b"b") if name == "tokenizer.json" else content[::-1])
-    with pytest.raises(ValueError, match=rf"{name} is not .*SHA-256 is another: prepare it again"):
+    with pytest.raises(ValueError, match=rf"{name} is not .*SHA-256 differs: run mygpt prepare again"):
         open_tokens(tmp_path / "tokens")
 
 
