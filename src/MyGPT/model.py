@@ -23,7 +23,7 @@ from MyGPT.config import GPTConfig, as_config
 from MyGPT.costs import count_matrix_weights, count_parameters, flops_per_token
 from MyGPT.initialisation import initialise
 from MyGPT.loss import linear_token_loss, token_loss
-from MyGPT.weights.directory import write_directory
+from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights
 
 
