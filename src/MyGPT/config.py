@@ -78,8 +78,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in _REQUIRED:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            require_positive(**{name: value})
             largest = _MAX_LAYERS if name == "n_layers" else _MAX_SIZE
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest}, got {value!r}")
@@ -179,6 +178,16 @@ def read_config_json(path: Path) -> GPTConfig:
         return GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
+
+
+def require_positive(*, optional: bool = False, **values: object) -> None:
+    """Raise ValueError if an argument, given as name=value, is not a whole number of at least 1.
+
+    With `optional`, an argument may also be None.
+    """
+    for name, value in values.items():
+        if (type(value) is not int or value < 1) and not (optional and value is None):
+            raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -368,7 +368,7 @@ def test_an_adapter_whose_model_has_moved_says_how_to_name_it(
     config.write_text(json.dumps({**described, "base_model_name_or_path": str(tmp_path / "gone")}))
     assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "Say"]) == 2
     error = capsys.readouterr().err
-    assert "gone, which is not there" in error and "--adapter" in error and len(error.splitlines()) == 1
+    assert "gone, which does not exist" in error and "--adapter" in error and len(error.splitlines()) == 1
 
 
 def test_an_adapter_alone_cannot_be_tuned(tuned: Path, base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from MyGPT.config import require_positive
 from MyGPT.data.records import Record, check_record
 from MyGPT.data.templates import BOOK, Part, Template
 from MyGPT.data.tokens import fingerprint
@@ -59,8 +60,7 @@ class InstructionDataset(Dataset[Example]):
         too_long: Literal["drop", "raise"] = "drop",
         names: Sequence[str] | None = None,
     ) -> None:
-        if max_length is not None and (type(max_length) is not int or max_length < 1):
-            raise ValueError(f"max_length must be None or a whole number of at least 1, got {max_length!r}")
+        require_positive(optional=True, max_length=max_length)
         if too_long not in ("drop", "raise"):
             raise ValueError(f"too_long must be 'drop' or 'raise', got {too_long!r}")
         self.max_length = max_length
@@ -169,8 +169,7 @@ def collate_instructions(
     """
     if len(batch) == 0 or not all(len(item) for item in batch):
         raise ValueError(f"a batch needs items of at least one token, got lengths {[len(item) for item in batch]}")
-    if allowed_max_length is not None and (type(allowed_max_length) is not int or allowed_max_length < 1):
-        raise ValueError(f"allowed_max_length must be None or a whole number of at least 1, got {allowed_max_length!r}")
+    require_positive(optional=True, allowed_max_length=allowed_max_length)
     T = max(len(item) for item in batch)
     inputs, targets = [], []
     for item in batch:
@@ -228,9 +227,7 @@ class LengthGroupedSampler:
         seed: int = 0,
         pool_batches: int = 50,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("pool_batches", pool_batches)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_positive(batch_size=batch_size, pool_batches=pool_batches)
         self.dataset = dataset
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id

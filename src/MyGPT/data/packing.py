@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, item_targets
 from MyGPT.loss import IGNORED
 
@@ -116,8 +117,7 @@ class PackedSampler:
         mask_prompt: bool = False,
         seed: int = 0,
     ) -> None:
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        require_positive(batch_size=batch_size)
         if dataset.lengths.max() > max_length:
             raise ValueError(
                 f"the longest example has {dataset.lengths.max()} tokens, a row has max_length={max_length}: create the "

@@ -56,8 +56,9 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
     """Return the memory-mapped ids of a prepared data set and the content of its `tokens.json`.
 
     The check takes about 0.1 seconds for any size. Up to 64 MB, every byte is checked. In a longer file, 64 blocks are
-    checked: this detects another file, but perhaps not a single changed byte, which only the key `sha256` detects. A
-    long file that an early version of MyGPT wrote has no hash of blocks; only its length is checked.
+    checked: this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole
+    file, for a complete check. Early versions of MyGPT wrote no hash of blocks; for their long files, only the length
+    is checked.
 
     Raises:
         ValueError: `tokens.json` is damaged, or `tokens.bin` or `tokenizer.json` is not the file that it describes.

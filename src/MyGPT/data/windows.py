@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from MyGPT.config import require_positive
 from MyGPT.data.tokens import TokenArray, compact_ids
 from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import get_tokenizer
@@ -58,9 +59,7 @@ class GPTDataset(Dataset[Batch]):
     def __init__(
         self, text_or_ids: str | Any, tokenizer: Any, max_length: int, stride: int, *, pad_last: bool = False
     ) -> None:
-        for name, value in (("max_length", max_length), ("stride", stride)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_positive(max_length=max_length, stride=stride)
         is_text = isinstance(text_or_ids, str)
         self.ids = compact_ids(encode_with_specials(tokenizer, text_or_ids) if is_text else text_or_ids)
         self.max_length = max_length
@@ -112,8 +111,7 @@ def create_dataloader(
     Raises:
         ValueError: the text is too short for one window or, with drop_last, for one batch.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    require_positive(batch_size=batch_size)
     tokenizer = get_tokenizer("gpt2") if tokenizer is None else tokenizer
     stride = max_length if stride is None else stride
     dataset = GPTDataset(text, tokenizer, max_length, stride, pad_last=not drop_last)

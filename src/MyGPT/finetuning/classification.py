@@ -35,7 +35,7 @@ class ClassifierOutput(NamedTuple):
     loss: Tensor
     """Mean cross-entropy in nats."""
     logits: Tensor
-    """Scores (B, n_labels)."""
+    """The scores, (B, n_labels)."""
 
 
 class GPTForClassification(nn.Module):

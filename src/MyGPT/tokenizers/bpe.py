@@ -221,7 +221,9 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 
 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
-    """Return the first merges as pairs of ids. Ids 0 to 255 are the bytes; merge number i creates id 256 + i.
+    """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
+
+    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i.
 
     The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
     the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can
