@@ -42,7 +42,8 @@ from MyGPT.book.texts import (
     token_ids_to_text,
 )
 from MyGPT.generation import generate
-from MyGPT.weights.openai import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
+from MyGPT.weights.formats.openai import load_gpt2_params_from_tf_ckpt
+from MyGPT.weights.released import download_and_load_gpt2
 
 __all__ = [
     "GELU", "CausalAttention", "FeedForward", "GPTDatasetV1", "GPTModel", "InstructionDataset", "LayerNorm",

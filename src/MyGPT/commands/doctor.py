@@ -52,7 +52,7 @@ def doctor(recipes: str = "configs", device: str = "auto") -> None:
         recipes: a directory of YAML files, or one file
         device: auto, cpu, cuda or mps
     """
-    from MyGPT.commands._model import pick_device
+    from MyGPT.devices import pick_device
 
     place = pick_device(device)
     fixes = []
@@ -151,7 +151,7 @@ def find_vocabulary() -> Finding:
 def find_weights() -> Finding:
     """The released models that were downloaded, whole or in part."""
     from MyGPT.download import cache_directory
-    from MyGPT.weights.gpt2_files import FILES
+    from MyGPT.weights.released import FILES
 
     models = cache_directory() / "models"
     sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]

@@ -20,14 +20,15 @@ def explain(
         out: the page to write
         device: auto, cpu, cuda or mps
     """
-    from MyGPT.commands._model import encode_for, open_model
+    from MyGPT.commands._model import encode_for
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
+    from MyGPT.opening import open_model
 
     if Path(out).suffix not in (".html", ".htm"):
         raise ValueError(f"a page is written as .html, got {out}")
-    gpt, tokenizer, place = open_model(model, device, adapter)
-    ids = encode_for(gpt, tokenizer, " ".join(text)).to(place)
+    gpt, tokenizer = open_model(model, device, adapter)
+    ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
     with atomic_write(out) as file:
         file.write(page)

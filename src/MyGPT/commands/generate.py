@@ -42,12 +42,14 @@ def generate(
         precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
         lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
     """
-    from MyGPT.commands._model import make_fast, open_model, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build, stream_text
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     build = start_build(device)
-    gpt, tokenizer, _ = open_model(model, device, adapter)
+    from MyGPT.opening import open_model  # after the build has started: it imports torch
+
+    gpt, tokenizer = open_model(model, device, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:

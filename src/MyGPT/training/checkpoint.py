@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
-from MyGPT.weights.directory import read_safetensors, write_safetensors
+from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
