@@ -1,7 +1,7 @@
-"""Run `mygpt` in new processes, kill them at chosen moments, and collect the results.
+"""Runs `mygpt` in a process of its own, kills it at a chosen moment, and collects what is left of the run.
 
-A kill is SIGKILL, which no program can catch. It happens at the n-th call of a function in the process itself, such as a training
-step or a call that writes files, or after a given time.
+The signal is SIGKILL, which no program can catch. It comes at the n-th call of a function (a training step, or a function
+that writes files), or after a given time.
 """
 
 from __future__ import annotations
@@ -19,22 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-if sys.platform == "win32":
-    pytest.skip("needs SIGKILL and fork", allow_module_level=True)
-
-# Forked from a process that has already imported torch, which takes seconds in a new one.
+# Processes are forked from one that has already imported torch, because the import takes seconds.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "MyGPT.cli", "MyGPT.training.trainer", "MyGPT.commands.train", "peft"])
 
 MOMENTS = ("step", "half_file", "fsync", "rename", "replace", "rmtree", "snapshot")
-"""Functions at whose call a process can be killed; "half_file" kills after half of a tensor file is on the disk."""
+"""Functions at whose call a process is killed; "half_file" leaves the first half of a file of tensors on the disk."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When to kill a process: at the n-th call of a moment or, with "time", n milliseconds after it started to work."""
+    """The moment of a kill: the n-th call of a function in MOMENTS, or, with "time", n milliseconds after the start."""
 
     moment: str
     n: int
@@ -46,14 +41,21 @@ def start(
     prepare: Callable[[], None] | None = None,
     errors: str | Path = os.devnull,
 ) -> Any:
-    """Start `mygpt` in a new process. It first calls `prepare`, and writes its standard error to the file `errors`."""
+    """Start `mygpt` in a new process and return the process.
+
+    Args:
+        arguments: the command line.
+        kill: when the process is killed; None lets it run.
+        prepare: a function that the process calls first.
+        errors: the file for its stderr.
+    """
     process = _processes.Process(target=_work, args=(arguments, kill, prepare, errors))
     process.start()
     return process
 
 
 def run(arguments: list[str], *how: Any, **more: Any) -> int:
-    """Start `mygpt`, wait for its end, and return the exit status, which is -9 after a kill."""
+    """Start `mygpt` as `start` does, wait for its end, and return the exit status (-9 after a kill)."""
     process = start(arguments, *how, **more)
     process.join(600)
     assert process.exitcode is not None, "the process hangs"
@@ -61,7 +63,7 @@ def run(arguments: list[str], *how: Any, **more: Any) -> int:
 
 
 def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
-    """Run the command once for each kill, then to the end. Return the number of kills that happened in time."""
+    """Run a command once for each kill and once more to its end. Return how many of the kills hit a running process."""
     struck = 0
     for kill in [*kills, None]:
         status = run(arguments, kill)
@@ -71,21 +73,18 @@ def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """Return everything in a run directory that must not depend on kills: weights, optimizers, generators, metrics, samples."""
+    """Return everything that must not depend on kills: weights, optimizer and random states, records and samples."""
     newest = max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     state = json.loads((newest / "state.json").read_text())
-    for of_machine in (
-        "lengths",
-        "recipe",
-    ):  # speeds have different numbers of digits, and the recipe may hold the run's path
-        del state[of_machine]
+    for variable in ("lengths", "recipe"):  # Logged speeds differ in length, and the recipe may contain the run's path.
+        del state[variable]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    of_time = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
+    timings = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
     kept = run_dir / ("adapter" if (run_dir / "adapter").is_dir() else "model")
     return {
         "checkpoint": newest.name,
         "state": state,
-        "records": [{k: v for k, v in record.items() if k not in of_time} for record in records],
+        "records": [{k: v for k, v in record.items() if k not in timings} for record in records],
         "samples": (run_dir / "samples.txt").read_text() if (run_dir / "samples.txt").exists() else "",
         **{str(file.relative_to(run_dir)): file.read_bytes() for file in kept.glob("*.safetensors")},
         **{file.name: file.read_bytes() for file in newest.glob("*.safetensors")},
@@ -93,7 +92,7 @@ def remains(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return the names whose values differ between two results of `remains`."""
+    """Return the names of the parts in which the remains of two runs differ."""
     return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
 
 
@@ -108,7 +107,7 @@ def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] |
     import torch
 
     torch.set_num_threads(1)
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115 - open until the process ends
     if prepare is not None:
         prepare()
     if kill is not None:

@@ -1,8 +1,8 @@
-"""Kill training runs fifty times at random moments and compare the results with uninterrupted runs: `make soak`.
+"""Kills runs fifty times at random moments and compares the results with uninterrupted runs (`make soak`).
 
-Every second kill is aimed at a moment inside a write (killing.MOMENTS); the others come after a random time. For each recipe, the
-table counts the kills that happened before the run had finished, the resumes, the unfinished files, and the differences from the
-uninterrupted run in weights, optimizer state, random states, losses and samples. No difference is allowed.
+Every second kill is aimed at a function that writes files (killing.MOMENTS); the others come at a random time. For each
+recipe the table shows how many kills hit a running process, how often the run was resumed, and in how many parts (weights,
+optimizer and random states, losses, samples) the result differs. There must be no differences and no unfinished files.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 def kill_until_done(command: list[str], n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
-    """Run the command until `n_kills` kills have happened, then to the end.
+    """Run a command until n_kills kills have hit it, and once more to its end.
 
-    Returns the number of aimed and of timed kills, and the number of resumes. A run that has already finished is resumed at its
-    end again.
+    A run that has already reached its end is resumed there again. Returns the number of aimed and of timed kills, and how
+    often the command was started.
     """
     struck: Counter[str] = Counter()
     resumes = 0
