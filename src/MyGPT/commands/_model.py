@@ -1,4 +1,4 @@
-"""What the commands that run a model share: faster copies of it, and the options' types. opening.py opens models."""
+"""Helpers shared by the commands that run a model. Opening a model is in opening.py."""
 
 from __future__ import annotations
 
