@@ -1,4 +1,4 @@
-"""What a model costs, computed from its sizes: parameters, floating-point operations (FLOPs), memory and training time.
+"""The costs of a model, computed from its sizes: parameters, floating-point operations (FLOPs), memory, training time.
 
 Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
 Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
