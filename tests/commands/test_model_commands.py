@@ -14,7 +14,6 @@ from conftest import lively_model
 from http_server import file, serving
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
-from MyGPT.commands import _model
 from MyGPT.commands.chat import Conversation
 from MyGPT.weights import released
 from oracles_layouts import BookGPT, NanoGPT
@@ -92,7 +91,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(talker: Path, monkeypatch: pyte
         yield " the"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_model, "stream_text", interrupted)
+    monkeypatch.setattr("MyGPT.generation.stream_text", interrupted)
     say(monkeypatch, "hello", "hello")
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     assert capsys.readouterr().out == " the\n the\n"
