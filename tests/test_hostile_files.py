@@ -109,13 +109,13 @@ def make_openai_vocabulary(place: Path) -> None:
 
 
 def make_shards(place: Path) -> None:
-    from MyGPT.weights import directory
+    from MyGPT.weights.formats import huggingface
 
-    whole, directory.MAX_SHARD_BYTES = directory.MAX_SHARD_BYTES, 8000
+    whole, huggingface.MAX_SHARD_BYTES = huggingface.MAX_SHARD_BYTES, 8000
     try:
         MODEL.save_pretrained(place)
     finally:
-        directory.MAX_SHARD_BYTES = whole
+        huggingface.MAX_SHARD_BYTES = whole
 
 
 def make_adapter(place: Path) -> None:
