@@ -1,4 +1,4 @@
-"""An independent writer of TensorFlow checkpoints, made from the description of the format alone."""
+"""A small writer of TensorFlow checkpoints for tests, written from the description of the format alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stored(array: NDArray[Any]) -> Stored:
 
 
 def stored_bfloat16(array: NDArray[np.float32]) -> Stored:
-    """Return float32 numbers truncated to bfloat16, their upper 16 bits."""
+    """Store float32 numbers as bfloat16, their upper two bytes."""
     upper = (array.reshape(-1).view("<u4") >> 16).astype("<u2")
     return Stored(DTYPE_NUMBERS["bfloat16"], array.shape, upper.view(np.uint8))
 
@@ -43,7 +43,7 @@ def write_bundle(
     n_shards: int = 1,
     **table_options: int,
 ) -> None:
-    """Write a checkpoint and distribute the tensors over the shards in turn."""
+    """Write a checkpoint; tensor i is stored in shard i modulo the number of shards."""
     records = {b"": header(n_shards)}
     shards = [bytearray() for _ in range(n_shards)]
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -69,7 +69,7 @@ def entry(dtype: int, shape: Iterable[int], shard: int, offset: int, size: int, 
 def table(
     records: Mapping[bytes, bytes], *, block_bytes: int = 4096, restart_interval: int = 16, compression: int = 0
 ) -> bytes:
-    """Return a LevelDB table. `compression` sets the stated compression; the data is never compressed."""
+    """Return a LevelDB table. `compression` is only written to the trailers; the blocks are not compressed."""
     out, handles = b"", {}
     pending: dict[bytes, bytes] = {}
 

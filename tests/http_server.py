@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine whose answers a test chooses: complete, cut off, stalled, reset or refused."""
+"""A local HTTP server whose response to each request is chosen by the test: complete, cut, stalled, reset or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """A server that gives the next of `answers` to each request, then `default`, and keeps the requests."""
+    """A server that replies with the next of `answers`, then with `default`, and records the requests."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -77,7 +77,19 @@ def file(
     length: int | None = None,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """Answer with a file. The body ends after `cut` bytes and `stall` seconds of silence, with `reset` by a TCP reset."""
+    """Return an answer that sends a file.
+
+    Args:
+        content: the bytes of the file.
+        cut: send only this many bytes.
+        stall: seconds of silence before the connection ends.
+        reset: end the connection by a reset.
+        etag: the ETag header, or None to leave it out.
+        ranges: support the Range header.
+        if_range: support the If-Range header.
+        length: the Content-Length header; default: the length of the body.
+        headers: more headers.
+    """
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         wanted = handler.headers["Range"]
@@ -140,7 +152,7 @@ def chunked(content: bytes = CONTENT, ends: bool = True, **headers: str) -> Answ
 
 
 def until_the_end(handler: BaseHTTPRequestHandler) -> None:
-    """Answer as in HTTP/1.0, where the end of the connection marks the end of the file."""
+    """Send a file without its length, as in HTTP/1.0, where the end of the connection is the end of the file."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(CONTENT)

@@ -1,4 +1,4 @@
-"""A checkpoint written by TensorFlow, and the logits that OpenAI's own code computed from it."""
+"""A small checkpoint that TensorFlow wrote, and the logits that OpenAI's model code computed from it."""
 
 from __future__ import annotations
 
