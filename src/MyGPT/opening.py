@@ -69,7 +69,7 @@ class ModelFiles:
         return open_checkpoint(self.path)
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer saved with the model; without one, GPT-2's if the model has as large a vocabulary."""
+        """Return the tokenizer saved with the model, or GPT-2's if there is none and the vocabulary size fits."""
         directory = self._directory()
         has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
         return get_tokenizer("gpt2" if not has_tokenizer and vocab_size in _GPT2_VOCABULARY_SIZES else directory)
