@@ -48,11 +48,11 @@ def main() -> None:
                 began = time.perf_counter()
                 while trainer.step_number < options.steps:
                     trainer.step()
-                    trainer._checkpoint_if_due(bar=None)  # type: ignore[arg-type]
+                    trainer.files.checkpoint_if_due(trainer.state.step, trainer.snapshot)
                 times.append((time.perf_counter() - began) / (options.steps - 1))
-                if trainer._checkpoints is not None:
-                    trainer._checkpoints.wait()
-                    copies.append(trainer._checkpoint_seconds / max(1, trainer._checkpoints.n_written))
+                if trainer.files.writer is not None:
+                    trainer.files.writer.wait()
+                    copies.append(trainer.files.checkpoint_seconds / max(1, trainer.files.writer.n_written))
     without, with_them = (statistics.median(times) for times in seconds.values())
     print(f"{torch.get_num_threads()} threads, medians of {options.rounds}")
     print(f"a step without checkpoints {without:.3f} s, with one every {options.every} steps {with_them:.3f} s")

@@ -37,11 +37,11 @@ from memory import Peak
 from MyGPT import GPTConfig, GPTModel, KVCache, TrainConfig, Trainer, accelerate, get_tokenizer
 from MyGPT.acceleration.linear import fast_linear
 from MyGPT.commands.bench import read_bandwidth
+from MyGPT.costs import cache_bytes, training_memory
 from MyGPT.data.prepare import prepare
 from MyGPT.data.sampler import WindowSampler
 from MyGPT.data.tokens import open_tokens, sampled_sha256
 from MyGPT.files import atomic_write
-from MyGPT.memory import cache_bytes, training_memory
 from MyGPT.tokenizers import BPETokenizer
 from training import FixedBatches
 

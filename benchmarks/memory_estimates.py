@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from MyGPT import GPT_CONFIG_SMALL, GPTConfig, GPTModel, TrainConfig, Trainer, generate
-from MyGPT.memory import generation_bytes, training_memory
+from MyGPT.costs import generation_bytes, training_memory
 
 TINY = GPTConfig(vocab_size=65, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
 CHARACTERS = GPTConfig(vocab_size=65, context_length=256, emb_dim=384, n_heads=6, n_layers=6, drop_rate=0.0)

@@ -36,7 +36,7 @@ def take(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
 
     if name == "chunks":
         monkeypatch.setattr(loss, "MAX_LOGITS", ROWS * WIDTH)
-        monkeypatch.setattr(loss, "WORDS", 7)  # of 50: the last product has one word
+        monkeypatch.setattr(loss, "VOCAB_CHUNK", 7)  # of 50: the last product has one word
     monkeypatch.setattr(loss, "token_loss", spied("whole", token_loss))
     monkeypatch.setattr(loss._ChunkedLinearLoss, "apply", spied("chunks", loss._ChunkedLinearLoss.apply))
 
@@ -139,7 +139,7 @@ def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.Monk
     expected = cross_entropy(hidden, weight, targets)
     with monkeypatch.context() as patch:
         patch.setattr(loss, "MAX_LOGITS", max_logits)
-        patch.setattr(loss, "WORDS", n_words)
+        patch.setattr(loss, "VOCAB_CHUNK", n_words)
         total, _ = linear_token_loss(hidden, weight, targets)
         gradients = torch.autograd.grad(total, (hidden, weight))
     same(total, expected)

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.acceleration.lookup import PromptLookup as PromptLookup
     from MyGPT.acceleration.step import accelerate as accelerate
+    from MyGPT.cache import KVCache as KVCache
     from MyGPT.config import GPT2_CONFIGS as GPT2_CONFIGS
     from MyGPT.config import GPT_CONFIG as GPT_CONFIG
     from MyGPT.config import GPT_CONFIG_SMALL as GPT_CONFIG_SMALL
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.generation import generate as generate
     from MyGPT.generation import generate_stream as generate_stream
     from MyGPT.model import GPTModel as GPTModel
-    from MyGPT.model import KVCache as KVCache
     from MyGPT.sampling import SamplingConfig as SamplingConfig
     from MyGPT.tokenizers import BPETokenizer as BPETokenizer
     from MyGPT.tokenizers import CharTokenizer as CharTokenizer

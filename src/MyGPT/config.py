@@ -32,6 +32,10 @@ _HUGGING_FACE_KEYS = {
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
+TrainingPrecision = Literal["auto", "fp32", "bf16"]
+"""Number formats of the matrix products in training; "auto" takes bf16 where the hardware gains from it."""
+Precision = Literal[TrainingPrecision, "int8"]
+"""Number formats of the matrices in generation; "auto" keeps the one in which the weights are stored."""
 _MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
 """Beyond any model; a file may ask for more, of which even the names would fill the memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")

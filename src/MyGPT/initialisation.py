@@ -1,36 +1,77 @@
-"""Weights from which every head looks a few tokens back at the first step, where GPT-2's must first find out what "back" is.
+"""Initial weights: GPT-2's, torch's own, or weights with which every head attends to a token shortly before.
 
-Random positions tell nothing of near and far, so a model begins with tables of which token follows which, and only then
-learns to look at the token before. Here positions are sinusoids (Vaswani et al., 2017), whose pairs turn by the same angle
-with every token, and the keys of head h are its queries turned by h tokens. So a query at t meets itself in the key at
-t - h. Keys that begin as their queries are Trockman and Kolter's (2023, "Mimetic initialization"); the turn is ours.
-The architecture is the same and everything is trained. C embedding width, T context.
+With GPT-2's random position embeddings a new model cannot tell near tokens from far ones. The model first learns tables of
+which token follows which, and learns to look at the previous token only later. `init="local"` gives it this ability from
+the start. Positions begin as sinusoids (Vaswani et al., 2017), in which one step is the same rotation everywhere, and the
+keys of head h begin as its queries rotated by h positions. The query at time t therefore matches the key at time t - h.
+Starting with keys equal to queries is "mimetic initialization" (Trockman & Kolter, 2023); the rotation is new here. The
+architecture is GPT-2's, and all weights are trained. T context, C embedding width, H heads, D = C // H, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-SHARPNESS = 2.0
-"""How many times larger queries and keys are than random ones: the looking must be seen among all other tokens."""
+from MyGPT.config import GPTConfig
+
+QUERY_SCALE = 2.0
+"""Factor by which "local" queries and keys exceed random ones, so that attention to one token stands out."""
 
 
 @torch.no_grad()
-def look_back(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:
-    """Changes weights drawn with `std` in place: wte (V, C), wpe (T, C), and of each block c_attn (3 C, C). C is even."""
+def initialise(model: nn.Module, config: GPTConfig) -> None:
+    """Draw the initial weights of a GPTModel, in the order of its parameters.
+
+    GPT-2's matrices are normal with standard deviation init_std. The projections into the residual stream (c_proj) are smaller
+    by the square root of their number, 2 n_layers. Biases are 0 and LayerNorm weights 1. With init_std=None the weights are
+    those of torch's layers.
+    """
+    std = config.init_std
+    if std is None:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()
+        return
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layers))
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.ones_(parameter)
+    if config.init == "local":
+        c_attn = [parameter for name, parameter in parameters.items() if name.endswith("c_attn.weight")]
+        wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
+        _make_local(wte, wpe, c_attn, config.n_heads, std)
+
+
+def _make_local(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:
+    """Change random weights in place so that head h attends to the token h positions before.
+
+    Args:
+        wte: token embeddings (V, C), drawn with standard deviation `std`.
+        wpe: position embeddings (T, C), which are overwritten. C is even.
+        c_attn: the matrix (3 C, C) of queries, keys and values of each block.
+        n_heads: number of heads per block.
+        std: standard deviation of the random weights.
+    """
     T, C = wpe.shape
-    # Waves from two tokens long to twice the context.
-    angles = torch.pi * T ** -torch.linspace(0, 1, C // 2, device=wpe.device)  # a token, (C / 2,)
-    turned = torch.arange(T, device=wpe.device)[:, None] * angles  # (T, C / 2)
-    wpe.copy_(4 * std * torch.cat([turned.sin(), turned.cos()], dim=1))
-    wte.mul_(2)  # a token is heard beside its position
+    # Wavelengths from two tokens to twice the context.
+    angles = torch.pi * T ** -torch.linspace(0, 1, C // 2, device=wpe.device)  # radians per token, (C / 2,)
+    phases = torch.arange(T, device=wpe.device)[:, None] * angles  # (T, C / 2)
+    wpe.copy_(4 * std * torch.cat([phases.sin(), phases.cos()], dim=1))
+    wte.mul_(2)  # otherwise the larger position embeddings would drown the tokens
     for weight in c_attn:
         queries, keys, _ = weight.view(3, n_heads, C // n_heads, C)
-        queries.mul_(SHARPNESS)
-        turns = torch.arange(n_heads, device=weight.device)[:, None, None] * angles  # (H, 1, C / 2)
+        queries.mul_(QUERY_SCALE)
+        rotations = torch.arange(n_heads, device=weight.device)[:, None, None] * angles  # (H, 1, C / 2)
         sines, cosines = queries.chunk(2, dim=2)  # each (H, D, C / 2)
-        keys[..., : C // 2] = sines * turns.cos() - cosines * turns.sin()
-        keys[..., C // 2 :] = sines * turns.sin() + cosines * turns.cos()
+        keys[..., : C // 2] = sines * rotations.cos() - cosines * rotations.sin()
+        keys[..., C // 2 :] = sines * rotations.sin() + cosines * rotations.cos()

@@ -19,7 +19,7 @@ IGNORED = -100
 MAX_LOGITS = 1 << 24
 """Most logits that exist at one time (64 MB in float32)."""
 
-WORDS = 2048
+VOCAB_CHUNK = 2048
 """Words that a product on a processor takes at a time, so that what it makes is still in the cache when it is put away."""
 
 
@@ -46,7 +46,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
         counted = flat_targets != IGNORED
         if not counted.all():  # prompts and padding need no logits
             hidden, flat_targets = hidden[counted], flat_targets[counted]
-    if len(weight) <= WORDS and len(hidden) * len(weight) <= MAX_LOGITS:
+    if len(weight) <= VOCAB_CHUNK and len(hidden) * len(weight) <= MAX_LOGITS:
         return token_loss(F.linear(hidden, weight), flat_targets)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -73,7 +73,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         width = -(-V // 64) * 64
         n_rows = max(1, min(N, MAX_LOGITS // width))
         room = hidden.new_empty(n_rows, width, dtype=sums)
-        n_words = WORDS if hidden.device.type == "cpu" else V
+        n_words = VOCAB_CHUNK if hidden.device.type == "cpu" else V
         words = [slice(start, start + n_words) for start in range(0, V, n_words)]
         for start in range(0, N, n_rows):
             rows = slice(start, start + n_rows)

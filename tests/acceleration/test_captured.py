@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+import dataclasses
 
-from MyGPT import GPTModel, generate
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from conftest import lively_model
+from MyGPT import GPTConfig, GPTModel, PromptLookup, generate
 from MyGPT.acceleration.captured import CapturedModel
+
+CONFIG = GPTConfig(
+    vocab_size=67, context_length=16, emb_dim=24, n_heads=3, n_layers=3, drop_rate=0.0, tie_weights=False
+)
 
 
 def test_it_continues_as_the_model_does(tiny_model64: GPTModel) -> None:
@@ -30,6 +40,70 @@ def test_its_logits_are_the_models(tiny_model64: GPTModel) -> None:
     for t in range(3, 7):
         assert (captured(ids[:, t : t + 1], cache=cache) - expected[:, t : t + 1]).abs().max() < 1e-12
     assert cache.length == 7
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8).filter(lambda pieces: sum(pieces) <= 16), st.booleans())
+@example([3, 1, 2, 1], False)
+@example([1, 1, 1], False)
+def test_any_pieces_give_the_logits_of_one_forward(pieces: list[int], is_padded: bool) -> None:
+    model = lively_model(CONFIG).double()
+    captured, n = CapturedModel(model), sum(pieces)
+    ids, mask = torch.randint(67, (2, n)), torch.ones(2, n, dtype=torch.int64)
+    if is_padded:
+        mask[0, : n // 2] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)
+    cache, logits = captured.new_cache(2, n), []
+    for piece in pieces:
+        end = cache.length + piece
+        seen = mask[:, :end] if is_padded else None
+        logits.append(captured(ids[:, end - piece : end], attention_mask=seen, cache=cache))
+    assert (torch.cat(logits, dim=1) - expected)[mask == 1].abs().max() < 1e-12
+
+
+def test_tokens_that_are_taken_back_are_forgotten(tiny_model64: GPTModel) -> None:
+    captured, ids = CapturedModel(tiny_model64), torch.arange(12).reshape(2, 6) * 5
+    cache = captured.new_cache(2)
+    for t in range(6):
+        captured(ids[:, t : t + 1], cache=cache)
+    cache.length = 2
+    other = torch.cat([ids[:, :2], ids[:, :1]], dim=1)
+    with torch.no_grad():
+        expected = tiny_model64(other)[:, -1:]
+    assert (captured(ids[:, :1], cache=cache) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n_match", [1, 2])
+def test_prompt_lookup_over_it_generates_the_models_ids(n_match: int) -> None:
+    """A small vocabulary repeats itself, so guesses are accepted and refused all the time."""
+    model = lively_model(dataclasses.replace(CONFIG, vocab_size=4, context_length=40)).double()
+    ids = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    lookup = PromptLookup(CapturedModel(model), n_match=n_match)
+    for options in ({}, {"temperature": 1.0, "seed": 1}):
+        assert torch.equal(generate(lookup, ids, 30, **options), generate(model, ids, 30, **options))
+
+
+def test_wrong_input_is_refused_and_leaves_the_cache_as_it_was(tiny_model: GPTModel) -> None:
+    captured = CapturedModel(tiny_model)
+    cache = captured.new_cache(1, 3)
+    captured(torch.tensor([[1, 2]]), cache=cache)
+    with pytest.raises(IndexError, match="id 67 is outside the vocabulary"):
+        captured(torch.tensor([[67]]), cache=cache)
+    captured(torch.tensor([[3]]), cache=cache)
+    with pytest.raises(ValueError, match="has 4 tokens, the cache has room for 3"):
+        captured(torch.tensor([[4]]), cache=cache)
+    assert cache.length == 3
+
+
+def test_logits_are_not_overwritten_by_the_next_step(tiny_model: GPTModel) -> None:
+    captured = CapturedModel(tiny_model)
+    cache = captured.new_cache(1)
+    captured(torch.tensor([[1, 2]]), cache=cache)
+    logits = captured(torch.tensor([[3]]), cache=cache)
+    before = logits.clone()
+    captured(torch.tensor([[4]]), cache=cache)
+    assert torch.equal(logits, before)
 
 
 def test_past_the_context_it_goes_on_as_the_model_does(tiny_model64: GPTModel) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "WORTHWHILE", 1)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 1)
 
 
 def went_through_onednn(y: Tensor) -> bool:
@@ -59,7 +59,7 @@ def test_only_float32_matrices_outside_autocast_are_taken() -> None:
 
 
 def test_small_products_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "WORTHWHILE", 4 * 8 * 8)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 4 * 8 * 8)
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8)
     with OneDNNLinear():
         assert went_through_onednn(F.linear(x, weight))
@@ -117,9 +117,9 @@ def test_onednn_is_taken_on_amds_processors_with_avx512(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(linear, "_processor", lambda: f"vendor_id : {processor}")
-    linear.mkl_leaves_avx512_unused.cache_clear()
+    monkeypatch.setattr(linear, "_cpu_description", lambda: f"vendor_id : {processor}")
+    linear.onednn_is_faster.cache_clear()
     try:
         assert isinstance(fast_linear(), OneDNNLinear) is expected
     finally:
-        linear.mkl_leaves_avx512_unused.cache_clear()
+        linear.onednn_is_faster.cache_clear()

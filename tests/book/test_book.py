@@ -1,4 +1,4 @@
-"""The book's names: known answers from the book, its model spelled out in the oracles, its loops by hand."""
+"""Test the book's names against numbers printed in the book, the plain model in the oracles, and loops by hand."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ VERDICT = (
     "a villa on the Riviera."
 )
 EXACT = 1e-12
-"""Of numbers of size 1 to 10 in float64, computed by the same sums in another order."""
+"""The tolerance for numbers from 1 to 10 in float64, computed in another order of summation."""
 
 
 def lively(model: nn.Module) -> Any:
-    """All weights random, in float64 and evaluation mode; large matrices, so that continuations vary."""
+    """Give a model random weights, float64 and evaluation mode; the weights are large so that continuations vary."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5) if parameter.dim() == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,7 +60,7 @@ def random_ids(B: int, T: int = T) -> Tensor:
 # Names
 
 
-def test_the_interface_names_are_all_there() -> None:
+def test_all_names_of_the_interface_exist() -> None:
     names = """
     SimpleTokenizerV1 SimpleTokenizerV2 GPTDatasetV1 create_dataloader_v1 SelfAttention_v1 SelfAttention_v2
     CausalAttention MultiHeadAttentionWrapper MultiHeadAttention LayerNorm GELU FeedForward TransformerBlock GPTModel
@@ -141,14 +141,14 @@ SIGNATURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_arguments_have_the_books_order_and_defaults(name: str) -> None:
-    """Ours may follow, by keyword only."""
+def test_arguments_have_the_order_and_defaults_of_the_book(name: str) -> None:
+    """Additional arguments of ours must be keyword-only."""
     parameters = inspect.signature(getattr(book, name)).parameters.values()
     positional = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY}
     assert positional == SIGNATURES[name] and list(positional) == list(SIGNATURES[name])
 
 
-def test_the_documents_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, DOCUMENT.name, "exec"), {})
     assert capsys.readouterr().out
@@ -157,8 +157,8 @@ def test_the_documents_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 # Chapter 2
 
 
-def test_the_second_tokenizer_gives_the_books_ids_with_its_vocabulary() -> None:
-    """The vocabulary is The Verdict's 1,130 words in order; all that the sentence does not need are left out here."""
+def test_the_second_tokenizer_gives_the_ids_of_the_book() -> None:
+    """The book's vocabulary has the 1,130 words of The Verdict; words that the sentence does not need are omitted here."""
     vocab = {",": 5, ".": 7, "?": 10, "In": 55, "do": 355, "like": 628, "of": 722, "sunlit": 956, "tea": 975,
              "terraces": 984, "the": 988, "you": 1126, "<|endoftext|>": 1130, "<|unk|>": 1131}  # fmt: skip
     tokenizer = book.SimpleTokenizerV2(vocab)
@@ -167,7 +167,7 @@ def test_the_second_tokenizer_gives_the_books_ids_with_its_vocabulary() -> None:
     assert tokenizer.decode(ids) == "<|unk|>, do you like tea? <|endoftext|> In the sunlit terraces of the <|unk|>."
 
 
-def test_the_first_tokenizer_refuses_an_unknown_word() -> None:
+def test_an_unknown_word_raises_an_error_in_the_first_tokenizer() -> None:
     tokenizer = book.SimpleTokenizerV1({"tea": 0, ".": 1})
     assert tokenizer.encode("tea.") == [0, 1]
     with pytest.raises(ValueError, match="'Hello' is not in the vocabulary"):
@@ -191,7 +191,7 @@ def test_without_drop_last_the_last_batch_is_smaller_and_no_window_is_padded() -
     assert inputs == [ids[i : i + 4] for i in starts] and targets == [ids[i + 1 : i + 5] for i in starts]
 
 
-def test_a_seed_shuffles_as_torchs_loader_over_the_same_windows() -> None:
+def test_a_seed_shuffles_like_torchs_loader() -> None:
     windows = list(book.GPTDatasetV1(VERDICT, get_tokenizer("gpt2"), 4, 2))
     torch.manual_seed(123)
     expected = [inputs.tolist() for inputs, _ in DataLoader(windows, batch_size=4, shuffle=True, drop_last=True)]
@@ -200,7 +200,7 @@ def test_a_seed_shuffles_as_torchs_loader_over_the_same_windows() -> None:
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_a_text_too_short_for_a_window_is_refused(drop_last: bool) -> None:
+def test_a_text_too_short_for_a_window_raises_an_error(drop_last: bool) -> None:
     with pytest.raises(ValueError, match="the text has 2 tokens"):
         book.create_dataloader_v1("Hello world", drop_last=drop_last)
 
@@ -208,7 +208,7 @@ def test_a_text_too_short_for_a_window_is_refused(drop_last: bool) -> None:
 # Chapter 3
 
 
-def test_the_attention_layers_of_chapter_three_compute_what_the_paper_says() -> None:
+def test_the_attention_layers_equal_the_formula_of_the_paper() -> None:
     x = torch.randn(T, 3, dtype=torch.float64)
     bare = book.SelfAttention_v1(3, 2).double()
     q, k, v = (x @ weight for weight in (bare.W_query, bare.W_key, bare.W_value))
@@ -227,7 +227,7 @@ def test_the_attention_layers_of_chapter_three_compute_what_the_paper_says() -> 
     assert (causal(torch.stack([x, x])) - torch.from_numpy(expected)).abs().max() < EXACT
 
 
-# The six words of the chapter's example, in three numbers each.
+# The embeddings of the six words in the example of chapter 3.
 WORDS = torch.tensor(
     [
         [0.43, 0.15, 0.89],
@@ -253,10 +253,10 @@ WORDS = torch.tensor(
         ("MultiHeadAttention", 123, (6, 0.0, 2), [0.3190, 0.4858], [0.2575, 0.4028]),
     ],
 )  # fmt: skip
-def test_a_seed_gives_the_numbers_that_chapter_three_prints(
+def test_a_seed_gives_the_numbers_printed_in_chapter_three(
     name: str, seed: int, arguments: Any, first: list[float], last: list[float]
 ) -> None:
-    """To its four digits, of the first word and the last."""
+    """The book prints four digits; the first and the last word are compared."""
     torch.manual_seed(seed)
     layer = getattr(book, name)(3, 2, *arguments)
     out = layer(torch.stack([WORDS, WORDS]))
@@ -264,15 +264,15 @@ def test_a_seed_gives_the_numbers_that_chapter_three_prints(
         torch.testing.assert_close(out[1, row], torch.tensor(printed), rtol=0, atol=6e-5)
 
 
-def test_the_wrapper_is_its_heads_side_by_side() -> None:
+def test_the_wrapper_concatenates_its_heads() -> None:
     wrapper = book.MultiHeadAttentionWrapper(3, 2, T, 0.0, num_heads=2)
     x = torch.randn(2, T, 3)
     assert torch.equal(wrapper(x), torch.cat([wrapper.heads[0](x), wrapper.heads[1](x)], dim=-1))
     assert wrapper(x).shape == (2, T, 4)
 
 
-def test_dropout_falls_on_the_weights_that_the_books_falls_on() -> None:
-    """The formula with nn.Dropout between softmax and values, from the same seed."""
+def test_dropout_removes_the_same_weights_as_in_the_book() -> None:
+    """The oracle is the formula with dropout between softmax and values, from the same seed."""
     heads, x = book.MultiHeadAttention(12, 12, T, 0.5, 3, True).double(), torch.randn(2, T, 12, dtype=torch.float64)
     q, k, v = (layer(x).unflatten(2, (3, 4)).transpose(1, 2) for layer in (heads.W_query, heads.W_key, heads.W_value))
     scores = (q @ k.transpose(2, 3)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf) / 2
@@ -283,7 +283,7 @@ def test_dropout_falls_on_the_weights_that_the_books_falls_on() -> None:
     assert (heads(x) - expected).abs().max() < EXACT
 
 
-def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+def test_heads_that_do_not_divide_the_width_raise_an_error() -> None:
     with pytest.raises(ValueError, match="d_out must be divisible by num_heads, got 4 and 3"):
         book.MultiHeadAttention(4, 4, 8, 0.0, 3)
 
@@ -294,7 +294,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 def test_seed_123_continues_as_in_the_book() -> None:
     torch.manual_seed(123)
     model = book.GPTModel(GPT2_SMALL)
-    # In training mode first, as the book does: dropout takes the same numbers from the seed.
+    # Training mode comes first, as in the book, because dropout draws random numbers from the seed.
     batch = [get_tokenizer("gpt2").encode(text) for text in ("Every effort moves you", "Every day holds a")]
     logits = model(torch.tensor(batch))[:, :, [0, 1, 2, -3, -2, -1]]
     printed = torch.tensor(
@@ -307,8 +307,8 @@ def test_seed_123_continues_as_in_the_book() -> None:
     assert out.tolist() == [[15496, 11, 314, 716, 27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657]]
 
 
-def test_the_parameters_number_as_in_the_book() -> None:
-    """163,009,536 untied; with biases and a head for two classes 124,441,346, of which LoRA trains 2,666,528."""
+def test_parameter_counts_equal_those_of_the_book() -> None:
+    """163,009,536 with an untied head; 124,441,346 with biases and a two-class head, of which LoRA trains 2,666,528."""
     with torch.device("meta"):
         assert count(book.GPTModel(GPT2_SMALL)) == 163_009_536
         model = book.GPTModel({**GPT2_SMALL, "qkv_bias": True})
@@ -324,7 +324,7 @@ def count(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_names_order_and_initial_weights_are_those_of_the_book_spelled_out(qkv_bias: bool) -> None:
+def test_names_order_and_initial_weights_equal_those_of_the_book(qkv_bias: bool) -> None:
     torch.manual_seed(5)
     ours = book.GPTModel({**CONFIG, "qkv_bias": qkv_bias})
     torch.manual_seed(5)
@@ -335,7 +335,7 @@ def test_names_order_and_initial_weights_are_those_of_the_book_spelled_out(qkv_b
 
 
 @torch.no_grad()
-def test_a_saved_state_dict_goes_both_ways_and_gives_the_same_logits(tmp_path: Path) -> None:
+def test_state_dicts_load_in_both_directions_and_give_equal_logits(tmp_path: Path) -> None:
     theirs, ours, ids = lively(BookGPT(V, 8, 12, 2, 2, True)), small(), random_ids(3)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     ours.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
@@ -346,24 +346,24 @@ def test_a_saved_state_dict_goes_both_ways_and_gives_the_same_logits(tmp_path: P
 
 
 @torch.no_grad()
-def test_the_weights_move_on_to_our_model() -> None:
+def test_our_model_loads_the_weights_of_the_books_model() -> None:
     model, ids = small(), random_ids(3)
     ours = MyGPT.GPTModel({**BIASED, "tie_weights": False}).double().eval()
     MyGPT.load_weights_into_gpt(ours, model.state_dict())
     assert (ours(ids) - model(ids)).abs().max() < EXACT
 
 
-def test_gelu_and_layer_norm_are_the_books() -> None:
+def test_gelu_and_layer_norm_equal_those_of_the_book() -> None:
     x = torch.randn(5, 12, dtype=torch.float64)
     assert (
         book.GELU()(x) - 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     ).abs().max() < EXACT
     norm = book.LayerNorm(12).double()
     out = norm(x)
-    assert out.mean(-1).abs().max() < EXACT and (out.var(-1, unbiased=False) - 1).abs().max() < 1e-3  # by its eps
+    assert out.mean(-1).abs().max() < EXACT and (out.var(-1, unbiased=False) - 1).abs().max() < 1e-3  # because of eps
 
 
-def test_every_part_can_be_assigned_and_is_used() -> None:
+def test_every_part_can_be_replaced() -> None:
     model, ids = small(), random_ids(2)
     tokens, positions = nn.Embedding(V, 12).double(), nn.Embedding(8, 12).double()
     model.tok_emb, model.pos_emb = tokens, positions
@@ -373,7 +373,7 @@ def test_every_part_can_be_assigned_and_is_used() -> None:
     assert (model(ids) - expected).abs().max() < EXACT
 
 
-def test_blocks_are_indexed_frozen_and_filled_as_the_book_does() -> None:
+def test_blocks_can_be_indexed_frozen_and_assigned_as_in_the_book() -> None:
     model = book.GPTModel(CONFIG)
     model.requires_grad_(False)
     for parameter in model.trf_blocks[-1].parameters():
@@ -384,12 +384,12 @@ def test_blocks_are_indexed_frozen_and_filled_as_the_book_does() -> None:
     assert model.state_dict()["trf_blocks.0.att.W_query.weight"].eq(1).all()
 
 
-def test_a_sequence_beyond_the_context_is_refused() -> None:
+def test_a_sequence_longer_than_the_context_raises_an_error() -> None:
     with pytest.raises(ValueError, match="the sequence has 9 tokens, the model's context_length is 8"):
         small()(random_ids(1, 9))
 
 
-def test_a_wrong_config_is_refused() -> None:
+def test_an_invalid_config_raises_an_error() -> None:
     with pytest.raises(ValueError, match="unknown key 'ctx_len'"):
         book.GPTModel({**CONFIG, "ctx_len": 8})
 
@@ -398,7 +398,7 @@ def test_a_wrong_config_is_refused() -> None:
 
 
 @pytest.mark.parametrize("context_size", [8, 5])
-def test_cached_generation_equals_full_forwards_also_past_the_context(context_size: int) -> None:
+def test_cached_generation_equals_full_forward_passes_past_the_context(context_size: int) -> None:
     model, ids = small(), random_ids(3, 3)
     expected = greedy_by_hand(model, ids, 10, context_size)
     assert len(set(expected[:, 3:].flatten().tolist())) > 2
@@ -406,7 +406,7 @@ def test_cached_generation_equals_full_forwards_also_past_the_context(context_si
     assert torch.equal(book.generate(model, ids, 10, context_size, temperature=0.0), expected)
 
 
-def test_a_cache_takes_several_tokens_after_the_first() -> None:
+def test_a_cache_accepts_several_tokens_per_step() -> None:
     model, ids = small(), random_ids(2)
     cache = model.new_cache(2, T)
     with torch.no_grad():
@@ -416,7 +416,7 @@ def test_a_cache_takes_several_tokens_after_the_first() -> None:
         assert (torch.cat(parts, dim=1) - model(ids)).abs().max() < EXACT
 
 
-def test_a_readers_own_block_generates_without_the_cache() -> None:
+def test_a_replaced_block_generates_without_the_cache() -> None:
     model, ids = small(), random_ids(2, 3)
     model.trf_blocks = nn.Sequential(model.trf_blocks[0], lively(BookBlock(12, 2, 8, True)))
     assert model.new_cache(2, 8) is None
@@ -431,7 +431,7 @@ def test_lora_generates_with_the_cache() -> None:
     assert torch.equal(book.generate_text_simple(model, ids, 5, 8), greedy_by_hand(model, ids, 5, 8))
 
 
-def test_a_seed_samples_what_the_books_loop_samples() -> None:
+def test_a_seed_samples_like_the_loop_of_the_book() -> None:
     model, ids = small(), random_ids(1, 3)
     torch.manual_seed(123)
     expected = ids
@@ -444,13 +444,13 @@ def test_a_seed_samples_what_the_books_loop_samples() -> None:
     assert torch.equal(book.generate(model, ids, 5, 8, top_k=4, temperature=1.4), expected)
 
 
-def test_padding_is_refused() -> None:
+def test_padding_raises_an_error() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    with pytest.raises(ValueError, match="knows no padding"):
+    with pytest.raises(ValueError, match="does not support padding"):
         book.generate(small(), random_ids(2, 3), 1, 8, attention_mask=mask)
 
 
-def test_text_and_ids_turn_into_each_other() -> None:
+def test_text_and_ids_convert_in_both_directions() -> None:
     tokenizer = get_tokenizer("gpt2")
     ids = book.text_to_token_ids("Every effort moves you<|endoftext|>", tokenizer)
     assert ids.tolist() == [[6109, 3626, 6100, 345, 50256]]
@@ -461,7 +461,7 @@ def test_text_and_ids_turn_into_each_other() -> None:
 # Chapter 5: losses
 
 
-def test_the_loss_is_cross_entropy_of_tokens_or_of_the_last_tokens_class() -> None:
+def test_the_loss_is_cross_entropy_of_tokens_or_classes() -> None:
     own = lively(BookGPT(V, 8, 12, 2, 2, True))
     for model in (small(), own):
         x, tokens, classes = random_ids(3), random_ids(3), torch.randint(2, (3,))
@@ -474,7 +474,7 @@ def test_the_loss_is_cross_entropy_of_tokens_or_of_the_last_tokens_class() -> No
         assert book.calc_loss_batch(x, tokens % 2, model, "cpu").requires_grad
 
 
-def test_losses_of_loaders_are_means_over_their_targets() -> None:
+def test_loader_losses_are_means_over_targets() -> None:
     model = small(drop_rate=0.5).train()
     batches = [(random_ids(3), random_ids(3)), (random_ids(1), random_ids(1))]
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -494,8 +494,8 @@ def test_losses_of_loaders_are_means_over_their_targets() -> None:
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_openais_weights_give_openais_logits_also_in_a_readers_own_model(qkv_bias: bool) -> None:
-    """To the rounding of their float32. A model without qkv biases gets them."""
+def test_openais_weights_give_openais_logits_in_both_models(qkv_bias: bool) -> None:
+    """The tolerance is the rounding error of float32. A model without qkv biases gets them."""
     ids, expected = openai_logits()
     for model in (book.GPTModel({**OPENAI, "qkv_bias": qkv_bias}), BookGPT(503, 32, 24, 3, 2, qkv_bias)):
         book.load_weights_into_gpt(model, openai_params())
@@ -504,8 +504,8 @@ def test_openais_weights_give_openais_logits_also_in_a_readers_own_model(qkv_bia
         assert getattr(model, "config", OPENAI_CONFIG) == OPENAI_CONFIG
 
 
-def test_the_books_assignments_one_by_one_give_openais_logits() -> None:
-    """Two of them, the rest by the function: what is assigned is used."""
+def test_assigning_single_weights_as_in_the_book_gives_openais_logits() -> None:
+    """One weight is overwritten and assigned again; the function loads all others."""
     params, (ids, expected) = openai_params(), openai_logits()
     model = book.GPTModel({**OPENAI, "qkv_bias": True}).eval()
     book.load_weights_into_gpt(model, params)
@@ -519,43 +519,43 @@ def test_the_books_assignments_one_by_one_give_openais_logits() -> None:
     assert (model(ids) - expected).abs().max() <= 1e-5
 
 
-def test_weights_that_do_not_fit_leave_the_model_untouched() -> None:
+def test_weights_that_do_not_fit_leave_the_model_unchanged() -> None:
     changed = book.GPTModel({**OPENAI, "qkv_bias": True})
     changed.out_head = nn.Linear(24, 2)
     with_lora = book.GPTModel({**OPENAI, "qkv_bias": True})
     book.replace_linear_with_lora(with_lora, 2, 4)
-    for model, said in (
+    for model, message in (
         (book.GPTModel({**OPENAI, "emb_dim": 12}), "mismatches"),
         (changed, r"out_head.weight is \(503, 24\), the model's is \(2, 24\)"),
         (with_lora, "the model has no out_head.weight"),
     ):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             book.load_weights_into_gpt(model, openai_params())
         assert before.keys() == model.state_dict().keys()
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_our_own_model_is_loaded_too() -> None:
+def test_our_model_loads_the_weights_too() -> None:
     model, (ids, expected) = MyGPT.GPTModel(OPENAI).eval(), openai_logits()
     book.load_weights_into_gpt(model, openai_params())
     assert (model(ids) - expected).abs().max() <= 1e-5
 
 
-def test_what_is_assigned_takes_the_type_of_what_it_replaces() -> None:
+def test_an_assigned_parameter_has_the_dtype_of_the_old_one() -> None:
     for right in (torch.ones(2, 3), torch.ones(2, 3).numpy()):
         assigned = book.assign(torch.zeros(2, 3, dtype=torch.float64), right)
         assert isinstance(assigned, nn.Parameter) and assigned.dtype == torch.float64 and assigned.eq(1).all()
         assigned.data.zero_()
-        assert right.all()  # it is a copy
+        assert right.all()  # the parameter is a copy
 
 
-def test_assigning_another_shape_is_refused() -> None:
+def test_assigning_another_shape_raises_an_error() -> None:
     with pytest.raises(ValueError, match=r"the weights are \(3, 2\), the parameter is \(2, 3\)"):
         book.assign(torch.zeros(2, 3), torch.zeros(3, 2))
 
 
-def test_the_downloads_are_those_of_the_package() -> None:
+def test_the_download_functions_are_those_of_mygpt() -> None:
     directory = FIXTURES / "openai_gpt2_tf"
     assert book.download_and_load_gpt2 is MyGPT.download_and_load_gpt2
     params = book.load_gpt2_params_from_tf_ckpt(str(directory / "model.ckpt"), read_settings(directory))
@@ -565,7 +565,7 @@ def test_the_downloads_are_those_of_the_package() -> None:
 # Chapter 5: figures
 
 
-def test_a_figure_is_shown_and_written(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_shown_and_saved(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -596,7 +596,7 @@ def spam(tmp_path: Path) -> Path:
     return path
 
 
-def test_spam_is_padded_to_the_longest_text_or_cut(spam: Path) -> None:
+def test_spam_texts_are_padded_to_the_longest_or_cut(spam: Path) -> None:
     tokenizer = get_tokenizer("gpt2")
     whole = [tokenizer.encode(text) for text in ('You won, call "now"', "Tea?", "two\nlines")]
     dataset = book.SpamDataset(spam, tokenizer)
@@ -611,7 +611,7 @@ def test_spam_is_padded_to_the_longest_text_or_cut(spam: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("Label\tText\n1\tx\n", "no column Label and Text"),
         ("Label,Text\n", "no examples"),
@@ -620,9 +620,9 @@ def test_spam_is_padded_to_the_longest_text_or_cut(spam: Path) -> None:
         ("", "no column"),
     ],
 )
-def test_a_file_that_is_no_table_of_labels_and_texts_is_refused(tmp_path: Path, content: str, said: str) -> None:
+def test_an_invalid_spam_file_raises_an_error(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "x.csv").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         book.SpamDataset(tmp_path / "x.csv", get_tokenizer("gpt2"))
 
 
@@ -636,7 +636,7 @@ def labelled(n: int, B: int = 4) -> list[tuple[Tensor, Tensor]]:
     return [(random_ids(B), torch.randint(2, (B,))) for _ in range(n)]
 
 
-def test_accuracy_counts_the_last_tokens_classes_without_dropout() -> None:
+def test_accuracy_uses_the_last_token_without_dropout() -> None:
     model, batches = classifier(drop_rate=0.9).train(), labelled(3)
     twin = copy.deepcopy(model).eval()
     right = [(twin(x)[:, -1].argmax(-1) == y).float().mean().item() for x, y in batches]
@@ -646,7 +646,7 @@ def test_accuracy_counts_the_last_tokens_classes_without_dropout() -> None:
     assert model.training and math.isnan(book.calc_accuracy_loader([], model, "cpu"))
 
 
-def test_the_classifier_is_trained_as_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_classifier_training_equals_a_loop_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     model, train, val = classifier(), labelled(3), labelled(2)
     twin = LastToken(copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -664,7 +664,7 @@ def test_the_classifier_is_trained_as_by_hand(capsys: pytest.CaptureFixture[str]
 
 
 class LastToken(nn.Module):
-    """A model whose logits (B, 1, K) are the last token's alone."""
+    """A wrapper that returns only the logits of the last token, (B, 1, K)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -675,15 +675,15 @@ class LastToken(nn.Module):
 
 
 @pytest.mark.parametrize(("max_length", "length"), [(5, 5), (2, 2), (99, 8), (None, 3)])
-def test_a_review_is_classified_padded_or_cut_to_the_length_of_training(max_length: int | None, length: int) -> None:
+def test_a_review_is_padded_or_cut_to_the_training_length(max_length: int | None, length: int) -> None:
     model, tokenizer = classifier(), MyGPT.CharTokenizer.from_text("abcdefgh")
-    said = set()
+    answers = set()
     for text in ("abc", "hgf", "eee", "bad", "deb", "fab", "hah", "gag", "fed", "cab"):
         ids = (tokenizer.encode(text) + [7] * 99)[:length]
         expected = "spam" if model(torch.tensor([ids]))[0, -1].argmax() == 1 else "not spam"
         assert book.classify_review(text, model, tokenizer, "cpu", max_length, 7) == expected
-        said.add(expected)
-    assert said == {"spam", "not spam"}
+        answers.add(expected)
+    assert answers == {"spam", "not spam"}
 
 
 def test_a_review_is_classified_without_dropout() -> None:
@@ -695,7 +695,7 @@ def test_a_review_is_classified_without_dropout() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_review_longer_than_the_context_is_cut_to_it() -> None:
+def test_a_review_longer_than_the_context_is_cut() -> None:
     model, tokenizer = classifier(), MyGPT.CharTokenizer.from_text("abcdefgh")
     for text in ("abcdefgh", "ahbgcfde", "eeeeeeee", "hgfedcba"):
         expected = book.classify_review(text, model, tokenizer, "cpu")
@@ -705,7 +705,7 @@ def test_a_review_longer_than_the_context_is_cut_to_it() -> None:
 # Chapter 7
 
 
-def test_the_collate_function_gives_the_books_targets() -> None:
+def test_the_collate_function_gives_the_targets_of_the_book() -> None:
     inputs, targets = book.custom_collate_fn(([0, 1, 2, 3, 4], [5, 6], [7, 8, 9]))
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 50256, 50256, 50256], [7, 8, 9, 50256, 50256]]
     assert targets.tolist() == [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100], [8, 9, 50256, -100, -100]]
@@ -713,7 +713,7 @@ def test_the_collate_function_gives_the_books_targets() -> None:
     assert cut.tolist() == [[0, 1], [5, 9]]
 
 
-def test_instructions_are_the_books_prompt_and_response() -> None:
+def test_instructions_are_encoded_with_the_prompt_of_the_book() -> None:
     entry = {"instruction": "Name a colour.", "input": "A warm one.", "output": "Red."}
     prompt = book.format_input(entry)
     assert prompt == (
@@ -728,7 +728,7 @@ def test_instructions_are_the_books_prompt_and_response() -> None:
 # Appendix D
 
 
-def test_the_rate_rises_falls_on_a_cosine_and_gradients_are_cut_after_the_warmup(
+def test_training_has_warmup_cosine_decay_and_clipping_after_the_warmup(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = MyGPT.CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyzABC")
@@ -749,7 +749,7 @@ def test_the_rate_rises_falls_on_a_cosine_and_gradients_are_cut_after_the_warmup
         for p in twin.parameters():
             scale = 1 / (norms[-1] + 1e-6) if step >= 2 and norms[-1] > 1 else 1.0
             p.data -= rates[step] * scale * p.grad
-    assert norms[2] > 1  # the book's condition leaves this one as it is
+    assert norms[2] > 1  # the condition of the book does not clip at this step
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     lines = capsys.readouterr().out.splitlines()
@@ -757,8 +757,8 @@ def test_the_rate_rises_falls_on_a_cosine_and_gradients_are_cut_after_the_warmup
     assert lines[2].startswith("abc")
 
 
-def test_no_warmup_starts_at_the_peak() -> None:
-    """The book divides by warmup_steps."""
+def test_training_without_warmup_starts_at_the_peak_rate() -> None:
+    """The code of the book divides by warmup_steps."""
     tokenizer = MyGPT.CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyzABC")
     model, train = small(), [(random_ids(2), random_ids(2)) for _ in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
@@ -766,7 +766,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
     assert rates == pytest.approx([0.4, 0.2])
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
+def test_a_non_finite_loss_raises_an_error_and_keeps_the_weights() -> None:
     model = classifier()
     model.out_head.bias.data.fill_(math.nan)
     before = copy.deepcopy(model.trf_blocks.state_dict())
@@ -779,7 +779,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
 # Appendix E
 
 
-def test_lora_changes_nothing_at_first_and_then_adds_alpha_times_its_product() -> None:
+def test_lora_starts_without_effect_and_adds_alpha_times_its_product() -> None:
     model, ids = small(), random_ids(2)
     before = model(ids)
     book.replace_linear_with_lora(model, rank=2, alpha=4)
@@ -795,16 +795,16 @@ def is_lora(module: nn.Module) -> bool:
     return isinstance(module, book.LinearWithLoRA)
 
 
-def test_a_seed_gives_loras_initial_weights_of_the_book() -> None:
+def test_a_seed_gives_the_initial_lora_weights_of_the_book() -> None:
     torch.manual_seed(3)
     expected = nn.init.kaiming_uniform_(torch.empty(7, 4), a=math.sqrt(5))
     torch.manual_seed(3)
     layer = book.LoRALayer(7, 5, rank=4, alpha=1)
-    torch.testing.assert_close(layer.A.data, expected, rtol=0, atol=1e-7)  # the bound is rounded once more
+    torch.testing.assert_close(layer.A.data, expected, rtol=0, atol=1e-7)  # the bound is rounded differently
     assert not layer.B.any()
 
 
-def test_a_second_lora_leaves_the_first() -> None:
+def test_replacing_linear_layers_twice_keeps_the_first_lora() -> None:
     model = small()
     book.replace_linear_with_lora(model, 2, 4)
     layers = [module for module in model.modules() if is_lora(module)]

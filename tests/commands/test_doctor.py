@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from MyGPT import GPTConfig, TrainConfig
+from MyGPT import GPTConfig, TrainConfig, costs
 from MyGPT.cli import main
 from MyGPT.commands import doctor
-from MyGPT.training import estimate
 
 RECIPE = "data: alice\nmax_steps: 3\nbatch_size: 2\ncontext_length: 8\nemb_dim: 8\nn_heads: 2\nn_layers: 1\n"
 
@@ -99,10 +98,10 @@ def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch:
         tokens = trainer.config.batch_size * trainer.model.config.context_length
         return trainer.model.estimate_flops() * tokens / 1e6
 
-    monkeypatch.setattr(estimate, "median_seconds", seconds)
+    monkeypatch.setattr(costs, "median_seconds", seconds)
     config = GPTConfig(vocab_size=10, context_length=8, emb_dim=8, n_heads=2, n_layers=3, drop_rate=0.0)
     training = TrainConfig(batch_size=12, micro_batch_size=4, max_steps=100, eval_every=50, eval_windows=6)
-    step, whole = estimate.estimate_training(config, training, torch.device("cpu"), speed)
+    step, whole = doctor.training_seconds(config, training, torch.device("cpu"), speed)
     # 2 for each weight in a product, 4 C T for attention, three times for the way back; 12 x 8 tokens.
     per_token = 3 * (2 * (3 * 12 * 8 * 8 + 10 * 8) + 4 * 3 * 8 * 8)
     assert tried == [(4, 3) if speed > 1 else (1, 1)]

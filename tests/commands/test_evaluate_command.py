@@ -140,7 +140,10 @@ def test_the_example_of_the_help_works(models: Path, in_tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "book.txt", "--protocol", "wiki"], "no protocol 'wiki'; there are wikitext2, wikitext103, ptb"),
+        (
+            ["--data", "book.txt", "--protocol", "wiki"],
+            "unknown protocol 'wiki'; choose from wikitext2, wikitext103, ptb",
+        ),
         (["--data", "book.txt", "--stride", "17"], "stride must be a whole number from 1 to 16"),
         (["--data", "book.txt", "--batch_size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["--data", "book.txt", "--protocol", "lambada", "--stride", "4"], "has no stride, got 4"),

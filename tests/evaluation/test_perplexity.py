@@ -1,4 +1,4 @@
-"""Losses of whole texts, against one forward pass a target, transformers' own loop, and sums worked out by hand."""
+"""Test losses of whole texts against one forward pass per target, the loop of transformers, and results by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nats_of(model: GPTModel, context: list[int], target: int) -> float:
 
 
 def naive_loss(model: GPTModel, ids: list[int], length: int, stride: int) -> float:
-    """A forward pass for every target, whose context begins where its window does."""
+    """Sum the loss over one forward pass per target, whose context begins with the window of the target."""
     total = 0.0
     last = len(ids) - 1
     for t in range(1, last + 1):
@@ -42,7 +42,9 @@ def naive_loss(model: GPTModel, ids: list[int], length: int, stride: int) -> flo
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 15, 16, None])
 @pytest.mark.parametrize("n", [2, 9, 16, 17, 18, 50])
-def test_every_target_is_scored_once_with_its_windows_context(n: int, stride: int | None, tiny_model64: Any) -> None:
+def test_every_target_is_scored_once_with_the_context_of_its_window(
+    n: int, stride: int | None, tiny_model64: Any
+) -> None:
     ids = some_ids(n)
     result = strided_loss(tiny_model64, ids, stride)
     assert result.n_tokens == n - 1
@@ -57,7 +59,7 @@ def test_windows_can_be_shorter_than_the_context(max_length: int, tiny_model64: 
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 40])
-def test_with_a_first_token_the_texts_first_is_scored_too(n: int, tiny_model64: Any) -> None:
+def test_a_bos_token_makes_the_first_token_a_target(n: int, tiny_model64: Any) -> None:
     ids = some_ids(n)
     result = strided_loss(tiny_model64, ids, 5, bos_id=66)
     assert result.n_tokens == n
@@ -66,7 +68,7 @@ def test_with_a_first_token_the_texts_first_is_scored_too(n: int, tiny_model64: 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8, 1000])
 @pytest.mark.parametrize("stride", [4, 16])
-def test_windows_in_batches_cost_what_they_cost_alone(stride: int, batch_size: int, tiny_model64: Any) -> None:
+def test_the_batch_size_does_not_change_the_loss(stride: int, batch_size: int, tiny_model64: Any) -> None:
     ids = some_ids(61)
     alone = strided_loss(tiny_model64, ids, stride, batch_size=1)
     together = strided_loss(tiny_model64, ids, stride, batch_size=batch_size)
@@ -75,7 +77,7 @@ def test_windows_in_batches_cost_what_they_cost_alone(stride: int, batch_size: i
 
 
 def guide_loss(twin: Any, ids: list[int], max_length: int, stride: int) -> tuple[float, int]:
-    """The loop of transformers' guide "Perplexity of fixed-length models", where the model shifts the labels."""
+    """Run the loop of transformers' guide "Perplexity of fixed-length models", in which the model shifts the labels."""
     total, count, previous_end = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         end = min(begin + max_length, len(ids))
@@ -83,7 +85,7 @@ def guide_loss(twin: Any, ids: list[int], max_length: int, stride: int) -> tuple
         labels = input_ids.clone()
         labels[:, : previous_end - end if begin else 0] = -100
         with torch.no_grad():
-            logits = twin(input_ids).logits  # its own loss would be in float32
+            logits = twin(input_ids).logits  # the loss of transformers would be in float32
         total += F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
         count, previous_end = count + int((labels[:, 1:] != -100).sum()), end
         if end == len(ids):
@@ -92,10 +94,11 @@ def guide_loss(twin: Any, ids: list[int], max_length: int, stride: int) -> tuple
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(16, 1), (16, 5), (16, 15), (9, 4)])
-def test_transformers_guide_gives_the_same_with_one_token_more_in_its_windows(
+def test_loss_equals_the_guide_of_transformers_with_one_more_token_per_window(
     max_length: int, stride: int, tiny_model64: Any
 ) -> None:
-    """Its windows hold their last target. The text ends with a window, since its last one would see less than ours."""
+    """The windows of the guide include their last target. The text length fits the windows, because the guide's last window
+    would otherwise have less context than ours."""
     ids = some_ids(max_length + 4 * stride)
     total, count = guide_loss(transformers_twin(tiny_model64), ids, max_length, stride)
     result = strided_loss(tiny_model64, ids, stride, max_length=max_length - 1)
@@ -103,7 +106,7 @@ def test_transformers_guide_gives_the_same_with_one_token_more_in_its_windows(
     assert result.total_nats == pytest.approx(total, rel=1e-12)
 
 
-def test_texts_measured_together_do_not_see_each_other(tiny_model64: Any) -> None:
+def test_texts_are_not_context_of_each_other(tiny_model64: Any) -> None:
     texts = [some_ids(n) for n in (40, 1, 7, 16, 2)]
     together = documents_loss(tiny_model64, texts, 6, bos_id=3, batch_size=4)
     alone = [strided_loss(tiny_model64, ids, 6, bos_id=3) for ids in texts]
@@ -112,7 +115,7 @@ def test_texts_measured_together_do_not_see_each_other(tiny_model64: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", ["list", "array", "tensor", "memory map"])
-def test_ids_come_in_any_sequence(kind: str, tiny_model64: Any, tmp_path: Path) -> None:
+def test_ids_can_be_any_sequence(kind: str, tiny_model64: Any, tmp_path: Path) -> None:
     ids = some_ids(30)
     np.array(ids, dtype="<u2").tofile(tmp_path / "tokens.bin")
     given: Any = {
@@ -124,7 +127,7 @@ def test_ids_come_in_any_sequence(kind: str, tiny_model64: Any, tmp_path: Path) 
     assert strided_loss(tiny_model64, given) == strided_loss(tiny_model64, ids)
 
 
-def test_dropout_is_off_and_the_model_keeps_its_mode_and_gradients() -> None:
+def test_evaluation_disables_dropout_and_keeps_the_mode_and_gradients() -> None:
     config = GPTConfig(vocab_size=11, context_length=8, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.5)
     model = lively_model(config).train()
     model.transformer.h[0].eval()
@@ -134,8 +137,8 @@ def test_dropout_is_off_and_the_model_keeps_its_mode_and_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_float32_sums_of_batches_are_added_in_float64(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2^25 on, float32 has even numbers only: adding 1 again and again would change nothing."""
+def test_batch_sums_are_added_in_float64(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above 2^25 float32 has only even numbers, so adding 1 repeatedly would change nothing."""
     sums = iter([2.0**25, *[1.0] * 9])
     monkeypatch.setattr(
         tiny_model, "token_loss", lambda _, targets: (torch.tensor(next(sums)), (targets != -100).sum())
@@ -143,8 +146,8 @@ def test_float32_sums_of_batches_are_added_in_float64(tiny_model: Any, monkeypat
     assert strided_loss(tiny_model, some_ids(161), batch_size=1) == Result(2.0**25 + 9, 160)
 
 
-def test_figures_worked_out_by_hand() -> None:
-    """Four tokens of 1/8 each cost 12 bits; the text has 6 bytes and 2 words."""
+def test_results_equal_a_calculation_by_hand() -> None:
+    """Four tokens of probability 1/8 cost 12 bits; the text has 6 bytes and 2 words."""
     result = Result(4 * math.log(8), 4)
     assert result.loss == pytest.approx(math.log(8))
     assert result.perplexity == pytest.approx(8)
@@ -153,7 +156,7 @@ def test_figures_worked_out_by_hand() -> None:
     assert Result(1e6, 4).word_perplexity(1) == math.inf
 
 
-def test_a_uniform_model_has_its_vocabulary_as_perplexity() -> None:
+def test_the_perplexity_of_a_uniform_model_is_its_vocabulary_size() -> None:
     model = GPTModel(GPTConfig(vocab_size=32, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
     torch.nn.init.zeros_(model.lm_head.weight)
     result = strided_loss(model, some_ids(100, 32), 3)
@@ -179,13 +182,13 @@ def test_a_uniform_model_has_its_vocabulary_as_perplexity() -> None:
         ({"ids": [1, -1]}, "token ids must be from 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str, tiny_model: Any) -> None:
+def test_invalid_arguments_raise_an_error(options: dict[str, Any], message: str, tiny_model: Any) -> None:
     with pytest.raises(ValueError, match=message):
         strided_loss(tiny_model, **{"ids": some_ids(30), **options})
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_continuations_are_predicted_as_each_alone(batch_size: int, tiny_model64: Any) -> None:
+def test_continuation_logits_equal_those_of_each_pair_alone(batch_size: int, tiny_model64: Any) -> None:
     pairs = [(some_ids(n), some_ids(m)) for n, m in ((3, 1), (10, 4), (16, 2), (40, 16), (1, 1))]
     for (context, rest), logits in zip(pairs, continuation_logits(tiny_model64, pairs, batch_size), strict=True):
         seen = [*context, *rest][-L - 1 :]
@@ -195,6 +198,16 @@ def test_continuations_are_predicted_as_each_alone(batch_size: int, tiny_model64
 
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 17)])
-def test_continuations_that_no_context_precedes_or_holds_are_refused(pair: Any, tiny_model: Any) -> None:
-    with pytest.raises(ValueError, match="a context needs a token and a continuation from 1 to 16"):
+def test_empty_or_too_long_continuations_raise_an_error(pair: Any, tiny_model: Any) -> None:
+    with pytest.raises(ValueError, match="a context needs at least 1 token and a continuation 1 to 16"):
         list(continuation_logits(tiny_model, [pair]))
+
+
+def test_the_caller_keeps_its_gradient_mode_and_train_mode_between_two_results(tiny_model: Any) -> None:
+    """A caller that trains on each result must not find gradients off and dropout disabled."""
+    tiny_model.train()
+    results = continuation_logits(tiny_model, [([1, 2], [3]), ([4], [5, 6])], batch_size=1)
+    for n_targets, logits in zip((1, 2), results, strict=True):
+        assert torch.is_grad_enabled()
+        assert all(module.training for module in tiny_model.modules())
+        assert logits.shape == (n_targets, 67) and not logits.requires_grad

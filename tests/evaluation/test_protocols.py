@@ -1,4 +1,4 @@
-"""How corpora are written as text and what is counted, on small cases worked out by hand."""
+"""Test how corpora are rewritten as text and what is counted, on small cases with results by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EXAMPLES = [
     (WIKITEXT, ' the song " Kiss You " , by <unk> ', 'the song "Kiss You", by <unk>'),
     (WIKITEXT, " Mr. Smith of Washington , D.C. ", "Mr. Smith of Washington, D.C."),
     (WIKITEXT, " a lot of vitamin C . ", "a lot of vitamin C ."),  # "C." would be read as an abbreviation
-    (WIKITEXT, " a @-@ ( b ) @-@ ", "a @-@ (b) @-@"),  # nothing to stand between
+    (WIKITEXT, " a @-@ ( b ) @-@ ", "a @-@ (b) @-@"),  # no word on both sides
     (WIKITEXT, "", ""),
     (PENN_TREEBANK, " no it was n't black monday ", "no it wasn't black monday"),
     (PENN_TREEBANK, " the companies ' <unk> said it 's $ N million ", "the companies' <unk> said it's $N million"),
@@ -58,7 +58,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("detokenizer", "line", "text"), EXAMPLES)
-def test_tokens_are_written_as_people_write(detokenizer: Detokenizer, line: str, text: str) -> None:
+def test_tokens_are_rewritten_as_ordinary_text(detokenizer: Detokenizer, line: str, text: str) -> None:
     tokens = line.split()
     assert detokenizer.join(tokens) == text
     assert detokenizer.split(text) == tokens
@@ -73,20 +73,20 @@ PARTS += "a I C. U.S. Mr. St No 1 12 1990 don didn can e-mail 3.5 1,000 Kiss n' 
 @given(
     tokens=st.lists(st.one_of(st.sampled_from(PARTS), st.text("a1.,'\"-@=(sn't", min_size=1, max_size=4)), max_size=12)
 )
-def test_what_was_written_gives_its_tokens_back(detokenizer: Detokenizer, tokens: list[str]) -> None:
+def test_split_recovers_the_tokens_that_join_wrote(detokenizer: Detokenizer, tokens: list[str]) -> None:
     clear = [token for token in tokens if not detokenizer.is_ambiguous(token)]
     assert detokenizer.split(detokenizer.join(clear)) == clear
 
 
-def test_words_that_the_text_would_not_give_back_are_counted() -> None:
-    """A corpus in WikiText's tokens never has 3.5, which it writes 3 @.@ 5; so the text 3.5 is read as the latter."""
+def test_ambiguous_tokens_are_counted() -> None:
+    """WikiText writes 3.5 as 3 @.@ 5, so `split` reads the text 3.5 as these three tokens."""
     assert WIKITEXT.split(WIKITEXT.join(["3.5"])) == ["3", "@.@", "5"]
     measured = measure_text(uniform_model(), bpe(), ["it 's 3.5 and 1,000 \n"], PROTOCOLS["wikitext2"])
     assert measured.n_ambiguous == 2
 
 
-def test_only_spaces_and_newlines_separate_what_a_corpus_holds(tmp_path: Path) -> None:
-    """str.split and splitlines know a dozen others, which the text would not give back."""
+def test_only_spaces_and_newlines_separate_the_tokens_of_a_corpus(tmp_path: Path) -> None:
+    """str.split and str.splitlines accept a dozen other separators, which would be lost."""
     corpus = " 5\u00a0km , a\u2028b . \n"
     (tmp_path / "a.txt").write_text(corpus, encoding="utf-8")
     assert list(read_texts([tmp_path / "a.txt"], by_line=True)) == [corpus]
@@ -101,17 +101,17 @@ def bpe() -> BPETokenizer:
 
 
 def uniform_model(vocab_size: int = 512) -> GPTModel:
-    """Every token costs log(vocab_size)."""
+    """Return a model that gives every token the probability 1 / vocab_size."""
     model = GPTModel(GPTConfig(vocab_size=vocab_size, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
     nn.init.zeros_(model.lm_head.weight)
     return model
 
 
-def test_perplexity_by_word_divides_by_the_corpus_words_and_ends_of_lines() -> None:
-    """The corpus has 3 + 0 + 6 words and 3 ends of lines in 37 bytes; the model reads the 28 bytes of the text."""
+def test_word_perplexity_counts_the_words_and_line_ends_of_the_corpus() -> None:
+    """The corpus has 3 + 0 + 6 words and 3 line ends; the model reads the shorter, rewritten text."""
     corpus = " = Hi = \n \n It cost 50 % , no \n"
     written = "= Hi =\n\nIt cost 50%, no\n"
-    tokenizer = BPETokenizer.train("", 257, progress=False)  # bytes alone
+    tokenizer = BPETokenizer.train("", 257, progress=False)  # one token per byte
     measured = measure_text(uniform_model(), tokenizer, [corpus], PROTOCOLS["wikitext103"])
     assert measured.result.n_tokens == len(written)
     assert measured.n_words == 12
@@ -120,7 +120,7 @@ def test_perplexity_by_word_divides_by_the_corpus_words_and_ends_of_lines() -> N
     assert measured.bits_per_byte == pytest.approx(9 * len(written) / len(corpus), rel=1e-5)
 
 
-def test_a_plain_text_is_measured_as_it_is_after_endoftext(tiny_config: GPTConfig) -> None:
+def test_a_plain_text_is_measured_unchanged_after_endoftext(tiny_config: GPTConfig) -> None:
     tokenizer = bpe()
     model = lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
     text = " the cat — naïve — sat ,\nby the fire . \n"
@@ -135,20 +135,20 @@ def test_without_endoftext_the_first_token_is_not_counted() -> None:
     assert measure_text(uniform_model(), tokenizer, ["ab ca", "a", "bb"]).result.n_tokens == 4 + 0 + 1
 
 
-def test_a_tokenizer_that_loses_text_is_told() -> None:
+def test_a_lossy_tokenizer_is_reported() -> None:
     tokenizer = SimpleTokenizer.from_text("the cat sat")
     assert measure_text(uniform_model(), tokenizer, ["the cat sat"]).is_lossless
     assert not measure_text(uniform_model(), tokenizer, ["the cat\nsat"]).is_lossless
     assert not measure_text(uniform_model(), tokenizer, ["the dog sat"]).is_lossless
 
 
-def test_a_character_that_the_tokenizer_lacks_is_refused() -> None:
+def test_a_character_outside_the_vocabulary_raises_an_error() -> None:
     with pytest.raises(ValueError, match="character 'z' at position 2 is not in the vocabulary of 4 characters"):
         measure_text(uniform_model(), CharTokenizer("abc "), ["abz"])
 
 
-def test_a_text_and_a_record_are_texts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 7)  # a file is read in pieces
+def test_files_lines_and_records_are_separate_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 7)  # so that the files are read in several blocks
     plain, records, packed = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"
     plain.write_text("one two three four\n\nfive six\n")
     lines = json.dumps({"text": "a b\nc"}) + "\n" + json.dumps({"text": "d"}) + "\n"
@@ -160,7 +160,7 @@ def test_a_text_and_a_record_are_texts_of_their_own(tmp_path: Path, monkeypatch:
 
 
 class Chain(nn.Module):
-    """Says after each id the one that a table names, with logit 2 against 1 for its second choice and 0 for all others."""
+    """A model that predicts the next id from two tables: logit 2 for the best id, 1 for the second, 0 for all others."""
 
     def __init__(self, vocab_size: int, best: dict[int, int], second: dict[int, int]) -> None:
         super().__init__()
@@ -176,8 +176,9 @@ class Chain(nn.Module):
         return logits
 
 
-def test_last_words_worked_out_by_hand() -> None:
-    """One token a word. "cat" is followed by "sat"; "dog" by "the", a stop word, and then "ran"; "bird" by "ran"."""
+def test_last_words_equal_a_calculation_by_hand() -> None:
+    """Each word is one token. The model predicts "sat" after "cat" and "ran" after "bird"; after "dog" it prefers the stop
+    word "the" to "ran"."""
     tokenizer = SimpleTokenizer.from_text("the cat dog bird sat ran")
     ids = tokenizer.str_to_int
     chain: Any = Chain(
@@ -194,58 +195,58 @@ def test_last_words_worked_out_by_hand() -> None:
     after_bird = math.log(math.e**2 + others - 1)
     assert measured.total_nats == pytest.approx(2 * after_cat + after_dog + after_bird, rel=1e-12)
     assert measured.word_perplexity == pytest.approx(math.exp(measured.total_nats / 4), rel=1e-12)
-    assert (measured.n_right, measured.n_right_filtered, measured.n_right_tokens) == (2, 3, 2)
+    assert (measured.n_correct, measured.n_correct_filtered, measured.n_correct_tokens) == (2, 3, 2)
 
 
-def test_a_last_word_is_right_if_all_its_tokens_are() -> None:
-    """By letters: after a space "a", after it "b", then "c". "abc" is right; "xbc" begins wrong and ends right."""
+def test_a_last_word_is_correct_if_all_its_tokens_are() -> None:
+    """The model predicts the letters a, b, c after a space: "abc" is correct, "xbc" only in its last two letters."""
     tokenizer = CharTokenizer("abcx ")
     a, b, c, _, space = range(5)
     chain: Any = Chain(5, {c: space, space: a, a: b, b: c}, {})
     measured = measure_last_words(chain, tokenizer, ["c abc", "c xbc", "c abx", "x abc"])
-    assert (measured.n_passages, measured.n_right, measured.n_right_tokens) == (4, 1, 3)
+    assert (measured.n_passages, measured.n_correct, measured.n_correct_tokens) == (4, 1, 3)
 
 
-def test_last_words_cost_what_transformers_says() -> None:
+def test_last_word_losses_equal_those_of_transformers() -> None:
     tokenizer = CharTokenizer("abcdefgh \n")
     model = lively_model(GPTConfig(vocab_size=10, context_length=12, emb_dim=12, n_heads=3, n_layers=2)).double()
     twin = transformers_twin(model)
     passages = ["ab cd ef", "a b", "abc\ndef gh", "ab cd ef gh ab cd ef gh abc", "a  bcd "]
-    total, n_right = 0.0, 0
+    total, n_correct = 0.0, 0
     for passage in passages:
         word = " " + passage.rstrip().rpartition(" ")[2]
         ids = torch.tensor([tokenizer.encode(passage.rstrip())[-13:]])
         with torch.no_grad():
             log_p = twin(ids[:, :-1]).logits.log_softmax(-1)[0]
-        said = log_p.gather(1, ids[0, 1:, None])[-len(word) :]
-        total -= said.sum().item()
-        n_right += bool((log_p.argmax(1) == ids[0, 1:])[-len(word) :].all())
+        word_log_p = log_p.gather(1, ids[0, 1:, None])[-len(word) :]
+        total -= word_log_p.sum().item()
+        n_correct += bool((log_p.argmax(1) == ids[0, 1:])[-len(word) :].all())
     measured = measure_last_words(model, tokenizer, passages, batch_size=2)
     assert measured.total_nats == pytest.approx(total, rel=1e-12)
-    assert measured.n_right == n_right
+    assert measured.n_correct == n_correct
 
 
 @pytest.mark.parametrize("passage", ["word", " word ", "\n"])
-def test_a_passage_of_one_word_is_refused(passage: str) -> None:
+def test_a_passage_of_one_word_raises_an_error(passage: str) -> None:
     with pytest.raises(ValueError, match="a passage needs a word before its last one, got"):
         measure_last_words(uniform_model(), bpe(), ["the cat", passage])
 
 
-def test_nothing_to_measure_is_refused() -> None:
+def test_no_text_raises_an_error() -> None:
     with pytest.raises(ValueError, match="there is no text to measure"):
         measure_text(uniform_model(), bpe(), [])
     with pytest.raises(ValueError, match="there is no passage to measure"):
         measure_last_words(uniform_model(), bpe(), [])
 
 
-def test_an_unknown_protocol_names_those_there_are() -> None:
+def test_an_unknown_protocol_raises_an_error_with_all_names() -> None:
     with pytest.raises(
-        ValueError, match="no protocol 'wiki'; there are wikitext2, wikitext103, ptb, 1bw, enwik8, text8"
+        ValueError, match="unknown protocol 'wiki'; choose from wikitext2, wikitext103, ptb, 1bw, enwik8, text8"
     ):
         find_protocol("wiki")
 
 
-def test_published_figures_get_better_with_size_and_stand_under_released_names() -> None:
+def test_published_figures_improve_with_size_and_use_released_names() -> None:
     for protocol in PROTOCOLS.values():
         for name, figures in protocol.published.items():
             assert all(size in GPT2_CONFIGS for size in figures)
@@ -253,7 +254,7 @@ def test_published_figures_get_better_with_size_and_stand_under_released_names()
             assert values == sorted(values, reverse=name != "accuracy")
 
 
-def test_a_model_has_a_released_size_if_its_shape_is_one() -> None:
+def test_the_released_size_is_found_by_the_shape() -> None:
     assert released_size(GPT2_CONFIGS["gpt2"]) == "124M"
     assert released_size(GPT2_CONFIGS["gpt2-xl"]) == "1558M"
     assert released_size(GPTConfig(n_layers=11)) is None

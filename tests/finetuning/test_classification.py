@@ -1,4 +1,4 @@
-"""The classifier against transformers' GPT2ForSequenceClassification."""
+"""Test the classifier against transformers' GPT2ForSequenceClassification."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def texts(tokenizer: BPETokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return collate_texts(["buy", "see you 3 times", "now"], tokenizer, 32)
 
 
-def test_transformers_opens_it_with_equal_scores_loss_and_gradients(tokenizer: BPETokenizer, tmp_path: Path) -> None:
-    """Padded on the right, in float64; theirs finds the last token by the padding's id."""
+def test_transformers_opens_the_directory_with_equal_scores_loss_and_gradients(
+    tokenizer: BPETokenizer, tmp_path: Path
+) -> None:
+    """The batch is padded on the right, because transformers finds the last token by the id of the padding."""
     ours = fresh(tokenizer).double()
     ours.save_pretrained(tmp_path, tokenizer)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
@@ -61,7 +63,7 @@ def test_transformers_opens_it_with_equal_scores_loss_and_gradients(tokenizer: B
     assert mine is not None and (mine - other).abs().max() < 1e-6
 
 
-def test_it_opens_again_bit_by_bit(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_a_saved_classifier_opens_with_bit_identical_scores(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     model = fresh(tokenizer).eval()
     model.save_pretrained(tmp_path, tokenizer)
     again = GPTForClassification.from_pretrained(tmp_path)
@@ -104,7 +106,7 @@ def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPE
     assert classify(model, ["buy now 3 times", "see you 3 times"], tokenizer) == ["spam", "ham"]
 
 
-def test_a_step_is_that_of_torchs_cross_entropy_on_the_texts_alone(tokenizer: BPETokenizer) -> None:
+def test_a_step_equals_one_with_torchs_cross_entropy_on_unpadded_texts(tokenizer: BPETokenizer) -> None:
     model = fresh(tokenizer).double()
     twin = copy.deepcopy(model)
     train_classifier(model, EXAMPLES[10:13], tokenizer, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -117,7 +119,7 @@ def test_a_step_is_that_of_torchs_cross_entropy_on_the_texts_alone(tokenizer: BP
 
 
 def test_a_classifier_of_transformers_opens_with_equal_scores(tmp_path: Path) -> None:
-    """Without names of labels, which transformers does not write when they are its own."""
+    """transformers does not write its default label names."""
     config = GPT2Config(
         vocab_size=67, n_positions=32, n_embd=24, n_layer=2, n_head=3, pad_token_id=0, bos_token_id=0, eos_token_id=0
     )
@@ -130,15 +132,17 @@ def test_a_classifier_of_transformers_opens_with_equal_scores(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("keyword", ["inputs_embeds", "output_attentions", "output_hidden_states"])
-def test_what_is_not_supported_is_refused(keyword: str, tokenizer: BPETokenizer) -> None:
+def test_unsupported_arguments_raise_an_error(keyword: str, tokenizer: BPETokenizer) -> None:
     with pytest.raises(ValueError, match="not supported"):
         fresh(tokenizer)(texts(tokenizer)[0], **{keyword: torch.ones(1)})
 
 
-def test_the_table_counts_what_was_called_what(tokenizer: BPETokenizer) -> None:
+def test_the_confusion_table_counts_labels_and_predictions(tokenizer: BPETokenizer) -> None:
     model = fresh(tokenizer)
     with torch.no_grad():
-        model.score.weight.copy_(torch.stack([torch.zeros(24), torch.zeros(24)]))  # the first of equals: always "ham"
+        model.score.weight.copy_(
+            torch.stack([torch.zeros(24), torch.zeros(24)])
+        )  # equal scores: argmax is the first label, "ham"
     assert confusion_table(model, EXAMPLES, tokenizer).tolist() == [[12, 0], [12, 0]]
     assert accuracy(confusion_table(model, EXAMPLES, tokenizer)) == 0.5
     with pytest.raises(ValueError, match="the model has no label 'eggs'; its labels are ham, spam"):
@@ -180,21 +184,25 @@ def test_a_form_feed_and_a_unicode_line_end_stay_within_a_text(tmp_path: Path) -
         ("a.csv", "text,label\n", r"a\.csv has no records"),
     ],
 )
-def test_a_wrong_record_is_told_by_file_line_and_key(name: str, content: str, words: str, tmp_path: Path) -> None:
+def test_an_invalid_record_raises_an_error_with_file_line_and_key(
+    name: str, content: str, words: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):
         read_labelled(tmp_path / name)
 
 
-def test_what_is_no_classifier_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_invalid_classifiers_raise_an_error(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two labels, all different"):
         GPTForClassification(fresh(tokenizer).gpt, ["a", "a"])
-    with pytest.raises(ValueError, match="a GPTForClassification is needed, or a PeftModel on one, got GPTModel"):
+    with pytest.raises(
+        ValueError, match="the model must be a GPTForClassification or a PeftModel of one, got GPTModel"
+    ):
         classify(fresh(tokenizer).gpt, ["buy"], tokenizer)
     with pytest.raises(ValueError, match="there are no examples"):
         confusion_table(fresh(tokenizer), [], tokenizer)
     with pytest.raises(ValueError, match="train_only must be"):
         fresh(tokenizer, train_only="some")
     fresh(tokenizer).gpt.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no classifier"):
+    with pytest.raises(ValueError, match="does not contain a classifier"):
         GPTForClassification.from_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import lively_model, same_weights
 from MyGPT import GPTConfig, GPTModel, generate, train_model_simple
+from MyGPT.model import Transformer
 from oracles_model import transformers_twin
 
 # PEFT asks transformers' models for it, and transformers has renamed it.
@@ -197,13 +198,13 @@ def test_generation_goes_through_the_cache_and_equals_the_one_without(
 ) -> None:
     """Past the context too, and with prompts of unequal length."""
     lengths = []
-    hidden_states = GPTModel._hidden_states
+    forward = Transformer.forward
 
-    def spy(self: GPTModel, input_ids: Tensor, *rest: Any) -> Tensor:
+    def spy(self: Transformer, input_ids: Tensor, *rest: Any) -> Tensor:
         lengths.append(input_ids.shape[1])
-        return hidden_states(self, input_ids, *rest)
+        return forward(self, input_ids, *rest)
 
-    monkeypatch.setattr(GPTModel, "_hidden_states", spy)
+    monkeypatch.setattr(Transformer, "forward", spy)
     model = adapted(base(), **options)
     model.peft_config["default"].task_type = task_type
     model = model if task_type else PeftModel(model.unload(), lora_config(**options)).eval()

@@ -1,4 +1,4 @@
-"""DPO against its formula in plain Python, TRL's loss, and two copies of the weights."""
+"""Test DPO against its formula in plain Python, the loss of TRL, and a separate copy of the reference model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fresh(tokenizer: BPETokenizer) -> GPTModel:
 
 
 def adapted(tokenizer: BPETokenizer) -> Any:
-    """A model whose adapter already does something."""
+    """Return a PeftModel whose adapter changes the output."""
     model = add_lora(fresh(tokenizer), dropout=0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,14 +48,14 @@ def adapted(tokenizer: BPETokenizer) -> Any:
 
 
 def log_prob(model: Any, tokenizer: BPETokenizer, prompt: str, answer: str) -> torch.Tensor:
-    """Of one answer by itself, from all its logits."""
-    given, said = tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eot_token]
-    logits = model(torch.tensor([given + said]))[0, len(given) - 1 : -1]
-    return F.log_softmax(logits, dim=-1).gather(1, torch.tensor(said)[:, None]).sum()
+    """Return the log-probability of one answer without a batch."""
+    prompt_ids, answer_ids = tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eot_token]
+    logits = model(torch.tensor([prompt_ids + answer_ids]))[0, len(prompt_ids) - 1 : -1]
+    return F.log_softmax(logits, dim=-1).gather(1, torch.tensor(answer_ids)[:, None]).sum()
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_the_loss_is_the_papers_formula(label_smoothing: float) -> None:
+def test_the_loss_equals_the_formula_of_the_paper(label_smoothing: float) -> None:
     values = torch.randn(4, 5, dtype=torch.float64) * 10
     found = dpo_loss(*values, beta=0.3, label_smoothing=label_smoothing)
     margins = [0.3 * ((c - rc) - (r - rr)) for c, r, rc, rr in values.T.tolist()]
@@ -67,12 +67,12 @@ def test_the_loss_is_the_papers_formula(label_smoothing: float) -> None:
     assert found.margin == pytest.approx(sum(margins) / 5)
 
 
-def test_the_loss_is_trls_on_the_same_log_probabilities() -> None:
-    """TRL has no function for it: its trainer's method runs here on a model that says the log-probabilities."""
+def test_the_loss_equals_that_of_trl() -> None:
+    """TRL computes the loss in a method of its trainer, which runs here with a stub model that returns log-probabilities."""
     chosen, rejected, reference_chosen, reference_rejected = torch.randn(4, 5) * 10
     log_probs = torch.zeros(10, 3)
     log_probs[:, 1] = torch.cat([chosen, rejected])
-    nothing = torch.zeros(10, 3)  # what TRL only logs
+    nothing = torch.zeros(10, 3)  # TRL only logs these
     outputs = SimpleNamespace(log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
@@ -92,8 +92,8 @@ def test_the_loss_is_trls_on_the_same_log_probabilities() -> None:
     assert float(ours.loss) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_a_batch_gives_the_loss_of_each_answer_by_itself_under_two_copies(tokenizer: BPETokenizer) -> None:
-    """The reference is a second copy without adapter here; rows of the batch are padded."""
+def test_a_batch_has_the_loss_of_single_answers_and_two_models(tokenizer: BPETokenizer) -> None:
+    """Here the reference is a second model without an adapter; the rows of the batch are padded."""
     peft_model, reference = adapted(tokenizer), fresh(tokenizer)
     pairs = PreferencePairs(RECORDS, tokenizer, 32)
     found = preferences(peft_model, *pairs.batch([0, 3, 4]), beta=0.2)
@@ -110,7 +110,7 @@ def test_a_batch_gives_the_loss_of_each_answer_by_itself_under_two_copies(tokeni
     assert float(found.loss.detach()) == pytest.approx(float(sum(losses)) / 3, rel=1e-9)
 
 
-def test_at_first_the_model_is_its_own_reference_and_training_prefers_the_chosen(tokenizer: BPETokenizer) -> None:
+def test_training_starts_at_the_reference_and_learns_to_prefer_the_chosen_answers(tokenizer: BPETokenizer) -> None:
     peft_model = add_lora(fresh(tokenizer).float(), dropout=0.0).train()
     pairs = PreferencePairs(RECORDS, tokenizer, 32)
     frozen = peft_model.get_base_model().transformer.wte.weight.clone()
@@ -128,7 +128,7 @@ def test_pairs_that_are_too_long_are_counted(tokenizer: BPETokenizer) -> None:
     longer = {"prompt": "Say", "chosen": " cat" * 40, "rejected": " dog"}
     pairs = PreferencePairs([*RECORDS, longer], tokenizer, 32)
     assert (len(pairs), pairs.n_too_long) == (6, 1)
-    with pytest.raises(ValueError, match="no pairs to learn from: 1 records, 1 too long for max_length=32"):
+    with pytest.raises(ValueError, match="no pairs to train on: 1 records, 1 too long for max_length=32"):
         PreferencePairs([longer], tokenizer, 32)
 
 
@@ -141,9 +141,9 @@ def test_pairs_are_read_from_an_array_and_from_lines(tmp_path: Path) -> None:
         read_preferences(tmp_path / "pairs.jsonl")
 
 
-def test_a_model_that_is_not_ours_is_refused(tokenizer: BPETokenizer) -> None:
+def test_another_model_raises_an_error(tokenizer: BPETokenizer) -> None:
     other = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="DPO is for a PeftModel on a GPTModel, got one on Sequential"):
+    with pytest.raises(ValueError, match="DPO needs a PeftModel of a GPTModel, got one of Sequential"):
         preferences(other, *PreferencePairs(RECORDS, tokenizer, 32).batch([0]))  # type: ignore[arg-type]
 
 
@@ -156,12 +156,14 @@ def test_a_model_that_is_not_ours_is_refused(tokenizer: BPETokenizer) -> None:
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "record 2: the prompt is empty"),
     ],
 )
-def test_a_wrong_record_is_told_by_its_number_and_key(record: Any, words: str, tokenizer: BPETokenizer) -> None:
+def test_an_invalid_record_raises_an_error_with_its_number_and_key(
+    record: Any, words: str, tokenizer: BPETokenizer
+) -> None:
     with pytest.raises(ValueError, match=words):
         PreferencePairs([RECORDS[0], record], tokenizer, 32)
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}])
-def test_what_is_out_of_range_is_refused(options: dict[str, float]) -> None:
+def test_values_out_of_range_raise_an_error(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         dpo_loss(*torch.randn(4, 2), **options)

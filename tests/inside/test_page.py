@@ -1,4 +1,4 @@
-"""The page of `mygpt explain`: its numbers, that nothing in a text can break it, and what a browser makes of it."""
+"""Test the page of `mygpt explain`: its numbers, its safety against any text, and its behaviour in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import main
-from MyGPT.inside.page import LONGEST, explain_page, page_data
+from MyGPT.inside.page import MAX_TOKENS, explain_page, page_data
 from oracles_model import transformers_twin
 
 TOKENIZER = CharTokenizer([*(chr(32 + i) for i in range(95)), "\n", "\u2028"])
@@ -39,7 +39,7 @@ def ids() -> Tensor:
 
 
 class Page(HTMLParser):
-    """Refuses a page whose elements are not closed in order; keeps attributes and the scripts' contents."""
+    """Parse a page, check that its elements are closed in order, and collect the attributes and script contents."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 @torch.no_grad()
-def test_the_numbers_are_those_of_transformers(model: GPTModel, ids: Tensor) -> None:
+def test_numbers_equal_those_of_transformers(model: GPTModel, ids: Tensor) -> None:
     data = page_data(model, TOKENIZER, ids)
     theirs = transformers_twin(model)(ids, output_attentions=True)
     T = ids.shape[1]
@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_transformers(model: GPTModel, ids: Tensor) -> 
     assert data["lens"][-1] == [[entry[:2] for entry in position["top"][:5]] for position in data["next"]]
 
 
-def test_the_page_is_well_formed_whole_and_asks_for_nothing(model: GPTModel) -> None:
+def test_page_is_well_formed_and_loads_nothing(model: GPTModel) -> None:
     ids = torch.tensor([TOKENIZER.encode(TEXT)])
     page = Page(explain_page(model, TOKENIZER, ids, name="<i>mine</i> & {{data}}"))
     assert len(page.scripts) == 2
@@ -101,16 +101,16 @@ def test_the_page_is_well_formed_whole_and_asks_for_nothing(model: GPTModel) -> 
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", page.scripts[1])
 
 
-def test_a_page_is_refused_for_more_than_it_can_hold(model: GPTModel) -> None:
-    long = torch.zeros(1, LONGEST + 1, dtype=torch.int64)
+def test_too_many_tokens_or_rows_raise_an_error(model: GPTModel) -> None:
+    long = torch.zeros(1, MAX_TOKENS + 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="the text has 129 tokens, a page can hold 128"):
         explain_page(model, TOKENIZER, long)
     with pytest.raises(ValueError, match=r"one text, ids \(1, T\), got \(2, 3\)"):
         explain_page(model, TOKENIZER, long[:, :3].expand(2, 3))
-    assert Page(explain_page(model, TOKENIZER, long[:, :LONGEST])).scripts
+    assert Page(explain_page(model, TOKENIZER, long[:, :MAX_TOKENS])).scripts
 
 
-def test_the_command_writes_the_page_and_refuses_in_one_line(
+def test_command_writes_the_page_and_reports_errors_in_one_line(
     model: GPTModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model.save_pretrained(tmp_path / "model", TOKENIZER)
@@ -134,7 +134,7 @@ def test_the_command_writes_the_page_and_refuses_in_one_line(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, driven by chromedriver."""
+    """Yield a headless Chromium, controlled by chromedriver."""
     chromium, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
@@ -150,7 +150,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_in_a_browser_every_part_follows_what_is_chosen(
+def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     browser: Any, model: GPTModel, ids: Tensor, tmp_path: Path
 ) -> None:
     from selenium.webdriver.common.by import By
@@ -168,7 +168,7 @@ def test_in_a_browser_every_part_follows_what_is_chosen(
     assert texts("#tokens .chosen .mono") == ["t"]
     assert len(browser.find_elements(By.CSS_SELECTOR, "#heads canvas")) == 6
     assert len(browser.find_elements(By.CSS_SELECTOR, "#map td[title]")) == 7 * 8 // 2
-    assert texts("#lens tr")[-1].split() == ["after", *labels]
+    assert texts("#lens tr")[-1].split() == ["after", "token", *labels]
     assert texts("#bars .name")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
 
     browser.find_element(By.CSS_SELECTOR, "#heads button[data-place='1.2']").click()
@@ -178,25 +178,28 @@ def test_in_a_browser_every_part_follows_what_is_chosen(
     weights = attention[(1 * 3 + 2) * 49 + 4 * 7 :][:5]
     shown = [text.removesuffix(" %").removeprefix("< ") for text in texts("#taken small")]
     assert [float(text) for text in shown] == pytest.approx([100 * weight / 255 for weight in weights], abs=0.51)
-    assert "In layer 1, head 2, C (token 4) takes:" in browser.find_element(By.ID, "reading").text
-    assert "in the text it is a, the model's choice number" in browser.find_element(By.ID, "question").text
+    assert "In layer 1, head 2, C (token 4) attends to:" in browser.find_element(By.ID, "reading").text
+    assert "The text continues with a, which has rank" in browser.find_element(By.ID, "question").text
     assert browser.execute_script("return location.hash") == "#layer=1&head=2&token=4"
 
     Select(browser.find_element(By.ID, "layer")).select_by_visible_text("0")
     assert browser.find_element(By.CSS_SELECTOR, "#heads .chosen").get_attribute("data-place") == "0.2"
-    browser.find_elements(By.CSS_SELECTOR, "#lens tr:nth-child(3) td")[1].click()  # the embeddings' row
+    browser.find_elements(By.CSS_SELECTOR, "#lens tr:nth-child(3) td")[1].click()  # the row of the embeddings
     second = data["lens"][0][1][1][0]
-    assert f"From the embeddings, behind h: {data['lens'][0][1][0][0]}" in browser.find_element(By.ID, "runners").text
+    assert (
+        f"After the embeddings, the most likely tokens to follow h are {data['lens'][0][1][0][0]}"
+        in browser.find_element(By.ID, "runners").text
+    )
     assert second in browser.find_element(By.ID, "runners").text
 
     browser.set_window_size(400, 800)
     narrow = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-    assert browser.execute_script(narrow)  # only the maps scroll sideways
+    assert browser.execute_script(narrow)  # only the maps may scroll sideways
     assert browser.get_log("browser") == []
 
 
 @pytest.mark.slow
-def test_in_a_browser_a_text_that_looks_like_markup_is_text(browser: Any, model: GPTModel, tmp_path: Path) -> None:
+def test_markup_in_a_text_is_shown_as_text_in_a_browser(browser: Any, model: GPTModel, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
 
     ids = torch.tensor([TOKENIZER.encode(TEXT)])
@@ -205,6 +208,6 @@ def test_in_a_browser_a_text_that_looks_like_markup_is_text(browser: Any, model:
     shown = [found.text for found in browser.find_elements(By.CSS_SELECTOR, "#tokens button .mono")]
     assert shown == list(TEXT.replace("\n", "↵"))
     assert browser.title == "How </title> reads a text"
-    # What of an address does not exist is left as it is.
+    # The page ignores parts of the address that do not exist: there is no head 9.
     assert browser.find_element(By.CSS_SELECTOR, "#heads .chosen").get_attribute("data-place") == "1.0"
     assert browser.get_log("browser") == []

@@ -1,4 +1,4 @@
-"""Figures say what was computed: their numbers are read back from matplotlib and compared. How they look is for eyes."""
+"""Test figures by reading their numbers and labels back from matplotlib."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXT = "The cat, naïve as 漢字,\nsat\t🧙."
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run; shared, so never written to."""
+    """Return the directory of a short training run, which all tests share and must not change."""
     directory = tmp_path_factory.mktemp("runs")
     options = "--context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --max_steps 3 --warmup_steps 1".split()
     assert main(["train", "--out", str(directory / "run"), *options, "--eval_windows", "2", "--sample_every", "0"]) == 0
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(figure: Figure) -> Figure:
-    """Drawing is where a missing glyph, a clash in layout or mathtext in a label would show, as a warning or error."""
+    """Draw the figure, because a missing glyph, a layout conflict or mathtext in a label warns only when drawn."""
     figure.savefig(io.BytesIO(), format="png")
     return figure
 
@@ -62,7 +62,7 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
 
 
-def test_attention_maps_hold_the_weights_and_both_axes_the_tokens(tiny_model: GPTModel) -> None:
+def test_attention_maps_show_the_weights_with_tokens_on_both_axes(tiny_model: GPTModel) -> None:
     ids = torch.randint(67, (1, 7))
     labels = token_labels(CHARACTERS, ids[0].tolist())
     weights = trace(tiny_model, ids)["h.1.attn.weights"][0]
@@ -73,7 +73,7 @@ def test_attention_maps_hold_the_weights_and_both_axes_the_tokens(tiny_model: GP
         torch.testing.assert_close(torch.from_numpy(axes.images[0].get_array().data), weights[head])
         assert axes.images[0].get_clim() == (0, 1)
         assert [label.get_text() for label in axes.get_xticklabels()] == labels
-    assert [label.get_text() for label in maps[0].get_yticklabels()] == labels  # one for all
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == labels  # the maps share this axis
 
 
 @pytest.mark.parametrize(("n_heads", "T"), [(1, 1), (1, 60), (5, 3), (12, 30), (16, 64), (25, 8)])
@@ -84,14 +84,14 @@ def test_attention_of_any_number_of_heads_and_tokens_is_drawn_within_the_width(n
     assert sum(bool(axes.get_title()) for axes in figure.axes) == n_heads
 
 
-def test_labels_that_would_touch_are_thinned_and_characters_without_a_shape_escaped() -> None:
+def test_crowded_labels_are_thinned_out_and_missing_glyphs_escaped() -> None:
     figure = drawn(plot_attention(torch.rand(1, 100, 100), ["字$^{"] * 100))
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert 20 <= len(shown) <= 60
     assert set(shown) == {"\\u5b57$^{"}
 
 
-def test_the_lens_shows_the_likeliest_token_of_each_layer_and_its_probability(tiny_model: GPTModel) -> None:
+def test_the_lens_shows_the_most_likely_token_of_each_layer_and_its_probability(tiny_model: GPTModel) -> None:
     ids = torch.randint(67, (1, 6))
     lens = logit_lens(tiny_model, trace(tiny_model, ids))[:, 0]
     figure = drawn(plot_logit_lens(lens, token_labels(CHARACTERS, ids[0].tolist()), CHARACTERS))
@@ -110,12 +110,12 @@ def test_a_lens_of_any_size_is_drawn_within_the_width(n_depths: int, T: int) -> 
     assert figure.get_figwidth() <= 9.01
 
 
-def test_sampling_shows_the_distribution_after_each_filter_as_a_plain_computation_gives_it() -> None:
+def test_sampling_shows_the_distribution_after_each_filter() -> None:
     logits, seen = (3 * torch.randn(67)).tolist(), [4, 9]
     config = SamplingConfig(temperature=0.7, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
     figure = drawn(plot_sampling(torch.tensor(logits), config, CHARACTERS, seen, n_tokens=15))
     stages = [
-        ("the model's", (1.0, None, None, None, None)),
+        ("unfiltered", (1.0, None, None, None, None)),
         ("penalty 1.3", (1.0, None, None, None, 1.3)),
         ("temperature 0.7", (0.7, None, None, None, 1.3)),
         ("top-k 12", (0.7, 12, None, None, 1.3)),
@@ -131,8 +131,8 @@ def test_sampling_shows_the_distribution_after_each_filter_as_a_plain_computatio
         assert bars == pytest.approx([*(expected[i] for i in best), others], abs=1e-5)
         first, second = axes.get_title().split("\n")
         assert first == title
-        if title != "the model's":
-            assert second == f"{sum(p > 0 for p in expected)} possible"
+        if title != "unfiltered":
+            assert second == f"{sum(p > 0 for p in expected)} left"
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [*(CHARACTERS.decode([i]) for i in best), "all others"]
 
@@ -140,11 +140,11 @@ def test_sampling_shows_the_distribution_after_each_filter_as_a_plain_computatio
 def test_a_temperature_of_zero_leaves_one_token() -> None:
     logits = torch.randn(67)
     figure = drawn(plot_sampling(logits, SamplingConfig(temperature=0, top_k=5), CHARACTERS))
-    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["the model's", "temperature 0"]
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["unfiltered", "temperature 0"]
     assert [bar.get_width() for bar in figure.axes[1].patches] == [1.0] + [0.0] * 15
 
 
-def test_neighbours_are_named_with_their_cosines(tiny_model: GPTModel) -> None:
+def test_neighbours_are_labelled_with_their_cosine_similarities(tiny_model: GPTModel) -> None:
     figure = drawn(plot_neighbours(tiny_model, CHARACTERS, [3, 10, 11, 12, 13], k=4))
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [CHARACTERS.decode([i]) for i in (3, 10, 11, 12, 13)]
@@ -157,7 +157,7 @@ def test_neighbours_are_named_with_their_cosines(tiny_model: GPTModel) -> None:
             assert bar.get_width() == pytest.approx(float(cosine), abs=1e-5)
 
 
-def test_a_schedule_is_what_the_steps_use() -> None:
+def test_a_schedule_shows_the_learning_rates_of_training() -> None:
     from MyGPT.training.optim import make_optimizers, set_learning_rate
 
     config = TrainConfig(max_steps=50, warmup_steps=10, schedule="wsd")
@@ -168,8 +168,10 @@ def test_a_schedule_is_what_the_steps_use() -> None:
     assert [line.get_label() for line in figure.axes[0].lines] == ["mine", "other"]
 
 
-def test_a_recipe_is_read_as_the_other_commands_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`plot schedule` once refused 1e-3, which YAML 1.1 reads as a text, and followed aliases that fill the memory."""
+def test_plot_schedule_reads_recipes_like_the_other_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plot schedule` once rejected 1e-3, which YAML 1.1 reads as text, and expanded aliases until the memory was full."""
     (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_steps: 20\nwarmup_steps: 1\n")
     assert main(["plot", "schedule", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "a.svg")]) == 0
     capsys.readouterr()
@@ -186,7 +188,7 @@ def test_a_recipe_is_read_as_the_other_commands_read_it(tmp_path: Path, capsys: 
         assert not (tmp_path / "b.svg").exists()
 
 
-def test_values_of_layers_stand_in_rows_from_below() -> None:
+def test_layer_values_are_drawn_from_the_bottom_up() -> None:
     values = torch.rand(3, 5)
     figure = drawn(plot_layers(values, "head", "induction score"))
     torch.testing.assert_close(torch.from_numpy(figure.axes[0].images[0].get_array().data), values)
@@ -195,15 +197,15 @@ def test_values_of_layers_stand_in_rows_from_below() -> None:
         plot_layers(values, ["a", "b"], "score")
 
 
-def test_loss_curves_are_those_of_the_runs(run: Path) -> None:
+def test_loss_curves_are_drawn_and_smoothed(run: Path) -> None:
     figure = drawn(plot_losses([run]))
     assert figure.axes[0].lines
     assert smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
     assert smooth([0.0, 3.0] * 50)[50] == pytest.approx(1.0, abs=1.0)
 
 
-def test_colours_are_told_apart_without_colour() -> None:
-    """Any two that stand beside each other differ in brightness or, as eyes without red or green receptors see, in hue."""
+def test_colours_can_be_told_apart_by_colour_blind_readers() -> None:
+    """Any two colours keep a distance after the simulation of eyes without red or without green receptors."""
     # Machado et al. (2009), linear RGB, severity 1.
     deuteranopia = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
     protanopia = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
@@ -215,7 +217,7 @@ def test_colours_are_told_apart_without_colour() -> None:
         assert distances.min() > 0.12
 
 
-def test_figures_do_not_touch_pyplot_and_are_written_whole(tmp_path: Path) -> None:
+def test_figures_do_not_import_pyplot_and_are_written_in_each_format(tmp_path: Path) -> None:
     code = "import sys; from MyGPT.inside.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -228,7 +230,7 @@ def test_figures_do_not_touch_pyplot_and_are_written_whole(tmp_path: Path) -> No
 
 
 class Spans(HTMLParser):
-    """The texts and titles of an element's spans."""
+    """The texts and titles of the span elements of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -254,7 +256,7 @@ def unmarked(shown: str) -> str:
     [get_tokenizer("gpt2"), BPETokenizer.train(TEXT * 3, 270, progress=False), CharTokenizer.from_text(TEXT)],
     ids=["gpt2", "bpe", "chars"],
 )
-def test_tokens_in_colour_are_the_text_piece_by_piece(
+def test_coloured_tokens_join_to_the_text(
     tokenizer: BPETokenizer | CharTokenizer,
 ) -> None:
     ids = tokenizer.encode(TEXT)
@@ -274,7 +276,7 @@ def test_neighbouring_tokens_never_share_a_colour() -> None:
 
 
 @given(st.text(max_size=40))
-def test_no_text_can_act_on_the_page_or_the_terminal(text: str) -> None:
+def test_no_text_can_inject_markup_or_terminal_codes(text: str) -> None:
     gpt2 = get_tokenizer("gpt2")
     page = tokens_to_html(gpt2, text)
     spans = Spans(page)
@@ -286,14 +288,14 @@ def test_no_text_can_act_on_the_page_or_the_terminal(text: str) -> None:
     assert all(character.isprintable() or character == "\n" for character in shown)
 
 
-def test_words_are_shown_as_the_vocabulary_has_them() -> None:
+def test_unknown_words_are_shown_as_the_unknown_token() -> None:
     words = SimpleTokenizer.from_text("the cat sat")
     assert token_labels(words, words.encode("the dog sat")) == ["the", "<|unk|>", "sat"]
     assert html.escape("<|unk|>") in tokens_to_html(words, "the dog sat")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_plot_explains_itself(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_plot_has_a_help_text_with_an_example(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["plot", kind, "--help"])
     assert done.value.code == 0
@@ -320,7 +322,7 @@ def test_every_kind_of_plot_is_written(run: Path, tmp_path: Path, capsys: pytest
     assert "<!-- head 0 -->" not in (tmp_path / "one.svg").read_text(encoding="utf-8")
 
 
-def test_tokens_go_to_the_terminal_or_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_are_printed_or_written_as_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", "tokens", "--text", "The wizard's room"]) == 0
     assert capsys.readouterr().out == "The| wizard|'s| room\n"
     assert main(["plot", "tokens", "--text", "Alice", "--tokenizer", str(run)]) == 0
@@ -345,7 +347,7 @@ def test_tokens_go_to_the_terminal_or_a_page(run: Path, tmp_path: Path, capsys: 
         (["attentoin"], ["attentoin"]),
     ],
 )
-def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(
+def test_user_errors_are_one_line_and_leave_no_file(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
     if arguments[0] in ("attention", "lens", "sampling", "neighbours"):

@@ -1,4 +1,4 @@
-"""What hooks see is what transformers and TransformerLens see; what is edited acts, and only where and while it should."""
+"""Test traces against transformers, and edits by their effect, their place and their duration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from MyGPT.inside.tracing import (
 )
 from oracles_model import transformers_twin
 
-# Everything in float64 on numbers of size 1 to 100: rounding is about 1e-13, a mistake 1e-3 or more.
+# In float64, with numbers from 1 to 100, rounding errors are about 1e-13 and mistakes 1e-3 or more.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -42,7 +42,7 @@ def all_hooks(model: GPTModel) -> int:
 
 
 class Recorder:
-    """What went into and came out of transformers' modules, by their names."""
+    """The inputs and outputs of the modules of a transformers model, by module name."""
 
     def __init__(self, twin: GPT2LMHeadModel) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -57,20 +57,18 @@ class Recorder:
 
 
 @torch.no_grad()
-def test_attention_and_hidden_states_are_those_that_transformers_outputs(tiny_model64: GPTModel, ids: Tensor) -> None:
+def test_attention_and_hidden_states_equal_those_of_transformers(tiny_model64: GPTModel, ids: Tensor) -> None:
     theirs = transformers_twin(tiny_model64)(ids, output_attentions=True, output_hidden_states=True)
     ours = trace(tiny_model64, ids)
     same(ours.attention, torch.stack(theirs.attentions))
-    # transformers puts the final LayerNorm's output in the place of the last state.
+    # The last hidden state of transformers is the output of the final LayerNorm.
     same(ours.residual[:-1], torch.stack(theirs.hidden_states[:-1]))
     same(ours["ln_f"], theirs.hidden_states[-1])
     same(ours["logits"], theirs.logits)
 
 
 @torch.no_grad()
-def test_every_other_place_holds_what_the_same_module_of_transformers_computes(
-    tiny_model64: GPTModel, ids: Tensor
-) -> None:
+def test_every_other_place_equals_the_same_module_of_transformers(tiny_model64: GPTModel, ids: Tensor) -> None:
     twin = transformers_twin(tiny_model64)
     recorder = Recorder(twin)
     twin(ids)
@@ -106,7 +104,7 @@ def test_padding_is_masked_in_the_attention_weights_too(tiny_model64: GPTModel, 
     tokens = mask.bool()
     for i, weights in enumerate(theirs):
         for row in range(2):
-            # What a padding token looks at is nobody's business and differs.
+            # The weights of padding queries are undefined and differ.
             same(ours[f"h.{i}.attn.weights"][row, :, tokens[row]], weights[row, :, tokens[row]])
     assert not ours["h.0.attn.weights"][0, :, tokens[0]][..., ~tokens[0]].any()
 
@@ -117,7 +115,7 @@ def test_a_trace_has_every_place_in_order_and_no_gradients(tiny_model: GPTModel,
     assert not any(value.requires_grad for value in traced.values())
 
 
-def test_a_trace_leaves_no_hook_and_the_mode_and_sees_no_dropout(ids: Tensor) -> None:
+def test_a_trace_removes_its_hooks_restores_the_mode_and_disables_dropout(ids: Tensor) -> None:
     config = GPTConfig(vocab_size=67, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.5)
     model = lively_model(config).train()
     first, second = trace(model, ids), trace(model, ids)
@@ -131,8 +129,8 @@ def test_a_trace_leaves_no_hook_and_the_mode_and_sees_no_dropout(ids: Tensor) ->
 
 
 @torch.no_grad()
-def test_the_logit_lens_is_the_model_cut_short(tiny_model64: GPTModel, ids: Tensor) -> None:
-    """A model of transformers with only the first layers, same head, says what the lens says."""
+def test_the_logit_lens_equals_a_model_with_fewer_layers(tiny_model64: GPTModel, ids: Tensor) -> None:
+    """The oracle is a transformers model with only the first layers and the same output head."""
     lens = logit_lens(tiny_model64, trace(tiny_model64, ids))
     assert torch.equal(lens[-1], tiny_model64(ids))
     for n_layers in range(len(lens)):
@@ -143,21 +141,19 @@ def test_the_logit_lens_is_the_model_cut_short(tiny_model64: GPTModel, ids: Tens
 
 
 @torch.no_grad()
-def test_heads_without_output_are_heads_whose_rows_of_the_projection_are_zero(
-    tiny_model64: GPTModel, ids: Tensor
-) -> None:
+def test_ablating_heads_equals_zeroing_their_rows_of_the_projection(tiny_model64: GPTModel, ids: Tensor) -> None:
     twin = transformers_twin(tiny_model64)
     D = tiny_model64.config.emb_dim // tiny_model64.config.n_heads
-    silent = [(0, 2), (2, 0), (2, 1)]
-    for layer, head in silent:
+    ablated = [(0, 2), (2, 0), (2, 1)]
+    for layer, head in ablated:
         twin.transformer.h[layer].attn.c_proj.weight[head * D : (head + 1) * D] = 0  # (in, out)
-    with ablate_heads(tiny_model64, silent):
+    with ablate_heads(tiny_model64, ablated):
         same(tiny_model64(ids), twin(ids).logits)
     assert all_hooks(tiny_model64) == 0
 
 
 @torch.no_grad()
-def test_an_ablated_mlp_is_one_whose_projection_is_zero(tiny_model64: GPTModel, ids: Tensor) -> None:
+def test_ablating_an_mlp_equals_zeroing_its_projection(tiny_model64: GPTModel, ids: Tensor) -> None:
     twin = transformers_twin(tiny_model64)
     twin.transformer.h[1].mlp.c_proj.weight.zero_()
     twin.transformer.h[1].mlp.c_proj.bias.zero_()
@@ -177,7 +173,7 @@ def test_generation_with_an_ablation_is_the_same_with_and_without_the_cache(
 
 
 @torch.no_grad()
-def test_what_is_edited_is_what_a_trace_inside_sees(tiny_model64: GPTModel, ids: Tensor) -> None:
+def test_a_trace_within_an_edit_shows_the_edit(tiny_model64: GPTModel, ids: Tensor) -> None:
     plain = trace(tiny_model64, ids)
     with edit(tiny_model64, {"h.1.attn": lambda x: 2 * x, "embeddings": lambda x: x + 1}):
         edited = trace(tiny_model64, ids)
@@ -189,7 +185,7 @@ def test_what_is_edited_is_what_a_trace_inside_sees(tiny_model64: GPTModel, ids:
 
 @pytest.mark.parametrize("place", ["wte", "embeddings", "h.0", "h.2.attn", "h.1.mlp", "h.0.attn.heads", "ln_f"])
 @torch.no_grad()
-def test_a_patch_with_its_own_trace_changes_nothing_and_behind_the_last_layer_everything(
+def test_a_patch_with_its_own_trace_changes_nothing_and_a_full_patch_gives_the_clean_logits(
     tiny_model64: GPTModel, ids: Tensor, place: str
 ) -> None:
     other = torch.randint(67, ids.shape)
@@ -198,14 +194,14 @@ def test_a_patch_with_its_own_trace_changes_nothing_and_behind_the_last_layer_ev
         same(tiny_model64(other), plain)
     with patch(tiny_model64, clean, place):
         patched = tiny_model64(other)
-    if place in ("wte", "embeddings", "h.0", "ln_f"):  # all that the rest of the model reads
+    if place in ("wte", "embeddings", "h.0", "ln_f"):  # the rest of the model reads nothing else
         same(patched, clean["logits"])
     else:
         assert (patched - plain).abs().max() > 1e-3 < (patched - clean["logits"]).abs().max()
 
 
 @torch.no_grad()
-def test_patching_effects_are_those_of_editing_transformers_own_states(tiny_model64: GPTModel) -> None:
+def test_patching_effects_equal_edits_of_the_states_of_transformers(tiny_model64: GPTModel) -> None:
     twin = transformers_twin(tiny_model64)
     clean, corrupted = torch.randint(67, (1, 6)), torch.randint(67, (1, 6))
 
@@ -249,17 +245,17 @@ def test_a_patch_of_the_last_token_after_the_last_layer_gives_the_clean_answer(t
     assert effects[-1].tolist() == pytest.approx([plain] * 5 + [aimed])
 
 
-def test_even_attention_scores_what_evenness_gives(tiny_model64: GPTModel) -> None:
+def test_uniform_attention_has_the_expected_induction_score(tiny_model64: GPTModel) -> None:
     for block in tiny_model64.transformer.h:
         torch.nn.init.zeros_(block.attn.c_attn.weight)
         torch.nn.init.zeros_(block.attn.c_attn.bias)
     scores = induction_scores(tiny_model64, length=8)
-    expected = sum(1 / (t + 1) for t in range(8, 16)) / 8  # token t looks evenly at t + 1 tokens
+    expected = sum(1 / (t + 1) for t in range(8, 16)) / 8  # token t attends uniformly to t + 1 tokens
     same(scores, torch.full((3, 3), expected, dtype=torch.float64))
 
 
-def test_a_head_that_looks_where_the_repetition_was_scores_one() -> None:
-    """Positions are one-hot and queries ask for position t - n + 1: perfect at this length, nothing at another."""
+def test_a_head_that_attends_after_the_previous_copy_scores_one() -> None:
+    """Position embeddings are one-hot and queries match position t - n + 1, so the score is 1 only at this length."""
     n, width = 8, 32
     model = GPTModel(
         {"vocab_size": 11, "context_length": 2 * n, "emb_dim": width, "n_heads": 1, "n_layers": 1}
@@ -276,7 +272,7 @@ def test_a_head_that_looks_where_the_repetition_was_scores_one() -> None:
     assert float(induction_scores(model, length=n - 2)) < 0.01
 
 
-def test_nearest_tokens_are_those_of_the_largest_cosine(tiny_model: GPTModel) -> None:
+def test_nearest_tokens_have_the_largest_cosine_similarity(tiny_model: GPTModel) -> None:
     ids, cosines = nearest_tokens(tiny_model, 5, k=4)
     weight = tiny_model.transformer.wte.weight.detach()
     expected = sorted(
@@ -286,11 +282,14 @@ def test_nearest_tokens_are_those_of_the_largest_cosine(tiny_model: GPTModel) ->
     assert cosines.tolist() == pytest.approx([cosine for cosine, _ in expected[:4]], abs=1e-6)
 
 
-def test_what_cannot_be_is_refused_in_one_sentence(tiny_model: GPTModel, ids: Tensor) -> None:
+def test_invalid_arguments_raise_errors_of_one_sentence(tiny_model: GPTModel, ids: Tensor) -> None:
     traced = trace(tiny_model, ids)
     identity = {"h.0.attn.weights": lambda x: x}
     for wrong, words in [
-        (lambda: edit(tiny_model, identity).__enter__(), r"'h.0.attn.weights' can be edited; .*embeddings.* h.i.attn"),
+        (
+            lambda: edit(tiny_model, identity).__enter__(),
+            r"'h.0.attn.weights' cannot be edited; .*embeddings.* h.i.attn",
+        ),
         (lambda: ablate_heads(tiny_model, [(0, 3)]).__enter__(), "head must be a whole number from 0 to 2, got 3"),
         (lambda: ablate_heads(tiny_model, [(-1, 0)]).__enter__(), "layer must be .* got -1"),
         (lambda: ablate_mlps(tiny_model, [3]).__enter__(), "layer must be a whole number from 0 to 2, got 3"),
@@ -303,10 +302,10 @@ def test_what_cannot_be_is_refused_in_one_sentence(tiny_model: GPTModel, ids: Te
     ]:
         with pytest.raises(ValueError, match=words):
             wrong()
-    with pytest.raises(TypeError, match="only a GPTModel can be looked into, got Linear"):
+    with pytest.raises(TypeError, match="the model must be a GPTModel, got Linear"):
         trace(torch.nn.Linear(2, 2), ids)  # type: ignore[arg-type]
     with (
-        pytest.raises(ValueError, match=r"edit of h.0 gave shape \(2, 11\), the activation has \(2, 11, 24\)"),
+        pytest.raises(ValueError, match=r"edit of h.0 returned shape \(2, 11\), the activation has \(2, 11, 24\)"),
         edit(tiny_model, {"h.0": lambda x: x[..., 0]}),
     ):
         tiny_model(ids)

@@ -1,1 +1,1 @@
-"""Speed beside the model, not inside it: the same answers from weights laid out for this processor."""
+"""Faster generation and training with the same model: packed weights, a C++ kernel, CUDA graphs, prompt lookup."""

@@ -1,12 +1,12 @@
-// GPT-2's forward pass for a few tokens at a time, at the speed at which memory delivers the weights.
+// GPT-2's forward pass for a few tokens at a time, as fast as memory delivers the weights.
 //
-// B sequences of T new tokens each, M = B T rows, C width, H heads, D = C / H, S tokens seen. All threads go through one
-// step together; each `omp for` is a stage that they share, with a barrier at its end.
+// B sequences of T new tokens each, M = B T rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
+// layer together. Each `omp for` divides a stage among them and ends with a barrier.
 //
-// A matrix (N, K) lies in panels of P outputs: (N / P, K, P), narrow weights as (N / P, K / 2, P, 2), two that follow each other
-// in K together. A panel is read from its first byte to its last, which is the order that memory is fastest in, and P is three
-// vector registers, so that no sum ever crosses lanes. Every output is summed in the same order whatever M is: a row's result
-// does not depend on the rows beside it.
+// A matrix (N, K) is stored in panels of P outputs, as (N / P, K, P). bf16 and int8 weights are stored as (N / P, K / 2, P, 2):
+// two neighbours in K stand together. A panel is read from its first byte to its last, which is the fastest order. P is the
+// width of three vector registers, so every lane sums its own output. The order of summation does not depend on M, so the
+// result of a row does not depend on the other rows.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,39 +21,41 @@ inline int omp_get_num_threads() { return 1; }
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
-// GCC would rather load the weights again for each row.
+// Without this, GCC loads the weights from memory again for each row.
 #define IN_REGISTERS(a, b, c) asm("" : "+v"(a), "+v"(b), "+v"(c))
 #else
 #define IN_REGISTERS(a, b, c)
 #endif
 
-// So many rows at a time that their sums stay in registers, three for each; int8 products pass through one more.
+// Rows that are computed together, so that their sums (three registers per row) stay in registers. int8 needs one more register.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8, INT_ROWS = 8;  // of 32 registers
+constexpr int LANES = 16, ROWS = 8, INT_ROWS = 8;  // 32 registers
 #elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 4, INT_ROWS = 3;   // of 16
+constexpr int LANES = 8, ROWS = 4, INT_ROWS = 3;   // 16 registers
 #else
 constexpr int LANES = 4, ROWS = 4, INT_ROWS = 4;
 #endif
 constexpr int P = 3 * LANES;
-constexpr int K_BLOCK = 128;    // this many products are summed apart: more accurate, and the weights stay in L1 for all rows
-constexpr int ROW_BLOCK = 128;  // so many rows stay in L2 while panels pass
-constexpr int AHEAD = 6144;     // bytes: about what arrives while memory answers once
+// Products that are summed before they are added to the total: more accurate, and the weights stay in L1 for all rows.
+constexpr int K_BLOCK = 128;
+constexpr int ROW_BLOCK = 128;  // rows that stay in the L2 cache while all panels are read
+constexpr int PREFETCH = 6144;  // bytes to prefetch ahead, about what arrives within the latency of memory
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
-struct bf16 { uint16_t high; };  // the upper half of a float
+struct bf16 { uint16_t high; };  // the upper half of a float's bits
 struct int8 { int8_t value; };
-template <class W> constexpr int TOGETHER = sizeof(W) == 4 ? 1 : 2;
+// Neighbours in K that stand together in a panel.
+template <class W> constexpr int K_INTERLEAVE = sizeof(W) == 4 ? 1 : 2;
 
 template <class V, class T> inline V load(const T* from) {
     V v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
-// A vector of the weights that are multiplied with number k of a row, k even, or the one after it.
+// Vector i of the weights for element k of a row, or for element k + 1 if `after`. k is even for bf16.
 inline vec weights(const float* panel, int k, bool after, int i) { return load<vec>(panel + (k + after) * P + i * LANES); }
 inline vec weights(const bf16* panel, int k, bool after, int i) {
     bits pairs = load<bits>(panel + k * P + i * 2 * LANES);
@@ -79,7 +81,7 @@ inline shorts widen(const int8* w) {
     for (int i = 0; i < 2 * LANES; i++) v[i] = w[i].value;
     return v;
 }
-// Sums of two products each: of pairs of weights and of the two halves of x.
+// Adds to each sum two products: a pair of weights with the two 16-bit halves of x.
 inline ints dot(ints sum, shorts w, int32_t x) {
     for (int i = 0; i < LANES; i++) sum[i] += w[2 * i] * (int16_t)x + w[2 * i + 1] * (x >> 16);
     return sum;
@@ -88,27 +90,27 @@ inline ints dot(ints sum, shorts w, int32_t x) {
 
 struct Linear {
     const void* weight;  // panels of float, bf16 or int8
-    const float* scale;  // (N) or null: what an int8 weight of 1 means
+    const float* scale;  // (N) or null: the value of an int8 weight of 1
     const float* bias;   // (N) or null
     int32_t N, K;
 };
 struct Norm { const float *weight, *bias; };
 struct Block { Norm ln_1, ln_2; Linear c_attn, attn_proj, c_fc, mlp_proj; };
 struct Model {
-    const float *wte, *wpe;  // (V, C), null if the head's weights are the embedding; (context, C)
+    const float *wte, *wpe;  // (V, C), or null for the head's weights; (context, C)
     const Block* blocks;
     Norm ln_f;
     Linear head;
     int32_t n_layers, n_heads, weight_bytes, exact_gelu;
     float eps;
 };
-enum Then { STORE, ADD, GELU, EXACT_GELU };
+enum Then { STORE, ADD, GELU, EXACT_GELU };  // the last step of a product
 
-// e^x as 2^n e^r with |r| <= ln 2 / 2, where eight terms of the series are float's whole precision. Branchless: it vectorises.
+// e^x = 2^n e^r with |r| <= ln 2 / 2, where eight terms of the series reach float precision. Without branches, so it vectorises.
 inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     float n = std::nearbyint(x * 1.44269504f);
-    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 as the sum of two floats
     float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f + r / 5040.f))))));
     return e * __builtin_bit_cast(float, ((int32_t)n + 127) << 23);
 }
@@ -116,7 +118,7 @@ inline float exponential(float x) {
 inline float gelu(float x) { return x / (1 + exponential(-1.595769122f * (x + 0.044715f * x * x * x))); }
 inline float exact_gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.707106781f)); }
 
-// sums (R, P) += x (R, K) panel (K, P), in BLOCKS blocks of K at the same time, each summed apart and added in its turn.
+// sums (R, P) += x (R, K) panel (K, P). BLOCKS blocks of K are summed at the same time and then added one after the other.
 template <int R, int BLOCKS, class W> void multiply(const W* panel, const float* x, int64_t x_stride, int K, float* sums) {
     vec sum[BLOCKS][R][3] = {};
     auto add = [&](int k, bool after) __attribute__((always_inline)) {
@@ -124,8 +126,8 @@ template <int R, int BLOCKS, class W> void multiply(const W* panel, const float*
         for (int b = 0; b < BLOCKS; b++) {
             const W* block = panel + (int64_t)b * K * P;
             vec w[3] = {weights(block, k, after, 0), weights(block, k, after, 1), weights(block, k, after, 2)};
-            const char* later = (const char*)(block + (k + after) * P) + AHEAD;
-            if (sizeof(W) < 4 || R > 1) __builtin_prefetch(later);  // for one row floats come in time by themselves
+            const char* later = (const char*)(block + (k + after) * P) + PREFETCH;
+            if (sizeof(W) < 4 || R > 1) __builtin_prefetch(later);  // for one row of floats the hardware prefetches in time
             if (sizeof(W) == 4 && R > 1) __builtin_prefetch(later + 64);
             IN_REGISTERS(w[0], w[1], w[2]);
 #pragma GCC unroll 8
@@ -135,7 +137,7 @@ template <int R, int BLOCKS, class W> void multiply(const W* panel, const float*
         }
     };
     int k = 0;
-    if (TOGETHER<W> == 2)
+    if (K_INTERLEAVE<W> == 2)
         for (; k + 2 <= K; k += 2) add(k, false), add(k, true);
     for (; k < K; k++) add(k, false);
 #pragma GCC unroll 2
@@ -148,13 +150,13 @@ template <int R, int BLOCKS, class W> void multiply(const W* panel, const float*
                 std::memcpy(sums + r * P + i * LANES, &total, sizeof total);
             }
 }
-// The same for int8 weights and rows of 16-bit numbers, each a multiple of its row's scale. No sum of 128 overflows.
+// sums (R, P) += scale x panel, for int8 weights and 16-bit rows x (R, K). A sum of 128 products does not overflow.
 template <int R> void multiply_int(const int8* panel, const int16_t* x, int64_t x_stride, int K, const float* scale,
                                    int64_t scale_stride, float* sums) {
     ints sum[R][3] = {};
     for (int k = 0; k < K; k += 2, panel += 2 * P) {
         shorts w[3] = {widen(panel), widen(panel + 2 * LANES), widen(panel + 4 * LANES)};
-        __builtin_prefetch((const char*)panel + AHEAD);
+        __builtin_prefetch((const char*)panel + PREFETCH);
         IN_REGISTERS(w[0], w[1], w[2]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -172,7 +174,7 @@ template <int R> void multiply_int(const int8* panel, const int16_t* x, int64_t 
         }
 }
 
-// What is multiplied with the weights of a block of K: rows of floats, or for int8 weights of 16-bit numbers.
+// The rows that are multiplied with weights of type W: float rows, or rows rounded to 16 bits for int8 weights.
 template <class W> struct Rows {
     const float* x;
     int64_t stride;
@@ -185,7 +187,7 @@ template <class W> struct Rows {
 template <> struct Rows<int8> {
     int64_t stride, n_blocks;
     int16_t* x;
-    float* scale;  // what a 1 of each row means in each block
+    float* scale;  // (n, n_blocks), the value of a 1 in each block of K of each row
 
     Rows(const float* from, int n, int K) : stride((K + 1) / 2 * 2), n_blocks((K + K_BLOCK - 1) / K_BLOCK) {
         static thread_local std::vector<int16_t> numbers;
@@ -196,12 +198,18 @@ template <> struct Rows<int8> {
         for (int row = 0; row < n; row++, from += K) {
             for (int b = 0; b < n_blocks; b++) {
                 const int first = b * K_BLOCK, end = std::min(K, first + K_BLOCK);
-                float largest = 0;
-#pragma omp simd reduction(max : largest)
-                for (int k = first; k < end; k++) largest = std::max(largest, std::fabs(from[k]));
-                const float one = largest > 1e-30f ? 32767 / largest : 0;  // below that it would be infinite
-                for (int k = first; k < end; k++) x[row * stride + k] = (int16_t)(int32_t)std::nearbyint(from[k] * one);
-                scale[row * n_blocks + b] = largest / 32767;
+                float largest = 0, poison = 0;  // poison becomes NaN if any number is NaN or infinite, and is 0 otherwise
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+                for (int k = first; k < end; k++) {
+                    largest = std::max(largest, std::fabs(from[k]));
+                    poison += from[k] * 0;
+                }
+                scale[row * n_blocks + b] = largest / 32767 + poison;  // a NaN here makes every output of the row NaN
+                // 32767 / largest would overflow for a smaller `largest`, and a NaN has no 16-bit value.
+                const float inverse = largest > 1e-30f ? 32767 / largest : 0;
+                int16_t* to = x + row * stride;
+                if (poison != 0) std::fill(to + first, to + end, (int16_t)0);
+                else for (int k = first; k < end; k++) to[k] = (int16_t)(int32_t)std::nearbyint(from[k] * inverse);
             }
             if (K % 2) x[row * stride + K] = 0;
         }
@@ -210,7 +218,7 @@ template <> struct Rows<int8> {
         multiply_int<R>(block, x + row * stride + k, stride, K, scale + row * n_blocks + k / K_BLOCK, n_blocks, sums);
     }
 };
-// The product of n rows, at most R, from `row` on.
+// Multiplies n <= R rows, from `row` on.
 template <int R, class W> void times(const Rows<W>& rows, int n, int row, const W* block, int k, int K, float* sums) {
     if constexpr (R > 1)
         if (n < R) return times<R - 1>(rows, n, row, block, k, K, sums);
@@ -220,19 +228,19 @@ template <int R, class W> void times(const Rows<W>& rows, int n, int row, const 
 template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* panel, int K, float* sums) {
     int k = 0;
     if constexpr (!std::is_same_v<W, int8>)
-        if (n == 1)  // whose three sums alone would wait for each other
+        if (n == 1)  // two blocks at once, because the additions of three sums alone would wait for each other
             for (; k + 2 * K_BLOCK <= K; k += 2 * K_BLOCK) multiply<1, 2>(panel + k * P, rows.x + k, K, K_BLOCK, sums);
     for (; k < K; k += K_BLOCK) {
         const int length = std::min(K_BLOCK, K - k);
         if constexpr (std::is_same_v<W, bf16>)
-            if (n > ROWS) {  // widened once for all of them
+            if (n > ROWS) {  // convert the weights to float once for all rows
                 alignas(64) float block[K_BLOCK * P];
                 for (int j = 0; j < length; j++) {
                     for (int i = 0; i < 3; i++) {
                         vec w = weights(panel + k * P, j / 2 * 2, j % 2, i);
                         std::memcpy(block + j * P + i * LANES, &w, sizeof w);
                     }
-                    __builtin_prefetch((const char*)(panel + (k + j) * P) + AHEAD);
+                    __builtin_prefetch((const char*)(panel + (k + j) * P) + PREFETCH);
                 }
                 for (int r = 0; r < n; r += ROWS)
                     times<ROWS>(Rows<float>(rows.x, n, K), std::min(ROWS, n - r), r, block, k, length, sums + r * P);
@@ -244,10 +252,10 @@ template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* pane
     }
 }
 
-// y (M, N) = x (M, K) weightᵀ + bias, then what `then` says. Each thread takes panels that lie one after the other.
+// y (M, N) = x (M, K) weightᵀ + bias, followed by `then`. Each thread computes a range of consecutive panels.
 template <class W> void linear(const Linear& l, const float* x, int M, float* y, Then then) {
     const int n_panels = (l.N + P - 1) / P, n_row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t panel_size = (int64_t)(l.K + TOGETHER<W> - 1) / TOGETHER<W> * TOGETHER<W> * P;
+    const int64_t panel_size = (int64_t)(l.K + K_INTERLEAVE<W> - 1) / K_INTERLEAVE<W> * K_INTERLEAVE<W> * P;
     const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), n_units = n_panels * n_row_blocks;
     int unit = (int64_t)n_units * thread / n_threads;
     const int last = (int64_t)n_units * (thread + 1) / n_threads;
@@ -274,21 +282,21 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
 #pragma omp barrier
 }
 
-inline float widened(float w) { return w; }
-inline float widened(bf16 w) { return __builtin_bit_cast(float, (uint32_t)w.high << 16); }
-inline float widened(int8 w) { return w.value; }
-// Where weight (n, k) lies among the panels.
-template <class W> int64_t place(const Linear& l, int n, int k) {
-    constexpr int T = TOGETHER<W>;
+inline float to_float(float w) { return w; }
+inline float to_float(bf16 w) { return __builtin_bit_cast(float, (uint32_t)w.high << 16); }
+inline float to_float(int8 w) { return w.value; }
+// Index of weight (n, k) in the panels.
+template <class W> int64_t panel_index(const Linear& l, int n, int k) {
+    constexpr int T = K_INTERLEAVE<W>;
     return ((int64_t)(n / P) * ((l.K + T - 1) / T) + k / T) * T * P + n % P * T + k % T;
 }
-// Row n of a matrix, y (K).
+// Writes row n of a matrix to y (K).
 template <class W> void row_of(const Linear& l, int n, float* y) {
-    for (int k = 0; k < l.K; k++) y[k] = widened(((const W*)l.weight)[place<W>(l, n, k)]) * (l.scale ? l.scale[n] : 1);
+    for (int k = 0; k < l.K; k++) y[k] = to_float(((const W*)l.weight)[panel_index<W>(l, n, k)]) * (l.scale ? l.scale[n] : 1);
 }
 
-// The last n of each sequence's T rows of x, normalised: y (B n, C).
-void normalise(const Norm& norm, const float* x, int B, int T, int n, int C, float eps, float* y) {
+// LayerNorm of the last n of each sequence's T rows of x: y (B n, C).
+void layer_norm(const Norm& norm, const float* x, int B, int T, int n, int C, float eps, float* y) {
 #pragma omp for
     for (int row = 0; row < B * n; row++) {
         const float* from = x + (int64_t)(row / n * T + T - n + row % n) * C;
@@ -303,7 +311,8 @@ void normalise(const Norm& norm, const float* x, int B, int T, int n, int C, flo
     }
 }
 
-// One head of one sequence: qkv (T, 3 C) begins at its queries. keys and values (S, D) get the new tokens; y (T, C).
+// Attention of one head of one sequence: y (T, C). qkv (T, 3 C) points at the head's queries. The T new keys and values are
+// appended to keys and values (S, D); `first` is the column at which the sequence begins after its padding.
 void attend(const float* qkv, int T, int C, int D, int first, int past, float* keys, float* values, float* y) {
     std::vector<float> weights(past + T);
     const float scale = 1 / std::sqrt((float)D);
@@ -311,7 +320,7 @@ void attend(const float* qkv, int T, int C, int D, int first, int past, float* k
         const int S = past + t + 1;
         std::copy(qkv + C, qkv + C + D, keys + (int64_t)(S - 1) * D);
         std::copy(qkv + 2 * C, qkv + 2 * C + D, values + (int64_t)(S - 1) * D);
-        // A padding token sees itself, as in model.py.
+        // A padding token sees itself, as in cache.py.
         const int begin = std::min(first, S - 1);
         float largest = -INFINITY, total = 0;
         for (int s = begin; s < S; s++) {
@@ -333,7 +342,7 @@ template <class W> void forward(const Model& model, const int64_t* ids, int B, i
                                 float* cache, int n_logits, float* logits, float* scratch) {
     const int C = model.head.K, H = model.n_heads, D = C / H, M = B * T;
     float *x = scratch, *h = x + (int64_t)M * C, *wide = h + (int64_t)M * C;  // (M, C), (M, C) and (M, 4 C)
-    const int64_t one = (int64_t)length * D;               // keys or values of a head, (length, D)
+    const int64_t head_size = (int64_t)length * D;         // numbers in the keys of one head, (length, D)
 #pragma omp parallel
     {
 #pragma omp for
@@ -346,41 +355,45 @@ template <class W> void forward(const Model& model, const int64_t* ids, int B, i
         }
         for (int layer = 0; layer < model.n_layers; layer++) {
             const Block& block = model.blocks[layer];
-            float *keys = cache + layer * 2 * B * H * one, *values = keys + B * H * one;
-            normalise(block.ln_1, x, B, T, T, C, model.eps, h);
+            float *keys = cache + layer * 2 * B * H * head_size, *values = keys + B * H * head_size;
+            layer_norm(block.ln_1, x, B, T, T, C, model.eps, h);
             linear<W>(block.c_attn, h, M, wide, STORE);
 #pragma omp for schedule(dynamic)
             for (int head = 0; head < B * H; head++) {
                 const int b = head / H, column = head % H * D;
-                attend(wide + (int64_t)b * T * 3 * C + column, T, C, D, first[b], past, keys + head * one,
-                       values + head * one, h + (int64_t)b * T * C + column);
+                attend(wide + (int64_t)b * T * 3 * C + column, T, C, D, first[b], past,
+                       keys + head * head_size, values + head * head_size, h + (int64_t)b * T * C + column);
             }
             linear<W>(block.attn_proj, h, M, x, ADD);
-            normalise(block.ln_2, x, B, T, T, C, model.eps, h);
+            layer_norm(block.ln_2, x, B, T, T, C, model.eps, h);
             linear<W>(block.c_fc, h, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
             linear<W>(block.mlp_proj, wide, M, x, ADD);
         }
-        normalise(model.ln_f, x, B, T, n_logits, C, model.eps, h);
+        layer_norm(model.ln_f, x, B, T, n_logits, C, model.eps, h);
         linear<W>(model.head, h, B * n_logits, logits, STORE);
     }
 }
 
-inline void narrow(float w, float, float& to) { to = w; }
-inline void narrow(float w, float, bf16& to) {
+// Converts a weight to the type in which it is stored; int8 weights are divided by their scale first.
+inline void from_float(float w, float, float& to) { to = w; }
+inline void from_float(float w, float, bf16& to) {
     uint32_t b = __builtin_bit_cast(uint32_t, w);
-    to.high = (b + 0x7fff + (b >> 16 & 1)) >> 16;  // to the nearest, of two the even
+    to.high = w == w ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : 0x7fc0;  // to nearest, ties to even; NaN stays NaN
 }
-inline void narrow(float w, float scale, int8& to) { to.value = (int8_t)std::nearbyint(w / scale); }
+inline void from_float(float w, float scale, int8& to) {
+    const float rounded = std::nearbyint(w / scale);
+    to.value = rounded == rounded ? (int8_t)rounded : 0;  // the scale of a row with a NaN is NaN
+}
 
-// weight (N, K) to panels; what is left over in the last ones is 0.
+// Copies weight (N, K) into panels. Panels are rounded up to whole ones and filled with 0.
 template <class W> void pack(const float* weight, const Linear& l, W* panels) {
-    constexpr int T = TOGETHER<W>;
+    constexpr int T = K_INTERLEAVE<W>;
 #pragma omp parallel for schedule(dynamic)
     for (int panel = 0; panel < (l.N + P - 1) / P; panel++)
         for (int k = 0; k < (l.K + T - 1) / T * T; k++)
             for (int n = panel * P; n < (panel + 1) * P; n++) {
-                W& to = panels[place<W>(l, n, k)];
-                if (n < l.N && k < l.K) narrow(weight[(int64_t)n * l.K + k], l.scale ? l.scale[n] : 1, to);
+                W& to = panels[panel_index<W>(l, n, k)];
+                if (n < l.N && k < l.K) from_float(weight[(int64_t)n * l.K + k], l.scale ? l.scale[n] : 1, to);
                 else to = W{};
             }
 }
@@ -393,13 +406,14 @@ extern "C" void gpt2_pack(const float* weight, const Linear* l, int32_t weight_b
     else pack(weight, *l, (int8*)l->weight);
 }
 
-// Rows of a matrix for n ids: y (n, K).
+// Writes the rows of a matrix for n ids to y (n, K).
 extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* ids, int32_t n, float* y) {
     auto row = weight_bytes == 4 ? row_of<float> : weight_bytes == 2 ? row_of<bf16> : row_of<int8>;
     for (int i = 0; i < n; i++) row(*l, ids[i], y + (int64_t)i * l->K);
 }
 
-// ids (B, T); first (B) is where each sequence begins, after its padding; logits (B, n_logits, V); scratch 6 B T C.
+// Writes the logits (B, n_logits, V) of the last tokens for ids (B, T). first (B) is the column at which each sequence begins
+// after its padding, cache (n_layers, 2, B, H, length, D) holds `past` tokens, and scratch has room for 6 B T C numbers.
 extern "C" void gpt2_forward(const Model* model, const int64_t* ids, int32_t B, int32_t T, int32_t past, int32_t length,
                              const int32_t* first, float* cache, int32_t n_logits, float* logits, float* scratch) {
     auto run = model->weight_bytes == 4 ? forward<float> : model->weight_bytes == 2 ? forward<bf16> : forward<int8>;

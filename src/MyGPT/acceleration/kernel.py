@@ -1,8 +1,7 @@
-"""kernel.cpp, compiled once for this processor by the user's own C++ compiler, and called.
+"""kernel.cpp: compiled once per machine by the user's C++ compiler, and called through ctypes.
 
-It includes nothing but the standard library and is called through ctypes, so it compiles in three seconds, where torch's
-builders, which need ninja and read torch's headers, take half a minute. Where there is no compiler nothing is lost but speed:
-packed.py then multiplies with torch's own operators.
+The kernel includes only the standard library, so it compiles in about three seconds. A torch extension needs ninja and torch's
+headers, and takes half a minute. Without a compiler, packed.py uses torch's operators, which give the same results more slowly.
 """
 
 from __future__ import annotations
@@ -30,123 +29,152 @@ FLAGS = (
     "-O3",
     "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
     "-std=c++17",
-    "-fno-math-errno",  # a square root and a rounding are one instruction
+    "-fno-math-errno",  # so that a square root and a rounding are one instruction each
     "-fno-trapping-math",
-    *(() if sys.platform == "darwin" else ("-fopenmp",)),  # which Apple's compiler lacks: there it is one thread
+    *(() if sys.platform == "darwin" else ("-fopenmp",)),  # Apple's compiler lacks OpenMP: one thread there
     "-shared",
     "-fPIC",
 )
 
 
-class Linear(ctypes.Structure):
+class LinearStruct(ctypes.Structure):
+    """`struct Linear` of kernel.cpp."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")] + [
         (name, ctypes.c_int32) for name in ("N", "K")
     ]
 
 
-class Norm(ctypes.Structure):
+class NormStruct(ctypes.Structure):
+    """`struct Norm` of kernel.cpp."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
 
 
-class Block(ctypes.Structure):
-    _fields_ = [(name, Norm) for name in ("ln_1", "ln_2")] + [
-        (name, Linear) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")
+class BlockStruct(ctypes.Structure):
+    """`struct Block` of kernel.cpp."""
+
+    _fields_ = [(name, NormStruct) for name in ("ln_1", "ln_2")] + [
+        (name, LinearStruct) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")
     ]
 
 
-class Model(ctypes.Structure):
+class ModelStruct(ctypes.Structure):
+    """`struct Model` of kernel.cpp."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("wte", "wpe")),
-        ("blocks", ctypes.POINTER(Block)),
-        ("ln_f", Norm),
-        ("head", Linear),
+        ("blocks", ctypes.POINTER(BlockStruct)),
+        ("ln_f", NormStruct),
+        ("head", LinearStruct),
         *((name, ctypes.c_int32) for name in ("n_layers", "n_heads", "weight_bytes", "exact_gelu")),
         ("eps", ctypes.c_float),
     ]
 
 
 class Build:
-    """The kernel on its way: compiled, if it has not been yet, in a process of its own while a model is being loaded."""
+    """The compilation of the kernel, which runs in its own process while the caller loads a model.
+
+    A kernel that was compiled before is found in the cache directory and not compiled again.
+    """
 
     def __init__(self) -> None:
-        self.library = cache_directory() / f"gpt2-{_fingerprint()}.so"
-        self.half = self.library.with_name(f"{self.library.name}.{os.getpid()}")
+        self.library = cache_directory() / f"gpt2-{_cache_key()}.so"
+        self.unfinished = self.library.with_name(f"{self.library.name}.{os.getpid()}")
         self.compiler: subprocess.Popen[str] | None = None
+        self._messages: str | None = None
         program = find_compiler()
         if program is not None and not self.library.exists():
             self.library.parent.mkdir(parents=True, exist_ok=True)
-            command = [program, *FLAGS, str(SOURCE), "-o", str(self.half)]
+            command = [program, *FLAGS, str(SOURCE), "-o", str(self.unfinished)]
             self.compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            weakref.finalize(self, _give_up, self.compiler, self.half)
+            weakref.finalize(self, _abandon, self.compiler, self.unfinished)
 
     def wait(self) -> Kernel:
-        """The compiled kernel. An OSError says in a sentence why there is none."""
+        """Return the compiled kernel; may be called again. Raises OSError if there is no compiler or it fails."""
         if self.compiler is not None:
-            if self.compiler.poll() is None:
-                print("compiling a fast kernel for this processor, once (3 s) …", file=sys.stderr)
-            messages = self.compiler.communicate()[1]
-            if self.compiler.returncode == 0:
-                os.replace(self.half, self.library)
-            else:
-                errors = [line for line in messages.splitlines() if "error" in line] or [messages.strip()]
-                raise OSError(f"{find_compiler()} could not compile the kernel: {errors[0]}")
+            self._finish(self.compiler)
         if not self.library.exists():
             raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
         return Kernel(ctypes.CDLL(str(self.library)))
 
+    def _finish(self, compiler: subprocess.Popen[str]) -> None:
+        """Wait for the compiler and move its output into place. Raises OSError if the compiler failed."""
+        if self._messages is None:
+            if compiler.poll() is None:
+                print("compiling a fast kernel for this CPU, once (3 s) …", file=sys.stderr)
+            self._messages = compiler.communicate()[1]
+            if compiler.returncode == 0:
+                os.replace(self.unfinished, self.library)
+        if compiler.returncode != 0:
+            errors = [line for line in self._messages.splitlines() if "error" in line] or [self._messages.strip()]
+            raise OSError(f"{find_compiler()} could not compile the kernel: {errors[0]}")
 
-def _give_up(compiler: subprocess.Popen[str], half: Path) -> None:
-    """What is left to do when no one will wait for the compiler any more; nothing, if it was waited for."""
+
+def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
+    """Stop a compiler that nobody waits for any more, and delete its output. Does nothing if it has finished."""
     compiler.kill()
     compiler.wait()
     if compiler.stderr is not None:
         compiler.stderr.close()
-    half.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
 
 
 def find_compiler() -> str | None:
-    """The user's C++ compiler: $CXX, or what is usually there."""
+    """Return the path of the user's C++ compiler: $CXX, or else the first of the usual names; None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def _fingerprint() -> str:
-    """Of everything that the compiled code depends on. A home directory may be shared by different processors."""
-    hashed = hashlib.sha256(SOURCE.read_bytes())
-    hashed.update(" ".join((*FLAGS, find_compiler() or "", platform.machine(), platform.processor())).encode())
+def _cache_key() -> str:
+    """Return the cache key of the compiled kernel, a hash of the source, the flags, the compiler and the CPU's features.
+
+    The CPU is part of the key because several machines may share one home directory.
+    """
+    key = hashlib.sha256(SOURCE.read_bytes())
+    key.update(" ".join((*FLAGS, find_compiler() or "", platform.machine(), platform.processor())).encode())
     with contextlib.suppress(FileNotFoundError):
-        described = Path("/proc/cpuinfo").read_text().splitlines()
-        hashed.update(next((line for line in described if line.startswith(("flags", "Features"))), "").encode())
-    return hashed.hexdigest()[:16]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        key.update(next((line for line in lines if line.startswith(("flags", "Features"))), "").encode())
+    return key.hexdigest()[:16]
 
 
 class Kernel:
-    """The compiled functions, called with tensors: contiguous, on the CPU, float32 but for packed weights."""
+    """The functions of the compiled kernel.
+
+    All tensors must be contiguous, on the CPU and in float32, except ids and packed weights.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.gpt2_panel()
-        """Outputs of a panel, P in kernel.cpp."""
+        """Number of outputs per panel, P in kernel.cpp. It depends on the CPU."""
 
-    def pack(self, weight: Tensor, linear: Linear, weight_bytes: int) -> None:
-        """weight (N, K) into the matrix's panels, divided by its scale."""
+    def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
+        """Write the weight (N, K), divided by linear's scales if it has any, into linear's panels."""
         self._library.gpt2_pack(address(weight), ctypes.byref(linear), weight_bytes)
 
-    def rows(self, linear: Linear, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
-        """The matrix's rows for int64 ids, into y (*ids.shape, K)."""
+    def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
+        """Write the matrix's rows for int64 ids into y, (*ids.shape, K)."""
         self._library.gpt2_rows(ctypes.byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
 
-    def linear(self, linear: Linear, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
-        """x (M, K) through a matrix into y (M, N)."""
+    def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
+        """Write the product of x (M, K) with the matrix into y (M, N). `then` is an `enum Then` of kernel.cpp."""
         self._library.gpt2_linear(ctypes.byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
     def forward(
-        self, model: Model, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
+        self, model: ModelStruct, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
     ) -> None:
-        """ids (B, T) int64, each in the vocabulary, to logits (B, n, V) of the last n tokens.
+        """Compute the logits of the last n of T new tokens.
 
-        cache (n_layers, 2, B, H, length, D) holds `past` tokens and gets T more; first (B) int32 tells where each
-        sequence begins after its padding; scratch has room for 6 B T C numbers.
+        Args:
+            model: addresses of all weights.
+            ids: (B, T) int64, all in the vocabulary.
+            past: number of tokens in the cache.
+            first: (B) int32, the column at which each sequence begins after its left padding.
+            cache: (n_layers, 2, B, H, length, D), to which the T tokens are appended.
+            logits: (B, n, V), the result.
+            scratch: memory for 6 B T C numbers.
         """
         B, T = ids.shape
         self._library.gpt2_forward(
@@ -156,4 +184,5 @@ class Kernel:
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Return the address of a tensor's memory for the kernel; None becomes a null pointer."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

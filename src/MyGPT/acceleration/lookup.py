@@ -1,10 +1,10 @@
-"""Prompt-lookup decoding (Saxena, 2023): guess what comes next from what came after the same words before.
+"""Prompt-lookup decoding (Saxena, 2023): guess the next tokens from what followed the same tokens earlier in the text.
 
-A forward pass over a few guessed tokens costs little more than over one, since it is the weights that take the time. Whoever
-chooses the next token asks for one position's logits after the other; as long as his choices are the guessed ones, the
-logits that were computed ahead serve. The choice is made from the model's own logits every time, so greedy text is the same,
-and so is the distribution of sampled text: accepting a guess with the model's probability for it is speculative sampling
-(Leviathan et al., 2023) when the guess is certain of itself.
+A forward pass over a few guessed tokens takes hardly longer than one over a single token, because reading the weights takes most
+of the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed tokens,
+the logits that were computed ahead are used; otherwise the remaining guesses are dropped. Every token is picked from the model's
+own logits, so greedy text is unchanged. Sampled text has the same distribution: this is speculative sampling (Leviathan et
+al., 2023) with a draft model that gives its guess a probability of 1.
 """
 
 from __future__ import annotations
@@ -16,46 +16,50 @@ from torch import Tensor, nn
 
 
 class LookupCache:
-    """A model's own cache, and beside it the ids that it was given and what was computed ahead of them."""
+    """The model's cache together with the ids so far, the current guesses and the logits computed ahead."""
 
     def __init__(self, inner: Any, n_match: int) -> None:
         self.inner = inner
         self.n_match = n_match
         self.ids: list[int] = []
-        self.places: dict[tuple[int, ...], int] = {}
-        """Where the text went on after each run of n_match ids, the last time."""
+        self.continuations: dict[tuple[int, ...], int] = {}
+        """For each run of n_match ids, the index of the id that followed its last occurrence."""
         self.source: int | None = None
-        """Where it went on after the run that stands at the end now."""
+        """The index of the id that followed the earlier occurrence of the last n_match ids; None without one."""
         self.guesses: list[int] = []
         self.logits: list[Tensor] = []
-        """After each of the guesses that may still come true: (1, 1, V)."""
+        """The logits after each of the guesses, each (1, 1, V)."""
 
     @property
     def length(self) -> int:
-        """How many tokens it was given; the model's own cache may be ahead."""
+        """Number of tokens that were picked so far. The model's own cache may also hold guesses."""
         return len(self.ids)
 
     def add(self, id_: int) -> None:
+        """Append an id and look up the earlier occurrence of the last n_match ids."""
         self.ids.append(id_)
         if len(self.ids) >= self.n_match:
             run = tuple(self.ids[-self.n_match :])
-            self.source, self.places[run] = self.places.get(run), len(self.ids)
+            self.source, self.continuations[run] = self.continuations.get(run), len(self.ids)
 
     def guess(self, n: int) -> list[int]:
-        """What came after the same run before; where that reaches the end, it goes on with the guesses themselves."""
+        """Return the n ids that followed the earlier occurrence, or none without one.
+
+        If fewer than n ids followed, the guesses themselves are repeated.
+        """
         if self.source is None:
             return []
         text = list(self.ids)
-        for place in range(self.source, self.source + n):
-            text.append(text[place])
+        for index in range(self.source, self.source + n):
+            text.append(text[index])
         return text[len(self.ids) :]
 
 
 class PromptLookup(nn.Module):
-    """A model that computes up to n_guesses positions ahead where the last n_match ids have stood before.
+    """A model that computes up to n_guesses tokens ahead when the last n_match tokens have occurred before.
 
-    Give it to `generate` in the place of the model in it, a GPTModel or an accelerated one. One sequence at a time is made
-    faster; batches, and calls without a cache, go to the model as they are.
+    Pass it to `generate` in the place of `model`, which is a GPTModel or an accelerated model. Single sequences become faster;
+    batches and calls without a cache go to the model unchanged.
     """
 
     def __init__(self, model: Any, n_guesses: int = 7, n_match: int = 3) -> None:
@@ -70,26 +74,26 @@ class PromptLookup(nn.Module):
         self.train(model.training)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> Any:
-        """A cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
         inner = self.model.new_cache(batch_size, length)
         return LookupCache(inner, self.n_match) if batch_size == 1 else inner
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Any = None, last_only: bool = False
     ) -> Tensor:
-        """Logits (B, T, V), or the last position's (B, 1, V), as of the model."""
+        """Return the model's logits (B, T, V), or only the last position's (B, 1, V) with last_only=True."""
         if not isinstance(cache, LookupCache):
             return self.model(input_ids, attention_mask=attention_mask, cache=cache, last_only=last_only)
         new = input_ids[0].tolist()
         if len(new) == 1 and cache.guesses and cache.guesses[0] == new[0]:
             cache.add(cache.guesses.pop(0))
             return cache.logits.pop(0)
-        cache.inner.length = cache.length  # guesses that have not come true are forgotten
+        cache.inner.length = cache.length  # drops the guesses that were wrong
         for id_ in new:
             cache.add(id_)
-        # A prompt goes to the model alone: with guesses behind it, the logits of all of it would have to be computed.
-        n_room = cache.inner.room - cache.length
-        cache.guesses = cache.guess(min(self.n_guesses, n_room)) if len(new) == 1 else []
+        # Guesses after a prompt would require the logits of all of the prompt's tokens, so only single tokens get guesses.
+        room = cache.inner.capacity - cache.length
+        cache.guesses = cache.guess(min(self.n_guesses, room)) if len(new) == 1 else []
         if not cache.guesses:
             cache.logits = []
             return self.model(input_ids, attention_mask=attention_mask, cache=cache.inner, last_only=last_only)

@@ -1,8 +1,9 @@
-"""A model's matrices, laid out once for generation: in float32, in bf16, or as int8 with a scale for each output.
+"""The matrices of an accelerated model, in float32, in bf16, or in int8 with one scale per output.
 
-A bf16 weight is off by at most 2^-9 of itself, an int8 weight by half of its row's largest over 127. Through kernel.cpp that
-is nearly all: sums are float32, and so are activations, but that int8 weights meet them rounded to 16 bits, off by at most
-2^-16 of the largest of 128. torch's operators for narrow weights round the activations to bf16.
+Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
+row. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
+activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128. torch's operators for bf16 and int8
+weights round the activations to bf16.
 N outputs, K inputs.
 """
 
@@ -17,129 +18,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from MyGPT.acceleration.kernel import Kernel, Linear, address
+from MyGPT.acceleration.kernel import Kernel, LinearStruct, address
+from MyGPT.acceleration.operators import int8_linear, onednn_linear
 
-Precision = Literal["fp32", "bf16", "int8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+"""The dtype in which each precision stores a matrix."""
 Then = Literal["store", "add", "gelu_new", "gelu"]
-"""What becomes of a product: it is the result, is added to what is there, or goes through one of the two GELUs."""
-_THEN = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # as in kernel.cpp
+"""The last step of a product: store the result, add it to a tensor, or apply one of the two GELUs."""
+_THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in kernel.cpp
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """What an int8 weight of 1 stands for in each row: the largest of the row's magnitudes is 127. (N,) float32."""
+    """Return the scale of each row of an int8 matrix, (N,) float32, with which the row's largest magnitude becomes 127.
+
+    The scale of a row with a NaN is NaN, so that the outputs of the row are NaN too.
+    """
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
-    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return torch.where(largest == 0, torch.ones_like(largest), largest / 127)
 
 
 class HugePages:
-    """Memory for all matrices of a model in pages of 2 MB where Linux gives them: a fifth faster to read than in 4 KB."""
+    """Memory for all matrices of a model, in pages of 2 MB where Linux offers them.
+
+    The kernel reads such pages about a fifth faster than pages of 4 KB.
+    """
 
     def __init__(self, n_bytes: int) -> None:
         self.used = 0
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory = mmap.mmap(-1, n_bytes)
             return
-        self.memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
-        with contextlib.suppress(OSError):  # nor has every system
+        self.memory = mmap.mmap(
+            -1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # shared memory has no huge pages
+        with contextlib.suppress(OSError):  # a system without huge pages is slower, not wrong
             self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of zeros, which keeps the memory alive."""
+        """Return a tensor of zeros in the next free part of the memory. The tensor keeps the memory alive."""
         n, offset = math.prod(shape), self.used
         self.used += -(-n * dtype.itemsize // 64) * 64
         return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
 
 
-def panel_shape(weight: Tensor, precision: Precision, kernel: Kernel) -> tuple[int, int, int, int]:
-    """(N / P, K / 2, P, 2) for narrow weights, (N / P, K, P, 1) for float32; what does not divide is filled up."""
+def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, int, int, int]:
+    """Return the shape of a matrix (N, K) in the kernel's panels, rounded up to whole panels.
+
+    The shape is (N / P, K, P, 1) for float32 and (N / P, K / 2, P, 2) for bf16 and int8, with P = kernel.panel.
+    """
     N, K = weight.shape
-    together = 1 if precision == "fp32" else 2
-    return -(-N // kernel.panel), -(-K // together), kernel.panel, together
+    interleave = 1 if precision == "fp32" else 2
+    return -(-N // kernel.panel), -(-K // interleave), kernel.panel, interleave
 
 
-def panel_bytes(weights: list[Tensor], precision: Precision, kernel: Kernel) -> int:
-    """How much memory the panels of all the weights take."""
+def panel_bytes(weights: list[Tensor], precision: str, kernel: Kernel) -> int:
+    """Return the bytes that the panels of all these matrices take."""
     itemsize = DTYPES[precision].itemsize
     return sum(64 + math.prod(panel_shape(weight, precision, kernel)) * itemsize for weight in weights)
 
 
 class PanelLinear:
-    """x Wᵀ + b by kernel.cpp, from panels in the order in which it reads them."""
+    """A linear layer x Wᵀ + b that kernel.cpp computes, with W in the order in which the kernel reads it."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, precision: Precision, kernel: Kernel, memory: HugePages
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, precision: str, kernel: Kernel, memory: HugePages) -> None:
         self.kernel = kernel
         self.shape = N, K = weight.shape
         self.panels = memory.take(panel_shape(weight, precision, kernel), DTYPES[precision])
-        self.scale = row_scales(weight) if precision == "int8" else None
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.described = Linear(address(self.panels), address(self.scale), address(self.bias), N, K)
-        kernel.pack(weight.detach().float().contiguous(), self.described, self.panels.element_size())
+        self.scale = row_scales(weight.detach()) if precision == "int8" else None
+        self.bias = None if bias is None else copied(bias).contiguous()
+        self.ctypes_struct = LinearStruct(address(self.panels), address(self.scale), address(self.bias), N, K)
+        kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct, self.panels.element_size())
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
-        """x (..., K) to (..., N); for "add" it goes onto a tensor of that shape, which is changed."""
+        """Return (..., N) for x (..., K). With then="add" the result is added in place to `onto`, (..., N)."""
         y = x.new_empty(*x.shape[:-1], self.shape[0]) if onto is None else onto
         rows = x.reshape(-1, self.shape[1])
-        self.kernel.linear(self.described, self.panels.element_size(), rows, y.view(-1, self.shape[0]), _THEN[then])
+        itemsize = self.panels.element_size()
+        self.kernel.linear(self.ctypes_struct, itemsize, rows, y.view(-1, self.shape[0]), _THEN_CODES[then])
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W, as it is multiplied with, for ids (B, T): (B, T, K) float32."""
+        """Return the rows of the stored W for ids (B, T), as (B, T, K) float32."""
         rows = torch.empty(*ids.shape, self.shape[1])
-        self.kernel.rows(self.described, self.panels.element_size(), ids.contiguous(), rows)
+        self.kernel.rows(self.ctypes_struct, self.panels.element_size(), ids.contiguous(), rows)
         return rows
 
 
 class PlainLinear:
-    """x Wᵀ + b by torch's operators, where there is no compiler."""
+    """A linear layer x Wᵀ + b that torch's operators compute, for machines without a C++ compiler."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, precision: Precision) -> None:
-        weight = weight.detach()
-        self.bias = None if bias is None else bias.detach().float()
-        self.scale = row_scales(weight) if precision == "int8" else None
+    def __init__(self, weight: Tensor, bias: Tensor | None, precision: str) -> None:
+        self.bias = None if bias is None else copied(bias)
+        self.scale = row_scales(weight.detach()) if precision == "int8" else None
         if self.scale is not None:
-            weight = (weight / self.scale[:, None]).round()
-        self.weight = weight.to(DTYPES[precision])
+            weight = (weight.detach() / self.scale[:, None]).round()
+        self.weight = copied(weight, DTYPES[precision])
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
-        """x (..., K) to (..., N); for "add" it goes onto a tensor of that shape, which is changed."""
+        """Return (..., N) for x (..., K). With then="add" the result is added in place to `onto`, (..., N)."""
         y = self._product(x)
         if onto is not None:
             return onto.add_(y)
         return y if then == "store" else F.gelu(y, approximate="tanh" if then == "gelu_new" else "none")
 
     def _product(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        """Return x Wᵀ + b, (..., N) float32."""
         K = x.shape[-1]
-        # For many rows float32 pays for widening the weights, and most processors multiply nothing narrower fast. torch's
-        # int8 kernel ends the process when a row is not a multiple of its blocks long.
-        if weight.dtype == torch.float32 or x.numel() > 16 * K or (self.scale is not None and K % 32):
-            y = _float32_linear(x, weight.float(), self.bias if self.scale is None else None)
+        # Many rows are worth converting the weights to float32, because most CPUs multiply no narrower type fast.
+        is_wide = self.weight.dtype == torch.float32 or x.numel() > 16 * K
+        if is_wide and self.scale is None:
+            return onednn_linear(x, self.weight.float(), self.bias)
+        if is_wide:
+            y = onednn_linear(x, self.weight.float())
         elif self.scale is None:
-            y = F.linear(x.bfloat16(), weight).float()
-            return y if self.bias is None else y + self.bias
+            y = F.linear(x.bfloat16(), self.weight).float()
         else:
-            rows = x.reshape(-1, K).bfloat16()  # for float32 rows torch's kernel is ten times slower
-            y = torch.ops.aten._weight_int8pack_mm(rows, weight, torch.ones_like(self.scale, dtype=torch.bfloat16))
-            y = y.view(*x.shape[:-1], -1).float()
-        if self.scale is None:
-            return y
-        y = y * self.scale
+            y = int8_linear(x.reshape(-1, K), self.weight).view(*x.shape[:-1], -1)
+        if self.scale is not None:
+            y = y * self.scale
         return y if self.bias is None else y + self.bias
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W, as it is multiplied with, for ids (B, T): (B, T, K) float32."""
+        """Return the rows of the stored W for ids (B, T), as (B, T, K) float32."""
         rows = self.weight[ids].float()
         return rows if self.scale is None else rows * self.scale[ids][..., None]
 
 
-def _float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Through oneDNN, which reads memory about twice as fast as MKL for a few rows on AMD's processors."""
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def copied(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a copy without gradients, so that later changes of the original do not reach it."""
+    return tensor.detach().to(dtype, copy=True)
 
 
 AnyLinear = PanelLinear | PlainLinear

@@ -1,58 +1,74 @@
-"""A trained model made fast for generation on a processor. It is called as the model is, and gives the same logits.
+"""`accelerate`: a copy of a trained model that generates faster on a CPU and gives the same logits.
 
-`accelerate` lays the weights out once (packed.py). Then a few new tokens at a time go through kernel.cpp in one call; prompts,
-and everything where there is no compiler, go through the same layers here, stated with torch.
-B batch, T new tokens, S tokens seen, C width, H heads, D = C // H, V vocabulary.
+The weights are copied once into the layout that the kernel reads (packed.py). Up to 32 new tokens go through kernel.cpp in one
+call. Longer prompts, unusual masks, and everything on machines without a C++ compiler use torch, layer by layer.
+B batch, T new tokens, S tokens seen, C embedding width, H heads, D = C // H, V vocabulary.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MyGPT.acceleration import kernel as c
-from MyGPT.acceleration.packed import DTYPES, AnyLinear, HugePages, PanelLinear, PlainLinear, Precision, panel_bytes
-from MyGPT.model import Block, GPTModel, KVCache, TiedHead, _positions_and_mask
+from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
+from MyGPT.cache import KVCache, check_inputs, positions_and_mask
+from MyGPT.config import Precision
+from MyGPT.model import Block, GPTModel, TiedHead
 
-FEW = 32
-"""Up to so many new tokens of a sequence go through the kernel whole; for more, torch's attention is faster."""
+MAX_KERNEL_TOKENS = 32
+"""Largest number of new tokens that the kernel computes in one call. For more, torch's attention is faster."""
 
 
 def accelerate(
     model: GPTModel, precision: Precision = "fp32", *, build: c.Build | None = None, compiled: bool | None = None
 ) -> FastModel:
-    """The model with its weights laid out for generation on this processor, to give to `generate` in its place.
+    """Return a copy of `model` that generates faster on this CPU.
 
-    precision "fp32" gives the model's logits but for the rounding of sums; "bf16" and "int8" keep the weights in a half
-    and a quarter of the memory, which is what generation waits for. The first call on a machine compiles a kernel (3 s);
-    without a compiler torch's own operators are used, and a line on stderr says so: compiled=True makes that an error,
-    compiled=False asks for it. The weights are copied: training the model afterwards does not change the fast one. A
-    model on a GPU, in float64, or with an unmerged adapter is refused.
+    The result takes the place of the model in `generate`. All weights are copied, so later changes of `model` do not affect
+    the result.
+
+    Args:
+        model: a GPTModel on the CPU in float32, bfloat16 or float16. Merge adapters first.
+        precision: "fp32" reproduces the model's logits up to rounding. "bf16" and "int8" need half and a quarter of the
+            memory; reading the weights from memory is what limits the speed of generation. "auto" is "bf16" for a model in
+            bfloat16 and "fp32" for any other.
+        build: a compilation of the kernel that was started before.
+        compiled: True requires the compiled kernel, and False avoids it. None uses the kernel if a C++ compiler is
+            available; the first call on a machine compiles for about 3 seconds.
+
+    Raises:
+        ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
+        OSError: compiled=True, and no C++ compiler works.
     """
     _check_model(model, precision)
-    loaded: c.Kernel | None = None
+    if precision == "auto":
+        precision = "bf16" if model.transformer.wte.weight.dtype == torch.bfloat16 else "fp32"
+    kernel: c.Kernel | None = None
     if compiled is not False:
         try:
-            loaded = (build or c.Build()).wait()
+            kernel = (build or c.Build()).wait()
         except OSError as error:
             if compiled:
                 raise
             print(f"{error}; generating with torch's operators, which is slower", file=sys.stderr)
-    return FastModel(model, precision, loaded)
+    return FastModel(model, precision, kernel)
 
 
 def _check_model(model: GPTModel, precision: str) -> None:
-    if precision not in DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     if not isinstance(model, GPTModel):
         raise ValueError(f"accelerate takes a GPTModel, got a {type(model).__name__}: merge an adapter first")
     for name, module in model.named_modules():
-        plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead)
-        if not plain and name.endswith(("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")):
+        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead)
+        if not is_plain and name.endswith(
+            ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
+        ):
             raise ValueError(f"{name} is a {type(module).__name__}, not GPT-2's own layer: merge an adapter first")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -63,25 +79,25 @@ def _check_model(model: GPTModel, precision: str) -> None:
 
 
 def _linears(block: Block) -> tuple[nn.Linear, ...]:
-    """A block's matrices in the order in which kernel.cpp names them."""
+    """Return a block's linear layers in the order of `struct Block` in kernel.cpp."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 class _Norm:
-    """LayerNorm in float32."""
+    """A copy of a LayerNorm in float32."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
-        self.weight, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
-        self.described = c.Norm(c.address(self.weight), c.address(self.bias))
+        self.weight, self.bias, self.eps = copied(norm.weight), copied(norm.bias), norm.eps
+        self.ctypes_struct = c.NormStruct(c.address(self.weight), c.address(self.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class FastModel(nn.Module):
-    """What `accelerate` returns: input_ids to logits as a GPTModel, without gradients. It has no parameters to train."""
+    """The result of `accelerate`: ids to logits like a GPTModel, without gradients and without parameters to train."""
 
-    def __init__(self, model: GPTModel, precision: Precision, kernel: c.Kernel | None) -> None:
+    def __init__(self, model: GPTModel, precision: str, kernel: c.Kernel | None) -> None:
         super().__init__()
         self.config = model.config
         self.precision = precision
@@ -89,47 +105,43 @@ class FastModel(nn.Module):
         self.gelu = self.config.activation
         head, transformer = model.lm_head, model.transformer
         layers: Any = transformer.h
-        linears = [head, *(linear for h in layers for linear in _linears(h))]
-        weights = [linear.weight for linear in linears]
+        weights = [linear.weight for linear in (head, *(linear for layer in layers for linear in _linears(layer)))]
         self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
         self.head = self._pack(head)
-        # The embedding is the head's panels, or a table of its own.
-        self.table = None if head.weight is transformer.wte.weight else transformer.wte.weight.detach().float().clone()
-        self.wpe = transformer.wpe.weight.detach().float().clone()  # a view would keep the whole file in memory
-        self.norms = [(_Norm(h.ln_1), _Norm(h.ln_2)) for h in layers]
-        self.linears = [[self._pack(linear) for linear in _linears(h)] for h in layers]
+        # A tied embedding is read from the packed head; None stands for it.
+        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight).contiguous()
+        self.wpe = copied(transformer.wpe.weight).contiguous()
+        self.norms = [(_Norm(layer.ln_1), _Norm(layer.ln_2)) for layer in layers]
+        self.linears = [[self._pack(linear) for linear in _linears(layer)] for layer in layers]
         self.ln_f = _Norm(transformer.ln_f)
-        self.described = self._describe()
+        self.ctypes_struct = self._make_struct()
         self.train(False)
 
     def _pack(self, linear: nn.Linear | TiedHead) -> AnyLinear:
+        """Return a copy of a linear layer in this model's precision."""
         bias = getattr(linear, "bias", None)
         if self.kernel is None or self._memory is None:
             return PlainLinear(linear.weight, bias, self.precision)
         return PanelLinear(linear.weight, bias, self.precision, self.kernel, self._memory)
 
-    def _describe(self) -> c.Model | None:
-        """The model as kernel.cpp sees it."""
+    def _make_struct(self) -> c.ModelStruct | None:
+        """Return the `struct Model` of kernel.cpp, with the addresses of all weights; None without the kernel."""
         if not isinstance(self.head, PanelLinear):
             return None
-        blocks = (c.Block * self.config.n_layers)()
+        blocks = (c.BlockStruct * self.config.n_layers)()
         for block, norms, linears in zip(blocks, self.norms, self.linears, strict=True):
-            block.ln_1, block.ln_2 = (norm.described for norm in norms)
+            block.ln_1, block.ln_2 = (norm.ctypes_struct for norm in norms)
             block.c_attn, block.attn_proj, block.c_fc, block.mlp_proj = (
-                linear.described for linear in linears if isinstance(linear, PanelLinear)
+                linear.ctypes_struct for linear in linears if isinstance(linear, PanelLinear)
             )
-        return c.Model(
-            c.address(self.table), c.address(self.wpe), blocks, self.ln_f.described, self.head.described,
+        return c.ModelStruct(
+            c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
             self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.gelu == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """An empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
-        context = self.config.context_length
-        length = context if length is None else length
-        if type(length) is not int or not 1 <= length <= context:
-            raise ValueError(f"a cache's length must be a whole number from 1 to {context}, got {length!r}")
+        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
         return KVCache(self.config, batch_size, length, like=self.wpe)
 
     @torch.no_grad()
@@ -141,32 +153,43 @@ class FastModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V) float32, or the last position's (B, 1, V); input_ids, attention_mask and cache as in GPTModel."""
-        B, T = self._check(input_ids, attention_mask, cache)
-        first = _first_tokens(attention_mask, B)
-        if self.described is not None and cache is not None and first is not None and T <= FEW:
-            return self._few(input_ids, first, cache, 1 if last_only else T)
-        return self._many(input_ids, attention_mask, cache, last_only)
+        """Return the logits (B, T, V) in float32, or only the last position's (B, 1, V) with last_only=True.
 
-    def _few(self, input_ids: Tensor, first: Tensor, cache: KVCache, n: int) -> Tensor:
-        """Through the kernel; first (B) is where each row begins after its padding on the left."""
-        assert self.kernel is not None and self.described is not None
+        input_ids, attention_mask and cache are those of GPTModel.forward.
+        """
+        if input_ids.device.type != "cpu":
+            raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
+        check_inputs(self.config, input_ids, attention_mask, cache=cache)
+        B, T = input_ids.shape
+        first = _first_tokens(attention_mask, B)
+        if self.ctypes_struct is not None and cache is not None and first is not None and T <= MAX_KERNEL_TOKENS:
+            return self._kernel_forward(input_ids, first, cache, 1 if last_only else T)
+        return self._torch_forward(input_ids, attention_mask, cache, last_only)
+
+    def _kernel_forward(self, input_ids: Tensor, first: Tensor, cache: KVCache, n: int) -> Tensor:
+        """Return the logits of the last n tokens, (B, n, V), computed by the kernel.
+
+        first (B) is the column at which each row begins after its left padding.
+        """
+        assert self.kernel is not None and self.ctypes_struct is not None
         B, T = input_ids.shape
         logits = torch.empty(B, n, self.config.vocab_size)
         scratch = torch.empty(6 * B * T * self.config.emb_dim)
         self.kernel.forward(
-            self.described, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
+            self.ctypes_struct, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
         )
         cache.length += T
         return logits
 
-    def _many(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool) -> Tensor:
-        """A layer after the other, as in model.py."""
+    def _torch_forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool
+    ) -> Tensor:
+        """Return the logits, computed layer by layer as in model.py."""
         B, T = input_ids.shape
-        S = T + (cache.length if cache is not None else 0)
-        positions, mask = _positions_and_mask(attention_mask, B, T, S, input_ids.device)
-        wte = self.head.rows(input_ids) if self.table is None else F.embedding(input_ids, self.table)
-        x = wte + self.wpe[positions]  # (B, T, C)
+        S = T if cache is None else cache.length + T
+        positions, mask = positions_and_mask(attention_mask, T, S, input_ids.device)
+        tokens = self.head.rows(input_ids) if self.wte is None else F.embedding(input_ids, self.wte)
+        x = tokens + self.wpe[positions]  # (B, T, C)
         layers = zip(self.norms, self.linears, strict=True)
         for layer, ((ln_1, ln_2), (c_attn, attn_proj, c_fc, mlp_proj)) in enumerate(layers):
             q, k, v = c_attn(ln_1(x)).view(B, T, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
@@ -179,30 +202,9 @@ class FastModel(nn.Module):
             cache.length = S
         return self.head(self.ln_f(x[:, -1:] if last_only else x))
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[int, int]:
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
-            raise ValueError(
-                f"input_ids must be int64 (batch, time) with at least one token, got {input_ids.dtype} "
-                f"{tuple(input_ids.shape)}"
-            )
-        if input_ids.device.type != "cpu":
-            raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
-        for id_ in (int(end) for end in input_ids.aminmax()):
-            if not 0 <= id_ < self.config.vocab_size:
-                raise IndexError(f"id {id_} is outside the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
-        B, T = input_ids.shape
-        S = T if cache is None else cache.length + T
-        if self.config.context_length < S:
-            raise ValueError(f"the sequence has {S} tokens, the model's context_length is {self.config.context_length}")
-        if attention_mask is not None and attention_mask.shape != (B, S):
-            raise ValueError(f"attention_mask must be (batch, time seen) = {(B, S)}, got {tuple(attention_mask.shape)}")
-        if cache is not None:
-            cache.check(B, S)
-        return B, T
-
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
-    """Where each row begins after padding on the left, (B,); None if the mask says more than that."""
+    """Return the column at which each row begins after its left padding, (B,); None for any other kind of mask."""
     if attention_mask is None:
         return torch.zeros(B, dtype=torch.int64)
     mask = attention_mask.long()

@@ -1,12 +1,12 @@
-"""The code of "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapters 2 to 7, appendices D and E, over ours.
+"""Provide the names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
 
-`from MyGPT.book import *` stands in for the book's `previous_chapters.py` and `gpt_download.py`: names, order of arguments,
-defaults and return values are the book's. What is not, and why, is in docs/coming_from_the_book.md.
+`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same argument
+order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions and their reasons.
 
-The layers are modules of their own with the book's names, made in the book's order, and not a facade on `MyGPT.GPTModel`,
-which has one kernel for queries, keys and values, a tied head and other initial weights. So a seed gives the book's model,
-its `model.pth` loads, and its code finds and assigns what it expects: `trf_blocks[-1]`, `att.W_query.weight`, `out_head`.
-What has no name in the book is ours: torch's fused attention, the cache, the loss without the logits, the decoding loop.
+The layers are separate modules and not a wrapper of `MyGPT.GPTModel`, which has one matrix for queries, keys and values, a
+tied head and other initial weights. Therefore a seed gives the book's model, its `model.pth` loads, and its code can read and
+assign `trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Behind these names MyGPT's own code does the work: fused
+attention, the cache, the loss without full logits, and the decoding loop.
 """
 
 from MyGPT.book.attention import (

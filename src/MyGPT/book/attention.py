@@ -1,6 +1,6 @@
-"""Chapter 3: attention, from one head without a mask to many heads at once.
+"""Implement chapter 3: attention, from one head without a mask to several heads in one product.
 
-The softmax is torch's fused kernel. It takes the same numbers for dropout, in the same order, as the book's own on a CPU.
+torch's fused kernel replaces the book's softmax. On a CPU it draws the same random numbers for dropout in the same order.
 B batch, T time (new tokens), S time seen so far, H heads, D = d_out // H.
 """
 
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MyGPT.model import KVCache
+from MyGPT.cache import KVCache
 
 
 class SelfAttention_v1(nn.Module):
-    """One head that sees everything, with bare matrices (d_in, d_out): x (..., T, d_in) to (..., T, d_out)."""
+    """One attention head without a mask, with matrices (d_in, d_out): maps x (..., T, d_in) to (..., T, d_out)."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class SelfAttention_v1(nn.Module):
 
 
 class SelfAttention_v2(nn.Module):
-    """The same with linear layers, whose initial weights are better."""
+    """One attention head without a mask, with linear layers: maps x (..., T, d_in) to (..., T, d_out)."""
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -39,19 +39,17 @@ class SelfAttention_v2(nn.Module):
         return F.scaled_dot_product_attention(self.W_query(x), self.W_key(x), self.W_value(x))
 
 
-class CausalAttention(nn.Module):
-    """One head that sees no later token, with dropout on its weights: x (B, T, d_in) to (B, T, d_out)."""
+class CausalAttention(SelfAttention_v2):
+    """One attention head with a causal mask and dropout: maps x (B, T, d_in) to (B, T, d_out)."""
 
     mask: Tensor
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, qkv_bias: bool = False) -> None:
-        super().__init__()
+        super().__init__(d_in, d_out, qkv_bias)
         self.d_out = d_out
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", _later_tokens(context_length))
+        # The attention kernel does not need this mask, but the checkpoints of the book's code contain it.
+        self.register_buffer("mask", torch.ones(context_length, context_length).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
         _check_length(x.shape[1], self.mask)
@@ -59,7 +57,7 @@ class CausalAttention(nn.Module):
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """num_heads of them side by side: (B, T, num_heads * d_out)."""
+    """Several `CausalAttention` heads side by side: maps x (B, T, d_in) to (B, T, num_heads * d_out)."""
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False
@@ -73,26 +71,18 @@ class MultiHeadAttentionWrapper(nn.Module):
         return torch.cat([head(x) for head in self.heads], dim=-1)
 
 
-class MultiHeadAttention(nn.Module):
-    """All heads in one product, each d_out // num_heads wide, and a last layer over them: x (B, T, d_in) to (B, T, d_out)."""
-
-    mask: Tensor
+class MultiHeadAttention(CausalAttention):
+    """Several heads of width d_out // num_heads in one product, then a linear layer: maps x (B, T, d_in) to (B, T, d_out)."""
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False
     ) -> None:
-        super().__init__()
         if d_out % num_heads:
             raise ValueError(f"d_out must be divisible by num_heads, got {d_out} and {num_heads}")
-        self.d_out = d_out
+        super().__init__(d_in, d_out, context_length, dropout, qkv_bias)
         self.num_heads = num_heads
         self.head_dim = d_out // num_heads
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", _later_tokens(context_length))
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, _ = x.shape
@@ -108,16 +98,11 @@ class MultiHeadAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
-    """The T queries are the last of the S tokens, and each sees those up to its own."""
+    """Return causal attention of the queries of the last T tokens over the keys and values of all S tokens."""
     T, S = q.shape[-2], k.shape[-2]
     mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     drop_rate = dropout.p if dropout.training else 0.0
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=1 < T == S)
-
-
-def _later_tokens(context_length: int) -> Tensor:
-    """1 where a token would look ahead. Not needed for attending: it is in the checkpoints that the book's code writes."""
-    return torch.ones(context_length, context_length).triu(1)
 
 
 def _check_length(T: int, mask: Tensor) -> None:

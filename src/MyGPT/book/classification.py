@@ -1,4 +1,4 @@
-"""Chapter 6: a GPT that tells spam by the logits of the last token, which alone has seen the whole text.
+"""Implement chapter 6: a GPT that detects spam from the logits of the last token, the only one that attends to all others.
 
 B batch, T time.
 """
@@ -24,9 +24,13 @@ from MyGPT.training.simple import Device
 
 
 class SpamDataset(Dataset[Batch]):
-    """The texts of a CSV file with the columns Label (0 or 1) and Text: ids (max_length,), padded or cut, and the label.
+    """The messages of a CSV file as pairs of ids (max_length,), padded or cut, and a label.
 
-    max_length is that of the longest text unless given.
+    Args:
+        csv_file: a file with the columns Label (0 or 1) and Text.
+        tokenizer: any tokenizer with `encode`.
+        max_length: number of ids for each message. The default is the length of the longest message.
+        pad_token_id: the id that pads shorter messages.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class SpamDataset(Dataset[Batch]):
 
 
 def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """Return the label and the text of each row of the file."""
     rows = csv.DictReader(io.StringIO(read_text(csv_file), newline=""))
     examples = []
     try:
@@ -61,7 +66,7 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
                 raise ValueError(f"row {number} of {csv_file} has the label {label!r} and the text {text!r}")
             examples.append((int(label), text))
     except csv.Error as error:
-        raise ValueError(f"{csv_file} is not CSV: {error}") from None
+        raise ValueError(f"{csv_file} is not valid CSV: {error}") from None
     if not examples:
         raise ValueError(f"{csv_file} has no examples below its header")
     return examples
@@ -69,7 +74,7 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """The part of the first num_batches batches (default: all) that is classified rightly; nan without any."""
+    """Return the accuracy on the first num_batches batches (default: all), or nan if there is no batch."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
         for i, (input_batch, target_batch) in enumerate(data_loader):
@@ -91,7 +96,12 @@ def train_classifier_simple(
     eval_freq: int,
     eval_iter: int,
 ) -> tuple[list[float], list[float], list[float], list[float], int]:
-    """Trains, and returns the losses at each evaluation, the accuracies after each epoch, and how many examples were seen."""
+    """Train a classifier.
+
+    Returns:
+        Training losses and validation losses at each evaluation, training accuracies and validation accuracies after each
+        epoch, and the number of examples seen.
+    """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
@@ -119,7 +129,7 @@ def classify_review(
     max_length: int | None = None,
     pad_token_id: int = 50256,
 ) -> str:
-    """ "spam" or "not spam". The text is padded or cut to max_length, the one it was trained with; never beyond the context."""
+    """Return "spam" or "not spam" for a text, which is padded or cut to max_length, the length used in training."""
     positions: Any = model.pos_emb
     context: int = positions.weight.shape[0]
     ids = encode_with_specials(tokenizer, text)[:context]

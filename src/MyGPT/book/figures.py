@@ -1,4 +1,4 @@
-"""Chapters 5 and 6: two curves over epochs, with a second axis above that counts tokens or examples."""
+"""Draw the figures of chapters 5 and 6: two curves over epochs, with a second axis for tokens or examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plot_losses(
     train_losses: Sequence[float],
     val_losses: Sequence[float],
 ) -> None:
-    """Shows training and validation loss, and writes them to loss-plot.pdf."""
+    """Show training and validation loss over epochs and tokens, and save the figure as loss-plot.pdf."""
     _plot(epochs_seen, tokens_seen, "Tokens seen", train_losses, val_losses, "loss")
 
 
@@ -24,7 +24,7 @@ def plot_values(
     val_values: Sequence[float],
     label: str = "loss",
 ) -> None:
-    """The same over examples, for what `label` says, in `label`-plot.pdf."""
+    """Show training and validation values over epochs and examples, and save the figure as {label}-plot.pdf."""
     _plot(epochs_seen, examples_seen, "Examples seen", train_values, val_values, label)
 
 
@@ -46,7 +46,7 @@ def _plot(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     above = axes.twiny()
-    above.plot(seen, train, alpha=0)  # unseen, for the ticks
+    above.plot(seen, train, alpha=0)  # invisible; aligns the ticks of the second axis
     above.set_xlabel(seen_label)
     with atomic_write(f"{label}-plot.pdf", "wb") as file:
         figure.savefig(file, format="pdf")

@@ -1,4 +1,4 @@
-"""Chapter 4: GPT by the book's names and in its order, so that the same seed gives the same weights.
+"""Implement chapter 4: a GPT with the book's names and order of layers, so that a seed gives the book's weights.
 
 B batch, T time (new tokens), C embedding width, V vocabulary.
 """
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MyGPT.book.attention import MultiHeadAttention
+from MyGPT.cache import KVCache
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.loss import linear_token_loss, token_loss
-from MyGPT.model import KVCache
 
 Config = GPTConfig | Mapping[str, Any]
 
 
 class LayerNorm(nn.Module):
-    """Mean 0 and variance 1 over the last axis, then a learned scale and shift."""
+    """Layer normalization over the last axis, with a learned scale and shift."""
 
     def __init__(self, emb_dim: int) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The tanh form of GELU, GPT-2's."""
+    """The tanh approximation of GELU, which GPT-2 uses."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):
-    """Four times as wide, GELU, and back."""
+    """The MLP of a block: a linear layer to four times the width, GELU, and a linear layer back."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then the feed-forward layers, each on a normalised copy and added to its input."""
+    """A transformer block: attention and MLP, each with a LayerNorm before and a residual connection around it."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -76,9 +76,12 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """The model of the book's `cfg` (a dict with its seven keys, or a GPTConfig): ids (B, T) to logits (B, T, V).
+    """The GPT model of the book: maps ids (B, T) to logits (B, T, V).
 
-    The head is never tied. Every part may be replaced, as the book does with out_head.
+    The output head is never tied to the token embedding. Every part can be replaced, as the book does with `out_head`.
+
+    Args:
+        cfg: a dict with the book's seven keys, or a GPTConfig.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -100,21 +103,31 @@ class GPTModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V). With a cache the tokens follow those in it; `last_only` gives the last position's, (B, 1, V)."""
+        """Return the logits (B, T, V), or (B, 1, V) of the last position with last_only.
+
+        Args:
+            in_idx: token ids, (B, T) int64. With a cache these are the tokens after those in the cache.
+            attention_mask: must be None, because the book's model does not support padding.
+            cache: keys and values of earlier tokens, from `new_cache`; updated in place.
+            last_only: compute the logits of the last position only.
+        """
         if attention_mask is not None:
-            raise ValueError("the book's model knows no padding: give it no attention_mask, or use MyGPT.GPTModel")
+            raise ValueError("the book's model does not support padding: omit attention_mask, or use MyGPT.GPTModel")
         hidden = self._hidden_states(in_idx, cache)
         return self.out_head(hidden[:, -1:] if last_only else hidden)
 
     def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of `targets` (B, T), and how many count; no (B, T, V) logits are made if the head allows."""
+        """Return the summed cross-entropy in nats and the number of counted targets.
+
+        A standard head without bias does not need to hold the full logits (B, T, V).
+        """
         hidden = self._hidden_states(in_idx)
         if type(self.out_head) is nn.Linear and getattr(self.out_head, "bias", None) is None:
             return linear_token_loss(hidden, self.out_head.weight, targets)
         return token_loss(self.out_head(hidden), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
-        """For generation. None if a block or its attention is the user's own: then every token is shown again."""
+        """Return an empty cache for generation, or None if a block was replaced by another class, which cannot use it."""
         blocks: Any = self.trf_blocks
         if not all(type(block) is TransformerBlock and type(block.att) is MultiHeadAttention for block in blocks):
             return None
@@ -122,7 +135,7 @@ class GPTModel(nn.Module):
         return KVCache(config, batch_size, length, like=self.tok_emb.weight.detach())
 
     def _hidden_states(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the output head reads, (B, T, C)."""
+        """Return the input of the output head, (B, T, C)."""
         B, T = in_idx.shape
         past = 0 if cache is None else cache.length
         context = len(self.pos_emb.weight)

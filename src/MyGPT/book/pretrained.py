@@ -1,4 +1,4 @@
-"""Chapter 5: OpenAI's weights in the book's model. How they are called and how they lie is in weights/layout.py."""
+"""Load OpenAI's weights into the book's model (chapter 5). weights/layout.py maps the names and shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from MyGPT.weights.layout import BLOCK, TOP, Lazy, align, config_of, fit, flatte
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
-    """A parameter with the values of `right`, on the device and of the type of `left`; another shape is a ValueError."""
+    """Return a parameter with the values of `right` and the device and dtype of `left`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if left.shape != right.shape:
         raise ValueError(f"the weights are {tuple(right.shape)}, the parameter is {tuple(left.shape)}")
     values = right.detach().clone() if isinstance(right, Tensor) else torch.tensor(right)
@@ -24,22 +28,29 @@ def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
 
 
 def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
-    """Puts the weights that `download_and_load_gpt2` returned into a model with the book's names, all of them or none.
+    """Load the weights that `download_and_load_gpt2` returned into a model with the book's names.
 
-    What `MyGPT.load_weights_into_gpt` takes is taken, and aligned likewise: a model made with qkv_bias=False gets the biases,
-    a shorter context the first positions. What does not fit is one ValueError that lists every mismatch.
+    Weights are aligned as by `MyGPT.load_weights_into_gpt`: a model made with qkv_bias=False gets the biases, and a model
+    with a shorter context gets the first positions.
+
+    Args:
+        gpt: a model with the book's names, or a `MyGPT.GPTModel`.
+        params: weights in any layout that `MyGPT.load_weights_into_gpt` accepts.
+
+    Raises:
+        ValueError: weights do not fit. The message lists every mismatch, and the model is unchanged.
     """
     if not hasattr(gpt, "tok_emb"):
         return pretrained.load_weights_into_gpt(gpt, params)
     parameters = dict(gpt.named_parameters())
     config = dataclasses.replace(config_of(to_ours(flatten(parameters))[0], n_heads=1), tie_weights=False)
     tensors, aligned = align(to_ours(flatten(params))[0], config)
-    weights = _by_the_books_names(fit(tensors, aligned))
-    can_be_made = (".W_query.bias", ".W_key.bias", ".W_value.bias")
+    weights = _with_book_names(fit(tensors, aligned))
+    can_be_created = (".W_query.bias", ".W_key.bias", ".W_value.bias")
     problems = []
     for name, weight in weights.items():
         if name not in parameters:
-            problems += [] if name.endswith(can_be_made) else [f"the model has no {name}"]
+            problems += [] if name.endswith(can_be_created) else [f"the model has no {name}"]
         elif weight.shape != parameters[name].shape:
             problems.append(f"{name} is {tuple(weight.shape)}, the model's is {tuple(parameters[name].shape)}")
     if problems:
@@ -56,8 +67,8 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
     return None
 
 
-def _by_the_books_names(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
-    """Weights under our names under the book's; queries, keys and values are three there."""
+def _with_book_names(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
+    """Load the tensors and rename them to the book's names; c_attn is split into queries, keys and values."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
     in_block = {ours: theirs for ours, _, theirs in BLOCK}
     weights: dict[str, Tensor] = {}

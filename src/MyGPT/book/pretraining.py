@@ -1,7 +1,7 @@
-"""Chapter 5 and appendix D: losses, evaluation, and training with a warmup, a cosine and clipped gradients.
+"""Implement chapter 5 and appendix D: losses, evaluation, and training with warmup, cosine decay and gradient clipping.
 
-The loss follows the targets: (B, T) are the next tokens of chapter 5, (B,) the classes of chapter 6, which the book gives
-functions of the same names. B batch, T time.
+Chapters 5 and 6 of the book use the same function names for two losses. Here the shape of the targets decides: (B, T) are next
+tokens (chapter 5), (B,) are classes (chapter 6). B batch, T time.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = [
 
 
 class _Task(nn.Module):
-    """A model with the loss of its task, as simple.py looks for it."""
+    """A model with a `token_loss` method, which training/simple.py calls, for both shapes of targets."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def token_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy and how many targets count; classes (B,) are told by the last token's logits."""
+        """Return the summed cross-entropy and the number of targets; the last token predicts classes (B,)."""
         model: Any = self.model
         if targets.dim() == 1:
             return token_loss(model(inputs)[:, -1], targets)
@@ -44,19 +44,19 @@ class _Task(nn.Module):
 
 
 def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device) -> Tensor:
-    """Mean cross-entropy in nats of a batch, ready for backward."""
+    """Return the mean cross-entropy of a batch in nats, ready for `backward`."""
     return simple.calc_loss_batch(input_batch, target_batch, _Task(model), device)
 
 
 def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Mean cross-entropy in nats over the targets of the first num_batches batches (default: all); nan without any."""
+    """Return the mean cross-entropy in nats over the first num_batches batches (default: all), or nan without targets."""
     return simple.calc_loss_loader(data_loader, _Task(model), device, num_batches)
 
 
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Training and validation loss over eval_iter batches, without dropout."""
+    """Return training and validation loss over eval_iter batches each, without dropout."""
     return simple.evaluate_model(_Task(model), train_loader, val_loader, device, eval_iter)
 
 
@@ -75,10 +75,13 @@ def train_model(
     initial_lr: float = 3e-05,
     min_lr: float = 1e-6,
 ) -> tuple[list[float], list[float], list[int], list[float]]:
-    """Trains, and returns training losses, validation losses and tokens seen at each evaluation, and every step's rate.
+    """Train a model with learning-rate warmup, cosine decay and gradient clipping (appendix D).
 
-    The optimizer's rate is the peak: it is reached from initial_lr in warmup_steps and left on a cosine to min_lr. After
-    the warmup, gradients longer than 1 are cut to 1.
+    The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps and then falls on a cosine to
+    min_lr. After the warmup, gradient norms are clipped to 1.
+
+    Returns:
+        Training losses, validation losses and tokens seen at each evaluation, and the learning rate of every step.
     """
     train_losses, val_losses, track_tokens_seen, track_lrs = [], [], [], []
     tokens_seen, global_step = 0, -1
@@ -112,11 +115,15 @@ def train_step(
     device: Device,
     max_norm: float | None = None,
 ) -> None:
-    """One step. A loss that is not finite is a FloatingPointError, before it has touched the weights."""
+    """Take one optimizer step; gradients are clipped to max_norm if it is given.
+
+    Raises:
+        FloatingPointError: the loss is not finite. The weights are unchanged.
+    """
     optimizer.zero_grad()
     loss = calc_loss_batch(inputs, targets, model, device)
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}; the weights are as before")
+        raise FloatingPointError(f"the loss is {loss.item()}; the weights are unchanged")
     loss.backward()
     if max_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -124,7 +131,7 @@ def train_step(
 
 
 def _rate(step: int, warmup_steps: int, total_steps: int, initial: float, peak: float, lowest: float) -> float:
-    """The learning rate of a step, counted from 0."""
+    """Return the learning rate of a step, counted from 0: linear warmup, then cosine decay."""
     if step < warmup_steps:
         return initial + step * (peak - initial) / warmup_steps
     done = (step - warmup_steps) / (total_steps - warmup_steps)

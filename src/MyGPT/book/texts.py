@@ -1,4 +1,4 @@
-"""Chapters 2, 4, 5 and 7: text to ids, ids to batches, and ids to more ids and back to text."""
+"""Implement the text functions of chapters 2, 4, 5 and 7: encode texts, form batches, generate and decode."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import SimpleTokenizer, get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
 
-# The two differ in what their vocabulary holds: with <|unk|> in it, an unknown word is that, without it an error.
+# The two versions differ only in their vocabulary: unknown words become <|unk|> if it has this token, else they raise an error.
 SimpleTokenizerV1 = SimpleTokenizer
 SimpleTokenizerV2 = SimpleTokenizer
 
 
 class GPTDatasetV1(GPTDataset):
-    """Windows of max_length ids, `stride` apart, and the same shifted by one, each (max_length,) int64."""
+    """Pairs of a window of ids and the same window shifted by one, each (max_length,) int64; windows start `stride` apart."""
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
         super().__init__(txt, tokenizer, max_length, stride)
@@ -38,7 +38,7 @@ def create_dataloader_v1(
     drop_last: bool = True,
     num_workers: int = 0,
 ) -> DataLoader[Batch]:
-    """Batches of GPT-2's ids and their targets, each (B, max_length). What is left over at the text's end makes no window."""
+    """Return a loader of batches of GPT-2 ids and targets, each (B, max_length); an incomplete last window is dropped."""
     if drop_last:
         return create_dataloader(txt, batch_size, max_length, stride, shuffle, num_workers=num_workers)
     dataset = GPTDatasetV1(txt, get_tokenizer("gpt2"), max_length, stride)
@@ -46,17 +46,17 @@ def create_dataloader_v1(
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
-    """The ids of a text as a batch of one, (1, T)."""
+    """Return the ids of a text as a batch with one row, (1, T) int64."""
     return torch.tensor([encode_with_specials(tokenizer, text)], dtype=torch.int64)
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
-    """The text of ids (1, T) or (T,)."""
+    """Decode ids of shape (1, T) or (T,) to text."""
     return tokenizer.decode(token_ids.squeeze(0).tolist())
 
 
 def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
-    """The prompts idx (B, T) with max_new_tokens likeliest tokens each, one after the other: (B, T + max_new_tokens)."""
+    """Continue prompts idx (B, T) greedily; return prompts and new tokens, (B, T + max_new_tokens)."""
     return generate(model, idx, max_new_tokens, context_size)
 
 
@@ -67,17 +67,17 @@ def custom_collate_fn(
     allowed_max_length: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """`collate_instructions` without a masked prompt: padded inputs and targets, each (B, T)."""
+    """Return padded inputs and targets, each (B, T); see `MyGPT.collate_instructions`."""
     return instructions.collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
 
 
 def format_input(entry: Record) -> str:
-    """Alpaca's prompt for a record of instruction and input, up to where the response begins."""
+    """Return the Alpaca prompt of a record with instruction and input, without the heading of the response."""
     return templates.format_input(entry)
 
 
 class InstructionDataset(instructions.InstructionDataset):
-    """The records of `data` as ids, prompt and response together."""
+    """The records of `data` as ids of prompt and response."""
 
     def __init__(self, data: Sequence[Record], tokenizer: Any) -> None:
         super().__init__(data, tokenizer)

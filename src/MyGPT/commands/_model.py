@@ -8,7 +8,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from MyGPT.config import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from MyGPT.model import GPTModel
     from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
-
-
-Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,8 +87,7 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
     weight = model.transformer.wte.weight
     fast: nn.Module = model
     if weight.device.type == "cpu":
-        stored = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
-        fast = accelerate(model, stored if precision == "auto" else precision, build=build)  # type: ignore[arg-type]
+        fast = accelerate(model, precision, build=build)
     elif precision == "int8":
         raise ValueError(f"precision int8 is for a processor; on {weight.device.type} there are fp32 and bf16")
     elif precision != "auto":

@@ -102,7 +102,8 @@ def make_parser(name: str, command: Command) -> CommandParser:
     which = "the most used" if common else "all"
     parser.add_argument("-h", "--help", action="help", help=f"Show {which} options and exit.")
     parser.add_argument("--help-all", action=HelpAllAction, help="Show all options and exit.")
-    parser.set_defaults(getattr(module, "DEFAULTS", {}))
+    names = {action.dest for action in parser._actions}
+    parser.set_defaults({name: value for name, value in getattr(module, "DEFAULTS", {}).items() if name in names})
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # --overwrite alone means true
             action.nargs, action.const = "?", True

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from MyGPT.commands._model import Precision
+from MyGPT.config import Precision
 from MyGPT.data.templates import Template
 from MyGPT.sampling import SamplingConfig
 

@@ -93,9 +93,9 @@ def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
     n = measured.n_passages
     return [
         ("perplexity", f"{measured.word_perplexity:.4f} per last word"),
-        ("accuracy", f"{measured.n_right / n:.4f} of last words (all of their tokens correct)"),
-        ("", f"{measured.n_right_filtered / n:.4f} of last words if stop words are not allowed"),
-        ("", f"{measured.n_right_tokens / n:.4f} of last tokens"),
+        ("accuracy", f"{measured.n_correct / n:.4f} of last words (all of their tokens correct)"),
+        ("", f"{measured.n_correct_filtered / n:.4f} of last words if stop words are not allowed"),
+        ("", f"{measured.n_correct_tokens / n:.4f} of last tokens"),
         ("counted", f"{n:,} passages"),
         ("protocol", "the last word and the space before it are predicted greedily from the passage; text unchanged"),
     ]

@@ -79,7 +79,7 @@ def finetune(
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
     from MyGPT.model import GPTModel
-    from MyGPT.training.run_directory import WholeModel
+    from MyGPT.training.run import WholeModel
     from MyGPT.training.trainer import Trainer
     from MyGPT.weights.pretrained import find_model
 
@@ -98,11 +98,11 @@ def finetune(
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)
     max_steps = max(1, round(epochs * sampler.batches_per_epoch))
-    keeper: Any = WholeModel(gpt, tokenizer, data.template)
+    best_model: Any = WholeModel(gpt, tokenizer, data.template)
     if not full:
         base = str(Path(model).resolve()) if Path(model).exists() else model
         adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
-        keeper = adapter
+        best_model = adapter
     prompts = data.prompts(5, training.sample_tokens)
     if training.sample_every and not prompts:
         print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
@@ -114,7 +114,7 @@ def finetune(
         data.validation(data.val),
         tokenizer=tokenizer,
         prompts=prompts,
-        keeper=keeper,
+        best_model=best_model,
         run_dir=run,
         recipe={
             "model": model,

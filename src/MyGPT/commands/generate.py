@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from MyGPT.commands._model import Precision
+from MyGPT.config import Precision
 from MyGPT.sampling import SamplingConfig
 
 DEFAULTS = {"temperature": 0.8, "top_k": 50}

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from MyGPT.commands._recipe import read_plan
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from MyGPT.costs import TrainingMemory
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
 """Bytes per number. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
@@ -65,7 +69,7 @@ def describe(
     """Return a table of a model's size, its operations per token, and the memory of generation and training."""
     import torch
 
-    from MyGPT.memory import cache_bytes, generation_bytes, parameters_by_part
+    from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part
     from MyGPT.model import GPTModel
 
     with torch.device("meta"):
@@ -103,33 +107,34 @@ def describe(
 
 def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple[str, list[int]]]:
     """Return the memory of a training step: the recipe's batch, or one sequence as long as the context."""
-    from MyGPT.memory import training_memory
-
     training = training or TrainConfig(batch_size=1)
-    micro = training.micro_batch_size or training.batch_size
-    steps = {
-        device: [
-            training_memory(
-                config,
-                micro,
-                bf16=precision == "bf16",
-                optimizer=training.optimizer,
-                gradient_checkpointing=training.gradient_checkpointing,
-                accumulates=micro < training.batch_size,
-                device=device,
-            )
-            for precision in ITEM_SIZES
-        ]
+    gpu, cpu = (
+        [step_memory(config, training, precision == "bf16", device) for precision in ITEM_SIZES]
         for device in ("cuda", "cpu")
-    }
+    )
+    sequences = training.micro_batch_size or training.batch_size
     rows = [
-        ("training state", [step.weights + step.gradients + step.moments for step in steps["cuda"]]),
-        (f"  activations, {micro} x {config.context_length:,}", [step.activations for step in steps["cuda"]]),
-        ("  total on a GPU", [step.peak for step in steps["cuda"]]),
+        ("training state", [step.weights + step.gradients + step.moments for step in gpu]),
+        (f"  activations, {sequences} x {config.context_length:,}", [step.activations for step in gpu]),
+        ("  total on a GPU", [step.peak for step in gpu]),
     ]
-    if config.drop_rate:
-        rows.append(("  total on a CPU", [step.peak for step in steps["cpu"]]))
-    return rows
+    return [*rows, ("  total on a CPU", [step.peak for step in cpu])] if config.drop_rate else rows
+
+
+def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
+    """Return the memory of a training step on "cuda" or "cpu", with or without bf16 arithmetic."""
+    from MyGPT.costs import training_memory
+
+    micro_batch_size = training.micro_batch_size or training.batch_size
+    return training_memory(
+        config,
+        micro_batch_size,
+        bf16=bf16,
+        optimizer=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+        accumulates=micro_batch_size < training.batch_size,
+        device=device,
+    )
 
 
 def _bytes(n: int) -> str:

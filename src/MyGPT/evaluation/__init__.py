@@ -1,1 +1,1 @@
-"""How good a model is, each number with the way in which it was measured."""
+"""Evaluate a model on text: perplexity and related figures, each with the protocol by which it is measured."""

@@ -1,9 +1,10 @@
-"""How many nats a model pays for a whole text, read through windows as long as its context.
+"""Compute the loss of a model on texts that are longer than its context.
 
-A text of N targets is longer than the context L. Disjoint windows would leave a window's first targets almost without
-context; windows that begin `stride` < L apart, each scoring only the targets that none before it has scored, leave every
-target but the first ones at least L - stride tokens, for L / stride times the work. What is counted, words or bytes, and on
-which text, is a protocol's business (protocols.py). B batch, T window, V vocabulary.
+The text is cut into windows of the context length L. Disjoint windows leave the first targets of each window with little
+context. Windows that overlap, with `stride` < L tokens between their starts, score each target once and give every target
+after the first window at least L - stride tokens of context, at L / stride times the cost.
+
+protocols.py decides which text is read and whether tokens, words or bytes are counted. B batch, T window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,33 +31,34 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Result:
-    """What a model pays for a text."""
+    """The loss of a model on a text, and the number of targets that it is divided by."""
 
     total_nats: float
-    """Negative log-likelihood of all targets together."""
+    """Summed negative log-likelihood of all targets, in nats."""
     n_tokens: int
-    """Targets counted; a text's first token is one only if something stood before it."""
+    """Number of targets. The first token of a text is a target only if a token precedes it."""
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """The mean loss in nats per token."""
         return self.total_nats / self.n_tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss). Depends on the tokenizer, so only models that share one can be compared by it."""
+        """The perplexity per token, exp(loss). It is comparable only between models with the same tokenizer."""
         return _exp(self.loss)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Of a text of n_bytes in UTF-8. The same text, any tokenizer: these can be compared."""
+        """Return the loss in bits per byte of a text of n_bytes in UTF-8, comparable between all tokenizers."""
         return self.total_nats / math.log(2) / n_bytes
 
     def word_perplexity(self, n_words: int) -> float:
-        """exp(nats a word), for n_words as the text's authors count them; infinite past 1e308."""
+        """Return the perplexity per word of a text of n_words, or infinity above 1e308."""
         return _exp(self.total_nats / n_words)
 
 
 def _exp(x: float) -> float:
+    """Return exp(x), or infinity where math.exp would overflow."""
     return math.exp(x) if x < 709 else math.inf
 
 
@@ -69,15 +71,23 @@ def strided_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """What the model pays for `ids` (a list, array, memory map or tensor), every target counted exactly once.
+    """Compute the loss of the model on a text; every target is counted exactly once.
 
-    Windows of max_length tokens (default and at most: the model's context) begin `stride` apart (default: max_length, disjoint).
-    The last is moved back to end with the text, so that it is as long as the others. With bos_id, put before the text once,
-    the first token is a target too. Sums over batches are in float64. Ids outside the vocabulary, a stride outside 1 to
-    max_length and a text without a target are ValueErrors.
+    The last window ends with the text and is as long as the others. Batches are summed in float64. transformers' guide to
+    perplexity, with windows of max_length + 1, computes the same loss except for its last window; if its windows do not
+    overlap, it omits one target per window. lm-evaluation-harness agrees with the default and a bos_id.
 
-    transformers' guide to perplexity with windows of max_length + 1 does the same, but for the last window, and counts one
-    target a window less where its windows do not overlap; lm-evaluation-harness does the same as the default with a bos_id.
+    Args:
+        model: the model to evaluate. Its mode and gradients do not change.
+        ids: token ids as a list, array, memory map or tensor.
+        stride: tokens between the starts of two windows, 1 to max_length. The default is max_length, disjoint windows.
+        max_length: tokens in a window. The default is the model's context, which is also the maximum.
+        batch_size: windows per forward pass.
+        bos_id: an id to put before the text, which makes the first token a target.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an argument is out of range, an id is outside the vocabulary, or the text has no target.
     """
     return documents_loss(model, [ids], stride, max_length, batch_size, bos_id, progress)
 
@@ -91,7 +101,7 @@ def documents_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """The sum of `strided_loss` over texts of which none sees another; their windows share batches."""
+    """Sum `strided_loss` over several texts; no text is context of another, but their windows share batches."""
     length = _window_length(model, max_length)
     stride = length if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= length:
@@ -112,7 +122,7 @@ def documents_loss(
     with torch.no_grad(), evaluation_mode(model), tqdm(total=n_targets, unit="token", disable=not progress) as bar:
         for batch in _batches(windows, batch_size):
             inputs = pad_sequence([window for window, _ in batch], batch_first=True)  # (B, T)
-            # Padding stands after the tokens, where no token looks, and is no target.
+            # Padding follows the tokens, so no token attends to it, and it is not a target.
             targets = pad_sequence([targets for _, targets in batch], batch_first=True, padding_value=IGNORED)
             nats, n_counted = model.token_loss(inputs.to(device), targets.to(device))
             total, count = total + float(nats), count + int(n_counted)
@@ -127,31 +137,43 @@ def continuation_logits(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """For each (context, continuation) of ids the logits from which the continuation's n ids are predicted: (n, V).
+    """Yield, for each pair of a context and a continuation, the logits that predict the continuation, (n, V).
 
-    Both hold at least one id. Of a context that is too long the model sees the end.
+    Args:
+        model: the model to evaluate, in evaluation mode and without gradients. Between two results the model and the
+            gradient mode are as the caller set them.
+        pairs: ids of a context and of a continuation of n tokens, each at least one. If both exceed the model's context,
+            the beginning of the context is cut.
+        batch_size: pairs per forward pass.
+        progress: show a progress bar.
     """
     _check_batch_size(batch_size)
     length, vocab_size = _window_length(model, None), model.config.vocab_size
     for context, continuation in pairs:
         if not len(context) or not 1 <= len(continuation) <= length:
             raise ValueError(
-                f"a context needs a token and a continuation from 1 to {length}, the model's context; "
-                f"they have {len(context)} and {len(continuation)}"
+                f"a context needs at least 1 token and a continuation 1 to {length}, the model's context; "
+                f"got {len(context)} and {len(continuation)}"
             )
         _checked([*context, *continuation], vocab_size, None)
-    device = model.lm_head.weight.device
-    with torch.no_grad(), evaluation_mode(model), tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
+    with tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
         for batch in _batches(pairs, batch_size):
-            rows = [torch.tensor([*context, *rest][-length - 1 : -1]) for context, rest in batch]
-            logits = model(pad_sequence(rows, batch_first=True).to(device))  # (B, T, V)
-            for row, (_, rest), of_row in zip(rows, batch, logits, strict=True):
-                yield of_row[len(row) - len(rest) : len(row)]
+            # Not a block around this loop: its modes would also hold for the caller's code between two results.
+            yield from _batch_logits(model, batch, length)
             bar.update(len(batch))
 
 
+@torch.no_grad()
+def _batch_logits(model: GPTModel, batch: list[tuple[Sequence[int], Sequence[int]]], length: int) -> list[Tensor]:
+    """Return the logits (n, V) that predict the continuation of each pair, from one forward pass."""
+    rows = [torch.tensor([*context, *rest][-length - 1 : -1]) for context, rest in batch]
+    with evaluation_mode(model):
+        logits = model(pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device))  # (B, T, V)
+    return [of_row[len(row) - len(rest) : len(row)] for row, (_, rest), of_row in zip(rows, batch, logits, strict=True)]
+
+
 def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of each window, (T,) int64, targets that an earlier window has scored being -100."""
+    """Yield the inputs and targets of each window, (T,) int64; targets that an earlier window scored are -100."""
     n_targets, scored = len(ids) - 1, 0
     while scored < n_targets:
         end = min(scored + (stride if scored else length), n_targets)
@@ -164,12 +186,14 @@ def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`; the last may be shorter."""
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
 def _window_length(model: GPTModel, max_length: int | None) -> int:
+    """Return max_length after a check, or the model's context if it is None."""
     context = model.config.context_length
     length = context if max_length is None else max_length
     if type(length) is not int or not 1 <= length <= context:
@@ -185,11 +209,11 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
-    """The ids with bos_id before them."""
+    """Return the ids as a compact array with bos_id before them; raise a ValueError for ids outside the vocabulary."""
     array = compact_ids(ids)
     if len(array) and int(array.max()) >= vocab_size:
         raise ValueError(
             f"the text has the id {int(array.max())}, the model's ids are 0 to {vocab_size - 1}: "
-            "its tokens must come from the model's tokenizer"
+            "encode the text with the model's tokenizer"
         )
     return array if bos_id is None else np.concatenate([compact_ids([bos_id]), array])

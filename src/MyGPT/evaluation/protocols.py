@@ -1,9 +1,9 @@
-"""The ways in which GPT-2 was measured (Radford et al., 2019, section 3 and table 3): what is counted, on which text.
+"""Define how GPT-2 was evaluated on each data set (Radford et al., 2019, section 3 and table 3).
 
-A perplexity without its protocol says little: by token or by word, on which spelling of the text, with how much context.
-`PLAIN` takes a text as it is; the others are the paper's, as far as it tells them. A corpus that comes as tokens is first
-written as people write, in a way that can be undone, so that the text's probability is the corpus's. The windows are in
-perplexity.py; docs/evaluation.md says what others found with these protocols.
+A perplexity depends on its protocol: per token or per word, the spelling of the text, the length of the context. `PLAIN`
+measures a text unchanged; the other protocols follow the paper as far as it describes them. A corpus of tokens, such as
+WikiText, is first rewritten as ordinary text. The rewriting can be undone, so the probability of the text is that of the
+corpus. perplexity.py computes the losses; docs/evaluation.md compares these protocols with those of other projects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from MyGPT.evaluation.perplexity import Result, continuation_logits, documents_l
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 
-# These keep their full stop; any other word's is a token of its own.
+# Words that keep their full stop; after all other words the full stop is a token.
 _ABBREVIATION = re.compile(
     r"(?:[^\W\d_]\.)+|(?:Mr|Mrs|Ms|Dr|St|Lt|Col|Gen|Maj|Capt|Sgt|Jr|Sr|Prof|Rev|Gov|Sen|Nos?|vs|etc|Inc|Ltd|Co|Corp|Mt|Ft)\.",
     re.IGNORECASE,
@@ -32,44 +32,44 @@ _ABBREVIATION = re.compile(
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """How the tokens of a corpus are written as text, and found again in it.
+    """Rules that rewrite the tokens of a corpus as ordinary text, and find the tokens in that text again.
 
-    A space is left out only where `split` puts it back: `split(join(tokens)) == tokens` if none of them is ambiguous.
+    `join` omits a space only where `split` restores it, so split(join(tokens)) == tokens unless a token is ambiguous.
     """
 
     closing: str
-    """Tokens that follow without a space, such as commas; a regular expression, like the next two."""
+    """A regular expression for tokens without a space before them, such as commas."""
     opening: str
-    """Tokens that are followed without a space, such as brackets."""
+    """A regular expression for tokens without a space after them, such as opening brackets."""
     inner: str = "(?!)"
-    """Characters inside a word that the corpus holds as tokens of their own, between two @."""
+    """A regular expression for characters within a word that the corpus writes as separate tokens, such as @-@."""
 
     def join(self, tokens: Sequence[str]) -> str:
-        """One line of text."""
-        words: list[list[str]] = []  # the tokens of each
+        """Write the tokens as one line of text."""
+        words: list[list[str]] = []  # each word as its tokens
         n_quotes = i = 0
         while i < len(tokens):
             new = list(tokens[i : i + 2] if _is_inner(tokens[i]) else tokens[i : i + 1])
-            longer = [*words[-1], *new] if words and self._sticks(words[-1][-1], new[0], n_quotes % 2 == 1) else []
-            if longer and self._split_word(_written(longer)) == longer:
+            longer = [*words[-1], *new] if words and self._is_attached(words[-1][-1], new[0], n_quotes % 2 == 1) else []
+            if longer and self._split_word(_write_word(longer)) == longer:
                 words[-1] = longer
             else:
                 new = new[:1]
                 words.append(new)
             n_quotes += new.count('"')
             i += len(new)
-        return " ".join(map(_written, words))
+        return " ".join(map(_write_word, words))
 
     def split(self, text: str) -> list[str]:
-        """The tokens of a line that `join` wrote."""
-        return [token for word in _tokens(text) for token in self._split_word(word)]
+        """Return the tokens of a line that `join` wrote."""
+        return [token for word in _split_spaces(text) for token in self._split_word(word)]
 
     def is_ambiguous(self, token: str) -> bool:
-        """Whether `split` would not find this token again."""
-        return self._split_word(_written([token])) != [token]
+        """Return True if `split` would cut this token into several."""
+        return self._split_word(_write_word([token])) != [token]
 
-    def _sticks(self, before: str, token: str, in_quotes: bool) -> bool:
-        """Whether people write no space between the two."""
+    def _is_attached(self, before: str, token: str, in_quotes: bool) -> bool:
+        """Return True if `token` follows `before` without a space."""
         if in_quotes and '"' in (before, token):
             return True
         return (
@@ -80,6 +80,7 @@ class Detokenizer:
         )
 
     def _split_word(self, word: str) -> list[str]:
+        """Return the tokens of one word of a line."""
         if set(word) == {"="}:
             return list(word)
         before: list[str] = []
@@ -96,27 +97,28 @@ class Detokenizer:
         return [*before, *(f"@{part}@" if i % 2 else part for i, part in enumerate(parts)), *after]
 
 
-def _tokens(line: str) -> list[str]:
-    """Separated by spaces alone: other white space, such as one that does not break, can be part of a token."""
+def _split_spaces(line: str) -> list[str]:
+    """Split a line at spaces only, because other white space, such as a no-break space, can be part of a token."""
     return [token for token in line.split(" ") if token]
 
 
 def _is_inner(token: str) -> bool:
+    """Return True for a token such as @-@, a character within a word."""
     return len(token) == 3 and token[0] == token[2] == "@"
 
 
-def _written(tokens: Sequence[str]) -> str:
-    """A word; an inner character that stands alone keeps its two @."""
+def _write_word(tokens: Sequence[str]) -> str:
+    """Join tokens to a word and remove the @ around inner characters, unless one is the whole word."""
     return "".join(token[1] if _is_inner(token) and len(tokens) > 1 else token for token in tokens)
 
 
-# Moses' tokens: whatever follows an apostrophe between letters is apart.
+# Tokens of the Moses tokenizer: an apostrophe and the letters after it are one token.
 WIKITEXT = Detokenizer(
     closing=r"\.\.\.|[,.:;!?)\]}%]|'[^\W\d_]+",
     opening=r"[(\[{$£€#]",
     inner=r"(?<=[^\W_])-(?=[^\W_])|(?<=\d)[.,](?=\d)",
 )
-# Mikolov's version: lower case, no punctuation; <unk> and N, for any number, stay, since nobody knows what they were.
+# Mikolov's version: lower case, without punctuation. <unk> and N (any number) stay, because the originals are unknown.
 PENN_TREEBANK = Detokenizer(closing=r"n't|'(?:s|re|ve|ll|d|m)?", opening=r"\$")
 BILLION_WORDS = Detokenizer(closing=r"\.\.\.|[,.:;!?)\]%]|n't|'(?:s|re|ve|ll|d|m)", opening=r"[(\[$£]")
 
@@ -128,29 +130,30 @@ STOP_WORDS = frozenset(
     these they this those through to too under until up very was we were what when where which while who whom why will
     with would you your yours yourself yourselves""".split()
 )
-"""English words that seldom end a story. The paper names no list."""
+"""Frequent English words that rarely end a passage. The paper filters such words but does not list them."""
 
 
 def _by_size(*figures: float) -> dict[str, float]:
+    """Return the figures by the released model sizes, from the smallest to the largest."""
     return dict(zip(("124M", "355M", "774M", "1558M"), figures, strict=True))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is counted on which text."""
+    """A way of evaluating a model on a data set."""
 
     title: str
-    """The data set, as the paper calls it."""
+    """The name of the data set in the paper."""
     data: str
-    """Which file it takes."""
+    """A description of the expected file."""
     detokenizer: Detokenizer | None = None
-    """For a corpus of space-separated tokens, whose ends of lines then count as words too."""
+    """Rules for a corpus of space-separated tokens, in which line ends count as words. None for ordinary text."""
     by_line: bool = False
-    """Whether each line is a text of its own."""
+    """True if each line is a separate text."""
     last_word: bool = False
-    """Whether only the last word of each text is to be predicted."""
+    """True if only the last word of each text is predicted."""
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """The paper's figures, by what they measure and by the released size."""
+    """The figures of the paper, by measure and by released size."""
 
 
 PLAIN = Protocol("", "any text")
@@ -192,7 +195,7 @@ PROTOCOLS = {
     ),
     "lambada": Protocol(
         "LAMBADA",
-        "the test passages, one a line, or .jsonl",
+        "the test passages, one per line, or .jsonl",
         by_line=True,
         last_word=True,
         published={
@@ -204,16 +207,16 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str | None) -> Protocol:
-    """The protocol of that name, `PLAIN` for None."""
+    """Return the protocol of this name, or `PLAIN` for None."""
     if name is None:
         return PLAIN
     if name not in PROTOCOLS:
-        raise ValueError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+        raise ValueError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def released_size(config: GPTConfig) -> str | None:
-    """The released GPT-2 that has this model's shape, such as "124M"; whether it has its weights nobody can see."""
+    """Return the size of the released GPT-2 with this shape, such as "124M", or None. The weights are not compared."""
     shape = (config.vocab_size, config.context_length, config.emb_dim, config.n_heads, config.n_layers)
     for name, known in GPT2_CONFIGS.items():
         if shape == (known.vocab_size, known.context_length, known.emb_dim, known.n_heads, known.n_layers):
@@ -222,7 +225,7 @@ def released_size(config: GPTConfig) -> str | None:
 
 
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
-    """The texts of the files: a file's, each of its lines', or each record's of a .jsonl."""
+    """Yield each file as one text; with by_line, each line that is not blank. A .jsonl file yields one text per record."""
     for path in paths:
         is_jsonl = ".jsonl" in path.suffixes[-2:]
         text = ""
@@ -235,24 +238,27 @@ def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """What a model paid for texts, and what there is to divide it by."""
+    """The loss of a model on texts, and the counts that it is divided by."""
 
     result: Result
+    """The loss and the number of predicted tokens."""
     n_bytes: int
-    """Of the texts as they were read, in UTF-8."""
+    """Number of UTF-8 bytes of the texts, before any rewriting."""
     n_words: int
-    """Words between white space; with a detokenizer a line's end is one too."""
+    """Number of words separated by white space. With a detokenizer, line ends count as words."""
     n_ambiguous: int
-    """Words of a tokenized corpus that its written text does not give back."""
+    """Number of corpus tokens that cannot be recovered from the rewritten text."""
     is_lossless: bool
-    """Whether the model's tokenizer gives the texts back; if not, part of them has cost nothing."""
+    """True if the tokenizer decodes its ids to the same texts. Otherwise the figures per word and byte are too low."""
 
     @property
     def bits_per_byte(self) -> float:
+        """The loss in bits per byte of the original texts."""
         return self.result.bits_per_byte(self.n_bytes)
 
     @property
     def word_perplexity(self) -> float:
+        """The perplexity per word of the original texts."""
         return self.result.word_perplexity(self.n_words)
 
 
@@ -265,9 +271,21 @@ def measure_text(
     batch_size: int = 8,
     progress: bool = False,
 ) -> TextMeasurement:
-    """What the model pays for each text on its own, `<|endoftext|>` before it where the tokenizer has one.
+    """Compute the loss of the model on texts that are independent of each other.
 
-    A text that the tokenizer cannot encode is a ValueError.
+    Each text starts with `<|endoftext|>` if the tokenizer has this token.
+
+    Args:
+        model: the model to evaluate.
+        tokenizer: the tokenizer of the model.
+        texts: the texts, at least one.
+        protocol: the protocol that rewrites the texts and counts words.
+        stride: tokens between the starts of two windows (see `strided_loss`).
+        batch_size: windows per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: there is no text, or the tokenizer cannot encode a text.
     """
     documents = []
     n_bytes = n_words = n_ambiguous = 0
@@ -278,7 +296,7 @@ def measure_text(
         if protocol.detokenizer is None:
             n_words += len(text.split())
         else:
-            lines = [_tokens(line) for line in text.split("\n")]
+            lines = [_split_spaces(line) for line in text.split("\n")]
             written = "\n".join(map(protocol.detokenizer.join, lines))
             n_words += sum(map(len, lines)) + text.count("\n")
             n_ambiguous += sum(map(protocol.detokenizer.is_ambiguous, (token for line in lines for token in line)))
@@ -295,28 +313,40 @@ def measure_text(
 
 @dataclass(frozen=True)
 class LastWordMeasurement:
-    """How well a model predicts the last word of passages from what stands before it."""
+    """The quality of a model's predictions of the last words of passages."""
 
     n_passages: int
+    """Number of passages."""
     total_nats: float
-    """Negative log-likelihood of all the last words."""
-    n_right: int
-    """Passages whose last word, all its tokens, is what the model finds most likely at each."""
-    n_right_filtered: int
-    """The same if the model may not begin with a stop word."""
-    n_right_tokens: int
-    """Passages whose very last token is, given what stands before it, of the word too."""
+    """Summed negative log-likelihood of the last words, in nats."""
+    n_correct: int
+    """Count of passages in which every token of the last word is predicted correctly."""
+    n_correct_filtered: int
+    """Count of passages with a correct last word if stop words are excluded as its first token."""
+    n_correct_tokens: int
+    """Count of passages whose final token is predicted correctly given all tokens before it."""
 
     @property
     def word_perplexity(self) -> float:
-        """exp(nats a last word)."""
+        """The perplexity per last word."""
         return Result(self.total_nats, self.n_passages).perplexity
 
 
 def measure_last_words(
     model: GPTModel, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 8, progress: bool = False
 ) -> LastWordMeasurement:
-    """The passages' last words, each with the space before it; a passage of one word is a ValueError."""
+    """Evaluate how well the model predicts the last word of each passage, including the space before the word.
+
+    Args:
+        model: the model to evaluate.
+        tokenizer: the tokenizer of the model.
+        texts: the passages, each of at least two words.
+        batch_size: passages per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: there is no passage, or a passage has only one word.
+    """
     pairs = []
     for text in texts:
         context, _, word = text.rstrip().rpartition(" ")
@@ -327,24 +357,24 @@ def measure_last_words(
         raise ValueError("there is no passage to measure")
     stop_ids = _stop_ids(tokenizer)
     nats = []
-    n_right = n_filtered = n_tokens = 0
+    n_correct = n_filtered = n_tokens = 0
     for (_, word_ids), logits in zip(pairs, continuation_logits(model, pairs, batch_size, progress), strict=True):
         log_p = (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(dim=1)  # (n, V)
         nats.append(-math.fsum(log_p[range(len(word_ids)), word_ids].tolist()))
         predicted = log_p.argmax(dim=1).tolist()
         log_p[0, stop_ids] = -math.inf
         filtered = log_p.argmax(dim=1).tolist()
-        n_right += predicted == word_ids
+        n_correct += predicted == word_ids
         n_filtered += filtered == word_ids
         n_tokens += predicted[-1] == word_ids[-1]
-    return LastWordMeasurement(len(pairs), math.fsum(nats), n_right, n_filtered, n_tokens)
+    return LastWordMeasurement(len(pairs), math.fsum(nats), n_correct, n_filtered, n_tokens)
 
 
 def _stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that are a stop word with the space before it."""
+    """Return the ids of tokens that are a space and a stop word."""
     found = []
     for word in sorted(STOP_WORDS):
-        with contextlib.suppress(ValueError):  # no vocabulary need have them all
+        with contextlib.suppress(ValueError):  # a small vocabulary cannot encode every stop word
             ids = tokenizer.encode(" " + word)
             if len(ids) == 1 and tokenizer.decode(ids).strip() == word:
                 found += ids

@@ -1,7 +1,7 @@
-"""GPT-2 as a classifier: a linear layer on what the last token of a text has gathered.
+"""Turn a GPT into a text classifier: a linear layer maps the hidden state of the last token to one score per label.
 
-As in "Build a Large Language Model (From Scratch)", chapter 6, and as transformers' GPT2ForSequenceClassification, which opens
-the same directory. B batch, T time, C embedding width.
+The design is that of "Build a Large Language Model (From Scratch)", chapter 6, and of transformers'
+GPT2ForSequenceClassification, which opens the same directory. B batch, T time, C embedding width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Trained = Literal["head", "last_block", "all"]
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classifier returns when it is given labels."""
+    """The result of a classifier that was given labels."""
 
     loss: Tensor
     """Mean cross-entropy in nats."""
@@ -38,9 +38,15 @@ class ClassifierOutput(NamedTuple):
 
 
 class GPTForClassification(nn.Module):
-    """A GPT with one score for each label. `train_only` freezes the rest: the head; also the last block and LayerNorm; nothing.
+    """A GPT with a linear layer that returns one score per label.
 
-    LoRA: `get_peft_model` with task_type="SEQ_CLS", by which PEFT trains and saves `score` too.
+    To train it with LoRA, use PEFT's `get_peft_model` with task_type="SEQ_CLS"; PEFT then trains and saves `score` too.
+
+    Args:
+        gpt: the model to extend; it is not copied.
+        labels: the names of the labels, at least two.
+        train_only: the parameters to train. "head" trains the new layer only, "last_block" also the last block and the final
+            LayerNorm, "all" everything.
     """
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
@@ -70,10 +76,14 @@ class GPTForClassification(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Scores (B, n_labels); with labels (B,) int64 a `ClassifierOutput`.
+        """Return the scores (B, n_labels), or a `ClassifierOutput` if labels are given.
 
-        input_ids (B, T) int64; attention_mask (B, T) is 0 for padding, on either side. The other keywords are those that
-        PEFT passes, and must be unset.
+        Args:
+            input_ids: token ids, (B, T) int64.
+            attention_mask: 1 for tokens and 0 for padding on either side, (B, T).
+            labels: the number of the correct label for each text, (B,) int64.
+            inputs_embeds: unsupported, like output_attentions and output_hidden_states. PEFT passes these arguments.
+            return_dict: ignored.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
@@ -83,9 +93,9 @@ class GPTForClassification(nn.Module):
         return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes a model directory that transformers' AutoModelForSequenceClassification opens too."""
+        """Write a model directory that transformers' AutoModelForSequenceClassification can also open."""
         names = dict(enumerate(self.labels))
-        described = {
+        more_config = {
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": names,
             "label2id": {label: i for i, label in names.items()},
@@ -93,20 +103,20 @@ class GPTForClassification(nn.Module):
         }
         write_directory(
             directory, self.config, self.gpt.state_dict(), tokenizer,
-            more_config=described, more_tensors={"score.weight": self.score.weight},
+            more_config=more_config, more_tensors={"score.weight": self.score.weight},
         )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
-        """Opens what `save_pretrained` wrote, in evaluation mode."""
+        """Open a directory that `save_pretrained` or transformers wrote; return the classifier in evaluation mode."""
         path, config = Path(directory), read_config(directory)
         tensors = dict(read_safetensors(path / "model.safetensors"))
         if "score.weight" not in tensors:
-            raise ValueError(f"{path} holds no classifier: its weights have no score.weight")
+            raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
         score = tensors.pop("score.weight")
         if score.dtype is None or len(score.shape) != 2 or score.shape[1] != config.emb_dim:
             raise ValueError(f"{path}: score.weight is {score.shape}, expected floats of (labels, {config.emb_dim})")
-        numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers' names, which it does not write
+        numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers omits its default names
         names = read_json(path / "config.json").get("id2label", numbered)
         if not isinstance(names, dict) or names.keys() != numbered.keys():
             raise ValueError(
@@ -116,7 +126,7 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path / 'config.json'}: id2label must have a text for each label")
         try:
             fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
-            gpt = GPTModel(config).to(score.dtype)  # after its sizes are known to be those of the weights
+            gpt = GPTModel(config).to(score.dtype)  # only after `fit` has checked the sizes
             gpt.load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
             model = cls(gpt, [names[str(i)] for i in range(len(names))])
         except ValueError as error:
@@ -128,17 +138,23 @@ class GPTForClassification(nn.Module):
 def read_labelled(
     path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label"
 ) -> list[tuple[str, str]]:
-    """Texts and labels of a .csv file whose first line names its columns, or of a JSON array or JSON lines.
+    """Read pairs of a text and its label from a file.
 
-    A label is a text or a whole number, which becomes a text. A missing column or key, one that is empty or of another type, or
-    a line with more values than columns, is a ValueError with file, line and key.
+    Args:
+        path: a .csv file whose first line names the columns, or a file with a JSON array or JSON lines.
+        text_key: the column or key of the text.
+        label_key: the column or key of the label, a text or a whole number, which is returned as text.
+
+    Raises:
+        ValueError: a value is missing, empty or of another type, or a CSV line has more values than columns. The message
+            names the file, the line and the key.
     """
 
     def check(record: Any, where: str) -> None:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-        if None in record:  # where csv puts what is left over
-            raise ValueError(f"{where}: more values than columns; a text with a comma in it stands in quotation marks")
+        if None in record:  # the key that csv uses for extra values
+            raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
         for key, kinds in ((text_key, str), (label_key, (str, int))):
             if record.get(key) in (None, ""):
                 raise ValueError(
@@ -152,6 +168,7 @@ def read_labelled(
 
 
 def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file as dicts; `check` receives each row and its position in the file."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:
@@ -161,12 +178,12 @@ def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
-        raise ValueError(f"{path} has no records: it needs a line that names the columns, and others below it")
+        raise ValueError(f"{path} has no records: the first line must name the columns, and records must follow")
     return rows
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, each (B, T) int64, padded on the right; of a text too long its first max_length tokens."""
+    """Encode the texts, cut to max_length tokens and padded on the right; return ids and attention mask, (B, T) int64."""
     rows = [encode_with_specials(tokenizer, text)[:max_length] for text in texts]
     if not all(rows):
         raise ValueError(
@@ -187,7 +204,17 @@ def train_classifier(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[float]:
-    """Trains a GPTForClassification, or a PeftModel on one, on texts and labels; the loss of each step, before it."""
+    """Train a classifier and return the loss of each step, computed before its update.
+
+    Args:
+        model: a GPTForClassification, or a PeftModel of one. It stays in training mode.
+        examples: pairs of a text and its label.
+        tokenizer: the tokenizer of the model.
+        optimizer: an optimizer of the parameters to train.
+        epochs: how often each example is used.
+        batch_size: examples per step.
+        seed: seed of the order of the examples.
+    """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -204,45 +231,45 @@ def train_classifier(
 
 
 def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
-    """The label of each text, by a GPTForClassification or a PeftModel on one."""
-    called: list[str] = []
+    """Return the predicted label of each text; the model is a GPTForClassification or a PeftModel of one."""
+    predicted: list[str] = []
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
             scores = model(*_batch(model, texts[start : start + batch_size], tokenizer))
-            called += [_classifier(model).labels[i] for i in scores.argmax(1)]
-    return called
+            predicted += [_classifier(model).labels[i] for i in scores.argmax(1)]
+    return predicted
 
 
 def confusion_table(
     model: nn.Module, examples: Sequence[tuple[str, str]], tokenizer: Any, batch_size: int = 16
 ) -> Tensor:
-    """How often each label (row) was called what (column), (n_labels, n_labels) int64. Accuracy is its diagonal's share."""
+    """Count the examples by label: rows are true labels, columns are predictions, (n_labels, n_labels) int64."""
     rows, labels = _targets(model, examples), _classifier(model).labels
-    called = classify(model, [text for text, _ in examples], tokenizer, batch_size)
+    predicted = classify(model, [text for text, _ in examples], tokenizer, batch_size)
     table = torch.zeros(len(labels), len(labels), dtype=torch.int64)
-    for row, label in zip(rows, called, strict=True):
+    for row, label in zip(rows, predicted, strict=True):
         table[row, labels.index(label)] += 1
     return table
 
 
 def accuracy(table: Tensor) -> float:
-    """The share of a confusion table's texts that were called what they are."""
+    """Return the fraction of correct predictions in a confusion table."""
     return float(table.diagonal().sum() / table.sum())
 
 
 def _classifier(model: nn.Module) -> GPTForClassification:
-    """The classifier itself, out of the PeftModel if it is in one."""
+    """Return the classifier, taken out of its PeftModel if necessary."""
     base: Any = model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if not isinstance(base, GPTForClassification):
-        raise ValueError(f"a GPTForClassification is needed, or a PeftModel on one, got {type(base).__name__}")
+        raise ValueError(f"the model must be a GPTForClassification or a PeftModel of one, got {type(base).__name__}")
     return base
 
 
 def _targets(model: nn.Module, examples: Sequence[tuple[str, str]]) -> Tensor:
-    """The numbers of the labels, (n,) int64."""
+    """Return the number of each example's label, (n,) int64."""
     if not examples:
-        raise ValueError("there are no examples: each is a text and its label")
+        raise ValueError("there are no examples: give at least one pair of a text and its label")
     labels = _classifier(model).labels
     unknown = {label for _, label in examples} - set(labels)
     if unknown:
@@ -251,6 +278,7 @@ def _targets(model: nn.Module, examples: Sequence[tuple[str, str]]) -> Tensor:
 
 
 def _batch(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask of the texts on the device of the model."""
     device = next(model.parameters()).device
     ids, mask = collate_texts(texts, tokenizer, _classifier(model).config.context_length)
     return ids.to(device), mask.to(device)

@@ -1,4 +1,4 @@
-"""A file of records as what a model is tuned on: split, encoded, in batches by step, and in batches to be evaluated on.
+"""Prepare a file of records for fine-tuning: read, split and encode the records, and form batches.
 
 B batch, T time.
 """
@@ -49,13 +49,11 @@ class ExampleOptions:
 
 
 class Examples:
-    """The records of a file, encoded for a model with this context."""
+    """The training, validation and test examples of a file, encoded for a model with this context length."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
         if tokenizer.eot_token is None:
-            raise ValueError(
-                "the model's tokenizer has no <|endoftext|>, with which a model says that its answer is over"
-            )
+            raise ValueError("the model's tokenizer has no <|endoftext|>, which marks the end of an answer")
         self.options = options
         self.tokenizer = tokenizer
         self.max_length = min(options.max_length or context_length, context_length)
@@ -67,33 +65,34 @@ class Examples:
         self.test = self._encode("test", self.split.test)
 
     def describe(self) -> str:
-        """A line for each part: examples, tokens, and how many were too long."""
+        """Return one line for each part: the number of examples, of tokens and of examples that were too long."""
         parts = {"training": self.train, "validation": self.val, "test": self.test}
         return "\n".join(f"{name}: {part.describe()}" for name, part in parts.items() if part is not None)
 
     def sampler(self, batch_size: int, seed: int) -> LengthGroupedSampler | PackedSampler:
-        """The training batches, a function of the step."""
-        assert self.train is not None  # a split without it is refused
+        """Return the sampler of the training batches; a batch depends only on the seed and the step."""
+        assert self.train is not None  # `split_records` raises an error if no record is left for training
         if self.options.rows == "packed":
             return PackedSampler(self.train, self.max_length, batch_size, seed=seed, **self._targets())
         return LengthGroupedSampler(self.train, batch_size, seed=seed, **self._targets())
 
     def validation(self, dataset: InstructionDataset | None) -> ExampleValidation | None:
-        """The batches in which a part is evaluated."""
+        """Return the evaluation batches of a part, or None if the part is empty."""
         return None if dataset is None else ExampleValidation(dataset, **self._targets())
 
     def prompts(self, n: int, n_new_tokens: int) -> list[list[int]]:
-        """The first n records that are not trained on, up to where the answer begins, if there is room for one."""
+        """Return the encoded prompts of the first n records outside the training part that leave room for new tokens."""
         held_out = [*self.split.val, *self.split.test] or list(self.split.train)
         prompts = [encode_prompt(self.records[i], self.tokenizer, self.template) for i in held_out[:n]]
         return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
 
     def _template(self) -> Template:
-        """The chosen one, which asks as most of the records do."""
+        """Return the chosen template, set to the most frequent kind of record for prompts."""
         kind = Counter(map(kind_of, self.records)).most_common(1)[0][0]
         return replace(load_template(self.options.template), asks="prompt" if kind == "text" else kind)
 
     def _encode(self, name: str, part: tuple[int, ...]) -> InstructionDataset | None:
+        """Encode the records with these numbers; `name` is the name of the part in errors."""
         if not part:
             return None
         records, names = [self.records[i] for i in part], [f"record {i + 1}" for i in part]
@@ -103,11 +102,12 @@ class Examples:
             raise ValueError(f"{self.options.data}, {name}: {error}") from None
 
     def _targets(self) -> dict[str, Any]:
+        """Return the keyword arguments that all batches share."""
         return {"pad_token_id": self.tokenizer.eot_token, "mask_prompt": self.options.mask_prompt}
 
 
 class ExampleValidation:
-    """All examples of a data set, those of similar length together, whether they are asked for quickly or as a whole."""
+    """The evaluation batches of a data set: all examples, sorted by length."""
 
     def __init__(self, dataset: InstructionDataset, pad_token_id: int, mask_prompt: bool) -> None:
         self.dataset = dataset
@@ -115,7 +115,7 @@ class ExampleValidation:
         self.mask_prompt = mask_prompt
 
     def batches(self, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, each (B, T) int64, of a few thousand tokens."""
+        """Yield inputs and targets, each (B, T) int64, with at most about 4096 tokens per batch; `whole` is ignored."""
         batch: list[list[int]] = []
         for index in self.dataset.lengths.argsort(kind="stable"):
             example = self.dataset[int(index)]
@@ -126,7 +126,7 @@ class ExampleValidation:
         yield self._collate(batch)
 
     def fingerprint(self) -> str:
-        """What tells the examples from others."""
+        """Return a hash of the examples."""
         return self.dataset.fingerprint()
 
     def _collate(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:

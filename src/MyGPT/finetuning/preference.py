@@ -1,7 +1,7 @@
-"""DPO (Rafailov et al., 2023): of two answers to a prompt the model learns to prefer the one that people chose.
+"""Train a model with DPO (Rafailov et al., 2023) to prefer the answers that people chose over those they rejected.
 
-The loss compares how much more probable the chosen answer has become, against a reference, than the rejected one. The
-reference is the same model with its LoRA adapter switched off: there is no second copy of the weights. B pairs, T time.
+The loss compares the log-probabilities of both answers with those of a reference model. The reference is the same model with
+its LoRA adapter disabled, so no second copy of the weights is needed. B pairs, T time.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ KEYS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class Preferences:
-    """What a step of DPO gives; all are means over the pairs."""
+    """The results of a DPO step, each a mean over the pairs."""
 
     loss: Tensor
+    """The loss, a scalar."""
     accuracy: float
-    """How often the chosen answer has gained more than the rejected one."""
+    """The fraction of pairs in which the chosen answer has the higher reward."""
     margin: float
-    """How much more, in rewards: beta times nats."""
+    """The reward of the chosen answer minus that of the rejected one. A reward is beta times the gained log-probability."""
 
 
 def dpo_loss(
@@ -46,10 +47,15 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Preferences:
-    """Equation 7 of the paper, from log-probabilities (B,) of the answers under the model and under the reference.
+    """Compute the DPO loss (equation 7 of the paper) from the log-probabilities of the answers.
 
-    beta, above 0, holds the model to the reference; label_smoothing, from 0 to below 0.5, is the share of pairs that are the
-    wrong way round (Mitchell, 2023).
+    Args:
+        chosen: log-probabilities of the chosen answers under the model, (B,).
+        rejected: log-probabilities of the rejected answers under the model, (B,).
+        reference_chosen: log-probabilities of the chosen answers under the reference, (B,).
+        reference_rejected: log-probabilities of the rejected answers under the reference, (B,).
+        beta: strength of the pull towards the reference, above 0.
+        label_smoothing: expected fraction of pairs with swapped labels, from 0 to below 0.5 (Mitchell, 2023).
     """
     if not beta > 0:
         raise ValueError(f"beta must be a number above 0, got {beta}")
@@ -61,32 +67,37 @@ def dpo_loss(
 
 
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The records of a JSON array or of JSON lines; one that is no pair is a ValueError with file, line and key."""
+    """Read records from a JSON array or JSON lines; a ValueError names the file, line and key of an invalid record."""
     return read_json_records(path, check_pair)
 
 
 def check_pair(record: Any, where: str) -> None:
-    """A ValueError that begins with `where` unless the record has the texts prompt, chosen and rejected."""
+    """Raise a ValueError that starts with `where` unless the record has the texts prompt, chosen and rejected."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
     for key in KEYS:
         if not isinstance(record.get(key), str):
             raise ValueError(f"{where}: {key!r} must be a text, got {record.get(key)!r:.80}")
     if not record["prompt"]:
-        raise ValueError(f"{where}: the prompt is empty; an answer needs at least one token before it")
+        raise ValueError(f"{where}: the prompt is empty; it must have at least one token")
 
 
 class PreferencePairs:
-    """Records of prompt, chosen and rejected as ids: each answer after the prompt's own ids, and then the end of the text.
+    """The encoded records of a preference data set; each answer follows the ids of its prompt and ends with end-of-text.
 
-    The prompt is taken as it is: of a tuned model it is what its template makes of a question. Pairs of which one is longer
-    than max_length are left out and counted in `n_too_long`. A record that is no pair is a ValueError with its number and key,
-    and so is that no pair is left.
+    Args:
+        records: dicts with the texts prompt, chosen and rejected. The prompt is encoded unchanged, so apply the template of
+            a tuned model first.
+        tokenizer: a tokenizer with `<|endoftext|>`.
+        max_length: most tokens of a prompt with an answer. Longer pairs are skipped and counted in `n_too_long`.
+
+    Raises:
+        ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
         if tokenizer.eot_token is None:
-            raise ValueError("the tokenizer has no <|endoftext|>, with which a model says that its answer is over")
+            raise ValueError("the tokenizer has no <|endoftext|>, which marks the end of an answer")
         self.pad_id: int = tokenizer.eot_token
         self.pairs: list[tuple[list[int], list[int], list[int]]] = []
         self.n_too_long = 0
@@ -100,7 +111,7 @@ class PreferencePairs:
                 self.pairs.append((prompt, ended[0], ended[1]))
         if not self.pairs:
             raise ValueError(
-                f"there are no pairs to learn from: {len(records)} records, {self.n_too_long} too long for "
+                f"there are no pairs to train on: {len(records)} records, {self.n_too_long} too long for "
                 f"max_length={max_length}"
             )
 
@@ -108,16 +119,16 @@ class PreferencePairs:
         return len(self.pairs)
 
     def batches(self, batch_size: int, seed: int, epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of up to batch_size pairs in random order: see `batch`."""
+        """Yield batches of at most batch_size pairs (see `batch`), in a new random order in each epoch."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for part in torch.randperm(len(self.pairs), generator=generator).split(batch_size):
                 yield self.batch(part.tolist())
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some pairs, each (2 B, T) int64: first the chosen answers, then the rejected ones.
+        """Return the inputs and targets of the pairs with these indices, each (2 B, T) int64.
 
-        Targets are -100 but for the answers. Padding stands on the right, where no token looks.
+        The chosen answers come first, then the rejected ones. Targets outside the answers are -100; padding is on the right.
         """
         pairs = [self.pairs[index] for index in indices]
         rows = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
@@ -133,10 +144,10 @@ class PreferencePairs:
 def preferences(
     peft_model: PeftModel, inputs: Tensor, targets: Tensor, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Preferences:
-    """DPO's loss of a batch of `PreferencePairs`, the reference being the model without its adapter."""
+    """Compute the DPO loss of a batch from `PreferencePairs.batch`; the reference is the model without its adapter."""
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
-        raise ValueError(f"DPO is for a PeftModel on a GPTModel, got one on {type(model).__name__}")
+        raise ValueError(f"DPO needs a PeftModel of a GPTModel, got one of {type(model).__name__}")
     with torch.no_grad(), evaluation_mode(model), peft_model.disable_adapter():
         reference_chosen, reference_rejected = (-model.row_losses(inputs, targets)).chunk(2)
     chosen, rejected = (-model.row_losses(inputs, targets)).chunk(2)
@@ -150,7 +161,7 @@ def train_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> list[Preferences]:
-    """One optimizer step for each batch; what each gave, before its step."""
+    """Take one optimizer step per batch and return the results of each step, computed before its update."""
     device = next(peft_model.parameters()).device
     steps = []
     for inputs, targets in batches:

@@ -1,7 +1,7 @@
-"""One HTML page on how a model reads a text: tokens, attention, what each layer would say, what comes next.
+"""Write one HTML page that shows how a model reads a text: tokens, attention, predictions after each layer, next tokens.
 
-The page is a template (assets/explain.html) with the numbers put into it: nothing is fetched, so it opens from a disk, a
-mail or a web server alike.
+The page is the template assets/explain.html with the numbers inserted as JSON. It loads nothing from a network, so it opens
+from a disk, an e-mail or a web server.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.display import token_labels
 
-LONGEST = 128
-"""Tokens that a page can hold: beyond, its maps can neither be read nor drawn quickly."""
+MAX_TOKENS = 128
+"""Most tokens of a text on a page; the attention maps of longer texts are unreadable and slow to draw."""
 
 
 def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GPT") -> str:
-    """The page for ids (1, T), T at most 128, read by the model; name is what the model is called on it."""
+    """Return the HTML page about one text.
+
+    Args:
+        model: the model that reads the text.
+        tokenizer: the tokenizer that names the tokens.
+        ids: token ids of the text, (1, T) int64 with T of at most 128.
+        name: the name of the model in the title.
+
+    Raises:
+        ValueError: `ids` has several rows or too many tokens.
+    """
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a page explains one text, ids (1, T), got {tuple(ids.shape)}")
-    if ids.shape[1] > LONGEST:
-        raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {LONGEST}")
-    # A < in the text must not end the script that holds the data.
+    if ids.shape[1] > MAX_TOKENS:
+        raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {MAX_TOKENS}")
+    # A < in the text must not end the script element that holds the data.
     data = json.dumps(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
     template = (Path(__file__).parents[1] / "assets" / "explain.html").read_text(encoding="utf-8")
     title = html.escape(f"How {name} reads a text")
@@ -37,14 +47,16 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
 
 
 def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
-    """What the page shows, as JSON's types; probabilities are rounded to five decimals, attention weights to bytes."""
+    """Return the numbers of the page for ids (1, T), ready for JSON.
+
+    Probabilities are rounded to five decimals, attention weights to bytes (255 stands for 1).
+    """
     config, traced = model.config, trace(model, ids)
     lens = logit_lens(model, traced)[:, 0]  # (L + 1, T, V)
-    lens_tops = [_likeliest(logits.float().softmax(-1), tokenizer, 5) for logits in lens]
+    lens_tops = [_most_likely(logits.float().softmax(-1), tokenizer, 5) for logits in lens]
     probabilities = lens[-1].float().softmax(-1).cpu()  # (T, V)
-    tops = _likeliest(probabilities, tokenizer, 12)
-    following = []
-    for t, top in enumerate(tops):
+    predictions = []
+    for t, top in enumerate(_most_likely(probabilities, tokenizer, 12)):
         actual = None
         if t + 1 < ids.shape[1]:
             id_ = int(ids[0, t + 1])
@@ -52,25 +64,25 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
             rank = int((probabilities[t] > probability).sum()) + 1
             actual = [token_labels(tokenizer, [id_])[0], round(float(probability), 5), rank, id_]
         rest = max(0.0, 1.0 - sum(probability for _, probability, _ in top))
-        following.append({"top": top, "rest": round(rest, 5), "actual": actual})
+        predictions.append({"top": top, "rest": round(rest, 5), "actual": actual})
     attention = (traced.attention[:, 0].float() * 255).round().byte().cpu()  # (L, H, T, T)
     labels = token_labels(tokenizer, ids[0].tolist())
     return {
         "description": (
-            f"{config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters, "
-            f"{config.vocab_size:,} tokens in its vocabulary. This page was made by mygpt explain."
+            f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
+            f"a vocabulary of {config.vocab_size:,} tokens. Layers, heads and tokens are numbered from 0."
         ),
         "layers": config.n_layers,
         "heads": config.n_heads,
         "tokens": [{"id": id_, "label": label} for id_, label in zip(ids[0].tolist(), labels, strict=True)],
         "attention": base64.b64encode(attention.numpy().tobytes()).decode(),
         "lens": [[[entry[:2] for entry in top] for top in depth] for depth in lens_tops],
-        "next": following,
+        "next": predictions,
     }
 
 
-def _likeliest(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
-    """For each position of probabilities (T, V) the k likeliest tokens, [label, probability, id] each."""
+def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
+    """Return the k most likely tokens, each as [label, probability, id], for each position of probabilities (T, V)."""
     best = probabilities.topk(min(k, probabilities.shape[-1]))
     return [
         [

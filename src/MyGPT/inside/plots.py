@@ -1,8 +1,7 @@
-"""Pictures of runs, models and what they compute. A figure is returned, never shown, so that any program can use it.
+"""Draw training runs, models and their activations as matplotlib figures.
 
-Nothing here is needed to train or to run a model; matplotlib is imported when the first figure is drawn. Colours are told
-apart by colour-blind readers, and a single scale goes from light to dark. Token boundaries of a text, which need no
-figure, are drawn by `tokens_to_terminal` and `tokens_to_html`.
+Each function returns a figure and shows nothing, so scripts, notebooks and servers can use it alike. matplotlib is imported
+when the first figure is drawn. The colours can be told apart by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -40,9 +39,13 @@ __all__ = [
     "tokens_to_terminal",
 ]
 
-# Okabe & Ito (2008): told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that colour-blind readers can tell apart (Okabe and Ito, 2008)."""
 LIGHT_TO_DARK = "Blues"
+"""The colour map of all heat maps."""
+WIDTH = 9.0
+"""Width of a figure in inches that a notebook shows without scaling."""
+
 # In the order in which sampling.filter_logits applies them.
 _FILTER_NAMES = {
     "repetition_penalty": "penalty",
@@ -51,14 +54,11 @@ _FILTER_NAMES = {
     "top_p": "top-p",
     "min_p": "min-p",
 }
-WIDTH = 9.0
-"""Inches: what a notebook shows without scaling."""
 
 
 def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
-    """Training loss (thin, smoothed over a fiftieth of the run) and validation loss (dots) of one or several runs."""
-    figure = _figure(7, 4.2)
-    axes: Any = figure.subplots()
+    """Draw the training loss (smoothed line) and the validation loss (dots) of one or several run directories."""
+    figure, axes = _line_figure(4.2, "loss (nats per token)")
     for i, run in enumerate(runs):
         records, colour = read_metrics(run), COLOURS[i % len(COLOURS)]
         name = f"{Path(run).resolve().name} " if len(runs) > 1 else ""
@@ -68,39 +68,38 @@ def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
         evaluated = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
         if evaluated:
             axes.plot(*zip(*evaluated, strict=True), "o-", color=colour, markersize=4, label=f"{name}validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means over a window centred on each value, a fiftieth of them wide."""
+    """Return the running mean of the values; the window is centred and spans 2% of all values."""
     half = len(values) // 100
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def plot_schedule(configs: Mapping[str, TrainConfig]) -> Figure:
-    """The learning rate of each step of one or several trainings, by name."""
+    """Draw the learning rate at each step for one or several named training configurations."""
     from MyGPT.training.optim import schedule_factor
 
-    figure = _figure(7, 3.2)
-    axes: Any = figure.subplots()
+    figure, axes = _line_figure(3.2, "learning rate of AdamW")
     for i, (name, config) in enumerate(configs.items()):
         rates = [config.learning_rate * schedule_factor(config, step) for step in range(config.max_steps)]
         axes.plot(rates, color=COLOURS[i % len(COLOURS)], label=name, linestyle=("-", "--", "-.", ":")[i % 4])
-    axes.set(xlabel="step", ylabel="learning rate of AdamW", ylim=(0, None))
+    axes.set_ylim(0, None)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
 
 
 def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) -> Figure:
-    """How much each token (row) takes from each token (column), a map a head; weights (H, T, T) of one layer and text.
+    """Draw the attention weights of one layer as a map for each head; rows are queries, columns are keys.
 
-    `trace(model, ids)["h.0.attn.weights"][0]` is such. first_head numbers the first of the maps.
+    Args:
+        weights: attention weights of one text, (H, T, T), such as `trace(model, ids)["h.0.attn.weights"][0]`.
+        labels: the T tokens as text (see `token_labels`).
+        first_head: number of the first head, for the titles.
     """
     H, T = weights.shape[0], weights.shape[1]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
@@ -127,7 +126,7 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         axes.tick_params(labelbottom=head + n_columns >= H)
     bar = figure.colorbar(image, ax=grid, shrink=0.6 if n_rows > 1 else 0.8, aspect=30)
     bar.set_label("attention weight")
-    figure.supxlabel("takes from", fontsize=10)
+    figure.supxlabel("attends to", fontsize=10)
     figure.supylabel("token", fontsize=10)
     return figure
 
@@ -135,10 +134,13 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
 def plot_layers(
     values: Tensor, columns: Sequence[str] | str, label: str, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """A number for each layer (row, the first below) and head or token (column): induction scores, effects of patching.
+    """Draw one number for each layer and each head or token, such as induction scores or the effects of patching.
 
-    values (L, N); columns are N texts, or what they are ("head"), to be numbered. limits are the values of the lightest
-    and the darkest colour; default the smallest and the largest.
+    Args:
+        values: the numbers, (L, N). Layer 0 is the bottom row.
+        columns: a label for each of the N columns, or one word such as "head" to number the columns.
+        label: the meaning of the numbers, for the colour bar.
+        limits: the values of the lightest and the darkest colour. The default is the smallest and the largest value.
     """
     L, N = values.shape
     numbered = isinstance(columns, str)
@@ -147,63 +149,62 @@ def plot_layers(
         raise ValueError(f"values has {N} columns, there are {len(labels)} labels")
     cell = min(0.7, (WIDTH - 2) / N)
     figure = _figure(max(4.0, cell * N + 2), max(1.8, min(0.5, cell) * L + 1))
-    axes: Any = figure.subplots()
-    low, high = limits or (None, None)
-    image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower", vmin=low, vmax=high)
-    names, every = _readable(labels, cell * N)
-    upright = max(map(len, names)) * 0.1 < cell * every
-    axes.set_xticks(range(0, N, every), names[::every], rotation=0 if upright else 90, parse_math=False, fontsize=9)
+    axes = _heat_map(figure, values, labels, cell * N, label, limits or (None, None))
     axes.set_yticks(range(L))
     axes.set(ylabel="layer", xlabel=columns if numbered else "token")
-    axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, pad=0.02).set_label(label)
     return figure
 
 
 def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figure:
-    """The likeliest next token after each layer, and how likely: lens (L + 1, T, V), one row of `inspect.logit_lens`.
+    """Draw the most likely next token and its probability as predicted after each layer (the logit lens).
 
-    Columns are the text's tokens, rows go from the embeddings (below) to the last layer, where the model's answer stands.
+    Columns are the tokens of the text. Rows are layers, from the embeddings at the bottom to the model's own prediction at
+    the top.
+
+    Args:
+        lens: logits of one text, (L + 1, T, V), such as `logit_lens(model, traced)[:, 0]`.
+        labels: the T tokens as text (see `token_labels`).
+        tokenizer: the tokenizer that names the predicted tokens.
     """
     n_depths, T, _ = lens.shape
     if len(labels) != T:
         raise ValueError(f"lens has {T} tokens, there are {len(labels)} labels")
     probabilities, best = lens.detach().float().softmax(-1).max(-1)  # (L + 1, T)
-    width = (WIDTH - 1.8) / T
+    width = WIDTH - 1.8
     figure = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2))
-    axes: Any = figure.subplots()
-    image = axes.imshow(_array(probabilities), cmap=LIGHT_TO_DARK, vmin=0, vmax=1, aspect="auto", origin="lower")
-    room = int(width / 0.088)  # characters of 9 points that fit into a cell
+    axes = _heat_map(figure, probabilities, labels, width, "probability of the most likely token", (0, 1))
+    room = int(width / T / 0.088)  # characters of 9 points that fit into a cell
     if room >= 2:
         for depth in range(n_depths):
             texts = shorten(_drawable(token_labels(tokenizer, best[depth].tolist())), room)
             for t, text in enumerate(texts):
                 colour = "white" if probabilities[depth, t] > 0.55 else "black"
                 axes.text(t, depth, text, ha="center", va="center", fontsize=9, color=colour, parse_math=False)
-    names, every = _readable(labels, WIDTH - 1.8)
-    upright = max(map(len, names)) * 0.1 < width * every
-    axes.set_xticks(range(0, T, every), names[::every], rotation=0 if upright else 90, parse_math=False, fontsize=9)
     step = max(1, math.ceil(n_depths / 14))
     ticks = sorted({*range(n_depths - 1, 0, -step), 0})
     axes.set_yticks(ticks, ["embeddings" if i == 0 else f"layer {i - 1}" for i in ticks], fontsize=9)
-    axes.tick_params(length=0)
-    axes.set_xlabel("after this token")
-    figure.colorbar(image, ax=axes, pad=0.02).set_label("probability of the likeliest")
+    axes.set_xlabel("predicted after this token")
     return figure
 
 
 def plot_sampling(
     logits: Tensor, config: SamplingConfig, tokenizer: Any, seen: Sequence[int] = (), n_tokens: int = 15
 ) -> Figure:
-    """One next-token distribution before and after each sampling filter that the config asks for, in their order.
+    """Draw the next-token probabilities before sampling filters and after each filter, in the order of their use.
 
-    logits (V,) of one position; seen are the ids for the repetition penalty. The n_tokens likeliest tokens have a bar,
-    all others share one; a token that a filter has ruled out is crossed.
+    A cross marks a token that a filter has removed.
+
+    Args:
+        logits: logits of one position, (V,).
+        config: the filters to apply.
+        tokenizer: the tokenizer that names the tokens.
+        seen: ids of the text so far, for the repetition penalty.
+        n_tokens: number of most likely tokens with a bar of their own; all others share one bar.
     """
     import torch
 
     if logits.dim() != 1:
-        raise ValueError(f"logits must be those of one position, (vocabulary,), got {tuple(logits.shape)}")
+        raise ValueError(f"logits must have the shape (vocabulary,), one position, got {tuple(logits.shape)}")
     n = min(n_tokens, len(logits))
     stages = _stages(logits.detach().float().cpu(), config, seen)
     best = torch.topk(stages[0][1], n).indices
@@ -217,13 +218,13 @@ def plot_sampling(
         bars = [*probabilities[best].tolist(), float(probabilities[others].sum())]
         axes.barh(range(n + 1), bars, color=[COLOURS[0]] * n + ["#BBBBBB"])
         for row, probability in enumerate(bars):
-            if probability > 0:  # beside the bar, or at the edge that it runs over
+            if probability > 0:  # beside the bar, or inside the panel if the bar is too long
                 place = min(probability, 0.66 * longest)
                 axes.text(place, row, f" {_percent(probability)}", va="center", fontsize=8)
             else:
                 axes.plot(0.05, row, "x", color=COLOURS[1], markersize=5, transform=axes.get_yaxis_transform())
         kept = int((probabilities > 0).sum())
-        axes.set_title(f"{title}\n{kept:,} possible" if i else f"{title}\n{len(logits):,} tokens", fontsize=9)
+        axes.set_title(f"{title}\n{kept:,} left" if i else f"{title}\n{len(logits):,} tokens", fontsize=9)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xticks([])
@@ -233,14 +234,14 @@ def plot_sampling(
 
 
 def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """A name and the probabilities (V,) for the model's own distribution and after each filter that is on."""
+    """Return a name and the probabilities (V,) for the unfiltered distribution and after each active filter."""
     import torch
 
     from MyGPT.sampling import SamplingConfig, filter_logits
 
     mask = torch.zeros(1, len(logits), dtype=torch.bool)
     mask[0, list(seen)] = True
-    stages, so_far = [("the model's", logits.softmax(-1))], SamplingConfig(temperature=1.0)
+    stages, so_far = [("unfiltered", logits.softmax(-1))], SamplingConfig(temperature=1.0)
     for name in _FILTER_NAMES:
         value = getattr(config, name)
         if value is None or (name, value) == ("temperature", 1.0):
@@ -255,11 +256,11 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
 
 
 def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int = 8) -> Figure:
-    """For each of some tokens the k tokens whose embeddings are most like its own, by the cosine between them."""
+    """Draw, for each given token id, the k tokens whose embeddings have the largest cosine similarity to its own."""
     from MyGPT.inside.tracing import nearest_tokens
 
     if not ids:
-        raise ValueError("there is no token to find neighbours of")
+        raise ValueError("ids must hold at least one token, got none")
     n_columns = min(len(ids), 4)
     n_rows = math.ceil(len(ids) / n_columns)
     figure = _figure(2.25 * n_columns, (0.2 * k + 0.6) * n_rows)
@@ -277,12 +278,12 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelsize=8, labelbottom=i + n_columns >= len(ids))
-    figure.supxlabel("cosine", fontsize=10)
+    figure.supxlabel("cosine similarity", fontsize=10)
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the figure in the format that the name ends in (png, svg, pdf)."""
+    """Write the figure to a file in the format of its suffix: .png (the default), .svg or .pdf."""
     kind = Path(path).suffix.lstrip(".") or "png"
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"a figure is written as .png, .svg or .pdf, got {path}")
@@ -291,23 +292,50 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches."""
+    # Not pyplot, which would keep every figure in memory and choose a backend.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _line_figure(height: float, ylabel: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes for curves over training steps."""
+    figure = _figure(7, height)
+    axes: Any = figure.subplots()
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _heat_map(
+    figure: Figure, values: Tensor, labels: Sequence[str], width: float, label: str, limits: tuple[Any, Any]
+) -> Any:
+    """Draw values (L, N) with row 0 at the bottom and labels below columns that span `width` inches; return the axes."""
+    axes: Any = figure.subplots()
+    low, high = limits
+    image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower", vmin=low, vmax=high)
+    names, every = _readable(labels, width)
+    is_horizontal = max(map(len, names)) * 0.1 < width / len(labels) * every
+    ticks, angle = range(0, len(labels), every), 0 if is_horizontal else 90
+    axes.set_xticks(ticks, names[::every], rotation=angle, parse_math=False, fontsize=9)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, pad=0.02).set_label(label)
+    return axes
+
+
 def _array(values: Tensor) -> Any:
-    """As matplotlib wants it: it asks numpy for a copy in a way that tensors do not know."""
+    """Return the values as a float32 numpy array; matplotlib cannot convert tensors itself."""
     return values.detach().float().cpu().numpy()
 
 
 def _readable(labels: Sequence[str], inches: float) -> tuple[list[str], int]:
-    """Labels that can be drawn along so many inches, and of how many one is to be, so that they do not touch."""
+    """Return labels shortened to fit, and the tick spacing that keeps them from overlapping."""
     return shorten(_drawable(labels), 12), math.ceil(len(labels) / max(1, int(inches / 0.09)))
 
 
 def _drawable(labels: Sequence[str]) -> list[str]:
-    """The labels, an escape for each character that matplotlib's font has no shape for."""
+    """Return the labels with an escape sequence for each character that matplotlib's font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     shapes = get_font(findfont(FontProperties())).get_charmap()
@@ -315,6 +343,7 @@ def _drawable(labels: Sequence[str]) -> list[str]:
 
 
 def _percent(probability: float) -> str:
+    """Return the probability as text, such as "12 %", "1.2 %" or "< 0.1 %"."""
     if probability < 0.001:
         return "< 0.1 %"
     return f"{100 * probability:.0f} %" if probability >= 0.1 else f"{100 * probability:.1f} %"

@@ -1,54 +1,64 @@
-"""Looking inside a model while it runs: what every part computed, what each layer would say, what a part is needed for.
+"""Record and edit the activations of a GPTModel during its forward pass.
 
-All of it through torch's hooks for as long as one looks: the model's own code does not know, and costs nothing more.
+All functions use torch's forward hooks and remove them afterwards, so the model's code stays unchanged and as fast as
+before.
 
-B batch, T time, C embedding width, H heads, D = C // H, V vocabulary, L layers. A place in the model is called by its
-name in the checkpoint without "transformer." (`places` lists them):
+B batch, T time, C embedding width, H heads, D = C // H, V vocabulary, L layers. Each activation has a place, named after
+its module in the checkpoint without "transformer."; `places` lists the places of a model:
 
-    wte, wpe             tokens and positions as vectors, (B, T, C) and (T, C), or (B, T, C) with an attention_mask
-    embeddings           their sum, where the residual stream begins, (B, T, C)
-    h.3.ln_1             what the attention of layer 3 reads, (B, T, C)
-    h.3.attn.q, .k, .v   queries, keys, values, (B, H, T, D)
-    h.3.attn.weights     how much each token (row) takes from each token (column), (B, H, T, T); a row sums to 1
-    h.3.attn.heads       what each head gathered, (B, H, T, D)
-    h.3.attn             what attention adds to the residual stream, (B, T, C)
-    h.3.after_attn       the residual stream then, (B, T, C)
-    h.3.ln_2             what the MLP reads, (B, T, C)
-    h.3.mlp.c_fc         the MLP's neurons before GELU, (B, T, 4 C)
-    h.3.mlp.activations  and after it, (B, T, 4 C)
-    h.3.mlp              what the MLP adds to the residual stream, (B, T, C)
+    wte, wpe             token and position embeddings, (B, T, C) and (T, C); wpe is (B, T, C) with an attention_mask
+    embeddings           their sum, the input of the first layer, (B, T, C)
+    h.3.ln_1             the input of attention in layer 3, (B, T, C)
+    h.3.attn.q, .k, .v   queries, keys and values, (B, H, T, D)
+    h.3.attn.weights     attention weights of each query (row) over the keys (columns), (B, H, T, T); a row sums to 1
+    h.3.attn.heads       the output of each head, before the projection c_proj, (B, H, T, D)
+    h.3.attn             the output of attention, which is added to the residual stream, (B, T, C)
+    h.3.after_attn       the residual stream after attention, (B, T, C)
+    h.3.ln_2             the input of the MLP, (B, T, C)
+    h.3.mlp.c_fc         the neurons of the MLP before GELU, (B, T, 4 C)
+    h.3.mlp.activations  the neurons of the MLP after GELU, (B, T, 4 C)
+    h.3.mlp              the output of the MLP, which is added to the residual stream, (B, T, C)
     h.3                  the residual stream after the layer, (B, T, C)
-    ln_f, logits         what the output head reads, (B, T, C), and what it says, (B, T, V)
+    ln_f, logits         the input of the output head, (B, T, C), and its output, (B, T, V)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel, plain_attention
 
-# The places that can be edited: the module that they go into or come out of.
-_DOORS = {"wte": ("wte", "out"), "wpe": ("wpe", "out"), "embeddings": ("h.0", "in"), "ln_f": ("ln_f", "out")}
-_DOORS_OF_LAYER = {
-    ".ln_1": (".ln_1", "out"),
-    ".attn.heads": (".attn.c_proj", "in"),
-    ".attn": (".attn", "out"),
-    ".ln_2": (".ln_2", "out"),
-    ".mlp.c_fc": (".mlp.c_fc", "out"),
-    ".mlp.activations": (".mlp.c_proj", "in"),
-    ".mlp": (".mlp", "out"),
-    "": ("", "out"),
+Edit = Callable[[Tensor], Tensor]
+"""A function from an activation to its replacement of the same shape."""
+
+# The places that `edit` accepts, each with a module and whether the activation is its input or its output.
+_EDITABLE = {
+    "wte": ("wte", "output"),
+    "wpe": ("wpe", "output"),
+    "embeddings": ("h.0", "input"),
+    "ln_f": ("ln_f", "output"),
+}
+_EDITABLE_IN_LAYER = {
+    ".ln_1": (".ln_1", "output"),
+    ".attn.heads": (".attn.c_proj", "input"),
+    ".attn": (".attn", "output"),
+    ".ln_2": (".ln_2", "output"),
+    ".mlp.c_fc": (".mlp.c_fc", "output"),
+    ".mlp.activations": (".mlp.c_proj", "input"),
+    ".mlp": (".mlp", "output"),
+    "": ("", "output"),
 }
 
 
 class Trace(dict[str, Tensor]):
-    """The activation at every place of one forward pass, in the order of the pass."""
+    """The activations of one forward pass by place, in the order in which they are computed."""
 
     @property
     def attention(self) -> Tensor:
@@ -57,12 +67,12 @@ class Trace(dict[str, Tensor]):
 
     @property
     def residual(self) -> Tensor:
-        """The residual stream: the embeddings, then what it is after each layer, (L + 1, B, T, C)."""
+        """The residual stream after the embeddings and after each layer, (L + 1, B, T, C)."""
         return torch.stack([self["embeddings"], *(self[f"h.{i}"] for i in range(len(self.attention)))])
 
 
 def places(model: GPTModel) -> list[str]:
-    """The names of all places, in the order of the forward pass."""
+    """Return the names of all places of the model, in the order of the forward pass."""
     _require_gpt(model)
     of_layer = [".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn"]
     of_layer += [".ln_2", ".mlp.c_fc", ".mlp.activations", ".mlp", ""]
@@ -72,55 +82,68 @@ def places(model: GPTModel) -> list[str]:
 
 @torch.no_grad()
 def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
-    """Every activation of the forward pass on ids (B, T) int64, in evaluation mode and without gradients.
+    """Run the model in evaluation mode without gradients and return all its activations.
 
-    attention_mask (B, T) is that of `GPTModel.forward`. Inside `edit` and what is made of it the edited pass is traced.
-    The attention weights, which torch's fused kernel never holds, are computed beside it: they alone are L B H T² numbers.
+    torch's fused attention kernel does not return the attention weights, so they are computed a second time. They take
+    L * B * H * T² numbers, which is most of the memory for a long text.
+
+    Args:
+        model: the model to run. Edits that are active (see `edit`) take effect and appear in the trace.
+        ids: token ids, (B, T) int64.
+        attention_mask: 1 for tokens and 0 for padding, (B, T), as in `GPTModel.forward`.
     """
     _require_gpt(model)
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
-    def keep(place: str) -> Callable[[Tensor], Tensor]:
-        return lambda value: found.setdefault(place, value)
+    def record(place: str) -> Edit:
+        return lambda value: activations.setdefault(place, value)
 
     with evaluation_mode(model), ExitStack() as hooks:
-        hooks.enter_context(edit(model, {place: keep(place) for place in _doors(model)}))
+        hooks.enter_context(edit(model, {place: record(place) for place in _editable(model)}))
         for i, block in enumerate(model.transformer.h):
-            hooks.enter_context(_hook_in(block.ln_2, keep(f"h.{i}.after_attn")))
-            hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", found))
-        found["logits"] = model(ids, attention_mask=attention_mask)
-    return Trace((place, found[place]) for place in places(model))
+            hooks.enter_context(_hook_input(block.ln_2, record(f"h.{i}.after_attn")))
+            hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", activations))
+        activations["logits"] = model(ids, attention_mask=attention_mask)
+    return Trace((place, activations[place]) for place in places(model))
 
 
 @contextmanager
-def edit(model: GPTModel, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Within the block each of these places holds what its function makes of the activation there.
-
-    A function takes and returns a tensor of the shape that the head of this file tells. It acts on all that runs the
-    model: `trace`, `generate` (with the cache T is the number of new tokens), a loss. Queries, keys, values, attention
-    weights, the residual stream between attention and MLP, and the logits can be read but not edited.
+def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Replace activations within a `with` block by the results of functions.
 
         with edit(model, {"h.3.mlp": lambda x: x - x.mean(dim=(0, 1))}):
             ...
+
+    The edits apply to everything that runs the model: `trace`, `generate` (where T is the number of new tokens if the
+    cache is used), a loss. Queries, keys, values, attention weights, the residual stream between attention and MLP, and
+    the logits cannot be edited.
+
+    Args:
+        model: the model to edit. Its weights do not change.
+        edits: a function for each place to edit. The function receives the activation and returns a tensor of the same
+            shape.
+
+    Raises:
+        ValueError: a place cannot be edited, or a function returns another shape.
     """
     _require_gpt(model)
-    doors = _doors(model)
+    editable = _editable(model)
     with ExitStack() as hooks:
         for place, function in edits.items():
-            if place not in doors:
-                raise ValueError(f"no place {place!r} can be edited; there are {', '.join(_abridged(doors))}")
-            name, side = doors[place]
+            if place not in editable:
+                raise ValueError(f"the place {place!r} cannot be edited; choose from {', '.join(_abridged(editable))}")
+            name, side = editable[place]
             checked = _same_shape(place, function)
             if place.endswith(".attn.heads"):
                 checked = _by_head(checked, model.config.n_heads)
             module = model.transformer.get_submodule(name)
-            hooks.enter_context(_hook_in(module, checked) if side == "in" else _hook_out(module, checked))
+            hooks.enter_context(_hook_input(module, checked) if side == "input" else _hook_output(module, checked))
         yield
 
 
 @contextmanager
 def ablate_heads(model: GPTModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Within the block these attention heads, (layer, head) counted from 0, gather nothing: their outputs are zero."""
+    """Set the output of attention heads to zero within a `with` block; heads are (layer, head), counted from 0."""
     _require_gpt(model)
     of_layer: dict[int, list[int]] = {}
     for layer, head in heads:
@@ -128,16 +151,16 @@ def ablate_heads(model: GPTModel, heads: Iterable[tuple[int, int]]) -> Iterator[
         _check_number("head", head, model.config.n_heads)
         of_layer.setdefault(layer, []).append(head)
 
-    def without(silent: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        return lambda gathered: gathered.index_fill(1, torch.tensor(silent, device=gathered.device), 0.0)
+    def zero(ablated: list[int]) -> Edit:
+        return lambda outputs: outputs.index_fill(1, torch.tensor(ablated, device=outputs.device), 0.0)
 
-    with edit(model, {f"h.{layer}.attn.heads": without(silent) for layer, silent in of_layer.items()}):
+    with edit(model, {f"h.{layer}.attn.heads": zero(ablated) for layer, ablated in of_layer.items()}):
         yield
 
 
 @contextmanager
 def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
-    """Within the block the MLPs of these layers, counted from 0, add nothing to the residual stream."""
+    """Set the output of the MLPs of some layers, counted from 0, to zero within a `with` block."""
     _require_gpt(model)
     layers = list(layers)
     for layer in layers:
@@ -148,13 +171,21 @@ def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) -> Iterator[None]:
-    """Within the block a place holds what it held in another forward pass of the same shape.
+    """Replace an activation within a `with` block by its value in another forward pass (activation patching).
 
-    With an index only that token (of h.i.attn.heads that head) is replaced, on all rows: activation patching, causal
-    tracing (Vig et al., 2020; Meng et al., 2022).
+    The method is also known as causal tracing (Vig et al., 2020; Meng et al., 2022).
+
+    Args:
+        model: the model to patch.
+        source: the trace of the other forward pass, over a prompt of the same number of rows and tokens.
+        place: the place to replace, one that `edit` accepts.
+        index: the token to replace, or the head for "h.i.attn.heads", in all rows of the batch. None replaces everything.
+
+    Raises:
+        ValueError: the trace does not have the place or the index, or the shapes differ.
     """
     if place not in source:
-        raise ValueError(f"the trace has no place {place!r}; there are {', '.join(_abridged(source))}")
+        raise ValueError(f"the trace has no place {place!r}; choose from {', '.join(_abridged(source))}")
     value = source[place]
     dim = 1 if place.endswith(".attn.heads") else value.dim() - 2  # heads, or time
     if index is not None:
@@ -183,12 +214,21 @@ def patching_effects(
     metric: Callable[[Tensor], Tensor | float],
     part: Literal["", "attn", "mlp", "attn.heads"] = "",
 ) -> Tensor:
-    """What the metric becomes when one activation of the corrupted prompt is replaced by the clean prompt's: where in
-    the model the difference between the two lies.
+    """Measure a metric on the corrupted prompt while one activation at a time comes from the clean prompt.
 
-    clean and corrupted (B, T) int64; metric takes logits (B, T, V) to a number. Returns float64, (L, T) for the residual stream
-    after each layer (""), or for what its attention or MLP added, one token at a time; (L, H) for "attn.heads", one head
-    at a time. T or H forward passes a layer.
+    The result shows which layers and tokens, or which heads, cause the difference between the two prompts. The cost is
+    one forward pass per number of the result.
+
+    Args:
+        model: the model to examine.
+        clean: ids of the first prompt, (B, T) int64.
+        corrupted: ids of the second prompt, (B, T) int64.
+        metric: a function from logits (B, T, V) to a number.
+        part: the activation to replace. "" is the residual stream after the layer, "attn" and "mlp" are the outputs of
+            these parts, one token at a time; "attn.heads" is the output of one head at a time.
+
+    Returns:
+        The metric as float64, (L, T), or (L, H) for "attn.heads".
     """
     allowed = ("", "attn", "mlp", "attn.heads")
     if part not in allowed:
@@ -210,10 +250,13 @@ def patching_effects(
 
 @torch.no_grad()
 def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
-    """The logits (L + 1, B, T, V) that the model would give if it ended after the embeddings, or after each layer.
+    """Return the predictions if the model stopped after the embeddings or after each layer (the logit lens).
 
-    The final LayerNorm and the output head read the residual stream early (nostalgebraist, 2020); the last of them are
-    the model's own logits. Large: at 100 tokens 261 MB for GPT-2 124M in float32.
+    The final LayerNorm and the output head are applied to the residual stream of every layer (nostalgebraist, 2020).
+
+    Returns:
+        Logits (L + 1, B, T, V), of which the last are the model's own. They take 261 MB for 100 tokens of GPT-2 124M in
+        float32.
     """
     _require_gpt(model)
     return torch.stack([model.lm_head(model.transformer.ln_f(x)) for x in traced.residual])
@@ -221,12 +264,20 @@ def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
 
 @torch.no_grad()
 def induction_scores(model: GPTModel, length: int | None = None, n_sequences: int = 8, seed: int = 0) -> Tensor:
-    """How much of its attention each head gives to what followed the same token the time before, (L, H), from 0 to 1.
+    """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
 
-    Measured on `length` random tokens said twice, as Olsson et al. (2022) do: in the second half the mean weight on the
-    token after the earlier copy. Only a head that looks for repetition scores high, since nothing else links the two
-    (but a head that looks a fixed distance back does too: compare two lengths). length defaults to half the context, at
-    most 50.
+    The model reads `length` random tokens twice in a row, and the score is the mean attention weight in the second half
+    (Olsson et al., 2022). Random tokens have no other connection, so a high score means that the head searches for
+    repetitions. A head that attends to a fixed distance also scores high at one length: compare two lengths.
+
+    Args:
+        model: the model to examine.
+        length: number of random tokens. The default is half the context, at most 50.
+        n_sequences: number of random sequences to average over.
+        seed: seed of the random tokens.
+
+    Returns:
+        Scores from 0 to 1, (L, H).
     """
     _require_gpt(model)
     half = model.config.context_length // 2
@@ -243,9 +294,10 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """The k tokens whose embeddings point most nearly the same way as that of `id_`, itself left out.
+    """Return the k tokens whose embeddings have the largest cosine similarity to that of `id_`, excluding itself.
 
-    Ids (k,) int64 and cosines (k,), the largest first.
+    Returns:
+        Ids (k,) int64 and their cosine similarities (k,), in descending order.
     """
     _require_gpt(model)
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
@@ -257,59 +309,48 @@ def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tens
     return best.indices, best.values
 
 
-def _doors(model: GPTModel) -> dict[str, tuple[str, str]]:
-    """Every place that can be edited: the name of a module, and whether the activation goes in or comes out there."""
+def _editable(model: GPTModel) -> dict[str, tuple[str, str]]:
+    """Return the module of each editable place, and whether the activation is its "input" or its "output"."""
     in_layers = {
         f"h.{i}{place}": (f"h.{i}{module}", side)
         for i in range(model.config.n_layers)
-        for place, (module, side) in _DOORS_OF_LAYER.items()
+        for place, (module, side) in _EDITABLE_IN_LAYER.items()
     }
-    return {**_DOORS, **in_layers}
+    return {**_EDITABLE, **in_layers}
+
+
+def _hook_input(module: Any, function: Edit) -> RemovableHandle:
+    """Apply `function` to the first argument of the module; leaving the handle's `with` block removes the hook."""
+    return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+
+
+def _hook_output(module: Any, function: Edit) -> RemovableHandle:
+    """Apply `function` to the output of the module; leaving the handle's `with` block removes the hook."""
+    return module.register_forward_hook(lambda _, args, output: function(output))
 
 
 @contextmanager
-def _hook_in(module: Any, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _hook_out(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, args, output: function(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _record_attention(attn: Any, name: str, found: dict[str, Tensor]) -> Iterator[None]:
-    """Puts queries, keys, values and weights into `found`."""
+def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> Iterator[None]:
+    """Store queries, keys, values and attention weights in `activations` within a `with` block."""
 
     def record_qkv(projected: Tensor) -> Tensor:
         B, T, _ = projected.shape
         q, k, v = projected.view(B, T, 3, attn.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        found.update({f"{name}.q": q, f"{name}.k": k, f"{name}.v": v})
+        activations.update({f"{place}.q": q, f"{place}.k": k, f"{place}.v": v})
         return projected
 
     def record_weights(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        q, k, mask = found[f"{name}.q"], found[f"{name}.k"], args[1]
-        # Attention to one-hot values gathers the weights themselves.
-        found[f"{name}.weights"] = plain_attention(q, k, torch.eye(k.shape[2], dtype=k.dtype, device=k.device), mask)
+        q, k, mask = activations[f"{place}.q"], activations[f"{place}.k"], args[1]
+        # Attention over one-hot values returns the attention weights.
+        one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        activations[f"{place}.weights"] = plain_attention(q, k, one_hot, mask)
 
-    handle = attn.register_forward_hook(record_weights)
-    try:
-        with _hook_out(attn.c_attn, record_qkv):
-            yield
-    finally:
-        handle.remove()
+    with attn.register_forward_hook(record_weights), _hook_output(attn.c_attn, record_qkv):
+        yield
 
 
-def _by_head(function: Callable[[Tensor], Tensor], n_heads: int) -> Callable[[Tensor], Tensor]:
-    """A function of (B, H, T, D) as one of (B, T, C)."""
+def _by_head(function: Edit, n_heads: int) -> Edit:
+    """Turn a function of (B, H, T, D) into a function of (B, T, C)."""
 
     def of_joined(joined: Tensor) -> Tensor:
         heads = joined.unflatten(2, (n_heads, -1)).transpose(1, 2)
@@ -318,12 +359,14 @@ def _by_head(function: Callable[[Tensor], Tensor], n_heads: int) -> Callable[[Te
     return of_joined
 
 
-def _same_shape(place: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _same_shape(place: str, function: Edit) -> Edit:
+    """Make the function raise a ValueError if its result has another shape than its argument."""
+
     def checked(activation: Tensor) -> Tensor:
         edited = function(activation)
         if edited.shape != activation.shape:
             raise ValueError(
-                f"the edit of {place} gave shape {tuple(edited.shape)}, the activation has {tuple(activation.shape)}"
+                f"the edit of {place} returned shape {tuple(edited.shape)}, the activation has {tuple(activation.shape)}"
             )
         return edited
 
@@ -331,7 +374,7 @@ def _same_shape(place: str, function: Callable[[Tensor], Tensor]) -> Callable[[T
 
 
 def _abridged(all_places: Iterable[str]) -> list[str]:
-    """The places, those of the first layer standing for all."""
+    """Return the places with those of layer 0, written as h.i, in place of those of all layers."""
     return [
         place.replace("h.0", "h.i") for place in all_places if not place.startswith("h.") or place.startswith("h.0")
     ]
@@ -340,10 +383,11 @@ def _abridged(all_places: Iterable[str]) -> list[str]:
 def _require_gpt(model: object) -> None:
     if not isinstance(model, GPTModel):
         raise TypeError(
-            f"only a GPTModel can be looked into, got {type(model).__name__} (of PEFT's give model.get_base_model())"
+            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass model.get_base_model())"
         )
 
 
 def _check_number(name: str, value: object, count: int) -> None:
+    """Raise a ValueError unless the value is an integer from 0 to count - 1."""
     if type(value) is not int or not 0 <= value < count:
         raise ValueError(f"{name} must be a whole number from 0 to {count - 1}, got {value!r}")

@@ -1,11 +1,11 @@
-"""A run's state on disk: all that the next step depends on, whole or not there.
+"""Checkpoints: everything the next training step depends on, stored completely or not at all.
 
-`checkpoints/step-000500/` has weights.safetensors (the parameters that are trained), optimizer.safetensors (what the
-optimizers remember of each, as parameter/key), state.json (the counters, the random states, the recipe, the versions) and
-manifest.json (length and SHA-256 of the others); `checkpoints/latest` names the newest. There is no pickle in it.
+`checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer state of
+each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and manifest.json (size
+and SHA-256 of the other files). `checkpoints/latest` names the newest checkpoint. None of the files is a pickle.
 
-A checkpoint is written beside its place, flushed to the disk and renamed; then `latest` moves; then older ones go. A kill at
-any moment leaves the one before.
+A checkpoint is written to a temporary directory, flushed to the disk and renamed; then `latest` is updated; then old
+checkpoints are removed. If the process is killed at any moment, the previous checkpoint is still complete.
 """
 
 from __future__ import annotations
@@ -15,44 +15,47 @@ import random
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
+from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.directory import read_safetensors, write_safetensors
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _LATEST = "latest"
-# The library draws from generators of its own; these two are for code beside it, such as a user's batches.
+_CONTEXT = ("lengths", "recipe", "data", "machine", "random")
+# The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.
 _numpy_random: Any = np.random
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two steps, in memory of its own: training may go on while it is written."""
+    """A copy of a run between two steps. Training can continue while the copy is written."""
 
-    step: int
+    state: RunState
     weights: dict[str, Tensor]
+    """The trained parameters by name."""
     optimizer: dict[str, Tensor]
-    """Each tensor as `parameter/key`."""
-    state: dict[str, Any]
-    """What JSON can hold. `val_loss` is that of this step, or None if it was not evaluated."""
+    """The optimizer state, named `parameter/key`."""
+    context: dict[str, dict[str, Any]]
+    """JSON values: `lengths` of the run's growing files, `recipe`, `data` fingerprints, `machine`, `random` states."""
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
-    """Writes a checkpoint into the run's `checkpoints` directory, and points `latest` to it."""
-    path = directory / f"step-{snapshot.step:06d}"
+    """Write a checkpoint to a run's `checkpoints` directory, let `latest` name it, and return its path."""
+    path = directory / _name(snapshot.state.step)
     with atomic_directory(path, replaces=("*",)) as temporary:
         for name, tensors in ((_WEIGHTS, snapshot.weights), (_OPTIMIZER, snapshot.optimizer)):
             write_safetensors(temporary / name, tensors, shown_as=path / name)
-        _write_json(temporary / _STATE, {"step": snapshot.step, **snapshot.state})
+        _write_json(temporary / _STATE, {**snapshot.state.to_json(), **snapshot.context})
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(temporary.iterdir())
         }
@@ -63,63 +66,93 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """A checkpoint, every byte of it checked. A damaged one is a ValueError or an OSError that names the file."""
+    """Read a checkpoint and verify every byte of it.
+
+    Raises:
+        IncompatibleCheckpointError: another version of MyGPT wrote the checkpoint, and something is missing from it.
+        ValueError, OSError: the checkpoint is damaged. The message names the damaged file.
+    """
     manifest = read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or set(manifest) != {_WEIGHTS, _OPTIMIZER, _STATE}:
-        raise ValueError(f"{path / _MANIFEST} names other files than a checkpoint has")
+        raise ValueError(f"{path / _MANIFEST} does not list the files of a checkpoint")
     for name, expected in manifest.items():
         file = path / name
         if not isinstance(expected, dict) or file.stat().st_size != expected.get("bytes"):
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, not those of which the manifest tells")
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, which is not the size in the manifest")
         if sha256_of(file) != expected.get("sha256"):
-            raise ValueError(f"{file} is damaged: its SHA-256 is not the manifest's")
-    state = read_json(path / _STATE)
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one in the manifest")
+    content = read_json(path / _STATE)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path / _STATE} must hold a JSON object, got {content!r:.80}")
+    try:
+        state = RunState.from_json(content)
+        context = {name: _object(content, name) for name in _CONTEXT}
+    except IncompatibleCheckpointError as error:
+        raise IncompatibleCheckpointError(f"{path} {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path / _STATE}: {error}") from None
     weights, optimizer = (
         {name: lazy.load().clone() for name, lazy in read_safetensors(path / file)} for file in (_WEIGHTS, _OPTIMIZER)
     )
-    return Snapshot(state["step"], weights, optimizer, state)
+    return Snapshot(state, weights, optimizer, context)
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether there is anything in a run that looks like a checkpoint."""
+    """Return True if a run's directory contains a checkpoint, complete or not."""
     return bool(_by_step(run / CHECKPOINTS))
 
 
 def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
-    """The newest whole checkpoint, and a sentence for each newer one that is damaged. None that is whole is a ValueError."""
+    """Return the newest complete checkpoint, and one sentence for each newer one that is damaged.
+
+    Raises:
+        IncompatibleCheckpointError: another version of MyGPT wrote the newest complete checkpoint.
+        ValueError: the directory has no complete checkpoint.
+    """
     newest_first = list(reversed(_by_step(directory).values()))
     latest = directory / _LATEST
-    if latest.is_file():  # after a step back it is not the one with the highest number
+    if (
+        latest.is_file()
+    ):  # After a return to an earlier step, the newest checkpoint is not the one with the highest number.
         name = latest.read_bytes().decode("utf-8", "replace").strip()
         newest_first.sort(key=lambda path: path.name != name)
     problems: list[str] = []
     for path in newest_first:
         try:
             return read_snapshot(path), problems
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except IncompatibleCheckpointError:
+            raise
+        except (ValueError, OSError) as error:
             problems.append(f"{path} is not used: {error}")
-    raise ValueError(f"there is no whole checkpoint in {directory}" + "".join(f"; {problem}" for problem in problems))
+    raise ValueError(f"there is no complete checkpoint in {directory}" + "".join(f"; {it}" for it in problems))
 
 
 def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> None:
-    """Removes checkpoints before `step` but for the last ones and those of the lowest validation loss.
+    """Remove checkpoints up to `step`, except the newest and those with the lowest validation loss.
 
-    Those after it are of a future that a step back has left, and are written over when it comes again.
+    Checkpoints after `step` remain: they belong to a run that was resumed from an earlier step, which will overwrite them.
+
+    Args:
+        directory: a run's `checkpoints` directory.
+        step: the step of the checkpoint just written.
+        keep_last: how many of the newest checkpoints to keep.
+        keep_best: how many of the checkpoints with the lowest validation loss to keep as well.
     """
-    past = [path for of_path, path in _by_step(directory).items() if of_path <= step]
+    past = [path for path_step, path in _by_step(directory).items() if path_step <= step]
     kept = set(past[-keep_last:])
     if keep_best:
         losses = {path: loss for path in past if (loss := _val_loss(path)) is not None}
         kept |= set(sorted(losses, key=losses.__getitem__)[:keep_best])
     for path in past:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)  # what stays of it is no longer whole, and is tried again
+            shutil.rmtree(path, ignore_errors=True)  # Whatever cannot be removed now is tried again next time.
 
 
 class CheckpointWriter:
-    """Writes snapshots in the background, one at a time.
+    """Writes snapshots in a background thread, one at a time.
 
-    One that cannot be written is told, and the run goes on: those before it are still there, and the next may succeed.
+    A snapshot that cannot be written does not end the run, because the earlier checkpoints still exist and the next one
+    may succeed. `take_failure` returns the error.
     """
 
     def __init__(self, directory: Path, keep_last: int, keep_best: int) -> None:
@@ -127,29 +160,34 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.written: Path | None = None
-        """The newest that is whole on the disk."""
+        """The newest complete checkpoint of this writer."""
         self.n_written = 0
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def is_busy(self) -> bool:
+        """True while a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begins to write; only while nothing else is being written."""
+        """Begin to write a snapshot. The writer must not be busy."""
         assert not self.is_busy
-        # A daemon: a process that is told to stop at once does not wait for it. What is half written has no name.
+        # A daemon thread does not delay a process that must exit at once; an unfinished checkpoint is never used.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
 
-    def take_failure(self) -> BaseException | None:
-        """Why the last snapshot could not be written, asked for the first time; None if it was."""
+    def has_written(self, step: int) -> bool:
+        """Return True if the newest complete checkpoint is that of `step`."""
+        return self.written is not None and self.written.name == _name(step)
+
+    def take_failure(self) -> Exception | None:
+        """Return the error of the last failed write and forget it; None if there was no error."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -158,45 +196,66 @@ class CheckpointWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.written = write_snapshot(self.directory, snapshot)
             self.n_written += 1
-            remove_old(self.directory, snapshot.step, self.keep_last, self.keep_best)
-        except Exception as error:  # told by the thread that trains
+            remove_old(self.directory, snapshot.state.step, self.keep_last, self.keep_best)
+        except Exception as error:  # The training thread reports it.
             self._failure = error
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every generator whose state is in `random_states`."""
+    """Seed every generator whose state `random_states` returns."""
     random.seed(seed)
     _numpy_random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def optimizer_tensors(optimizers: list[Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """What the optimizers remember, as `parameter/key`."""
-    return {
-        f"{names[parameter]}/{key}": value
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def take_snapshot(
+    model: nn.Module, optimizers: list[Optimizer], state: RunState, context: dict[str, dict[str, Any]]
+) -> Snapshot:
+    """Return a copy of a run in main memory; `context` lacks only the random states."""
+    weights = trained_parameters(model)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in weights.items()}
+    tensors = {
+        f"{names[parameter]}/{key}": tensor
         for optimizer in optimizers
-        for parameter, remembered in optimizer.state.items()
-        for key, value in remembered.items()
+        for parameter, by_key in optimizer.state.items()
+        for key, tensor in by_key.items()
     }
+    copies = [{name: _copy_to_cpu(tensor) for name, tensor in group.items()} for group in (weights, tensors)]
+    return Snapshot(replace(state), copies[0], copies[1], {**context, "random": random_states()})
 
 
-def load_optimizer_tensors(
-    optimizers: list[Optimizer], names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Gives the optimizers back what `optimizer_tensors` took of them."""
-    remembered: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        remembered.setdefault(parameter, {})[key] = tensor
+def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
+    """Load a snapshot into the model, its optimizers and the random generators, and return its counters.
+
+    Raises ValueError if the snapshot trains other parameters than `model`.
+    """
+    weights = trained_parameters(model)
+    if weights.keys() != snapshot.weights.keys():
+        raise ValueError(f"the checkpoint of step {snapshot.state.step} trains other parameters than this run")
+    with torch.no_grad():
+        for name, tensor in snapshot.weights.items():
+            weights[name].copy_(tensor)
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in snapshot.optimizer.items():
+        name, _, key = path.rpartition("/")
+        by_parameter.setdefault(name, {})[key] = tensor
+    names = {parameter: name for name, parameter in weights.items()}
     for optimizer in optimizers:
-        content = optimizer.state_dict()  # torch numbers the parameters through all groups
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        content["state"] = {i: remembered[names[p]] for i, p in enumerate(parameters) if names[p] in remembered}
+        content = optimizer.state_dict()  # torch numbers the parameters across all groups.
+        trained = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        content["state"] = {i: by_parameter[name] for i, name in enumerate(trained) if name in by_parameter}
         optimizer.load_state_dict(content)
+    restore_random_states(snapshot.context["random"])
+    return replace(snapshot.state)
 
 
 def random_states() -> dict[str, Any]:
-    """The states of every generator that is not seeded anew where it is used."""
+    """Return the states of the global random generators as JSON values."""
     version, integers, gauss = random.getstate()
     kind, keys, *rest = _numpy_random.get_state(legacy=True)
     states: dict[str, Any] = {
@@ -204,7 +263,7 @@ def random_states() -> dict[str, Any]:
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _hex(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # A run on the CPU must not occupy the GPUs.
         states["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]
     if torch.backends.mps.is_available():
         states["mps"] = _hex(torch.mps.get_rng_state())
@@ -212,7 +271,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Puts the generators where `random_states` found them; a device that is not here any more is left out."""
+    """Restore the states that `random_states` returned. States of devices that this machine lacks are ignored."""
     version, integers, gauss = states["python"]
     random.setstate((version, tuple(integers), gauss))
     kind, keys, *rest = states["numpy"]
@@ -224,6 +283,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(_from_hex(states["mps"]))
 
 
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def _hex(state: Tensor) -> str:
     return state.numpy().tobytes().hex()
 
@@ -233,12 +296,26 @@ def _from_hex(text: str) -> Tensor:
 
 
 def _by_step(directory: Path) -> dict[int, Path]:
-    """The checkpoints of a directory in the order of their steps, whole or not."""
+    """Return the checkpoints of a directory by step, in ascending order, complete or not."""
     paths = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
     return dict(sorted(paths.items()))
 
 
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _object(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the JSON object `content[name]`."""
+    if name not in content:
+        raise IncompatibleCheckpointError(f"lacks {name}: another version of MyGPT wrote it")
+    if not isinstance(content[name], dict):
+        raise ValueError(f"{name} must be a JSON object, got {content[name]!r:.80}")
+    return content[name]
+
+
 def _val_loss(path: Path) -> float | None:
+    """Return the validation loss of a checkpoint; None if there is none, or the checkpoint is damaged."""
     try:
         loss = read_json(path / _STATE).get("val_loss")
     except (ValueError, OSError, AttributeError):

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from MyGPT.config import TrainingPrecision
 from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainConfig:
     """Maximum norm of the gradient; larger gradients are scaled down. 0 turns clipping off."""
     order: Order = "random"
     """Order of the training windows: drawn at random, shuffled in each epoch, or in the order of the text."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Precision of matrix products; auto uses bf16 where it is faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
@@ -137,7 +137,7 @@ class TrainConfig:
         for name, allowed in (
             ("schedule", Schedule),
             ("optimizer", OptimizerName),
-            ("precision", Precision),
+            ("precision", TrainingPrecision),
             ("order", Order),
         ):
             if getattr(self, name) not in get_args(allowed):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from MyGPT import GPT2_CONFIGS, GPTConfig, GPTModel
 from MyGPT.cli import main
-from MyGPT.memory import cache_bytes, generation_bytes, parameters_by_part, training_memory
+from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part, training_memory
 
 CONFIG = GPTConfig(vocab_size=100, context_length=64, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
 B, T, C = 3, 64, 64

@@ -1,0 +1,261 @@
+"""What a model costs, computed from its sizes: parameters, floating-point operations (FLOPs), memory and training time.
+
+Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
+Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
+`benchmarks/memory_estimates.py` measures the error of the estimates.
+B sequences, T tokens per sequence, C embedding width, H heads, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from MyGPT.config import GPTConfig
+from MyGPT.loss import MAX_LOGITS
+
+# --- parameters
+
+
+def parameters_by_part(config: GPTConfig) -> dict[str, int]:
+    """Return the number of parameters of each part of the model. A tied output head has none of its own."""
+    V, T, C, L = config.vocab_size, config.context_length, config.emb_dim, config.n_layers
+    return {
+        "token embedding": V * C,
+        "position embedding": T * C,
+        "attention": L * (4 * C * C + C + (3 * C if config.qkv_bias else 0)),
+        "MLP": L * (8 * C * C + 5 * C),
+        "LayerNorms": (2 * L + 1) * 2 * C,
+        "output head": 0 if config.tie_weights else V * C,
+    }
+
+
+def count_parameters(model: nn.Module, only_trainable: bool = False, exclude: Iterable[Tensor] = ()) -> int:
+    """Return the number of parameters of a model without those in `exclude`. A shared parameter counts once."""
+    excluded = {id(parameter) for parameter in exclude}
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if (parameter.requires_grad or not only_trainable) and id(parameter) not in excluded
+    )
+
+
+def count_matrix_weights(model: nn.Module) -> int:
+    """Return the number of weights with which every token is multiplied.
+
+    These are all matrices but the embeddings, which are look-ups. A head multiplies even if its weight is the embedding's.
+    """
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 2
+    )
+
+
+# --- operations and time
+
+
+def flops_per_token(
+    config: GPTConfig, n_tokens: int | None = None, backward: bool = True, n_weights: int | None = None
+) -> int:
+    """Return the floating-point operations per token in a sequence of n_tokens (default: the context).
+
+    A forward pass takes 2 operations for every matrix weight, and 4 C T per layer for attention, which is counted without
+    the causal mask (Chowdhery et al., 2022, appendix B). Forward and backward together take three times as many. n_weights
+    is the number of matrix weights, if it differs from that of `config`.
+    """
+    C, L = config.emb_dim, config.n_layers
+    T = config.context_length if n_tokens is None else n_tokens
+    if n_weights is None:
+        n_weights = 12 * L * C * C + config.vocab_size * C
+    forward = 2 * n_weights + 4 * L * C * T
+    return 3 * forward if backward else forward
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a product of two square matrices: the median of three runs."""
+    n = 512 if device.type == "cpu" else 4096  # a CPU without bf16 instructions takes seconds for larger matrices
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: a @ b, device, 3)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> float:
+    """Return the median time of n calls of `work`, after one call to warm up."""
+    times = []
+    for _ in range(n + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def estimate_step_seconds(
+    config: GPTConfig,
+    batch_size: int,
+    measure_step: Callable[[GPTConfig, int], float],
+    flops_per_second: float,
+    max_seconds: float = 1.0,
+) -> float:
+    """Return the estimated seconds of a training step on batch_size sequences of the context's length.
+
+    If the step would take too long to try, fewer sequences and then fewer layers are measured, and the time is scaled by the
+    number of operations.
+
+    Args:
+        config: sizes of the model.
+        batch_size: sequences per micro-batch.
+        measure_step: returns the seconds of a training step of a model of some config on some number of sequences.
+        flops_per_second: speed of matrix products, as `matmul_speed` returns it.
+        max_seconds: the measured step should take at most so long if training reaches half of flops_per_second.
+    """
+
+    def flops(part: GPTConfig, n_sequences: int) -> int:
+        return flops_per_token(part) * n_sequences * config.context_length
+
+    part, n_sequences, most = config, batch_size, max_seconds * flops_per_second / 2
+    while n_sequences > 1 and flops(part, n_sequences) > most:
+        n_sequences = (n_sequences + 1) // 2
+    while part.n_layers > 1 and flops(part, n_sequences) > most:
+        part = dataclasses.replace(part, n_layers=(part.n_layers + 1) // 2)
+    return measure_step(part, n_sequences) * flops(config, batch_size) / flops(part, n_sequences)
+
+
+# --- memory
+
+
+def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
+    """Return the bytes of the keys and values of one token, at `itemsize` bytes per number."""
+    return 2 * config.n_layers * config.emb_dim * itemsize
+
+
+def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, length: int | None = None) -> int:
+    """Return the peak memory of generating, in bytes.
+
+    The estimate is the sum of the weights, the cache, and the activations of the prompt where they are largest, which is
+    in the MLP: its input, and its hidden layer before and after GELU.
+
+    Args:
+        config: sizes of the model.
+        itemsize: bytes per number.
+        batch_size: number of sequences.
+        length: tokens of prompt and answer together (default: the context).
+    """
+    T = config.context_length if length is None else length
+    largest_activations = 10 * config.emb_dim * itemsize * T
+    n_parameters = sum(parameters_by_part(config).values())
+    return n_parameters * itemsize + batch_size * (T * cache_bytes(config, itemsize) + largest_activations)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The memory of a training step, in bytes for each purpose."""
+
+    weights: int
+    """Bytes for the weights, which are float32 at any precision."""
+    gradients: int
+    """Bytes for the gradients; the same size as the weights."""
+    moments: int
+    """Bytes for the optimizer's moments: two per weight for AdamW, one per matrix weight of the blocks for Muon."""
+    activations: int
+    """Bytes for what the forward pass of one micro-batch stores for the backward pass."""
+    head: int
+    """Bytes for the logits that exist at one time, their gradient, and the gradient of the output head's weight."""
+    tying: int
+    """Bytes for the gradients of a tied head and of the token embedding, before they are added."""
+    copies: int
+    """Bytes for the bf16 copies of the matrices, which autocast keeps until the step ends."""
+    accumulates: bool
+    """True if a step has several micro-batches, so that gradients exist during the next forward pass."""
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes in use at one time.
+
+        The backward pass frees activations while it makes gradients, so only the larger of the two counts.
+        """
+        forward = self.activations + self.head + self.copies
+        backward = self.gradients + self.tying
+        passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)
+        return self.weights + self.moments + passing
+
+
+def training_memory(
+    config: GPTConfig,
+    batch_size: int = 1,
+    *,
+    length: int | None = None,
+    bf16: bool = False,
+    optimizer: str = "adamw",
+    gradient_checkpointing: bool = False,
+    accumulates: bool = False,
+    device: str = "cpu",
+) -> TrainingMemory:
+    """Return the estimated memory of a training step.
+
+    Args:
+        config: sizes of the model.
+        batch_size: sequences per micro-batch.
+        length: tokens per sequence (default: the context).
+        bf16: True for training under bf16 autocast.
+        optimizer: "adamw" or "muon".
+        gradient_checkpointing: True if each block is recomputed in the backward pass.
+        accumulates: True if a step has several micro-batches.
+        device: "cpu", or any other name for a GPU. A CPU stores more for dropout.
+    """
+    T = config.context_length if length is None else length
+    C, n_tokens = config.emb_dim, batch_size * T
+    itemsize = 2 if bf16 else 4
+    n, matrices = sum(parameters_by_part(config).values()), 12 * config.n_layers * C * C
+    saved = _bytes_saved_by_block(config, T, itemsize, device)
+    kept = (4 * C * config.n_layers + saved) if gradient_checkpointing else saved * config.n_layers
+    kept += (4 + itemsize) * C  # input and output of the final LayerNorm
+    if config.drop_rate:
+        kept += _dropout_bytes(4, C, device)
+    logits = min(n_tokens * config.vocab_size, MAX_LOGITS)
+    logits_bytes, weight_bytes = 2 * 4 * logits, 4 * config.vocab_size * C
+    head = logits_bytes + weight_bytes
+    if n_tokens * config.vocab_size > MAX_LOGITS:  # computed in chunks; the backward pass scales a copy of the gradient
+        head = max(head, 2 * weight_bytes)
+    return TrainingMemory(
+        weights=4 * n,
+        gradients=4 * n,
+        moments=4 * (2 * n - matrices) if optimizer == "muon" else 8 * n,
+        activations=n_tokens * kept,
+        head=head,
+        tying=2 * weight_bytes if config.tie_weights else 0,
+        copies=2 * matrices + weight_bytes // 2 if bf16 else 0,
+        accumulates=accumulates,
+    )
+
+
+def _bytes_saved_by_block(config: GPTConfig, T: int, itemsize: int, device: str) -> int:
+    """Return the bytes per token that a block stores for its backward pass.
+
+    The inputs of both LayerNorms are float32. Queries, keys, values, attention's output, both LayerNorms' outputs, and the
+    MLP's hidden layer before and after GELU (4 C each) take `itemsize` bytes per number.
+    """
+    C, H = config.emb_dim, config.n_heads
+    saved = 2 * 4 * C + itemsize * (3 + 1 + 2 + 4 + 4) * C
+    if config.drop_rate == 0:
+        return saved + 4 * H  # one number for each softmax
+    saved += 2 * _dropout_bytes(itemsize, C, device)
+    if device != "cpu":
+        return saved + 4 * H
+    # On a CPU torch has no fused attention with dropout. It stores the attention weights, their dropout mask and the product,
+    # each T float32 numbers per head, and converts queries, keys and values to float32.
+    return saved + 3 * 4 * H * T + 3 * (4 - itemsize) * C
+
+
+def _dropout_bytes(itemsize: int, n: int, device: str) -> int:
+    """Return the bytes that dropout of n numbers stores: on a CPU a factor per number, on a GPU a one-byte flag."""
+    return n * (itemsize if device == "cpu" else 1)

@@ -1,0 +1,70 @@
+"""How training computes the model's forward pass: in which number format, by which kernels, compiled or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from MyGPT.acceleration.linear import fast_linear
+from MyGPT.config import TrainingPrecision
+from MyGPT.training.config import TrainConfig
+
+
+def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
+    """Return torch.bfloat16 if matrix products should run in bfloat16, or None for float32.
+
+    Args:
+        device: where the model is trained.
+        precision: "fp32" and "bf16" decide directly. "auto" chooses bfloat16 where the hardware gains from it: on GPUs
+            with native bfloat16, and on CPUs with AVX-512 BF16 or AMX if the model is wide enough.
+        emb_dim: the model's width. Below 256, converting the numbers costs a CPU more than the products save.
+    """
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if device.type == "cpu" and emb_dim >= 256 and _cpu_has_bf16() else None
+
+
+@contextmanager
+def deterministic_algorithms(required: bool) -> Iterator[None]:
+    """Let torch use only deterministic algorithms in the block if they are required; then restore the mode it had before.
+
+    On a CPU they are deterministic anyway. On a GPU some are slower, and some operations have none, which is an error.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    if required:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it.
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
+def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute the block in autocast to `dtype` (None for the model's own), with the fastest float32 kernels."""
+    # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
+    kernels = nullcontext() if config.compile or config.gradient_checkpointing else fast_linear()
+    with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):
+        yield
+
+
+def uncompiled(config: TrainConfig) -> AbstractContextManager[object]:
+    """Return a context that runs compiled blocks without the compiler, which would compile them anew for other shapes.
+
+    Without config.compile the context does nothing, so that torch's compiler is not needed.
+    """
+    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+
+
+def _cpu_has_bf16() -> bool:
+    # Both functions are private to torch, so a future version may lack them.
+    probes = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(probe() for probe in probes if probe is not None)

@@ -1,0 +1,43 @@
+"""Signals that end a training run after its current step, so that a checkpoint can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run, and everything was saved. `signal_number` is the signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@contextmanager
+def delayed_signals() -> Iterator[list[int]]:
+    """Collect SIGINT (Ctrl-C) and SIGTERM in the yielded list instead of interrupting the block.
+
+    A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no signal handlers, the list stays
+    empty.
+    """
+    signals: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, frame: Any) -> None:
+        signals.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

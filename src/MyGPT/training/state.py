@@ -1,0 +1,102 @@
+"""The counters of a training run, and their form in a checkpoint's `state.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+_FORMER_KEYS = {"evals_since_best": "n_waited", "mean_grad_norm": "usual_norm"}
+_NON_FINITE = ("inf", "-inf", "nan")
+
+
+class IncompatibleCheckpointError(ValueError):
+    """A checkpoint that lacks a value this version of MyGPT needs."""
+
+
+@dataclass
+class RunState:
+    """The progress of a training run: everything a checkpoint counts."""
+
+    step: int = 0
+    """Optimizer steps so far, skipped steps included."""
+    tokens_seen: int = 0
+    """Input tokens in all steps so far, padding included."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far; infinity before the first finite loss."""
+    best_step: int | None = None
+    """Step at which best_loss was measured; None before the first finite loss."""
+    evaluated_step: int | None = None
+    """Step of the latest evaluation."""
+    val_loss: float | None = None
+    """Validation loss of the latest evaluation."""
+    evals_since_best: int = 0
+    """Evaluations since the last new best."""
+    n_skipped: int = 0
+    """Steps without an update because the loss or the gradient was not finite."""
+    mean_grad_norm: float | None = None
+    """Running mean of the gradient norm; None before the first finite gradient."""
+    smoothed_loss: float | None = None
+    """Running mean of the training loss; None before the first finite loss."""
+
+    def add_to_means(self, loss: float, grad_norm: float, limit: float) -> float:
+        """Update the running means with a step, and return its gradient norm divided by the earlier mean.
+
+        A norm above `limit` times the mean enters the mean as `limit` times the mean.
+        """
+        self.smoothed_loss = loss if self.smoothed_loss is None else 0.9 * self.smoothed_loss + 0.1 * loss
+        mean = grad_norm if self.mean_grad_norm is None else self.mean_grad_norm
+        self.mean_grad_norm = 0.98 * mean + 0.02 * min(grad_norm, limit * mean)
+        return grad_norm / mean if mean else 1.0
+
+    def add_evaluation(self, loss: float) -> bool:
+        """Count an evaluation of the current step, and return True if its loss is the lowest so far."""
+        self.val_loss, self.evaluated_step = loss, self.step
+        is_best = loss < self.best_loss
+        self.evals_since_best = 0 if is_best else self.evals_since_best + 1
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+        return is_best
+
+    def has_lost_patience(self, early_stop: int | None) -> bool:
+        """Return True if the last `early_stop` evaluations brought no new best loss; False if early_stop is None."""
+        return early_stop is not None and self.evals_since_best >= early_stop
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counters as values that standard JSON can hold.
+
+        Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None unless the
+        current step was evaluated, because checkpoints are compared by the `val_loss` of their own step.
+        """
+        values = {name: _to_json(value) for name, value in vars(self).items()}
+        return values if self.evaluated_step == self.step else {**values, "val_loss": None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunState:
+        """Return the counters that `to_json` wrote, also in the form of earlier versions. Other keys are ignored.
+
+        Raises:
+            IncompatibleCheckpointError: a counter is missing.
+            ValueError: a counter has the wrong type.
+        """
+        keys = {field: field.name if field.name in values else _FORMER_KEYS.get(field.name) for field in fields(cls)}
+        if missing := [field.name for field, key in keys.items() if key not in values]:
+            raise IncompatibleCheckpointError(f"lacks {', '.join(missing)}: another version of MyGPT wrote it")
+        counters = {field.name: _from_json(values[key], str(field.type), key) for field, key in keys.items() if key}
+        return cls(**counters)
+
+
+def _to_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any, kind: str, name: str) -> Any:
+    """Return `value` converted to the annotated type `kind`; `name` is used in the error message."""
+    if value is None and (kind.endswith("None") or name == "best_loss"):
+        return math.inf if name == "best_loss" else None  # Earlier versions wrote null for an infinite best_loss.
+    if type(value) is int and 0 <= value < 2**63:
+        return value if kind.startswith("int") else float(value)
+    if kind.startswith("float") and (isinstance(value, float) or value in _NON_FINITE):
+        return float(value)
+    raise ValueError(f"{name} must be of type {kind}, got {value!r:.80}")
