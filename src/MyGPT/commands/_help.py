@@ -94,7 +94,7 @@ def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
         listed = {name for names in groups.values() for name in names}
         groups["Other"] = [name for name in own if name not in listed]
     parser.epilog = f"{parser.prog} --help-all shows all {len(own)} options." if common else None
-    parser._action_groups.clear()
+    parser._action_groups = []
     for title, names in groups.items():
         parser.add_argument_group(title)._group_actions = [actions[name] for name in names if name in actions]
 
@@ -105,7 +105,7 @@ def value_name(action: argparse.Action) -> str:
         return ""
     if isinstance(action.metavar, str):
         return action.metavar
-    kind = getattr(action, "_typehint", None)
+    kind: Any = getattr(action, "_typehint", None)
     kind = kind if typing.get_origin(kind) is Literal else next(iter(typing.get_args(kind)), kind)
     if typing.get_origin(kind) is Literal:
         return f"{{{','.join(map(str, typing.get_args(kind)))}}}"

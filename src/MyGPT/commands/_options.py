@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import typing
+from argparse import SUPPRESS
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -51,12 +52,13 @@ class CommandParser(ArgumentParser):
         """Return jsonargparse's message in one line and in the words of a user."""
         message = " ".join(message.split())
         if found := re.fullmatch("the following arguments are required: (.*)", message):
-            names = [self._shown(name) for name in found[1].split(", ")]
-            verb = "is" if len(names) == 1 else "are"
-            return f"{' and '.join(names)} {verb} required, for example: {self.example}"
+            options = self._option_string_actions
+            names = [f"--{n}" if f"--{n}" in options else n.upper() for n in found[1].split(", ")]
+            return f"missing {' and '.join(names)}; for example: {self.example}"
         if found := re.fullmatch("unrecognized arguments: (.*)", message):
             words = found[1].split()
-            return self._unknown(next((word for word in words if word.startswith("-")), words[0]))
+            option = next((word for word in words if word.startswith("-")), None)
+            return self._unknown(option) if option else f"unexpected argument {words[0]!r}"
         if found := re.fullmatch("Option '(.*)' is not accepted", message):
             return self._unknown(f"--{found[1]}")
         if found := re.fullmatch("argument (--.*): expected one argument", message):
@@ -64,16 +66,16 @@ class CommandParser(ArgumentParser):
         if found := re.fullmatch('Parser key "(.*?)":.* (?:Got|Given) value: (.*)', message):
             action = next((action for action in self._actions if action.dest == found[1]), None)
             if action is not None and hasattr(action, "_typehint"):
-                return f"{found[1]} must be {_allowed(action._typehint)}, got {found[2]!r}"
+                *most, last = _allowed(action._typehint)
+                allowed = f"{', '.join(most)} or {last}" if most else last
+                return f"{found[1]} must be {allowed}, got {found[2]!r}"
         return message.replace('Parser key "', 'option "')
 
-    def _shown(self, name: str) -> str:
-        return f"--{name}" if f"--{name}" in self._option_string_actions else name.upper()
-
     def _unknown(self, option: str) -> str:
-        name = option.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "")
+        """Return the message for an unknown option, with the most similar name."""
+        names = [name.removeprefix("--") for name in self._option_string_actions]
+        near = difflib.get_close_matches(option.partition("=")[0].strip("-").replace("-", "_"), names, 1, cutoff=0.7)
+        return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
 def make_parser(name: str, command: Command) -> CommandParser:
@@ -101,7 +103,7 @@ def make_parser(name: str, command: Command) -> CommandParser:
     parser.add_argument("--config", action="config", help="Read options from a YAML file; options given after it win.")
     which = "the most used" if common else "all"
     parser.add_argument("-h", "--help", action="help", help=f"Show {which} options and exit.")
-    parser.add_argument("--help-all", action=HelpAllAction, help="Show all options and exit.")
+    parser.add_argument("--help-all", action=HelpAllAction, help="Show all options and exit." if common else SUPPRESS)
     names = {action.dest for action in parser._actions}
     parser.set_defaults({name: value for name, value in getattr(module, "DEFAULTS", {}).items() if name in names})
     for action in parser._actions:
@@ -137,8 +139,8 @@ def call(command: Command, options: Any) -> None:
             fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
             keywords[parameter] = kind(**{field: values[field] for field in fields})
     positional: list[Any] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
+    for name, described in inspect.signature(command).parameters.items():
+        if described.kind is described.VAR_POSITIONAL:
             positional = values[name]
         elif name not in keywords:
             keywords[name] = values[name]
@@ -157,13 +159,17 @@ def _help_of(command: Command, parameter: str) -> str:
     return next((entry.description or "" for entry in described if entry.arg_name == parameter), "")
 
 
-def _allowed(kind: Any) -> str:
+def _allowed(kind: Any) -> list[str]:
     """Return the values that an option of this type accepts, in words."""
     if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        return [str(choice) for choice in typing.get_args(kind)]
     if typing.get_origin(kind) is list:
-        return 'a list such as ["a", "b"]'
-    if typing.get_args(kind):
-        return " or ".join(map(_allowed, typing.get_args(kind)))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return words.get(kind, str(kind))
+        return ['a list such as ["a", "b"]']
+    words = {
+        int: ["a whole number"],
+        float: ["a number"],
+        bool: ["true", "false"],
+        str: ["a text"],
+        type(None): ["null"],
+    }
+    return words.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member)]
