@@ -28,7 +28,7 @@ from MyGPT import load_tokenizer
 from MyGPT.cli import main as mygpt
 from MyGPT.finetuning.examples import ExampleOptions, Examples, ExampleValidation
 from MyGPT.training.metrics import read_metrics
-from MyGPT.weights.directory import read_config
+from MyGPT.weights.formats.huggingface import read_config
 
 PRETRAINED = (
     "--tokenizer bpe --tokenizer_size 2048 --context_length 256 --emb_dim 128 --n_heads 4 --n_layers 4 --batch_size 8 "

@@ -32,7 +32,7 @@ def measure(program: str, path: str) -> list[float]:
     else:
         from MyGPT import GPTModel as Model  # type: ignore[assignment]
     from MyGPT import load_gpt2_params_from_tf_ckpt
-    from MyGPT.weights.openai import read_settings
+    from MyGPT.weights.formats.openai import read_settings
 
     with Peak() as peak, torch.no_grad():
         start = time.perf_counter()

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from MyGPT import accelerate
-from MyGPT.commands._model import open_model
+from MyGPT import accelerate, open_model
 from MyGPT.data.sources import find_files
 from MyGPT.loss import token_loss
 
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--from", dest="begin", type=float, default=0.9)
     options = parser.parse_args()
-    model, tokenizer, _ = open_model(options.model, "cpu")
+    model, tokenizer = open_model(options.model, "cpu")
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8")
     ids = tokenizer.encode(text[int(options.begin * len(text)) :])
     T = model.config.context_length

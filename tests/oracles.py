@@ -1,4 +1,4 @@
-"""Slow and plain twins of what the library does fast."""
+"""Simple, slow versions of algorithms that the library implements fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def naive_merges(chunk_counts: Mapping[bytes, int], n_merges: int) -> list[tuple[int, int]]:
-    """The textbook's BPE: count every pair anew for every merge; ties go to the smaller pair."""
+    """Return the merges of textbook BPE, which counts all pairs again for every merge. Ties go to the smaller pair."""
     chunks = [(list(chunk), count) for chunk, count in chunk_counts.items()]
     merges: list[tuple[int, int]] = []
     while len(merges) < n_merges:
@@ -32,14 +32,14 @@ def replace_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int
     replaced: list[int] = []
     for id_ in ids:
         replaced.append(id_)
-        # After a replacement the last id is the new one, so that "aaa" becomes (aa)a, from the left.
+        # Replacing from the left turns "aaa" into (aa)a.
         if tuple(replaced[-2:]) == pair:
             replaced[-2:] = [new_id]
     return replaced
 
 
 def naive_bpe(chunk: bytes, merges: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
-    """A chunk's tokens by applying every merge in order, wherever it fits, from the left."""
+    """Return the tokens of a chunk, found by applying every merge in order, from the left."""
     tokens = [bytes([byte]) for byte in chunk]
     for pair in merges:
         joined: list[bytes] = []
@@ -56,13 +56,13 @@ def naive_bpe(chunk: bytes, merges: Sequence[tuple[bytes, bytes]]) -> list[bytes
 
 
 def book_words(text: str) -> list[str]:
-    """The book's splitting rule (chapter 2)."""
+    """Split a text into words and punctuation by the book's rule (chapter 2)."""
     parts = re.split(r'([,.:;?_!"()\']|--|\s)', text)
     return [part.strip() for part in parts if part.strip()]
 
 
 def book_windows(ids: Sequence[int], max_length: int, stride: int) -> list[tuple[Tensor, Tensor]]:
-    """The book's sliding windows (chapter 2)."""
+    """Return the book's sliding windows (chapter 2): inputs and targets."""
     return [
         (torch.tensor(ids[i : i + max_length]), torch.tensor(ids[i + 1 : i + max_length + 1]))
         for i in range(0, len(ids) - max_length, stride)

@@ -1,5 +1,7 @@
-"""Two other GPT-2s, each written with the attribute names of a published one and nothing of ours: they make the state
-dicts that we have to recognise, and say what the logits should be."""
+"""The book's GPT and nanoGPT's, written with their attribute names and without our code.
+
+They make the state dicts that MyGPT must recognise, and the logits that it must reproduce.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 
 class BookAttention(nn.Module):
-    """Attention with three projections, as the book has it."""
+    """The book's attention, with separate projections for queries, keys and values."""
 
     def __init__(self, width: int, n_heads: int, context: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class BookBlock(nn.Module):
 
 
 class BookGPT(nn.Module):
-    """The book's model by its names: tok_emb, trf_blocks.{i}.att.W_query, ff.layers.0, norm1.scale, out_head (untied)."""
+    """The book's model, with its names: tok_emb, trf_blocks.{i}.att.W_query, ff.layers.0, norm1.scale, out_head (untied)."""
 
     def __init__(self, vocab: int, context: int, width: int, n_heads: int, n_layers: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class NanoAttention(nn.Module):
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width, bias=bias)
         self.register_buffer(
             "bias", torch.ones(context, context).tril()[None, None]
-        )  # the mask, where there is no flash
+        )  # the causal mask, which nanoGPT stores where torch has no fused attention
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=2))
@@ -102,7 +104,7 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """nanoGPT's model by its names, with its exact GELU, its `bias` option and its tied head."""
+    """nanoGPT's model, with its names, its exact GELU, its `bias` option and its tied head."""
 
     def __init__(self, vocab: int, context: int, width: int, n_heads: int, n_layers: int, bias: bool) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class NanoGPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
     def checkpoint(self) -> dict[str, Any]:
-        """What its training script saves of a compiled model."""
+        """Return the checkpoint that nanoGPT's training script saves for a compiled model."""
         return {
             "model": {f"_orig_mod.{name}": tensor for name, tensor in self.state_dict().items()},
             "optimizer": torch.optim.AdamW(self.parameters()).state_dict(),

@@ -1,4 +1,4 @@
-"""What the tests of the model are measured against: transformers, formulas spelled out in numpy, the book's loop."""
+"""References for the tests of the model: transformers, formulas in numpy, and the book's loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hugging_face_config(config: GPTConfig) -> GPT2Config:
 
 
 def transformers_twin(model: GPTModel, attention: str = "eager") -> GPT2LMHeadModel:
-    """transformers' GPT-2 in evaluation mode with our weights in it, copied one by one."""
+    """Return transformers' GPT-2 in evaluation mode with a copy of our weights."""
     twin = GPT2LMHeadModel._from_config(hugging_face_config(model.config), attn_implementation=attention)
     twin = twin.to(model.lm_head.weight.dtype).eval()
     ours = dict(model.named_parameters(remove_duplicate=False))
@@ -52,7 +52,7 @@ def transformers_twin(model: GPTModel, attention: str = "eager") -> GPT2LMHeadMo
 
 
 def gradients_by_our_names(twin: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """The twin's gradients, kernels turned to (out, in)."""
+    """Return the gradients of the twin under our names; matrices are transposed to (out, in)."""
     return {
         f"{name}.{kind}": parameter.grad.T if isinstance(module, Conv1D) and kind == "weight" else parameter.grad
         for name, module in twin.named_modules()
@@ -62,7 +62,10 @@ def gradients_by_our_names(twin: GPT2LMHeadModel) -> dict[str, Tensor]:
 
 
 def naive_attention(q: Any, k: Any, v: Any, visible: Any) -> Any:
-    """One query at a time, as in the paper: q (T, D), k and v (S, D), visible (T, S) of bool; float64."""
+    """Return attention in float64, computed for one query at a time as in the paper.
+
+    q (T, D); k and v (S, D); visible (T, S) is True where a query may see a key.
+    """
     out = np.zeros((len(q), v.shape[1]))
     for t, query in enumerate(q):
         places = [s for s in range(len(k)) if visible[t, s]]
@@ -82,7 +85,7 @@ def naive_distribution(
     min_p: float | None,
     repetition_penalty: float | None,
 ) -> list[float]:
-    """The probabilities from which the next token is drawn, filter by filter in lists of Python floats; no two equal logits."""
+    """Return the probabilities of the next token, computed filter by filter with Python floats. Logits must be distinct."""
     penalty = 1.0 if repetition_penalty is None else repetition_penalty
     scores = {
         i: (x if i not in seen else x / penalty if x > 0 else x * penalty) / temperature for i, x in enumerate(logits)
@@ -111,7 +114,7 @@ def _softmax(scores: dict[int, float]) -> dict[int, float]:
 
 
 def chi_square_odds(counts: Tensor, probabilities: Tensor) -> float:
-    """How often Pearson's statistic is at least as large as that of these counts, if the probabilities are right."""
+    """Return the p-value of Pearson's chi-square test that counts were drawn with these probabilities."""
     possible = probabilities > 0
     expected = probabilities[possible] * counts.sum()
     statistic = ((counts[possible] - expected) ** 2 / expected).sum()
@@ -120,7 +123,7 @@ def chi_square_odds(counts: Tensor, probabilities: Tensor) -> float:
 
 
 class ForeignGPT(nn.Module):
-    """A language model of torch's own layers that returns logits, with the book's attribute names and no config."""
+    """A language model of torch's own layers, with the book's attribute names and without a config."""
 
     def __init__(self, vocab_size: int = 29, context_length: int = 8, width: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
@@ -139,7 +142,7 @@ class ForeignGPT(nn.Module):
 
 
 def greedy_by_hand(model: nn.Module, ids: Tensor, n: int, context_size: int) -> Tensor:
-    """The book's `generate_text_simple`: a full forward over the last context_size tokens for every new one."""
+    """Generate as the book's `generate_text_simple`: a full forward pass over the last context_size tokens per new token."""
     for _ in range(n):
         with torch.no_grad():
             logits = model(ids[:, -context_size:])
@@ -150,7 +153,7 @@ def greedy_by_hand(model: nn.Module, ids: Tensor, n: int, context_size: int) -> 
 def train_by_hand(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, epochs: int
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """The loss of each step of the book's loop, and the weights after it."""
+    """Train as the book's loop, and return the loss of each step and the weights after it."""
     losses, weights = [], []
     for _ in range(epochs):
         for inputs, targets in batches:
@@ -164,7 +167,7 @@ def train_by_hand(
 
 
 class ScriptedModel(nn.Module):
-    """Says the given ids, row by row, whatever it is shown: what a decoding loop makes of them is then plain to see."""
+    """A model that predicts the ids of a given script for each row, whatever its input is."""
 
     def __init__(self, scripts: list[list[int]], prompt_length: int, vocab_size: int) -> None:
         super().__init__()

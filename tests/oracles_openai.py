@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from MyGPT import load_gpt2_params_from_tf_ckpt
-from MyGPT.weights.openai import read_settings
+from MyGPT.weights.formats.openai import read_settings
 from places import FIXTURES
 
 OPENAI = FIXTURES / "openai_gpt2_tf"

@@ -1,4 +1,4 @@
-"""Where the tests find the repository's files."""
+"""Paths of the repository's files for the tests."""
 
 from __future__ import annotations
 

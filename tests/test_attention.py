@@ -1,4 +1,4 @@
-"""The attention that is meant to be read, against the formula in numpy and against the fast path."""
+"""`plain_attention`, compared with the formula in numpy and with the fused attention of the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_without_a_mask_a_query_sees_the_keys_up_to_its_own_time(size: tuple[int
 
 
 def fast_and_plain(layer: CausalSelfAttention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer's output, and the same from its projections with `plain_attention` between them."""
+    """Return the output of the layer, and the same computed with `plain_attention` between its projections."""
     B, T, C = x.shape
     q, k, v = (part.view(B, T, layer.n_heads, -1).transpose(1, 2) for part in layer.c_attn(x).split(C, dim=2))
     y = plain_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)

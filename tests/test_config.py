@@ -1,4 +1,4 @@
-"""The description of a model: its bounds, the door for dicts, and Hugging Face's config.json."""
+"""Tests of GPTConfig: its limits, its conversion from a dict, and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_ready_made_dicts_have_the_books_seven_keys() -> None:
     assert (small.context_length, small.emb_dim, small.n_heads, small.n_layers) == (256, 384, 6, 6)
 
 
-def test_the_released_sizes_are_known_by_two_names() -> None:
+def test_the_released_configs_have_two_names_each() -> None:
     for size, name in (("124M", "gpt2"), ("355M", "gpt2-medium"), ("774M", "gpt2-large"), ("1558M", "gpt2-xl")):
         assert GPT2_CONFIGS[size] == GPT2_CONFIGS[name]
         assert GPT2_CONFIGS[size].qkv_bias
@@ -35,7 +35,7 @@ def test_the_released_sizes_are_known_by_two_names() -> None:
         ("tie_weights", 1),
         ("layer_norm_eps", 0.0),
         ("init_std", -1.0),
-        ("init_std", None),  # only for an untied head
+        ("init_std", None),  # allowed only with tie_weights=False
         ("init", "zeros"),
     ],
 )
@@ -45,19 +45,19 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_value(field: str, val
     assert str(value) in str(caught.value)
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused_with_one_that_they_do() -> None:
+def test_an_error_for_an_indivisible_emb_dim_suggests_a_divisible_one() -> None:
     with pytest.raises(ValueError, match=r"divisible by n_heads, got 100 and 12 \(try emb_dim=108\)"):
         GPTConfig(emb_dim=100)
 
 
-def test_local_weights_need_a_deviation_and_pairs_of_numbers() -> None:
+def test_local_initial_weights_need_init_std_and_an_even_emb_dim() -> None:
     with pytest.raises(ValueError, match="init='local' needs an init_std and an even emb_dim, got None and 768"):
         GPTConfig(init="local", init_std=None, tie_weights=False)
     with pytest.raises(ValueError, match=r"got 0.02 and 9$"):
         GPTConfig(init="local", emb_dim=9, n_heads=3)
 
 
-def test_a_models_config_json_does_not_tell_how_its_weights_began() -> None:
+def test_config_json_does_not_store_the_kind_of_initial_weights() -> None:
     assert GPTConfig.from_dict(GPTConfig(init="local").to_dict()) == GPTConfig()
 
 
@@ -88,7 +88,7 @@ def test_transformers_reads_our_config_and_we_read_its(qkv_bias: bool, tie_weigh
     assert GPTConfig.from_dict(theirs.to_dict()) == ours
 
 
-def test_transformers_own_default_is_gpt2() -> None:
+def test_the_default_config_of_transformers_is_gpt2() -> None:
     assert GPTConfig.from_dict(GPT2Config().to_dict()) == GPT2_CONFIGS["124M"]
 
 
@@ -104,6 +104,6 @@ def test_transformers_own_default_is_gpt2() -> None:
         ("n_embd", "wide"),
     ],
 )
-def test_what_our_model_cannot_express_is_refused(key: str, value: Any) -> None:
+def test_unsupported_settings_of_config_json_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError):
         GPTConfig.from_dict({**GPT2Config().to_dict(), key: value})

@@ -1,4 +1,4 @@
-"""Estimates of memory, against what torch really keeps."""
+"""Estimates of memory, compared with what torch allocates, and of parameters and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, T, C = 3, 64, 64
 
 
 def saved_bytes(config: GPTConfig, bf16: bool = False, gradient_checkpointing: bool = False) -> int:
-    """What autograd keeps for the way back from the loss of B x T tokens, parameters left out, each storage once."""
+    """Return the bytes that autograd stores for the backward pass of B x T tokens. Parameters do not count."""
     model = GPTModel(config).train()
     model.gradient_checkpointing = gradient_checkpointing
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -44,7 +44,7 @@ def saved_bytes(config: GPTConfig, bf16: bool = False, gradient_checkpointing: b
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_activations_are_what_autograd_keeps(n_layers: int, drop_rate: float, bf16: bool) -> None:
-    """Within 3%: a few numbers a token (means, deviations, positions) are not counted."""
+    """The estimate is within 3%, because it leaves out a few numbers per token: means, deviations and positions."""
     config = dataclasses.replace(CONFIG, n_layers=n_layers, drop_rate=drop_rate)
     estimate = training_memory(config, B, bf16=bf16)
     logits = 4 * B * T * config.vocab_size
@@ -121,7 +121,7 @@ def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.Captu
     recipe.write_text("data: alice\ntokenizer: bpe\ntokenizer_size: 300\nlearning_rate: 6e-4\nbatch_size: 6\n")
     assert main(["info", str(recipe)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"vocabulary, context +300, 64\n", printed)  # the context is the command's default
+    assert re.search(r"vocabulary, context +300, 64\n", printed)  # the default context of the command
     assert "6 x 64 tokens" in printed
     recipe.write_text("data: records.json\nmodel: gpt2\n")
     assert main(["info", str(recipe)]) == 2

@@ -27,13 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from http_server import CONTENT, OTHER, Server, chunked, file, serving, status, until_the_end
-from MyGPT import GPT2_CONFIGS, GPTModel
+from MyGPT import GPT2_CONFIGS, BPETokenizer, GPTConfig, GPTModel
 from MyGPT.data import sources
+from MyGPT.data.templates import load_template
 from MyGPT.download import DownloadError, download
 from MyGPT.http_headers import checksums, content_range, retry_after, validator
-from MyGPT.weights import gpt2_files
-from MyGPT.weights.gpt2_files import download_gpt2, released_size
+from MyGPT.weights import released
 from MyGPT.weights.hub import download_from_hub
+from MyGPT.weights.released import download_gpt2, released_size
 from texts import OPENAI_FILES
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -651,10 +652,10 @@ def test_a_named_text_that_cannot_be_had_says_where_to_copy_it(
 @pytest.fixture
 def openai(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server with a released model of 1,000 bytes; its vocabulary is the real one."""
-    contents = {name: name.encode() for name in gpt2_files.FILES}
+    contents = {name: name.encode() for name in released.FILES}
     contents |= {name: (OPENAI_FILES / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     contents["model.ckpt.data-00000-of-00001"] = CONTENT[:1000]
-    monkeypatch.setitem(gpt2_files.DATA_BYTES, "355M", 1000)
+    monkeypatch.setitem(released.DATA_BYTES, "355M", 1000)
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         directory, _, name = handler.path.rpartition("/")
@@ -667,10 +668,10 @@ def openai(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 def test_gpt2_comes_from_the_given_server_and_only_once(openai: Server, tmp_path: Path) -> None:
     directory = download_gpt2("gpt2-medium", tmp_path, f"{openai.address}/models/", progress=False)
     assert directory == tmp_path / "355M"
-    assert names(directory) == set(gpt2_files.FILES)
+    assert names(directory) == set(released.FILES)
     assert (directory / "checkpoint").read_text() == "checkpoint"
     assert (directory / "model.ckpt.data-00000-of-00001").read_bytes() == CONTENT[:1000]
-    assert {path for path, _ in openai.requests} == {f"/models/355M/{name}" for name in gpt2_files.FILES}
+    assert {path for path, _ in openai.requests} == {f"/models/355M/{name}" for name in released.FILES}
     openai.requests.clear()
     assert download_gpt2("355M", tmp_path, "http://127.0.0.1:1", progress=False) == directory
     assert openai.requests == []
@@ -680,7 +681,7 @@ def test_gpt2s_server_can_come_from_the_environment(
     openai: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MYGPT_GPT2_URL", f"{openai.address}/models")
-    assert names(download_gpt2("355M", tmp_path, progress=False)) == set(gpt2_files.FILES)
+    assert names(download_gpt2("355M", tmp_path, progress=False)) == set(released.FILES)
 
 
 def test_a_gpt2_that_cannot_be_had_names_the_files_that_are_missing(openai: Server, tmp_path: Path) -> None:
@@ -701,7 +702,7 @@ def test_a_vocabulary_that_is_not_openais_is_refused(openai: Server, tmp_path: P
 
 
 def test_the_public_servers_are_asked_in_turn(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt2_files, "SERVERS", (f"{server.address}/one", f"{server.address}/two"))
+    monkeypatch.setattr(released, "SERVERS", (f"{server.address}/one", f"{server.address}/two"))
     server.default = status(404)
     with pytest.raises(DownloadError):
         download_gpt2("124M", tmp_path, progress=False)
@@ -712,71 +713,176 @@ def test_the_server_that_had_one_file_is_asked_first_for_the_next(
     openai: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A firewall in front of the first would else cost its timeouts six times."""
-    monkeypatch.setattr(gpt2_files, "SERVERS", (f"{openai.address}/one", f"{openai.address}/models"))
+    monkeypatch.setattr(released, "SERVERS", (f"{openai.address}/one", f"{openai.address}/models"))
     download_gpt2("355M", tmp_path, progress=False)
     assert [path.split("/")[1] for path, _ in openai.requests] == ["one", *["models"] * 6]
 
 
 def test_released_sizes_have_two_names_and_no_third() -> None:
-    assert [released_size(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] == [
-        *gpt2_files.DATA_BYTES
-    ]
+    assert [released_size(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] == [*released.DATA_BYTES]
     assert released_size("1558M") == "1558M"
-    with pytest.raises(ValueError, match="no GPT-2 of the size '117M'; there are 124M, gpt2, 355M, gpt2-medium"):
+    with pytest.raises(ValueError, match="no GPT-2 of the size '117M'; the sizes are 124M, gpt2, 355M, gpt2-medium"):
         released_size("117M")
 
 
 def test_the_data_file_has_four_bytes_a_parameter() -> None:
     import torch
 
-    for size, n_bytes in gpt2_files.DATA_BYTES.items():
+    for size, n_bytes in released.DATA_BYTES.items():
         with torch.device("meta"):
             assert n_bytes == 4 * GPTModel(GPT2_CONFIGS[size]).num_parameters()
 
 
-# The hub
+# The Hugging Face hub
 
 
 def test_without_its_library_the_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'mygpt\[hub\]', or copy config.json, .*model.safetensors to "):
+    with pytest.raises(ValueError, match=r"pip install 'mygpt\[hub\]', or copy the repository's files to "):
         download_from_hub("openai-community/gpt2", tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path) -> None:
-    """The tests' environment forbids it to go online."""
-    with pytest.raises(OSError, match=r"cannot download config\.json of openai-community/gpt2 .*copy it to"):
+    """The tests' environment has HF_HUB_OFFLINE=1."""
+    with pytest.raises(OSError, match=r"cannot download openai-community/gpt2 .*copy the repository's files to"):
         download_from_hub("openai-community/gpt2", tmp_path)
 
 
-def test_a_repository_comes_through_the_hubs_own_library(server: Server, tmp_path: Path) -> None:
-    """A server with the hub's headers, found by HF_ENDPOINT; merges.txt is missing there, which is no error."""
-    commit = "0" * 40
+COMMIT = "0" * 40
+
+
+def hub_repository(files: dict[str, bytes]) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Return the answers of a hub that has one repository with these files."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        name = handler.path.rpartition("/")[2]
-        if name == "merges.txt":
-            return status(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)(handler)
-        content = name.encode()
-        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        path = handler.path.partition("?")[0]
+        sizes = {name: {"size": len(content), "oid": sha1(content)} for name, content in files.items()}
+        listing: Any = [{"type": "file", "path": name, **about} for name, about in sizes.items()]
+        if not path.startswith(f"/api/models/user/model/tree/{COMMIT}"):
+            listing = {"id": "user/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        if path.startswith("/api/"):
+            return status(200, json.dumps(listing).encode(), Content_Type="application/json")(handler)
+        name = path.removeprefix(f"/user/model/resolve/{COMMIT}/").removeprefix("/user/model/resolve/main/")
+        if name not in files:
+            return status(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)(handler)
+        content = files[name]
         body = b"" if handler.command == "HEAD" else content
-        return file(body, etag=etag, length=len(content), headers={"X-Repo-Commit": commit})(handler)
+        headers = {"X-Repo-Commit": COMMIT}
+        return file(body, etag=f'"{sha1(content)}"', length=len(content), headers=headers)(handler)
 
-    server.default = answer
+    return answer
+
+
+def sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    """The server, used as the hub by this process. huggingface_hub reads its environment only when it is imported."""
+    from huggingface_hub import constants
+
+    for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return server
+
+
+CONTENT_OF: dict[str, bytes] = {
+    name: name.encode() for name in ("config.json", "generation_config.json", "tokenizer.json", "README.md", "a/b.json")
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "ignored"),
+    [
+        (["model.safetensors"], ["pytorch_model.bin", "model.safetensors.index.json", "rust_model.ot"]),
+        (["pytorch_model.bin"], ["tf_model.h5"]),
+        (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], []),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"], ["flax_model.msgpack"]),
+    ],
+)
+def test_a_repository_is_downloaded_once_with_its_shards_and_template(
+    weights: list[str], ignored: list[str], hub: Server, tmp_path: Path
+) -> None:
+    """There is no vocab.json, which once was looked for on the hub again and again. The second call needs no network."""
+    index = json.dumps({"weight_map": {name: name for name in weights if "-of-" in name}}).encode()
+    files = {**CONTENT_OF, "template.json": b"{}"}
+    files |= {name: index if name.endswith(".index.json") else name.encode() for name in [*weights, *ignored]}
+    hub.default = hub_repository(files)
+    directory = download_from_hub("user/model", tmp_path / "gpt2")
+    found = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    expected = ["config.json", "generation_config.json", "tokenizer.json", "template.json", *weights]
+    assert found == {name: files[name] for name in expected}
+    n_requests = len(hub.requests)
+    assert download_from_hub("user/model", tmp_path / "gpt2") == directory
+    assert len(hub.requests) == n_requests
+
+
+def test_an_interrupted_download_is_not_taken_for_a_complete_one(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights arrived, but the template did not."""
+    files = {**CONTENT_OF, "model.safetensors": b"weights", "template.json": b"{}"}
+    complete, broken = hub_repository(files), status(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+    hub.default = lambda handler: (broken if handler.path.endswith("template.json") else complete)(handler)
+    for is_offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+        with pytest.raises(OSError, match="cannot download user/model"):
+            download_from_hub("user/model", tmp_path / "gpt2")
+        (tmp_path / "gpt2/config.json").write_bytes(files["config.json"])  # files arrive in any order
+        (tmp_path / "gpt2/model.safetensors").write_bytes(files["model.safetensors"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.default = complete
+    download_from_hub("user/model", tmp_path / "gpt2")
+    assert (tmp_path / "gpt2/template.json").read_bytes() == b"{}"
+
+
+def test_a_copy_made_by_hand_needs_neither_network_nor_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert download_from_hub("user/model", tmp_path) == tmp_path
+
+
+def test_a_repository_without_a_model_is_refused(hub: Server, tmp_path: Path) -> None:
+    hub.default = hub_repository({"config.json": b"{}", "README.md": b""})
+    with pytest.raises(OSError, match=r"\(it has neither config.json with model.safetensors or pytorch_model.bin"):
+        download_from_hub("user/model", tmp_path / "gpt2")
+
+
+def test_a_tuned_model_on_the_hub_is_opened_with_its_tokenizer_and_template(server: Server, tmp_path: Path) -> None:
+    """By its repository's name, as `mygpt chat` does. The file names are those that `save_pretrained` writes."""
+    import torch
+
+    tokenizer = BPETokenizer.train("the cat sat by the fire " * 5, 280, progress=False)
+    torch.manual_seed(1)
+    model = GPTModel(GPTConfig(vocab_size=280, context_length=16, emb_dim=24, n_heads=3, n_layers=2)).eval()
+    model.save_pretrained(tmp_path / "saved", tokenizer)
+    load_template("book").save(tmp_path / "saved")
+    server.default = hub_repository({path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()})
+    code = """
+import torch
+from MyGPT import open_model
+from MyGPT.data.templates import load_template
+from MyGPT.opening import find_model_files
+model, tokenizer = open_model("hf://user/model", "cpu")
+assert find_model_files("hf://user/model").template() == load_template("book")
+print(tokenizer.encode("the cat"), model(torch.tensor([[1, 2, 3]])).sum().item())
+"""
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2, 3]])).sum().item()
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.address,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "MYGPT_CACHE": str(tmp_path / "cache"),
     }
-    code = f"""
-from MyGPT.weights.hub import download_from_hub
-from http_server import CONTENT, OTHER, Answer, Server, chunked, file, serving, status, until_the_end
-download_from_hub("openai-community/gpt2", {str(tmp_path / "gpt2")!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "vocab.json"}
-    found = {path.name: path.read_bytes() for path in (tmp_path / "gpt2").iterdir() if path.is_file()}
-    assert found == {name: name.encode() for name in expected}
-    assert any(path == "/openai-community/gpt2/resolve/main/config.json" for path, _ in server.requests)
+    ids, said = done.stdout.rsplit(maxsplit=1)
+    assert ids == str(tokenizer.encode("the cat")) and float(said) == pytest.approx(expected, abs=1e-4)

@@ -1,4 +1,4 @@
-"""What stands under its final name is whole."""
+"""Tests of atomic writes and of safe reading."""
 
 from __future__ import annotations
 
@@ -86,18 +86,18 @@ def test_a_kill_between_the_renames_is_undone(tmp_path: Path) -> None:
     (aside / "weights").write_text("old")
     restore_directory(target)
     assert (target / "weights").read_text() == "old"
-    aside.mkdir()  # as after a kill just behind the second rename
+    aside.mkdir()  # This is the state after a kill directly after the second rename.
     restore_directory(target)
     assert (target / "weights").read_text() == "old"
     assert not aside.exists()
 
 
-def test_a_hash_is_that_of_hashlib(tmp_path: Path) -> None:
+def test_a_hash_equals_that_of_hashlib(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 3_000_000)
     assert sha256_of(tmp_path / "x") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
 
 
-def test_text_is_read_with_plain_line_ends_and_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_line_ends_of_a_text_are_normalised_and_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     assert read_text(tmp_path / "x") == "one\ntwo\nthree\n"
     (tmp_path / "x").write_bytes(b"ab\xff")
@@ -134,8 +134,8 @@ def test_the_umask_of_the_process_is_never_touched(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
-def test_new_files_have_the_permissions_that_the_users_umask_leaves(tmp_path: Path, umask: int) -> None:
-    """In a process of its own, because the umask belongs to the whole process."""
+def test_new_files_respect_the_users_umask(tmp_path: Path, umask: int) -> None:
+    """The test runs in a new process, because the umask belongs to the whole process."""
     program = f"""
 import os, pathlib, stat
 os.umask({umask})
@@ -165,8 +165,8 @@ def test_a_private_file_is_private_while_it_is_written(tmp_path: Path) -> None:
         assert new.stat().st_mode & 0o777 == 0o700
 
 
-def test_what_is_written_through_a_link_arrives_where_it_points(tmp_path: Path) -> None:
-    """A linked directory, on a larger disk say, was once replaced by a real one here, and then an error raised."""
+def test_a_write_through_a_symbolic_link_changes_its_target(tmp_path: Path) -> None:
+    """A link, for example to a directory on a larger disk, was once replaced by a real directory."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "mine").write_text("mine")
     (tmp_path / "real.txt").write_text("old")
@@ -182,7 +182,7 @@ def test_what_is_written_through_a_link_arrives_where_it_points(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_links_in_a_replaced_directory_are_carried_over_as_links(tmp_path: Path) -> None:
+def test_links_in_a_replaced_directory_stay_links(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "data").symlink_to("/nowhere")
     with atomic_directory(tmp_path / "model"):
@@ -207,7 +207,7 @@ def test_the_current_directory_cannot_be_replaced(
 
 @pytest.mark.parametrize("kill", ["in the block", "before the renames", "between the renames", "after the renames"])
 def test_a_process_killed_at_any_moment_leaves_one_whole_directory(tmp_path: Path, kill: str) -> None:
-    """A real process, which ends itself without any clearing up."""
+    """A real process ends itself without any cleaning up."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("old")
     program = f"""
@@ -239,7 +239,7 @@ with files.atomic_directory({str(tmp_path / "model")!r}) as new:
 
 
 @pytest.mark.parametrize("content", [b"a\0b", "é\0".encode()])
-def test_a_nul_is_named_by_its_place(tmp_path: Path, content: bytes) -> None:
+def test_a_nul_is_named_with_its_position(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x looks like a binary file: it has a NUL character at position 1"):
         read_text(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""The decoding loop against transformers', against full forwards by hand, and against scripts that a model recites."""
+"""The decoding loop, compared with transformers, with full forward passes, and with models that recite a script."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bpe() -> BPETokenizer:
     return BPETokenizer.train(TEXT, 256 + 1 + 60, progress=False)
 
 
-# Which tokens
+# --- the choice of tokens
 
 
 def test_greedy_is_that_of_transformers(model: GPTModel) -> None:
@@ -101,7 +101,7 @@ def test_the_cache_changes_nothing(
 
 
 def test_the_cache_is_used(model: GPTModel) -> None:
-    """Otherwise the test above could not fail: with it, every forward after the first has one token."""
+    """Check that the cache is really used: every forward pass after the first gets one token."""
     lengths = []
     hook = model.transformer.ln_f.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
     generate(model, PROMPT, 5)
@@ -148,7 +148,7 @@ def test_the_stream_yields_what_generate_appends(model: GPTModel) -> None:
     assert torch.equal(torch.stack(steps, dim=1), generate(model, PROMPT, 20, **options)[:, 5:])
 
 
-# Rows of unequal length
+# --- rows of unequal length
 
 
 PATTERNS = {
@@ -197,11 +197,11 @@ def test_a_mask_of_ones_is_no_mask(model: GPTModel) -> None:
     assert torch.equal(generate(model, PROMPT, 5, attention_mask=torch.ones(2, 5)), generate(model, PROMPT, 5))
 
 
-# Where a row ends
+# --- the end of a row
 
 
 def recite(scripts: list[list[int]], n: int, vocab_size: int = 60, **options: Any) -> list[list[int]]:
-    """The new ids of a model that says these scripts."""
+    """Return the new ids that a model with these scripts generates."""
     prompt = torch.zeros(len(scripts), 2, dtype=torch.int64)
     return generate(ScriptedModel(scripts, 2, vocab_size), prompt, n, **options)[:, 2:].tolist()
 
@@ -227,7 +227,7 @@ def test_an_eos_in_the_prompt_ends_nothing() -> None:
 
 
 def test_no_step_is_computed_after_the_last_row_has_finished() -> None:
-    model = ScriptedModel([[5, 7], [7, 7]], 1, 10)  # has nothing to say to a third step
+    model = ScriptedModel([[5, 7], [7, 7]], 1, 10)  # a third step would raise an IndexError
     assert generate(model, torch.zeros(2, 1, dtype=torch.int64), 50, eos_id=7).tolist() == [[0, 5], [0, 7]]
 
 
@@ -280,7 +280,7 @@ def text_and_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
 def test_a_stop_text_ends_each_row_at_the_token_that_completes_it(
     bpe: BPETokenizer, drawn: list[tuple[str, list[str]]]
 ) -> None:
-    """Stops begin and end anywhere, within tokens and within the four bytes of an emoji's tokens."""
+    """Stops may begin and end within a token, and within the four bytes of an emoji."""
     stops = drawn[0][1]
     scripts = [bpe.encode(text) for text, _ in drawn]
     n = max(map(len, scripts))
@@ -292,7 +292,7 @@ def test_a_stop_text_ends_each_row_at_the_token_that_completes_it(
 
 
 def test_a_stop_can_lie_within_one_token_and_over_many(bpe: BPETokenizer) -> None:
-    """The cases that the test above is about exist: one token with more than the stop, one character of several tokens."""
+    """Check that the vocabulary has a token that is longer than a stop, and a character that takes several tokens."""
     whole = next(token for token in bpe.encode(TEXT) if len(bpe.decode([token])) > 3)
     inside = bpe.decode([whole])[1:3]
     assert recite([[whole, 70]], 2, bpe.n_vocab, stop=inside, tokenizer=bpe) == [[whole]]
@@ -307,7 +307,7 @@ def test_a_stop_text_can_span_words(bpe: BPETokenizer) -> None:
     assert recite([script], 6, words.n_vocab, stop="sat, and", tokenizer=words) == [script[:5]]
 
 
-# What is left as it was
+# --- what does not change
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -316,7 +316,7 @@ def modes(model: nn.Module) -> list[bool]:
 
 @pytest.fixture
 def mixed_modes(tiny_model: GPTModel) -> GPTModel:
-    """In training, but for one frozen block, and within it one layer."""
+    """Return a model in training mode, except for one frozen block, whose MLP is in training mode."""
     tiny_model.train()
     tiny_model.transformer.h[0].eval()
     tiny_model.transformer.h[0].mlp.train()
@@ -360,7 +360,7 @@ def test_evaluation_mode_is_over_after_an_error() -> None:
     assert modes(model) == [True, True, False]
 
 
-# Other people's models
+# --- models of other code
 
 
 @pytest.mark.parametrize("context_size", [8, 3])
@@ -385,7 +385,7 @@ def test_a_wrapped_model_generates_as_the_model_in_it(model: GPTModel) -> None:
     assert torch.equal(wrapped, generate(model, PROMPT, 20, attention_mask=mask))
 
 
-# Text that arrives token by token
+# --- text that arrives token by token
 
 
 def shown(stream: TextStream, ids: list[int]) -> Iterator[str]:
@@ -397,7 +397,7 @@ def shown(stream: TextStream, ids: list[int]) -> Iterator[str]:
 @given(st.data())
 @settings(deadline=None, max_examples=150)
 def test_any_ids_are_shown_as_they_are_decoded_together(bpe: BPETokenizer, data: st.DataObject) -> None:
-    """Most of these ids are single bytes, which make no characters or parts of them."""
+    """Most of these ids are single bytes, which are only parts of characters or no valid UTF-8 at all."""
     ids = data.draw(st.lists(st.integers(0, bpe.n_vocab - 1), max_size=30))
     assert "".join(shown(TextStream(bpe, stop=["\x00never"]), ids)) == bpe.decode(ids)
 
@@ -431,7 +431,7 @@ def test_no_part_of_a_stop_text_is_shown(bpe: BPETokenizer, drawn: tuple[str, li
 
 
 def test_no_part_of_a_stop_text_is_shown_when_its_next_character_is_half_there(bpe: BPETokenizer) -> None:
-    """Stop "x🦉": the x was once shown as soon as the first byte of the owl came, which hid that x begins the stop."""
+    """The x of the stop "x🦉" was once shown as soon as the owl's first byte arrived, so the stop was not found."""
     x, *owl = bpe.encode("x") + bpe.encode("🦉")
     stream = TextStream(bpe, stop=["x🦉"])
     assert "".join(shown(stream, [x, *owl])) == ""
@@ -470,7 +470,7 @@ def test_what_is_shown_is_what_generate_appends(bpe: BPETokenizer) -> None:
     assert "The cat" + text == bpe.decode(whole)
 
 
-# What is refused
+# --- invalid arguments
 
 
 Door = Callable[..., Any]
@@ -506,7 +506,7 @@ Door = Callable[..., Any]
     ],
 )
 def test_wrong_input_is_refused_at_the_door(door: Door, changes: dict[str, Any], message: str, model: GPTModel) -> None:
-    """The stream too refuses at the call, not at its first step."""
+    """generate_stream checks its arguments when it is called, not at the first step."""
     with pytest.raises(ValueError, match=message):
         door(**{"model": model, "idx": PROMPT, "max_new_tokens": 3, **changes})
 

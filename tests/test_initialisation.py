@@ -1,4 +1,4 @@
-"""Weights with which every head looks a few tokens back, seen in what the model computes from them."""
+"""The "local" initial weights, with which head h attends to the token h positions before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fresh(init: str) -> GPTModel:
 
 
 def test_the_key_of_a_position_is_the_query_of_the_one_that_looks_at_it() -> None:
-    """A sine and a cosine of a sum are what trigonometry says; in float32 the angles are rounded at 1e-5."""
+    """The rotation of sines and cosines is exact up to the rounding of float32 angles, 1e-5."""
     model = fresh("local")
     positions = model.transformer.wpe.weight  # (T, C)
     for block in model.transformer.h:
@@ -35,7 +35,10 @@ def test_the_key_of_a_position_is_the_query_of_the_one_that_looks_at_it() -> Non
 
 
 def test_heads_look_at_the_token_that_is_theirs() -> None:
-    """Over random texts the largest weight of head h is h tokens back, as transformers computes it; GPT-2's are even."""
+    """On random tokens, head h gives its largest mean weight to the token h before; GPT-2's weights are nearly equal.
+
+    transformers computes the attention weights.
+    """
     ids = torch.randint(30, (50, T), generator=torch.Generator().manual_seed(2))
     for init in ("local", "gpt2"):
         twin = transformers_twin(fresh(init))

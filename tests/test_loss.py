@@ -1,4 +1,4 @@
-"""The loss in chunks, against cross-entropy of all logits at once."""
+"""The chunked loss, compared with the cross-entropy of all logits at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from MyGPT.loss import linear_token_loss, token_loss
 
 B, T, C, V = 3, 7, 6, 50
 ROWS = 4  # 21 rows in chunks of 4: the last chunk has one
-WIDTH = 64  # 50 words take the room of 64
+WIDTH = 64  # the memory of 50 outputs is rounded up to 64
 
 
 @pytest.fixture(params=["whole", "chunks"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both ways that the loss can take; afterwards it has taken that one, or, where few targets count, the plain."""
+    """Run a test with the chunked and with the plain loss, and check that the intended one was used."""
     name, calls = request.param, []
     take(name, monkeypatch, calls)
     yield name
@@ -36,7 +36,7 @@ def take(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
 
     if name == "chunks":
         monkeypatch.setattr(loss, "MAX_LOGITS", ROWS * WIDTH)
-        monkeypatch.setattr(loss, "VOCAB_CHUNK", 7)  # of 50: the last product has one word
+        monkeypatch.setattr(loss, "VOCAB_CHUNK", 7)  # 50 outputs: the last product has one
     monkeypatch.setattr(loss, "token_loss", spied("whole", token_loss))
     monkeypatch.setattr(loss._ChunkedLinearLoss, "apply", spied("chunks", loss._ChunkedLinearLoss.apply))
 
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
     take("chunks", monkeypatch, [])
     inputs = hidden, weight, _ = example()
     gradients = torch.autograd.grad(linear_token_loss(*inputs)[0], (hidden, weight))
-    h = 1e-5  # of the third derivative is left h² / 6, of rounding 1e-14 / h
+    h = 1e-5  # errors: h² / 6 times the third derivative, and 1e-14 / h from rounding
     with torch.no_grad():
         for numbers, gradient in zip((hidden.view(-1), weight.view(-1)), gradients, strict=True):
             for i in range(0, len(numbers), 11):
@@ -148,7 +148,7 @@ def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.Monk
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees every tensor that an operation makes, views of what it was given aside."""
+    """A mode that records the size of the largest tensor that an operation creates. Views do not count."""
 
     numel = 0
 
@@ -171,8 +171,8 @@ def test_there_are_never_more_logits_than_a_chunk_of_them(monkeypatch: pytest.Mo
 
 
 def test_under_bf16_autocast_chunks_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 has 8 bits: a sum of 1,500 kept in it is off by up to 4. The logits are rounded to bf16 here as there, some
-    the other way because chunks add in another order; 0.1 % is ten times what that makes."""
+    """bf16 has 8 bits, so a sum of 1,500 in bf16 would be wrong by up to 4. Both losses round the logits to bf16, a few of them
+    differently, because chunks add in another order. That changes the loss by 0.01 %; the test allows 0.1 %."""
     take("chunks", monkeypatch, calls := [])
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(300, C), torch.randn(V, C), torch.randint(V, (300,))
@@ -187,8 +187,8 @@ def test_under_bf16_autocast_chunks_sum_in_float32(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_under_bf16_autocast_gradients_have_the_right_size(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number is rounded by up to 0.4 %, up or down, which averages out over 300 rows: along the true gradient 0.1 %
-    may be left. Rounded to bf16 on its own, the factor 1/3 would be wrong by 0.2 % for all numbers alike."""
+    """Rounding changes each number by up to 0.4 % in a random direction. Averaged over 300 rows, at most 0.1 % remains along
+    the true gradient. The factor 1/3 rounded to bf16 would change all numbers by 0.2 % in the same direction."""
     take("chunks" if chunked else "whole", monkeypatch, [])
     torch.manual_seed(0)
     hidden = torch.randn(300, C).bfloat16().float().requires_grad_()
@@ -216,7 +216,7 @@ def test_logits_of_any_precision_are_summed_in_float32_at_least(dtype: torch.dty
     assert count.item() == 8
 
 
-# Dynamo does that itself to every autograd function.
+# Dynamo itself causes this warning for every autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_step_gives_the_same_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     take("chunks", monkeypatch, [])
@@ -230,7 +230,7 @@ def test_a_compiled_step_gives_the_same_without_a_warning(monkeypatch: pytest.Mo
 
 
 def test_evaluation_computes_no_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights ask for gradients in evaluation too; the chunks once heeded that and took three times as long."""
+    """Weights require gradients in evaluation too; computing these gradients once made evaluation three times slower."""
     take("chunks", monkeypatch, [])
     monkeypatch.setattr(loss, "MAX_LOGITS", 2 * WIDTH)
     inputs = example()
@@ -240,7 +240,7 @@ def test_evaluation_computes_no_gradients_on_the_way(monkeypatch: pytest.MonkeyP
 
 
 def test_rows_without_a_target_get_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which are most of them when a model learns answers only."""
+    """Most positions are ignored when a model is trained on answers only."""
     hidden, weight, targets = example(ignored=0.0)
     targets[:, 2:] = -100
     rows = []

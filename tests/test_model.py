@@ -1,4 +1,4 @@
-"""GPTModel against transformers' GPT-2 with the same weights: logits, gradients, loss, start, sizes, refusals."""
+"""GPTModel, compared with transformers' GPT-2 with the same weights: logits, gradients, loss, initial weights, sizes, errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_ids(B: int = 4, T: int = T) -> Tensor:
 
 
 def padding(side: str, T: int = T) -> Tensor | None:
-    """Masks of four rows with T, T - 1, T // 2 and 1 tokens."""
+    """Return the mask of four rows with T, T - 1, T // 2 and 1 tokens; None for side="none"."""
     if side == "none":
         return None
     places = torch.arange(T) if side == "right" else torch.arange(T).flip(0)
@@ -56,7 +56,7 @@ def assert_logits_and_gradients_are_theirs(
     ours, theirs = model(ids, attention_mask=mask), their_logits(twin, ids, mask)
     real = torch.ones_like(ids) if mask is None else mask
     assert (ours - theirs)[real == 1].abs().max() < tolerance
-    # One random number a logit makes every logit's gradient count, none for padding.
+    # A random factor per logit lets every logit contribute to the gradients. Padding has factor 0.
     upstream = torch.randn(ours.shape, dtype=ours.dtype) * real[..., None]
     (ours * upstream).sum().backward()
     (theirs * upstream).sum().backward()
@@ -80,7 +80,7 @@ def test_logits_and_gradients_are_those_of_transformers(
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_logits_and_gradients_are_those_of_transformers_in_float32(side: str) -> None:
-    """Logits here are of size 10, each the end of some hundred float32 roundings of 6e-8: 1e-4 is ten times that."""
+    """Logits of size 10 after about a hundred float32 roundings of 6e-8 have errors of 1e-5; the tolerance is ten times that."""
     model = lively_model(config(qkv_bias=True))
     assert_logits_and_gradients_are_theirs(model, transformers_twin(model), padding(side), 1e-4)
 
@@ -100,7 +100,7 @@ def test_a_wide_float32_model_as_initialised_is_within_1e_4_of_transformers() ->
 
 
 def test_dropout_falls_where_transformers_has_it() -> None:
-    """From the same seed both draw the same masks if they drop the same tensors in the same order at the same rate."""
+    """With the same seed both draw equal masks only if they drop the same tensors in the same order at the same rate."""
     model = lively_model(config(drop_rate=0.3, qkv_bias=True)).double().train()
     twin = transformers_twin(model, "sdpa").train()
     ids = random_ids()
@@ -127,7 +127,7 @@ def test_loss_is_that_of_transformers_and_of_cross_entropy_with_ignored_labels()
     output = model(input_ids=ids, labels=labels)
     shifted = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert output.loss.item() == pytest.approx(shifted.item(), abs=1e-12)
-    # transformers takes the loss in float32, so only seven digits of it can agree.
+    # transformers computes the loss in float32, so only seven digits can agree.
     assert output.loss.item() == pytest.approx(transformers_twin(model)(ids, labels=labels).loss.item(), rel=1e-5)
     assert torch.equal(output.logits, model(ids))
 
@@ -152,7 +152,7 @@ def test_token_loss_sums_what_cross_entropy_sums() -> None:
 
 
 def test_token_loss_goes_through_a_head_that_was_replaced() -> None:
-    """A classifier's head has a bias, which a loss computed from the head's weight alone would leave out."""
+    """A classification head has a bias, which a loss computed only from the head's weight would leave out."""
     model = lively_model(config(tie_weights=False)).double()
     model.lm_head = nn.Linear(24, 5).double()
     ids, targets = random_ids(), torch.randint(5, (4, T))
@@ -179,7 +179,7 @@ def test_last_only_gives_the_last_column() -> None:
 def test_a_padded_batch_gives_finite_logits_and_gradients_everywhere(
     side: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's kernel of today forgives a query that sees nothing; the formula, and other kernels, make it nan."""
+    """A query that sees no key gives NaN by the formula and in some kernels, although not in torch's current one."""
     if kernel == "the plain":
         monkeypatch.setattr(
             F, "scaled_dot_product_attention", lambda q, k, v, attn_mask, **_: plain_attention(q, k, v, attn_mask)
@@ -230,7 +230,7 @@ def test_logits_in_any_pieces_through_the_cache_are_those_of_one_forward(pieces:
 
 
 def test_a_cache_is_used_under_bf16_autocast() -> None:
-    """bf16 keeps 8 bits: two orders of summing may differ by a few hundredths of logits of size 10."""
+    """bf16 has 8 bits, so two orders of summation may differ by a few hundredths of the largest logit."""
     model = lively_model(config())
     ids, cache = random_ids(), model.new_cache(4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -252,7 +252,10 @@ def test_untied_weights_are_two() -> None:
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_initial_weights_are_normal_with_gpt2s_deviations(tie_weights: bool) -> None:
-    """Mean, deviation and the part within one deviation, each within 6 standard errors: odds under 1e-7 a run."""
+    """The mean, the standard deviation and the share within one deviation must each be within 6 standard errors.
+
+    A correct initialisation fails with a probability below 1e-7 per run.
+    """
     n_layers = 5
     model = GPTModel(config(vocab_size=500, emb_dim=96, n_layers=n_layers, qkv_bias=True, tie_weights=tie_weights))
     for name, parameter in model.named_parameters():
@@ -269,7 +272,10 @@ def test_initial_weights_are_normal_with_gpt2s_deviations(tie_weights: bool) -> 
 
 
 def test_without_init_std_the_weights_are_those_that_torchs_layers_begin_with() -> None:
-    """Linear uniform within 1 / √C, and reaching it; embeddings normal: each within 6 standard errors, odds under 1e-7."""
+    """Linear weights are uniform up to 1 / √C and embeddings are normal, within 6 standard errors.
+
+    A correct initialisation fails with a probability below 1e-7 per run.
+    """
     model = GPTModel(config(vocab_size=500, emb_dim=96, init_std=None, tie_weights=False, qkv_bias=True))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -326,7 +332,7 @@ def test_names_and_counts_of_parameters_are_transformers(tie_weights: bool) -> N
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("n_tokens", [5, 16])
 def test_flops_are_those_that_torch_counts(n_tokens: int, tie_weights: bool) -> None:
-    """torch counts 2 for each multiplication of a matrix product, and attention in full, future tokens included."""
+    """torch counts 2 operations per multiplication, and attention without the causal mask, as we do."""
     model = GPTModel(config(tie_weights=tie_weights))
     ids = random_ids(2, n_tokens)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
@@ -418,7 +424,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_left_as_it_was(
 
 
 def test_a_cache_is_refused_where_gradients_are_asked_for(tiny_model: GPTModel) -> None:
-    """It would give wrong ones in silence, or an error about views modified in place."""
+    """Otherwise the gradients would be wrong without a warning, or torch would report views modified in place."""
     refuse_to_run(tiny_model)
     with pytest.raises(ValueError, match=r"torch\.no_grad"):
         tiny_model(IDS, cache=tiny_model.new_cache(2))

@@ -1,4 +1,4 @@
-"""Every filter against transformers' logits processor of that name, the pick against the probabilities."""
+"""The filters, compared with the logits processors of transformers, and the choice of tokens, compared with the probabilities."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ NO_IDS = torch.zeros(1, 0, dtype=torch.int64)
 bounded = settings(deadline=None, max_examples=60)
 
 
-# In float32, and exactly: the filters take the same steps in the same order as transformers, so there is no rounding
-# in which they could differ.
+# The float32 results must be equal, because the filters compute the same steps in the same order as transformers.
 @given(logits_of_any_kind, st.integers(1, V + 3))
 @bounded
 def test_top_k_keeps_what_transformers_keeps(logits: Tensor, k: int) -> None:
@@ -121,7 +120,7 @@ def test_what_is_left_has_the_probabilities_that_the_papers_say(
     ],
 )
 def test_tokens_are_picked_as_often_as_they_are_probable(chosen: dict[str, Any]) -> None:
-    """40,000 picks; under the right probabilities the statistic is this large once in a million."""
+    """With the right probabilities, the statistic of 40,000 draws is this large once in a million runs."""
     n = 40_000
     logits = torch.randn(V, generator=torch.Generator().manual_seed(5)) * 1.5
     picked = pick_next(logits.expand(n, V), SamplingConfig(**chosen), torch.Generator().manual_seed(6))
@@ -133,7 +132,7 @@ def test_tokens_are_picked_as_often_as_they_are_probable(chosen: dict[str, Any])
 
 
 def test_rows_are_picked_independently() -> None:
-    """Of two rows that are equal, 4,000 pairs of fair draws agree in half of the cases, within 6 deviations of 32."""
+    """Fair draws of two equal rows agree in half of 4,000 cases, within 6 standard deviations of 32."""
     pairs = torch.zeros(8000, 2)
     picked = pick_next(pairs, SamplingConfig(1.0), torch.Generator().manual_seed(1)).view(4000, 2)
     agree = int((picked[:, 0] == picked[:, 1]).sum())
@@ -143,7 +142,7 @@ def test_rows_are_picked_independently() -> None:
 @given(logits_of_any_kind, st.floats(0, exclude_min=True, allow_infinity=False))
 @bounded
 def test_any_temperature_above_zero_picks_a_possible_token(logits: Tensor, temperature: float) -> None:
-    """Outside of what float32 can hold, as 1e-40 and 1e39 are, the quotient was once infinite or nan."""
+    """Temperatures outside the range of float32, such as 1e-40 and 1e39, once gave infinite or NaN quotients."""
     picked = pick_next(logits, SamplingConfig(temperature))
     assert logits.gather(1, picked[:, None]).isfinite().all()
 

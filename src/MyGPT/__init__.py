@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.generation import generate as generate
     from MyGPT.generation import generate_stream as generate_stream
     from MyGPT.model import GPTModel as GPTModel
+    from MyGPT.opening import open_model as open_model
     from MyGPT.sampling import SamplingConfig as SamplingConfig
     from MyGPT.tokenizers import BPETokenizer as BPETokenizer
     from MyGPT.tokenizers import CharTokenizer as CharTokenizer
@@ -43,9 +44,9 @@ if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.training.simple import generate_and_print_sample as generate_and_print_sample
     from MyGPT.training.simple import train_model_simple as train_model_simple
     from MyGPT.training.trainer import Trainer as Trainer
-    from MyGPT.weights.openai import download_and_load_gpt2 as download_and_load_gpt2
-    from MyGPT.weights.openai import load_gpt2_params_from_tf_ckpt as load_gpt2_params_from_tf_ckpt
+    from MyGPT.weights.formats.openai import load_gpt2_params_from_tf_ckpt as load_gpt2_params_from_tf_ckpt
     from MyGPT.weights.pretrained import load_weights_into_gpt as load_weights_into_gpt
+    from MyGPT.weights.released import download_and_load_gpt2 as download_and_load_gpt2
 else:
     _MODULE_OF = {
         node.names[0].name: node.module

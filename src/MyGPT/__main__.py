@@ -1,4 +1,4 @@
-"""`python -m MyGPT` is `mygpt`."""
+"""Run the `mygpt` command as `python -m MyGPT`."""
 
 import sys
 

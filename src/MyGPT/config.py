@@ -1,7 +1,7 @@
-"""What a model is: one frozen description, checked when it is made.
+"""The configuration of a model: a frozen dataclass that checks its values when it is created.
 
-`GPTConfig` feeds Python, YAML, the command line and `config.json` alike. `as_config` is the only door through which a
-plain dict becomes one. The sizes are those of "Language Models are Unsupervised Multitask Learners"
+The same `GPTConfig` is used in Python, in YAML recipes, for command-line options and for `config.json`. `as_config`
+converts a plain dict. The released sizes are from "Language Models are Unsupervised Multitask Learners"
 (Radford et al., 2019).
 """
 
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 
-# Our field, Hugging Face's key in config.json. Their three dropout rates are one here, as in the released models.
+# Each field of GPTConfig and its key in Hugging Face's config.json. Their three dropout rates are one field here, because
+# the released models have equal rates.
 _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -27,23 +28,23 @@ _HUGGING_FACE_KEYS = {
     "layer_norm_eps": "layer_norm_epsilon",
     "init_std": "initializer_range",
     "activation": "activation_function",
-    "qkv_bias": "qkv_bias",  # unknown to transformers, which ignores it: there the biases are zeros
+    "qkv_bias": "qkv_bias",  # transformers ignores this key; its models always have biases, which are then zero.
 }
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
-"""Number formats of the matrix products in training; "auto" takes bf16 where the hardware gains from it."""
+"""Number formats of matrix products in training; "auto" selects bf16 if it is faster on the hardware."""
 Precision = Literal[TrainingPrecision, "int8"]
-"""Number formats of the matrices in generation; "auto" keeps the one in which the weights are stored."""
+"""Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
 _MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
-"""Beyond any model; a file may ask for more, of which even the names would fill the memory."""
+"""Limits beyond any real model. A hostile config.json could ask for sizes that exhaust memory."""
 _REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size and shape of a GPT-2 model. Raises ValueError for a value out of range."""
+    """The size and architecture of a GPT-2 model. A value out of range raises ValueError."""
 
     vocab_size: int = 50257
     """Number of token ids; valid ids are 0 to vocab_size - 1."""
@@ -62,7 +63,7 @@ class GPTConfig:
     tie_weights: bool = True
     """Share the token embedding's weights with the output head, as in GPT-2."""
     layer_norm_eps: float = 1e-5
-    """Number added to the variance in every LayerNorm."""
+    """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
     """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
     tie_weights=False."""
@@ -77,8 +78,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in _REQUIRED:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            require_positive(**{name: value})
             largest = _MAX_LAYERS if name == "n_layers" else _MAX_SIZE
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest}, got {value!r}")
@@ -91,16 +91,16 @@ class GPTConfig:
             if type(value) is not bool:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
         if not _is_number(self.drop_rate) or not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate must be a number from 0 up to but not including 1, got {self.drop_rate!r}")
+            raise ValueError(f"drop_rate must be a number of at least 0 and below 1, got {self.drop_rate!r}")
         for name in ("layer_norm_eps", "init_std"):
             value = getattr(self, name)
             if value is None and name == "init_std":
                 continue
             if not _is_number(value) or not 0 < value < 1:
-                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
+                raise ValueError(f"{name} must be a number between 0 and 1, both excluded, got {value!r}")
         if self.init_std is None and self.tie_weights:
             raise ValueError(
-                "init_std=None needs tie_weights=False: torch's embeddings are 50 times too large for a head"
+                "init_std=None needs tie_weights=False: torch's default embeddings are 50 times too large for an output head"
             )
         if self.init == "local" and (self.init_std is None or self.emb_dim % 2):
             raise ValueError(
@@ -115,20 +115,20 @@ class GPTConfig:
         n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
         if n_parameters > _MAX_PARAMETERS:
             raise ValueError(
-                f"these sizes make a model of {n_parameters:.0e} parameters, at most {_MAX_PARAMETERS:.0e}"
+                f"these sizes give a model of {n_parameters:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}"
             )
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Hugging Face's name for tie_weights; PEFT asks for it."""
+        """Hugging Face's name for `tie_weights`, which PEFT reads."""
         return self.tie_weights
 
     def to_dict(self) -> dict[str, Any]:
-        """Hugging Face's `config.json` of this model, as a dict."""
+        """Return the content of Hugging Face's `config.json` for this model."""
         named = {theirs: getattr(self, ours) for ours, theirs in _HUGGING_FACE_KEYS.items()}
         dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
         if self.init_std is None:
-            del named["initializer_range"]  # must be a number there, and has no meaning for trained weights
+            del named["initializer_range"]  # transformers requires a number, and trained weights do not depend on it.
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": self.model_type,
@@ -138,7 +138,10 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
-        """The model that Hugging Face's `config.json` describes. What we cannot express is a ValueError."""
+        """Return the config for the content of a Hugging Face `config.json`.
+
+        A setting that MyGPT's model does not have, such as another activation function, raises ValueError.
+        """
         for key, only in (
             ("model_type", (cls.model_type,)),
             ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
@@ -148,19 +151,21 @@ class GPTConfig:
             ("add_cross_attention", (False,)),
         ):
             if config.get(key, only[0]) not in only:
-                raise ValueError(f"config.json has {key}={config[key]!r}, a GPT-2 model here needs {only[0]!r}")
+                raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {only[0]!r}")
         dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
         if len(dropouts) > 1:
-            raise ValueError(f"config.json has different dropout rates {sorted(dropouts)}, a model here has one")
+            raise ValueError(
+                f"config.json has different dropout rates {sorted(dropouts)}, MyGPT supports only equal rates"
+            )
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
-        if ours.get("activation") == "gelu_pytorch_tanh":  # the same as gelu_new, by another function
+        if ours.get("activation") == "gelu_pytorch_tanh":  # the same function under another name
             ours["activation"] = "gelu_new"
-        # Hugging Face's GPT-2 always has the biases, so a config.json that does not say otherwise means them.
+        # GPT-2 of transformers always has biases, so they are the default for a config.json.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTConfig:
-        """The config of a released model by name, or of a model's directory. PEFT asks for it when it saves an adapter."""
+        """Return the config of a released model, given its name, or of a model directory. PEFT calls this method."""
         name = str(name_or_dir).removeprefix("openai-community/")
         if name in GPT2_CONFIGS:
             return GPT2_CONFIGS[name]
@@ -168,11 +173,21 @@ class GPTConfig:
 
 
 def read_config_json(path: Path) -> GPTConfig:
-    """The model that a `config.json` describes; a damaged one, or of another model, is a ValueError that names it."""
+    """Return the config in a `config.json`. A damaged file or another kind of model raises ValueError with the path."""
     try:
         return GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
+
+
+def require_positive(*, optional: bool = False, **values: object) -> None:
+    """Raise ValueError if an argument, given as name=value, is not a whole number of at least 1.
+
+    With `optional`, an argument may also be None.
+    """
+    for name, value in values.items():
+        if (type(value) is not int or value < 1) and not (optional and value is None):
+            raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -180,24 +195,24 @@ def _is_number(value: object) -> bool:
 
 
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
-    """A GPTConfig from itself or from a dict of its fields.
+    """Return a GPTConfig unchanged, or create one from a dict of its fields.
 
-    The five sizes must be there, the rest has defaults. An unknown key, a missing size or a value out of range is a
-    ValueError that names the key, the value and what is allowed.
+    A dict must have the five sizes; the other fields have defaults. An unknown key, a missing size or a value out of
+    range raises ValueError.
     """
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):
-        raise ValueError(f"a model is described by a GPTConfig or a dict, got {type(config).__name__}")
+        raise ValueError(f"a model config must be a GPTConfig or a dict, got {type(config).__name__}")
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
     for key in config:
         if key not in fields:
             raise ValueError(
-                f"unknown key {key!r} (value {config[key]!r}) in the model config; known: {', '.join(fields)}"
+                f"unknown key {key!r} (value {config[key]!r}) in the model config; the known keys are {', '.join(fields)}"
             )
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
-        raise ValueError(f"the model config lacks {', '.join(missing)}; it must have {', '.join(_REQUIRED)}")
+        raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_REQUIRED)}")
     return GPTConfig(**config)
 
 
@@ -210,9 +225,9 @@ GPT_CONFIG: dict[str, Any] = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-"""A model of GPT-2 124M's size, as a dict with the book's seven keys."""
+"""The sizes of GPT-2 124M, as a dict with the seven keys of "Build a Large Language Model (From Scratch)"."""
 GPT_CONFIG_SMALL: dict[str, Any] = {**GPT_CONFIG, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
-"""30 million parameters and a context of 256, for a laptop."""
+"""A model with 30 million parameters and a context of 256 tokens, small enough to train on a laptop."""
 
 _RELEASED = {
     "124M": ("gpt2", 768, 12, 12),
@@ -225,4 +240,4 @@ GPT2_CONFIGS: dict[str, GPTConfig] = {
     for size, (alias, emb_dim, n_heads, n_layers) in _RELEASED.items()
     for name in (size, alias)
 }
-"""The released models by size, 124M to 1558M, and by Hugging Face's names, gpt2 to gpt2-xl."""
+"""The configs of the released models, by size ("124M" to "1558M") and by Hugging Face's name ("gpt2" to "gpt2-xl")."""

@@ -1,4 +1,4 @@
-"""What a model costs, computed from its sizes: parameters, floating-point operations (FLOPs), memory and training time.
+"""The costs of a model, computed from its sizes: parameters, floating-point operations (FLOPs), memory, training time.
 
 Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
 Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
@@ -93,8 +93,8 @@ def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> 
     for _ in range(n + 1):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":  # GPUs, Apple's included, work in the background.
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return median(times[1:])
 

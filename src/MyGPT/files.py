@@ -226,7 +226,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a new hidden name beside `path`, in the form that `remove_leftovers` recognizes."""
+    """Return a new hidden name beside `path`, in the form that `remove_leftovers` recognises."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"
 
 

@@ -1,6 +1,6 @@
-"""From a prompt to its continuation, token by token. `generate_stream` is the only decoding loop of the library.
+"""Text generation, token by token. `generate_stream` is the only decoding loop of the library.
 
-B batch, T time, V vocabulary. How a token is chosen is in sampling.py.
+B batch, T time, V vocabulary. sampling.py picks the next token from the logits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from MyGPT.sampling import SamplingConfig, pick_next
 
 Stop = str | Sequence[int]
+"""A text, or a sequence of ids, at which generation ends."""
 
 
 def generate(
@@ -35,18 +36,29 @@ def generate(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Tensor:
-    """The prompts idx (B, T) with up to max_new_tokens new tokens each: (B, T + new) int64.
+    """Return the prompts followed by up to max_new_tokens new tokens, (B, T + new) int64.
 
-    temperature 0 is greedy; what the other sampling options do is told by `SamplingConfig`. Prompts of unequal length
-    are padded, on either side, and told apart by attention_mask (B, T), 1 for tokens; each row continues as it would
-    alone. Past the context length (or context_size, if smaller) the model sees the last tokens only.
+    Generation ends early when every row has finished. Until then, a finished row is filled with eos_id, or else with the
+    tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
 
-    A row that produces eos_id is filled with it from there on, and the columns at the end in which every row has
-    finished are dropped. `stop` is a text or ids, or several, at which a row ends; they are kept, since a text can begin
-    in the middle of a token. Texts need `tokenizer`. Rows that a stop has ended are filled with eos_id, or the
-    tokenizer's `<|endoftext|>`, or 0.
+    Args:
+        model: a GPTModel, an accelerated model, or any module that maps ids (B, T) to logits (B, T, V).
+        idx: the prompts, (B, T) int64.
+        max_new_tokens: largest number of new tokens.
+        context_size: number of last tokens that the model sees (default and at most: its context length).
+        temperature: 0 always picks the most likely token. For the sampling options see `SamplingConfig`.
+        top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`.
+        eos_id: the id that finishes a row.
+        stop: one or several texts or sequences of ids that finish a row. The stop itself stays in the result, because a text
+            can begin in the middle of a token. Texts need `tokenizer`.
+        seed: makes the sampled tokens reproducible, independently of torch's global seed.
+        attention_mask: (B, T), 1 for tokens and 0 for padding, for prompts of unequal length padded on either side. Each
+            row continues as it would alone.
+        use_cache: False recomputes all tokens in every step. The result is the same, but slower.
+        tokenizer: decodes the new tokens to find stop texts.
 
-    `seed` makes the draw repeatable whatever torch's global state. The result is the same with and without the cache.
+    Raises:
+        ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
     """
     steps = generate_stream(
         model,
@@ -86,18 +98,18 @@ def generate_stream(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Iterator[Tensor]:
-    """What `generate` appends, a step at a time: yields (B,) int64, one new token a row."""
+    """Yield the new tokens step by step, each (B,) int64. The arguments are those of `generate`."""
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"the prompts must be (batch, time) with at least one token, got shape {tuple(idx.shape)}")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-    ends = _stop_check(stop, tokenizer)
+    has_stopped = _stop_check(stop, tokenizer)
     fill = next((id_ for id_ in (eos_id, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     window = _context(model, context_size)
     ids, mask = _pad_left(idx, attention_mask)
-    return _decode(model, ids, mask, max_new_tokens, window, sampling, eos_id, ends, fill, generator, use_cache)
+    return _decode(model, ids, mask, max_new_tokens, window, sampling, eos_id, has_stopped, fill, generator, use_cache)
 
 
 @torch.no_grad()
@@ -109,19 +121,31 @@ def _decode(
     window: int | None,
     sampling: SamplingConfig,
     eos_id: int | None,
-    ends: Callable[[list[int]], bool] | None,
+    has_stopped: Callable[[list[int]], bool] | None,
     fill: int,
     generator: torch.Generator | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
+    """Yield the new tokens of checked arguments.
+
+    Args:
+        ids: left-padded prompts, (B, T).
+        mask: (B, T) bool, False for padding; None without padding.
+        window: number of last tokens that the model sees; None for all.
+        has_stopped: returns True if a row with these new ids has reached a stop; None without stops.
+        fill: id for rows that have finished.
+        generator: source of random numbers; None for torch's global one.
+
+    The other arguments are those of `generate`.
+    """
     B, T = ids.shape
     finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
     new_ids: list[list[int]] = [[] for _ in range(B)]
-    logits_of = _Window(model, window, use_cache, T + max_new_tokens)
+    last_logits = _LastLogits(model, window, use_cache, T + max_new_tokens)
     seen: Tensor | None = None
     for _ in range(max_new_tokens):
         with evaluation_mode(model):
-            logits = logits_of(ids, mask)  # (B, V)
+            logits = last_logits(ids, mask)  # (B, V)
         if sampling.repetition_penalty is not None:
             seen = _mark_seen(seen, ids, mask, logits)
         new = pick_next(logits, sampling, generator, seen).masked_fill(finished, fill)
@@ -130,10 +154,10 @@ def _decode(
             if finished.all():
                 return
         yield new
-        if ends is not None:
+        if has_stopped is not None:
             for row, id_ in enumerate(new.tolist()):
                 new_ids[row].append(id_)
-                if not finished[row] and ends(new_ids[row]):
+                if not finished[row] and has_stopped(new_ids[row]):
                     finished[row] = True
             if finished.all():
                 return
@@ -142,22 +166,23 @@ def _decode(
             mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
 
 
-class _Window:
-    """The last position's logits, from the cache as long as the sequence fits the window, from the window after that."""
+class _LastLogits:
+    """A function that computes the logits of the last position, with a cache while the sequence fits into the window."""
 
-    def __init__(self, model: Any, window: int | None, use_cache: bool, longest: int) -> None:
+    def __init__(self, model: Any, window: int | None, use_cache: bool, max_length: int) -> None:
         self.model = model
         self.window = window
-        self.is_ours = hasattr(model, "new_cache")
-        self.cache_length = min(longest, window) if window is not None and use_cache and self.is_ours else 0
+        self.has_cache = hasattr(model, "new_cache")
+        self.cache_length = min(max_length, window) if window is not None and use_cache and self.has_cache else 0
         self.cache: Any = None
 
     def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the logits (B, V) of the last position of ids (B, T)."""
         if self.window is not None and ids.shape[1] > self.window:
             # Learned positions shift with the window, so nothing cached stays valid: recompute.
             self.cache, self.cache_length = None, 0
             ids, mask = ids[:, -self.window :], None if mask is None else mask[:, -self.window :]
-        if not self.is_ours:
+        if not self.has_cache:  # a model of other code, which knows neither cache= nor last_only=
             if mask is None:
                 return self.model(ids)[:, -1]
             return self.model(ids, attention_mask=mask)[:, -1]
@@ -170,7 +195,7 @@ class _Window:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside the block; afterwards every module is in the mode in which it was found."""
+    """Put a model into evaluation mode inside the `with` block, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -182,10 +207,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class TextStream:
-    """Text from ids that come one by one: whole characters only, and nothing from a stop text on.
+    """A decoder for ids that arrive one by one. It returns whole characters only and leaves out stop texts.
 
-    Every call decodes all ids again, since a token's text can depend on those before it; against a forward pass that is
-    nothing.
+    Every call decodes all ids again, because the text of a token can depend on the tokens before it. Compared with a
+    forward pass this takes no time.
+
+    Args:
+        tokenizer: decodes the ids.
+        prompt_ids: ids before the first new one; their text is not returned.
+        stop: texts that end the output.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
@@ -196,32 +226,34 @@ class TextStream:
         self.shown = 0
 
     def add(self, id_: int) -> str:
-        """The text that has become certain with this id, often empty."""
+        """Append an id and return the new text that is certain now, which is often empty."""
         self.ids.append(id_)
-        # Half a character may become whole, and the beginning of a stop text a stop text.
+        # The next id may complete a character or a stop text, so incomplete ones are held back.
         text = self._text().rstrip("\ufffd")
         held = max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         return self._show(text[: len(text) - held])
 
     def end(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._show(self._text())
 
     def _text(self) -> str:
+        """Return the text of all new ids up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
-        # A prompt's last character can become another when its last bytes arrive.
+        # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
         pairs = enumerate(zip(self.prompt, text, strict=False))
         text = text[next((i for i, (old, new) in pairs if old != new), len(self.prompt)) :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 
     def _show(self, text: str) -> str:
+        """Return the part of the text that was not returned before."""
         new, self.shown = text[self.shown :], max(self.shown, len(text))
         return new
 
 
 def _context(model: Any, context_size: int | None) -> int | None:
-    """The longest sequence to show the model; None if neither the caller nor a config says."""
+    """Return the largest number of tokens that the model may see; None if neither context_size nor a config limits it."""
     if context_size is not None and (type(context_size) is not int or context_size < 1):
         raise ValueError(f"context_size must be a whole number of at least 1, got {context_size!r}")
     own = getattr(getattr(model, "config", None), "context_length", None)
@@ -229,7 +261,10 @@ def _context(model: Any, context_size: int | None) -> int | None:
 
 
 def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The prompts moved to the right edge, where new tokens are appended, and their mask; None if nothing is padded."""
+    """Return the prompts with all padding moved to the left, and their mask (bool), which is None without padding.
+
+    New tokens are appended on the right, so the tokens of every prompt must end there.
+    """
     if attention_mask is None:
         return idx, None
     if attention_mask.shape != idx.shape:
@@ -239,14 +274,17 @@ def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tenso
         raise ValueError(f"prompt {int(mask.any(dim=1).logical_not().nonzero()[0])} is empty: its mask has no 1")
     if mask.all():
         return idx, None
-    order = mask.long().argsort(dim=1, stable=True)  # padding first, tokens after it in their order
+    order = mask.long().argsort(dim=1, stable=True)  # padding first, then the tokens in their order
     ids, mask = idx.gather(1, order), mask.gather(1, order)
-    empty = int(mask.any(dim=0).long().argmax())  # columns in which every row is padding
+    empty = int(mask.any(dim=0).long().argmax())  # number of columns that are padding in every row
     return ids[:, empty:], mask[:, empty:]
 
 
 def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
-    """(B, V), True for the tokens of each row, padding not counted; after the first call only the newest is added."""
+    """Return (B, V), True for every token that occurs in a row; padding does not count.
+
+    `seen` is the result of the step before, to which only the newest token is added; None in the first step.
+    """
     if seen is not None:
         return seen.scatter(1, ids[:, -1:], True)
     counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
@@ -255,12 +293,12 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
 
 
 def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
-    """A function of a row's new ids that says whether the row has reached a stop."""
+    """Return a function of the new ids of a row that is True once the row has reached a stop; None without stops."""
     if stop is None:
         return None
     stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
     if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
-        raise ValueError(f"stop must be a text or ids, or several, none of them empty, got {stop!r}")
+        raise ValueError(f"stop must be a text or a list of ids, or a list of these, none of them empty; got {stop!r}")
     texts = [one for one in stops if isinstance(one, str)]
     runs = [list(one) for one in stops if not isinstance(one, str)]
     if texts and tokenizer is None:
@@ -269,14 +307,14 @@ def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[
         )
     longest = max((len(text.encode()) for text in texts), default=0)
 
-    def ends(ids: list[int]) -> bool:
+    def has_stopped(ids: list[int]) -> bool:
         if any(ids[-len(run) :] == run for run in runs):
             return True
-        # A token is at least one byte, but can lose the white space around it when it is decoded: look a little further.
+        # Every token is at least one byte, so the last `longest` ids would do; some tokenizers drop spaces, hence more.
         recent = tokenizer.decode(ids[-(2 * longest + 8) :]) if texts else ""
         return any(text in recent for text in texts)
 
-    return ends
+    return has_stopped
 
 
 def _is_stop(one: object) -> bool:

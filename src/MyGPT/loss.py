@@ -1,7 +1,7 @@
-"""The only cross-entropy of the library: how many nats a model pays for the next token.
+"""The cross-entropy of the library, in nats.
 
-Sums and counts come apart, because a mean of means is wrong when batches differ in length: add both over batches, then
-divide once. N = B * T positions, C embedding width, V vocabulary.
+Losses and counts are returned as separate sums, because a mean of means is wrong when batches differ in length: sum both over
+batches, then divide once. N = B * T positions, C embedding width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
-"""The target that no loss counts, as in torch and transformers."""
+"""The target that losses ignore, as in torch and transformers."""
 
 MAX_LOGITS = 1 << 24
-"""Most logits that exist at one time (64 MB in float32)."""
+"""Largest number of logits that exist at one time (64 MB in float32)."""
 
 VOCAB_CHUNK = 2048
-"""Words that a product on a processor takes at a time, so that what it makes is still in the cache when it is put away."""
+"""Number of outputs that a CPU computes at a time, so that the result is still in its cache when it is stored."""
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in nats, and how many targets were counted.
+    """Return the summed cross-entropy in nats and the number of counted targets.
 
-    logits (..., V) float; targets (...) int64, -100 is skipped. Computed in float32 at least.
+    logits (..., V) float; targets (...) int64, where -100 is ignored. Logits of 16 bits are converted to float32 first.
     """
     logits = logits.flatten(0, -2)  # (N, V)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -35,21 +35,27 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_loss(hidden @ weight.T, targets)` without ever holding all the logits.
+    """Return `token_loss(hidden @ weight.T, targets)` without storing all logits at once.
 
-    hidden (..., C), weight (V, C), targets (...) int64. For GPT-2's 50,257 words the logits are most of the memory of a
-    training step. Products of many words are taken in chunks of rows whose gradients are computed on the way, so they can
-    be had once: a second backward is an error.
+    For GPT-2's vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are
+    therefore computed in chunks of rows. The forward pass already computes the gradients of each chunk, so the loss supports
+    only one backward pass; a second one raises an error.
+
+    Args:
+        hidden: hidden states, (..., C).
+        weight: weight of the output head, (V, C).
+        targets: (...) int64, where -100 is ignored.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait to know how many
+    # On a GPU the number of counted targets is not known without waiting for the GPU.
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != IGNORED
         if not counted.all():  # prompts and padding need no logits
             hidden, flat_targets = hidden[counted], flat_targets[counted]
     if len(weight) <= VOCAB_CHUNK and len(hidden) * len(weight) <= MAX_LOGITS:
         return token_loss(F.linear(hidden, weight), flat_targets)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, torch.is_grad_enabled())
@@ -57,54 +63,60 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
-    """The sum, in float32 at least. d loss / d logits is softmax minus one-hot, so the gradients follow at once."""
+    """The summed cross-entropy, in float32 or float64.
+
+    The gradient of the loss with respect to the logits is softmax minus one-hot, so each chunk yields its gradients at once.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_grad_enabled: bool) -> Tensor:
         (N, C), V = hidden.shape, len(weight)
-        sums = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=sums)
-        of_hidden, of_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        hidden_gradient = hidden.new_empty(N, C) if of_hidden else None
-        weight_gradient = weight.new_zeros(V, C, dtype=sums) if of_weight else None
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=sum_dtype)
+        needs_hidden, needs_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        hidden_gradient = hidden.new_empty(N, C) if needs_hidden else None
+        weight_gradient = weight.new_zeros(V, C, dtype=sum_dtype) if needs_weight else None
         counted = (targets != IGNORED)[:, None]  # (N, 1)
         index = targets[:, None].where(counted, 0)
-        # A product whose rows begin at odd places takes up to a half longer: 50,257 words get room for 50,304.
+        # Products with unaligned rows take up to 50% longer, so 50,257 outputs are stored in rows of 50,304.
         width = -(-V // 64) * 64
         n_rows = max(1, min(N, MAX_LOGITS // width))
-        room = hidden.new_empty(n_rows, width, dtype=sums)
-        n_words = VOCAB_CHUNK if hidden.device.type == "cpu" else V
-        words = [slice(start, start + n_words) for start in range(0, V, n_words)]
+        buffer = hidden.new_empty(n_rows, width, dtype=sum_dtype)
+        chunk_size = VOCAB_CHUNK if hidden.device.type == "cpu" else V
+        chunks = [slice(start, start + chunk_size) for start in range(0, V, chunk_size)]
         for start in range(0, N, n_rows):
             rows = slice(start, start + n_rows)
             x = hidden[rows]
-            padded = room[: len(x)]
+            padded = buffer[: len(x)]  # (rows, width)
             padded[:, V:] = -math.inf
-            logits = padded[:, :V]
-            for some in words:
-                logits[:, some] = F.linear(x, weight[some])
-            of_target, highest = logits.gather(1, index[rows]), padded.amax(1, keepdim=True)
-            # In place: to make room for 16 million numbers anew costs more than to compute them.
+            logits = padded[:, :V]  # (rows, V)
+            for chunk in chunks:
+                logits[:, chunk] = F.linear(x, weight[chunk])
+            target_logits, largest = logits.gather(1, index[rows]), padded.amax(1, keepdim=True)  # each (rows, 1)
+            # In place, because allocating memory for 16 million numbers takes longer than computing them.
             probabilities = torch.softmax(padded, 1, out=padded)
-            log_total = highest - probabilities.amax(1, keepdim=True).log()
-            total += ((log_total - of_target) * counted[rows]).sum()
-            if not (of_hidden or of_weight):
+            # The largest probability is exp(largest) / sum(exp(logits)).
+            log_sum = largest - probabilities.amax(1, keepdim=True).log()
+            total += ((log_sum - target_logits) * counted[rows]).sum()
+            if not (needs_hidden or needs_weight):
                 continue
+            # softmax minus one-hot, in the memory of the logits
             gradient = logits.scatter_add_(1, index[rows], logits.new_full((len(x), 1), -1.0)).to(weight.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[rows] = F.linear(gradient, weight.T) * counted[rows]
             if weight_gradient is not None:
                 x = x * counted[rows]
-                for some in words:
-                    weight_gradient[some] += F.linear(gradient[:, some].T, x.T)
+                for chunk in chunks:
+                    weight_gradient[chunk] += F.linear(gradient[:, chunk].T, x.T)
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # Multiplied in float32: rounded to bf16 first, one factor would be wrong for all by up to 0.4%. What is float32
-        # already is multiplied in place, for it may be 150 MB; a second backward finds it changed, and autograd says so.
+        # The product is computed in float32, because grad_output rounded to bf16 would change all gradients by up to 0.4%.
+        # Saved gradients in float32 are scaled in place, since they may take 150 MB; autograd detects this in a second
+        # backward pass.
         hidden_gradient, weight_gradient = (
             None if saved is None else saved.to(grad_output.dtype).mul_(grad_output).to(ctx.dtype)
             for saved in ctx.saved_tensors

@@ -23,7 +23,7 @@ from MyGPT.config import GPTConfig, as_config
 from MyGPT.costs import count_matrix_weights, count_parameters, flops_per_token
 from MyGPT.initialisation import initialise
 from MyGPT.loss import linear_token_loss, token_loss
-from MyGPT.weights.directory import write_directory
+from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights
 
 
@@ -201,7 +201,7 @@ class GPTModel(nn.Module):
             inputs_embeds: (B, T, C), token embeddings to use instead of input_ids.
             labels: (B, T) int64, usually input_ids themselves; the model shifts them, as in transformers. Labels of -100
                 are ignored. Give -100 to the first token of each of several texts.
-            output_attentions, output_hidden_states, return_dict: accepted for PEFT, without effect if they are unset.
+            output_attentions, output_hidden_states, return_dict: leave unset; they exist because PEFT passes them.
             cache: the keys and values of the S - T tokens before; the new tokens are appended.
             last_only: compute only the logits of the last position, (B, 1, V).
 

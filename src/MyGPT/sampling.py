@@ -1,7 +1,7 @@
-"""From logits to the next token: small pure filters, (B, V) -> (B, V), and the pick.
+"""Sampling: pure functions that filter logits (B, V), and the choice of the next token.
 
-A filter gives the tokens that it rules out a logit of minus infinity. Their order is transformers': repetition penalty,
-temperature, top-k, top-p, min-p.
+A filter sets the logits of the tokens that it excludes to minus infinity. The filters run in the same order as in
+transformers: repetition penalty, temperature, top-k, top-p, min-p. B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,41 +51,41 @@ def _is_number(value: object) -> bool:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row (Fan et al., 2018); equals of the smallest of them stay too."""
+    """Keep the k largest logits of each row (Fan et al., 2018), and any that equal the smallest of these."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The nucleus: the fewest likeliest tokens that together have at least probability p (Holtzman et al., 2020)."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al., 2020)."""
     ascending, order = logits.sort()
-    outside = ascending.softmax(-1).cumsum(-1) <= 1 - p  # what lies below has at most 1 - p
+    outside = ascending.softmax(-1).cumsum(-1) <= 1 - p  # these tokens together have at most 1 - p
     outside[:, -1] = False
     return logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens with at least p times the probability of the likeliest (Nguyen et al., 2024)."""
+    """Keep the tokens with at least p times the probability of the most likely one (Nguyen et al., 2024)."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of seen tokens divided by the penalty where positive, multiplied where negative (Keskar et al., 2019).
+    """Divide the positive logits of seen tokens by the penalty and multiply the negative ones (Keskar et al., 2019).
 
-    seen (B, V) is True for tokens that have appeared.
+    seen (B, V) is True for tokens that already occurred.
     """
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalized, logits)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
-    """All filters that the config asks for, in order; logits (B, V), seen (B, V) for the repetition penalty."""
+    """Apply all filters of the config to logits (B, V). seen (B, V) is True for tokens that already occurred."""
     if config.repetition_penalty is not None and seen is not None:
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if config.temperature == 0:
         return logits
-    # Further out float32 has no quotient but inf and nan; 1e-30 is as good as greedy, 1e30 as good as even odds.
+    # Outside this range the quotient overflows to inf or NaN. 1e-30 already means greedy, and 1e30 equal probabilities.
     logits = logits / min(max(config.temperature, 1e-30), 1e30)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
@@ -99,10 +99,17 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
 def pick_next(
     logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row, (B,) int64, from the last position's logits (B, V)."""
+    """Return the next token of each row, (B,) int64.
+
+    Args:
+        logits: logits of the last position, (B, V).
+        config: the sampling options.
+        generator: source of random numbers; None for torch's global one.
+        seen: (B, V), True for tokens that already occurred; needed for the repetition penalty.
+    """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:
         if logits.device.type == "cpu":
-            return torch.from_numpy(logits.detach().numpy().argmax(-1))  # which finds it in a tenth of torch's time
+            return torch.from_numpy(logits.detach().numpy().argmax(-1))  # ten times faster than torch's argmax
         return logits.argmax(-1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

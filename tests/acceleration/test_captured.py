@@ -1,4 +1,4 @@
-"""The step that is captured on a GPU, run without being captured: the same logits as the model's own."""
+"""The step that CUDA graphs capture on a GPU, run on the CPU without capturing: it gives the model's logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_continues_rows_of_unequal_length_as_the_model_does(tiny_model64: GPT
 
 
 def test_its_logits_are_the_models(tiny_model64: GPTModel) -> None:
-    """float64: sums over masked zeros are taken in another order, 1e-15 each."""
+    """In float64, sums in another order differ by 1e-15 each."""
     captured, ids = CapturedModel(tiny_model64), torch.arange(14).reshape(2, 7) * 4
     cache = captured.new_cache(2, 9)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_tokens_that_are_taken_back_are_forgotten(tiny_model64: GPTModel) -> Non
 
 @pytest.mark.parametrize("n_match", [1, 2])
 def test_prompt_lookup_over_it_generates_the_models_ids(n_match: int) -> None:
-    """A small vocabulary repeats itself, so guesses are accepted and refused all the time."""
+    """Texts of a small vocabulary repeat themselves, so that guesses are often accepted and often dropped."""
     model = lively_model(dataclasses.replace(CONFIG, vocab_size=4, context_length=40)).double()
     ids = torch.tensor([[0, 1, 2, 0, 1, 2]])
     lookup = PromptLookup(CapturedModel(model), n_match=n_match)

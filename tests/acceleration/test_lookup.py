@@ -1,4 +1,4 @@
-"""Prompt lookup: the model's own logits every time, in fewer forward passes where text repeats itself."""
+"""Prompt lookup gives the model's own logits, with fewer forward passes where text repeats itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from MyGPT.model import GPTModel
 
 
 def make_model(vocab_size: int = 5) -> GPTModel:
-    """With few words, runs of two repeat all the time and go on differently half of the time."""
+    """Return a model with a small vocabulary, so that pairs of ids repeat often and continue in different ways."""
     return lively_model(
         GPTConfig(vocab_size=vocab_size, context_length=40, emb_dim=12, n_heads=2, n_layers=2, tie_weights=False)
     )
@@ -35,7 +35,7 @@ def test_whatever_is_chosen_the_logits_are_the_models(prompt: list[int], chosen:
     with torch.no_grad():
         logits = lookup(torch.tensor([ids]), cache=cache, last_only=True)
         for id_ in chosen:
-            # float64: rounding is 1e-14 here, another text 1e-1.
+            # In float64, rounding changes the logits by 1e-14; another text changes them by 1e-1.
             torch.testing.assert_close(logits, model(torch.tensor([ids]), last_only=True), atol=1e-11, rtol=0)
             ids.append(id_)
             logits = lookup(torch.tensor([[id_]]), cache=cache, last_only=True)
@@ -57,7 +57,7 @@ def test_whatever_is_chosen_the_logits_are_the_models(prompt: list[int], chosen:
     ids=str,
 )
 def test_generated_ids_are_those_without_it(options: dict[str, Any]) -> None:
-    # Sampling too, draw by draw: so the distribution is the model's. Past the context as well.
+    # Sampled ids are equal draw by draw, so their distribution is the model's. 60 tokens exceed the context.
     model = make_model().double()
     ids = torch.tensor([[0, 1, 2, 0, 1, 2]])
     for n_match in (1, 2, 3):
@@ -77,7 +77,7 @@ def test_an_accelerated_model_gives_the_same_ids_to_the_last_bit(precision: Any)
 
 
 class Counting(torch.nn.Module):
-    """A model that always goes on with the next number, and how many forward passes it was asked for."""
+    """A model that always predicts the next number and counts its forward passes."""
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_repeated_text_takes_a_pass_for_every_eight_tokens() -> None:
     ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     out = generate(PromptLookup(model), ids, 32)
     assert out[0].tolist() == [i % 5 for i in range(40)]
-    # The prompt gives one token, the next passes eight each.
+    # The prompt gives one token, and each further pass gives eight.
     assert model.n_calls == 1 + -(-31 // 8)
 
 

@@ -1,4 +1,4 @@
-"""The accelerated model: the plain model's logits, from every layout of the weights, with and without a compiler."""
+"""The accelerated model, compared with the plain one: every precision, with and without a C++ compiler."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def make_model(**changes: Any) -> GPTModel:
 
 
 def ragged(model: GPTModel, B: int = 3, T: int = 9) -> tuple[Tensor, Tensor]:
-    """Prompts of T, T - 1, ... tokens, left-padded, and their mask."""
+    """Return left-padded prompts of T, T - 1, ... tokens and their mask."""
     ids = torch.randint(0, model.config.vocab_size, (B, T))
     return ids, (torch.arange(T) >= torch.arange(B)[:, None]).long()
 
 
 def in_pieces(model: Any, ids: Tensor, mask: Tensor, *lengths: int) -> Tensor:
-    """Logits (B, T, V) computed through a cache, so many tokens at a time."""
+    """Return the logits (B, T, V), computed with a cache in pieces of these lengths."""
     cache = model.new_cache(len(ids), ids.shape[1])
     pieces = []
     with torch.no_grad():
@@ -60,7 +60,7 @@ def in_pieces(model: Any, ids: Tensor, mask: Tensor, *lengths: int) -> Tensor:
 
 
 def error(logits: Tensor, exact: Tensor, mask: Tensor) -> float:
-    """Relative, over the tokens that are no padding."""
+    """Return the relative error of the logits, without the padding."""
     real = mask.bool()
     return float((logits.double() - exact)[real].norm() / exact[real].norm())
 
@@ -77,12 +77,12 @@ def test_float32_logits_are_as_near_to_float64_as_the_plain_models(
         exact = copy.deepcopy(model).double()(ids, attention_mask=mask)
         plain = model(ids, attention_mask=mask)
     fast = in_pieces(accelerate(model, compiled=compiled), ids, mask, *lengths)
-    # Rounding in another order is as large, not the same: 3 times leaves room for luck, a mistake is 1e5 times as large.
+    # Both round, in another order. A factor of 3 allows for chance; a mistake would give a factor of 1e5.
     assert error(fast, exact, mask) < 3 * error(plain, exact, mask)
 
 
 def narrowed(model: GPTModel, precision: str) -> GPTModel:
-    """The plain model in float64 with the weights that the narrow one stands for, by torch's own conversions."""
+    """Return the model in float64 with weights rounded to bf16 or int8 by torch's own conversions."""
     narrow = copy.deepcopy(model).double()
     for name, parameter in narrow.named_parameters():
         is_matrix = parameter.dim() == 2 and not name.endswith("wpe.weight")
@@ -108,7 +108,8 @@ def test_narrow_weights_are_rounded_and_little_else_is(name: str, precision: Any
         exact = narrowed(model, precision)(ids, attention_mask=mask)
         unrounded = copy.deepcopy(model).double()(ids, attention_mask=mask)
         plain = error(model(ids, attention_mask=mask), unrounded, mask)
-    # int8 weights meet activations of 16 bits, whose steps are 256 times as fine as theirs: so is what they change (0.3 to 1.2).
+    # int8 weights are multiplied with 16-bit activations, which are 256 times as precise, so their error is as much smaller
+    # (measured: 0.3 to 1.2 times 1/256).
     bound = 3 * plain if precision == "bf16" else error(exact, unrounded, mask) / 128
     fast = accelerate(model, precision, compiled=True)
     for lengths in ((9,), (4, 1, 3, 1)):
@@ -123,15 +124,15 @@ def test_narrow_weights_without_a_compiler_are_near_the_plain_model(name: str, p
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids, attention_mask=mask)
     fast = accelerate(model, precision, compiled=False)
-    # Each of thirteen matrices adds about `rounding` in a random direction, and these weights, 20 times GPT-2's, carry it
-    # on: the factor is measured (at most 11). A wrong scale or bias gives 1, which is 256 times `rounding`.
+    # Each of thirteen matrices adds an error of about `rounding` in a random direction, and these weights, 20 times as large
+    # as GPT-2's, amplify the error: the measured factor is at most 11. A wrong scale or bias gives an error of 1.
     assert error(in_pieces(fast, ids, mask, 4, 1, 3, 1), exact, mask) < 30 * rounding
 
 
 @ways
 @configs
 def test_greedy_tokens_are_the_plain_models(name: str, compiled: bool) -> None:
-    # Past the context too. The best two of these logits differ by 1e-3 or more, rounding by 1e-5.
+    # 60 tokens exceed the context. The two largest logits differ by at least 1e-3, and rounding changes them by 1e-5.
     model = make_model(**CONFIGS[name])
     ids, mask = ragged(model)
     fast = accelerate(model, compiled=compiled)
@@ -152,7 +153,8 @@ def test_sampled_tokens_are_the_plain_models(compiled: bool) -> None:
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(precision: Any) -> None:
-    # To the last bit: sums run in one order however many rows share the weights. C of 320 has whole and half blocks of K.
+    # Equal to the last bit, because the order of summation does not depend on the number of rows. C = 320 has whole and half
+    # blocks of K.
     model = make_model(**CONFIGS["wide"])
     fast = accelerate(model, precision, compiled=True)
     ids, mask = torch.randint(0, 130, (9, 7)), torch.ones(9, 7, dtype=torch.int64)
@@ -170,14 +172,14 @@ def test_masks_of_other_kinds_mean_what_they_mean_to_the_model(compiled: bool) -
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 1, 0, 1, 1, 1]])
     with torch.no_grad():
         expected = model(ids, attention_mask=mask)
-    # Logits are of size 10, and pass through 13 matrices: 1e-4 is a hundred roundings.
+    # For logits of size 10, 1e-4 is about a hundred roundings.
     torch.testing.assert_close(fast(ids, attention_mask=mask), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(in_pieces(fast, ids, mask, 5, 3), expected, atol=1e-4, rtol=1e-4)
 
 
 @ways
 def test_a_long_prompt_and_a_short_one_agree(compiled: bool) -> None:
-    # 40 tokens go through torch's attention, 20 and 20 through the kernel's.
+    # torch computes 40 tokens at once; the kernel computes 20 and 20.
     model = make_model()
     fast = accelerate(model, compiled=compiled)
     ids, mask = ragged(model, T=40)
@@ -218,7 +220,7 @@ def test_a_model_stored_in_half_precision_keeps_its_weights(dtype: torch.dtype, 
     assert error(in_pieces(fast, ids, mask, 4, 5), exact, mask) < 3 * error(plain, exact, mask)
 
 
-# --- the matrices
+# --- matrix products
 
 
 @pytest.fixture
@@ -246,11 +248,11 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, h
     linear = panels(weight, bias, precision)
     used = linear.rows(torch.arange(N)[None])[0].double()
     exact = F.linear(x.double(), used, None if bias is None else bias.double())
-    # |error| <= (n + 2) u |x| |w| for sums of n in a row (Higham, 2002, section 3.1): K / 128 blocks of 128, u = 2^-24.
+    # |error| <= (n + 2) u |x| |w| for a sum of n products, u = 2^-24 (Higham, 2002, section 3.1). Here K / 128 blocks of 128.
     bound = (
         (128 + K / 128 + 4) * 2**-24 * F.linear(x.abs().double(), used.abs(), bias.abs().double() if has_bias else None)
     )
-    if precision == "int8":  # activations are off by half of what 1 means: a block's largest is 32,767
+    if precision == "int8":  # activations are rounded to multiples of 1/32767 of the block's largest
         half = torch.cat([block.abs().amax(1, keepdim=True).expand_as(block) / 65534 for block in x.split(128, 1)], 1)
         bound += F.linear(half.double(), used.abs())
     assert ((linear(x) - exact).abs() <= bound).all()
@@ -264,7 +266,7 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, h
 @needs_compiler
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-37, 1e-30, 1e30])
 def test_int8_products_of_tiny_and_huge_rows_are_finite_and_near(size: float) -> None:
-    # Of a row below 1e-30 the 16-bit numbers are all 0.
+    # Rows below 1e-30 become 0.
     weight, x = torch.randn(5, 300), torch.randn(2, 300) * size
     exact = F.linear(x.double(), weight.double())
     assert ((panels(weight, None, "int8")(x) - exact).abs() <= 0.02 * exact.abs().amax() + 1e-27).all()
@@ -274,7 +276,7 @@ def test_int8_products_of_tiny_and_huge_rows_are_finite_and_near(size: float) ->
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-6, 1e6))
 def test_int8_weights_are_off_by_half_a_step_at_most(N: int, K: int, size: float) -> None:
     weight = torch.randn(N, K) * size
-    weight[0] = 0  # a row of zeros has no largest
+    weight[0] = 0  # the scale of a row of zeros must not be 0
     ids = torch.arange(N)[None]
     step = weight.abs().amax(1, keepdim=True) / 127
     plain = PlainLinear(weight, None, "int8").rows(ids)[0]
@@ -296,7 +298,7 @@ def test_gelu_is_torchs(then: Any, approximate: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-1e30, -100.0, -0.0, 100.0, 1e30])])[:, None]
     gelu = panels(torch.ones(1, 1), None, "fp32")(x, then)
     exact = F.gelu(x.double(), approximate=approximate)
-    # Two roundings of 1 + erf or of the exponential, which near -12 is all that is left of x.
+    # The tolerance is two roundings of 1 + erf or of the exponential.
     torch.testing.assert_close(gelu.double(), exact, atol=2e-7, rtol=1e-6)
 
 
@@ -355,7 +357,7 @@ def test_a_nan_weight_gives_nan_logits_as_in_the_model(name: str, precision: Any
     assert in_pieces(fast, ids, torch.ones_like(ids), 3, 1)[0, 2:].isnan().all()
 
 
-# --- the compiler
+# --- compiling the kernel
 
 
 def test_without_a_compiler_torch_does_it_and_one_line_says_so(
@@ -429,7 +431,7 @@ def test_a_build_that_is_killed_is_begun_anew(monkeypatch: pytest.MonkeyPatch, t
 
 @needs_compiler
 def test_a_build_that_no_one_waits_for_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    # mygpt generate begins to compile before it knows that the model is there.
+    # mygpt generate starts to compile before it knows that the model exists.
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
     build = Build()
     process = build.compiler
@@ -448,7 +450,7 @@ def test_a_cache_that_cannot_be_written_costs_speed_only(
     assert "generating with torch's operators" in capsys.readouterr().err
 
 
-# --- what is refused
+# --- invalid arguments
 
 
 def test_what_cannot_be_accelerated_is_refused() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import MyGPT
 from MyGPT import book, get_tokenizer
-from MyGPT.weights.openai import read_settings
+from MyGPT.weights.formats.openai import read_settings
 from oracles_layouts import BookBlock, BookGPT
 from oracles_model import greedy_by_hand, naive_attention, train_by_hand
 from oracles_openai import openai_logits, openai_params

@@ -146,7 +146,10 @@ def test_the_example_of_the_help_works(models: Path, in_tmp_path: Path, capsys: 
         ),
         (["--data", "book.txt", "--stride", "17"], "stride must be a whole number from 1 to 16"),
         (["--data", "book.txt", "--batch_size", "0"], "batch_size must be a whole number of at least 1, got 0"),
-        (["--data", "book.txt", "--protocol", "lambada", "--stride", "4"], "stride cannot be used with protocol lambada, which predicts one word per passage, got 4"),
+        (
+            ["--data", "book.txt", "--protocol", "lambada", "--stride", "4"],
+            "stride cannot be used with protocol lambada, which predicts one word per passage, got 4",
+        ),
         (["--data", "other.txt"], "character '7' at position 3 is not in the vocabulary"),
         (["--data", "empty.txt"], "there is no text to measure"),
         (["--data", "letter.txt"], "a text needs at least 2 tokens, or 1 after a bos_id, got 1"),

@@ -85,9 +85,9 @@ def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     """What a command opens is the same. float32: logits of size 10 agree to 1e-4."""
-    from MyGPT.commands._model import open_model
+    from MyGPT import open_model
 
-    ours, tokenizer, _ = open_model(str(tuned), "cpu")
+    ours, tokenizer = open_model(str(tuned), "cpu")
     assert tokenizer.n_vocab == ours.config.vocab_size
     with warnings.catch_warnings():  # PEFT's and transformers' own, of names that they will change
         warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tm
         assert (merged(IDS) - theirs(IDS).logits).abs().max() < 1e-4
     assert load_tokenizer(tmp_path / "run/model").encode("cat") == load_tokenizer(base / "base").encode("cat")
     assert load_template(tmp_path / "run/model") == load_template("alpaca") == load_template(tmp_path / "run/adapter")
-    from MyGPT.finetuning.lora import open_adapter
+    from MyGPT.finetuning.foreign_adapters import open_adapter
 
     adapted = open_adapter(GPTModel.from_pretrained(base / "base"), tmp_path / "run/adapter")
     assert (adapted(IDS) - merged(IDS)).abs().max() < 1e-5
@@ -235,10 +235,10 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
         (["--full", "--merge"], "--merge cannot be used with --full"),
         (["--full", "--frozen_dtype", "bf16"], "--frozen_dtype bf16 cannot be used with --full"),
         (["--epochs", "0"], "epochs must be a number above 0, got 0"),
-        (["--lora.targets", "[c_atn]"], "no layer of the model is called 'c_atn'"),
+        (["--lora.targets", "[c_atn]"], "the model has no layer called 'c_atn'"),
         (["--lora.r", "0"], "lora.r must be at least 1, got 0"),
         (["--lora.alpha", "0"], "lora.alpha must be at least 1, got 0"),
-        (["--lora.dropout", "1"], "lora.dropout must be from 0 up to but not including 1, got 1.0"),
+        (["--lora.dropout", "1"], "lora.dropout must be at least 0 and less than 1, got 1.0"),
         (["--lora.targets", "[]"], "lora.targets must name at least one layer, got none"),
         (["--template", "vicuna"], "no template 'vicuna': give alpaca, book"),
         (["--max_length", "3"], "there are no examples to learn from: 23 records, 23 too long for max_length=3"),
@@ -368,7 +368,7 @@ def test_an_adapter_whose_model_has_moved_says_how_to_name_it(
     config.write_text(json.dumps({**described, "base_model_name_or_path": str(tmp_path / "gone")}))
     assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "Say"]) == 2
     error = capsys.readouterr().err
-    assert "gone, which is not there" in error and "--adapter" in error and len(error.splitlines()) == 1
+    assert "gone, which does not exist" in error and "--adapter" in error and len(error.splitlines()) == 1
 
 
 def test_an_adapter_alone_cannot_be_tuned(tuned: Path, base: Path, tmp_path: Path, capsys: Any) -> None:

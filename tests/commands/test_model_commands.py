@@ -16,7 +16,7 @@ from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands import _model
 from MyGPT.commands.chat import Conversation
-from MyGPT.weights import gpt2_files
+from MyGPT.weights import released
 from oracles_layouts import BookGPT, NanoGPT
 from oracles_openai import OPENAI
 from texts import OPENAI_FILES
@@ -107,10 +107,10 @@ def test_chat_needs_room_for_a_question(talker: Path, capsys: Any) -> None:
 def gpt2_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """OpenAI's server for one small model, whose name is 124M; and an empty cache."""
     data = (OPENAI / "model.ckpt.data-00000-of-00001").read_bytes()
-    monkeypatch.setitem(gpt2_files.DATA_BYTES, "124M", len(data))
+    monkeypatch.setitem(released.DATA_BYTES, "124M", len(data))
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
     with serving() as server:
-        for name in gpt2_files.FILES:
+        for name in released.FILES:
             server.will(file(((OPENAI if (OPENAI / name).is_file() else OPENAI_FILES) / name).read_bytes()))
         yield server
 
@@ -128,12 +128,12 @@ def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_
 
 def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert main(["download", "gpt5"]) == 2
-    assert "no model 'gpt5' to download; there are 124M, gpt2," in capsys.readouterr().err
+    assert "unknown model 'gpt5': the models to download are 124M, gpt2," in capsys.readouterr().err
     assert main(["download", "124M", "--out", str(tmp_path), "--base_url", "http://127.0.0.1:1/models"]) == 2
     error = capsys.readouterr().err
     assert "127.0.0.1:1/models/124M/checkpoint" in error and str(tmp_path / "124M") in error
     assert main(["generate", "--model", "hf://gpt2"]) == 2
-    assert "is written hf://user/model, got 'hf://gpt2'" in capsys.readouterr().err
+    assert "must be written as hf://user/model, got 'hf://gpt2'" in capsys.readouterr().err
 
 
 def test_info_says_whose_a_checkpoint_is(talker: Path, tmp_path: Path, capsys: Any) -> None:

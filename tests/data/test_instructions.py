@@ -1,4 +1,4 @@
-"""Examples, their batches and their order, against a naive collate, tokens of the whole text, transformers and counting."""
+"""Tests of fine-tuning examples and their batches, against a naive collate function, transformers and simple counting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RECORDS = [
 
 
 def naive_collate(batch: list[list[int]], pad: int, ignore: int, longest_allowed: int | None) -> tuple[Tensor, Tensor]:
-    """As the book describes it: a pad after each item, pads up to the longest, shifted by one, second pads ignored."""
+    """Collate as the book describes: append one pad to each item, pad to the longest, shift by one, ignore later pads."""
     width = max(len(item) for item in batch) + 1
     inputs, targets = [], []
     for item in batch:
@@ -60,21 +60,21 @@ ITEMS = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=9), min_size=
 
 @settings(max_examples=300, deadline=None)
 @given(batch=ITEMS, ignore=st.sampled_from([-100, -1]), longest_allowed=st.none() | st.integers(1, 12))
-def test_batches_are_the_books(batch: list[list[int]], ignore: int, longest_allowed: int | None) -> None:
+def test_batches_equal_the_books(batch: list[list[int]], ignore: int, longest_allowed: int | None) -> None:
     inputs, targets = collate_instructions(batch, END, ignore, longest_allowed)
     expected_inputs, expected_targets = naive_collate(batch, END, ignore, longest_allowed)
     assert torch.equal(inputs, expected_inputs) and torch.equal(targets, expected_targets)
     assert inputs.dtype == targets.dtype == torch.int64
 
 
-def test_the_books_example_of_a_batch() -> None:
+def test_the_example_batch_of_the_book() -> None:
     inputs, targets = collate_instructions([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]])
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 50256, 50256, 50256], [7, 8, 9, 50256, 50256]]
     assert targets.tolist() == [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100], [8, 9, 50256, -100, -100]]
 
 
-def test_an_end_of_text_inside_an_item_leaves_its_own_end_a_target() -> None:
-    """The book's function ignores every 50256 after the first, so that a conversation's last answer would never end."""
+def test_an_end_of_text_inside_an_item_does_not_hide_the_last_target() -> None:
+    """The book's function ignores every 50256 after the first, so a model would not learn to end a conversation."""
     _, targets = collate_instructions([[1, END, 2], [1, 2, 3, 4]], END)
     assert targets.tolist() == [[END, 2, END, -100], [2, 3, 4, END]]
 
@@ -94,7 +94,7 @@ def test_with_the_prompt_masked_exactly_the_answers_and_their_ends_are_targets(
         assert row == [-100] * (len(p) - 1) + plain[len(p) - 1 :]
 
 
-def test_items_are_lists_that_any_code_for_lists_takes() -> None:
+def test_items_are_ordinary_lists() -> None:
     example = InstructionDataset(RECORDS, get_tokenizer("gpt2"))[0]
     assert isinstance(example, list) and example == list(example)
     assert type(example.copy()) is list and torch.tensor(example).shape == (len(example),)
@@ -102,7 +102,7 @@ def test_items_are_lists_that_any_code_for_lists_takes() -> None:
     assert again == example and again.is_answer == example.is_answer
 
 
-def test_a_torch_loader_batches_the_examples() -> None:
+def test_a_torch_dataloader_batches_the_examples() -> None:
     dataset = InstructionDataset(RECORDS, get_tokenizer("gpt2"))
     collate = partial(collate_instructions, mask_prompt=True, allowed_max_length=1024)
     ((inputs, targets),) = DataLoader(dataset, batch_size=3, collate_fn=collate)
@@ -110,7 +110,7 @@ def test_a_torch_loader_batches_the_examples() -> None:
     assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
 
 
-def test_gpt2_ids_are_those_of_the_whole_text_as_the_book_encodes_it() -> None:
+def test_gpt2_ids_equal_those_of_the_whole_text_as_in_the_book() -> None:
     tokenizer = get_tokenizer("gpt2")
     dataset = InstructionDataset(RECORDS, tokenizer)
     for example, record in zip(dataset, RECORDS, strict=True):
@@ -131,7 +131,7 @@ def test_a_plain_tiktoken_encoding_gives_the_same_examples() -> None:
 
 
 def test_no_token_joins_the_prompt_to_the_answer() -> None:
-    """Encoded as one text, `### Response:` and an opening quote make one token, which no prompt ends with."""
+    """If both were encoded as one text, `:` and an opening quote would be one token, but no prompt ends with this token."""
     tokenizer = get_tokenizer("gpt2")
     record = {"instruction": "Quote.", "output": '"To be."'}
     example = InstructionDataset([record], tokenizer, ALPACA)[0]
@@ -140,7 +140,7 @@ def test_no_token_joins_the_prompt_to_the_answer() -> None:
     assert tokenizer.encode(ALPACA.prompt(record) + record["output"])[: len(prompt)] != prompt
 
 
-def test_every_answer_of_a_conversation_ends_and_is_learnt() -> None:
+def test_every_answer_of_a_conversation_and_its_end_are_targets() -> None:
     tokenizer = get_tokenizer("gpt2")
     talk = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "See you.")]
     record = {"messages": [{"role": role, "content": content} for role, content in talk]}
@@ -153,7 +153,7 @@ def test_every_answer_of_a_conversation_ends_and_is_learnt() -> None:
 
 
 def test_padding_changes_no_loss(tiny_model64: GPTModel) -> None:
-    """The sum over a padded batch against transformers' logits for each answer alone."""
+    """Compare the summed loss of a padded batch with the losses from transformers' logits for each answer alone."""
     twin = transformers_twin(tiny_model64)
     pairs = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10, 11, 12]), ([13, 14], [])]
     batch = [Example(p + a, [False] * len(p) + [True] * len(a)) for p, a in pairs]
@@ -167,18 +167,26 @@ def test_padding_changes_no_loss(tiny_model64: GPTModel) -> None:
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_a_batch_may_be_an_array(array: Any) -> None:
+    """The truth value of an array of several numbers raises an error, and the function once used it."""
+    x, y = collate_instructions(array([[1, 2], [3, 4]]))
+    assert x.tolist() == [[1, 2], [3, 4]]
+    assert y.tolist() == [[2, 50256], [4, 50256]]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"batch": []}, r"items of at least one token, got lengths \[\]"),
         ({"batch": [[1], []]}, r"items of at least one token, got lengths \[1, 0\]"),
         ({"batch": [[1]], "allowed_max_length": 0}, "allowed_max_length must be None or .* at least 1, got 0"),
-        ({"batch": [[1]], "pad_token_id": None}, r"the id of <\|endoftext\|>, .* whole number, got None"),
-        ({"batch": [[1]], "pad_token_id": -1}, "whole number, got -1"),
+        ({"batch": [[1]], "pad_token_id": None}, r"the id of <\|endoftext\|>, .* whole number of at least 0, got None"),
+        ({"batch": [[1]], "pad_token_id": -1}, "whole number of at least 0, got -1"),
         ({"batch": [[1]], "mask_prompt": True}, "mask_prompt needs items of an InstructionDataset, .* got a list"),
     ],
 )
-def test_what_cannot_be_collated_is_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_batches_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         collate_instructions(**options)
 
@@ -198,16 +206,16 @@ def test_examples_longer_than_the_context_are_left_out_and_counted() -> None:
     assert InstructionDataset(records, LETTERS).describe() == "5 examples with 36 tokens, the longest has 12"
 
 
-def test_examples_longer_than_the_context_can_be_an_error() -> None:
+def test_too_long_raise_refuses_examples_longer_than_the_context() -> None:
     with pytest.raises(ValueError, match="record 2 has 9 tokens, more than max_length=8"):
         InstructionDataset([{"text": "a"}, {"text": "a" * 9}], LETTERS, max_length=8, too_long="raise")
 
 
-def test_an_example_can_be_counted_from_the_end_and_none_is_beyond() -> None:
+def test_negative_indices_count_from_the_end_and_others_raise_index_error() -> None:
     dataset = InstructionDataset([{"text": "a"}, {"text": "bc"}], LETTERS)
     assert dataset[-1] == dataset[1] and dataset[-2] == dataset[0]
     for index in (2, -3):
-        with pytest.raises(IndexError, match=f"example {index} of a data set with 2 examples"):
+        with pytest.raises(IndexError, match=f"there is no example {index} in a data set with 2 examples"):
             dataset[index]
 
 
@@ -242,7 +250,7 @@ def dataset_of(lengths: list[int]) -> InstructionDataset:
     pool=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
-def test_every_example_is_seen_once_an_epoch(lengths: list[int], batch_size: int, pool: int, epoch: int) -> None:
+def test_every_example_is_seen_once_per_epoch(lengths: list[int], batch_size: int, pool: int, epoch: int) -> None:
     sampler = LengthGroupedSampler(dataset_of(lengths), batch_size, seed=5, pool_batches=pool)
     n = sampler.batches_per_epoch
     batches = [sampler.indices(step) for step in range(epoch * n, (epoch + 1) * n)]
@@ -251,7 +259,7 @@ def test_every_example_is_seen_once_an_epoch(lengths: list[int], batch_size: int
     assert batches == sampler.epoch(epoch)
 
 
-def test_a_step_sees_the_same_examples_whatever_was_asked_before() -> None:
+def test_the_examples_of_a_step_do_not_depend_on_earlier_calls() -> None:
     dataset = dataset_of([1 + i % 17 for i in range(100)])
     forward = LengthGroupedSampler(dataset, 8, seed=1, pad_token_id=END)
     backward = LengthGroupedSampler(dataset, 8, seed=1, pad_token_id=END)
@@ -268,8 +276,8 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_batches_of_similar_length_have_little_padding_and_no_order() -> None:
-    """Uniform lengths of 1 to 100 in plain batches of 8 are 56% tokens on average (mean 50.5 of an expected maximum of 89)."""
+def test_batches_have_little_padding_and_come_in_random_order() -> None:
+    """Plain batches of 8 with uniform lengths from 1 to 100 have 56% tokens (mean 50.5, expected maximum 89)."""
     lengths = np.random.default_rng(0).integers(1, 101, 1000)
     dataset = dataset_of(lengths.tolist())
 
@@ -279,11 +287,11 @@ def test_batches_of_similar_length_have_little_padding_and_no_order() -> None:
 
     assert share_of_tokens(1) < 0.65 < 0.95 < share_of_tokens(50)
     longest = [int(lengths[batch].max()) for batch in LengthGroupedSampler(dataset, 8).epoch(0)]
-    # Sorted, neighbours would differ by 100 / 125 batches; in random order by 33 on average.
+    # In sorted order, adjacent batches would differ by 100 / 125 tokens; in random order they differ by 33 on average.
     assert np.abs(np.diff(longest)).mean() > 20
 
 
-def test_an_epoch_serves_a_torch_loader() -> None:
+def test_an_epoch_is_a_batch_sampler_for_a_torch_dataloader() -> None:
     sampler = LengthGroupedSampler(dataset_of([3, 1, 4, 1, 5]), 2, pad_token_id=END)
     collate = partial(collate_instructions, pad_token_id=END)
     loader = DataLoader(sampler.dataset, batch_sampler=sampler.epoch(0), collate_fn=collate)
@@ -292,6 +300,6 @@ def test_an_epoch_serves_a_torch_loader() -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_size", "pool_batches"])
-def test_a_sampler_of_nothing_is_refused(name: str) -> None:
+def test_a_sampler_with_a_size_below_1_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
         LengthGroupedSampler(dataset_of([1]), **{"batch_size": 1, name: 0})

@@ -1,4 +1,4 @@
-"""Packed rows against first-fit in three lines, the same examples unpacked, and transformers under a mask made by hand."""
+"""Tests of packing, against a naive first-fit, the unpacked examples, and transformers with a block-diagonal mask."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def naive_first_fit(lengths: list[int], max_length: int) -> list[list[int]]:
 
 @settings(max_examples=300, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60), more=st.integers(0, 30))
-def test_each_example_goes_to_the_first_row_with_room(lengths: list[int], more: int) -> None:
+def test_each_example_goes_to_the_first_row_with_enough_space(lengths: list[int], more: int) -> None:
     max_length = max(lengths, default=1) + more
     assert pack_first_fit(lengths, max_length) == naive_first_fit(lengths, max_length)
 
 
 @pytest.mark.parametrize("length", [0, 11])
-def test_an_example_that_no_row_takes_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match=f"example 1 has {length} tokens, a row takes 1 to 10"):
+def test_an_example_that_fits_into_no_row_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"example 1 has {length} tokens, a row can contain 1 to 10"):
         pack_first_fit([3, length], 10)
 
 
-def test_a_packed_batch_spelled_out() -> None:
+def test_a_packed_batch_by_hand() -> None:
     inputs, targets, segments = collate_packed([[[1, 2, 3], [4, 5]], [[6]]], 7, END)
     assert inputs.tolist() == [[1, 2, 3, 4, 5, END, END], [6, END, END, END, END, END, END]]
     assert targets.tolist() == [[2, 3, END, 5, END, -100, -100], [END, -100, -100, -100, -100, -100, -100]]
@@ -73,10 +73,10 @@ def test_packing_keeps_every_input_with_its_target(lengths: list[tuple[int, int]
     assert (inputs[~there] == 999).all() and (targets[~there] == -100).all()
 
 
-# --- what the model makes of it --------------------------------------------------------------------------------------
+# --- the model with packed rows --------------------------------------------------------------------------------------
 
 
-def test_packed_losses_are_those_of_the_examples_alone(tiny_model64: GPTModel) -> None:
+def test_packed_losses_equal_those_of_single_examples(tiny_model64: GPTModel) -> None:
     inputs, targets, segments = collate_packed(ROWS, 12, END)
     total, count = tiny_model64.token_loss(inputs, targets, segments)
     unpacked_total, unpacked_count = tiny_model64.token_loss(*collate_instructions(ALONE, END))
@@ -84,7 +84,7 @@ def test_packed_losses_are_those_of_the_examples_alone(tiny_model64: GPTModel) -
     torch.testing.assert_close(total, unpacked_total, rtol=1e-12, atol=1e-12)
 
 
-def test_packed_gradients_are_those_of_the_examples_alone(tiny_model64: GPTModel) -> None:
+def test_packed_gradients_equal_those_of_single_examples(tiny_model64: GPTModel) -> None:
     def gradients(loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(tiny_model64.parameters())))
 
@@ -95,7 +95,7 @@ def test_packed_gradients_are_those_of_the_examples_alone(tiny_model64: GPTModel
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_packed_logits_are_transformers_under_a_block_diagonal_mask(tiny_model64: GPTModel) -> None:
+def test_packed_logits_equal_those_of_transformers_with_a_block_diagonal_mask(tiny_model64: GPTModel) -> None:
     inputs, _, segments = collate_packed(ROWS, 12, END)
     B, T = inputs.shape
     visible = torch.zeros(B, 1, T, T, dtype=torch.bool)
@@ -107,7 +107,7 @@ def test_packed_logits_are_transformers_under_a_block_diagonal_mask(tiny_model64
                 visible[b, 0, start + t, start : start + t + 1] = True
                 positions[b, start + t] = t
             start += len(item)
-    visible |= torch.eye(T, dtype=torch.bool)  # padding, which would be nan
+    visible |= torch.eye(T, dtype=torch.bool)  # A row of the mask without any visible token would give nan.
     mask = torch.zeros(B, 1, T, T, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
     with torch.no_grad():
         ours = tiny_model64(inputs, attention_mask=segments)
@@ -115,13 +115,15 @@ def test_packed_logits_are_transformers_under_a_block_diagonal_mask(tiny_model64
     torch.testing.assert_close(ours[segments > 0], theirs[segments > 0], rtol=1e-11, atol=1e-11)
 
 
-def test_another_neighbour_changes_nothing(tiny_model64: GPTModel) -> None:
+def test_another_example_in_the_same_row_changes_nothing(tiny_model64: GPTModel) -> None:
     first, _, segments = collate_packed([[[1, 2, 3], [4, 5, 6], [7, 8]]], 12, END)
     second, _, _ = collate_packed([[[9, 9, 9], [4, 5, 6], [10, 11]]], 12, END)
     with torch.no_grad():
         a, b = tiny_model64(first, attention_mask=segments), tiny_model64(second, attention_mask=segments)
     torch.testing.assert_close(a[:, 3:6], b[:, 3:6], rtol=1e-12, atol=1e-12)
-    assert (a[:, 6:8] - b[:, 6:8]).abs().min() > 1e-6  # these did change: the comparison can fail
+    assert (
+        a[:, 6:8] - b[:, 6:8]
+    ).abs().min() > 1e-6  # The logits of the changed example differ, so the comparison above can fail.
 
 
 # --- the sampler -----------------------------------------------------------------------------------------------------
@@ -137,12 +139,12 @@ def dataset_of(lengths: list[int], max_length: int | None = None) -> Instruction
     more=st.integers(0, 30),
     batch_size=st.integers(1, 5),
 )
-def test_every_example_is_seen_once_an_epoch_and_no_row_is_too_long(
+def test_every_example_is_seen_once_per_epoch_and_no_row_is_too_long(
     lengths: list[int], more: int, batch_size: int
 ) -> None:
     max_length = max(lengths) + more
     sampler = PackedSampler(dataset_of(lengths), max_length, batch_size, seed=3)
-    n_epochs = batch_size  # after which as many whole batches as rows have been seen
+    n_epochs = batch_size  # After so many epochs, the last batch is complete.
     rows = [row for step in range(sampler.rows_per_epoch) for row in sampler.rows(step)]
     assert len(rows) == n_epochs * sampler.rows_per_epoch
     assert Counter(index for row in rows for index in row) == dict.fromkeys(range(len(lengths)), n_epochs)
@@ -162,7 +164,7 @@ def test_no_token_is_lost_in_an_epochs_batches() -> None:
     assert seen == Counter(id_ for example in dataset for id_ in example)
 
 
-def test_a_step_sees_the_same_rows_whatever_was_asked_before() -> None:
+def test_the_rows_of_a_step_do_not_depend_on_earlier_calls() -> None:
     dataset = dataset_of([1 + i % 17 for i in range(100)])
     there = [PackedSampler(dataset, 32, 3, seed=1, pad_token_id=END).batch(step) for step in range(30)]
     sampler = PackedSampler(dataset, 32, 3, seed=1, pad_token_id=END)
@@ -173,7 +175,7 @@ def test_a_step_sees_the_same_rows_whatever_was_asked_before() -> None:
 
 
 def test_epochs_and_seeds_pack_differently() -> None:
-    """Examples of equal length change places: of 100 of 17 lengths, two orders agree in less than 1 of 1e70 cases."""
+    """100 examples have 17 different lengths. Two random orders of equal lengths agree with a probability below 1e-70."""
     dataset = dataset_of([1 + i % 17 for i in range(100)])
     epochs = [PackedSampler(dataset, 32, 3, seed=seed).epoch(epoch) for seed in (1, 2) for epoch in (0, 1)]
     together = [{frozenset(row) for row in rows} for rows in epochs]
@@ -182,23 +184,25 @@ def test_epochs_and_seeds_pack_differently() -> None:
 
 def test_short_examples_fill_the_rows() -> None:
     sampler = PackedSampler(dataset_of([1 + i % 50 for i in range(500)]), 256, 4)
-    assert sampler.rows_per_epoch == -(-sum(1 + i % 50 for i in range(500)) // 256)  # none could do with fewer
+    assert sampler.rows_per_epoch == -(
+        -sum(1 + i % 50 for i in range(500)) // 256
+    )  # the smallest possible number of rows
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"max_length": 8, "batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"max_length": 4, "batch_size": 1}, "the longest example has 5 tokens, a row takes max_length=4: make the"),
+        ({"max_length": 4, "batch_size": 1}, "the longest example has 5 tokens, a row has max_length=4: create the"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_sampler_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PackedSampler(dataset_of([3, 5]), **options)
 
 
-def test_a_row_with_too_much_in_it_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"row 1 has examples of \[3, 2\] tokens, .* together at most 4"):
+def test_a_row_with_too_many_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"row 1 has examples of \[3, 2\] tokens: .* all together at most 4"):
         collate_packed([[[1]], [[1, 2, 3], [4, 5]]], 4)
-    with pytest.raises(ValueError, match=r"row 0 has examples of \[0\] tokens, each must have at least one"):
+    with pytest.raises(ValueError, match=r"row 0 has examples of \[0\] tokens: each needs at least one"):
         collate_packed([[[]]], 4)

@@ -1,4 +1,4 @@
-"""Text files to token files: the same ids as in one go, in bounded memory, whole or not at all."""
+"""Tests of token files: the ids equal those of the whole text, and a failure leaves no half-written data set."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_all_kinds_of_files_become_one_token_file(tmp_path: Path) -> None:
     block=st.integers(1, 9),
     task=st.integers(1, 20),
 )
-def test_pieces_make_the_ids_of_the_whole(
+def test_pieces_give_the_ids_of_the_whole_text(
     tmp_path_factory: pytest.TempPathFactory, text: str, block: int, task: int
 ) -> None:
-    """Blocks so small that they cut characters, line ends and words."""
+    """The blocks are so small that they split characters, line ends and words."""
     path = tmp_path_factory.mktemp("pieces") / "text.txt"
     path.write_bytes(text.encode())
     plain = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -91,7 +91,7 @@ def test_pieces_make_the_ids_of_the_whole(
             assert tokenize([path], tokenizer).tolist() == tokenizer.encode(plain) + end
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
     assert documents_of(tmp_path / "a.txt") == ["text"]
 
@@ -157,7 +157,7 @@ def files_under(directory: Path) -> list[str]:
         ("a.txt", b"", r"there is no text in .*a\.txt"),
     ],
 )
-def test_a_bad_file_is_named_with_the_place_and_nothing_is_left(
+def test_an_error_names_the_bad_file_and_the_position_and_leaves_no_files(
     tmp_path: Path, name: str, content: bytes, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BLOCK_BYTES", 16)
@@ -192,7 +192,7 @@ def test_an_old_data_set_is_kept_until_the_new_one_is_whole(tmp_path: Path, monk
 
 
 def prepared(tmp_path: Path) -> tuple[list[Path], Path, dict[str, bytes]]:
-    """Paths of a text, a data set of another one, and its content."""
+    """Return the path of a text in a list, a data set that was made from another text, and the files of the data set."""
     (tmp_path / "a.txt").write_text("old text")
     prepare([tmp_path / "a.txt"], tmp_path / "out", BPE, progress=False)
     (tmp_path / "a.txt").write_text(ALICE)
@@ -205,7 +205,7 @@ def prepared(tmp_path: Path) -> tuple[list[Path], Path, dict[str, bytes]]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_data_set(tmp_path: Path) -> None:
-    """A real failed write in place of a full disk: no file may grow past 16 KiB, the token file needs more."""
+    """A limit of 16 KiB per file, which the token file exceeds, makes a real write fail like a full disk."""
     import resource
 
     paths, out, before = prepared(tmp_path)
@@ -240,7 +240,7 @@ def test_a_disk_full_at_any_flush_leaves_one_whole_data_set(tmp_path: Path, monk
                 prepare(paths, out, BPE, overwrite=True, progress=False)
             except OSError:
                 content = {path.name: path.read_bytes() for path in out.iterdir()}
-                if content != before:  # the new one had arrived, only the directory's own entry was not flushed
+                if content != before:  # The new data set is complete; only the flush of the parent directory failed.
                     assert BPE.decode(open_tokens(out)[0].tolist()) == ALICE + "<|endoftext|>"
                     return
                 assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
@@ -250,7 +250,7 @@ def test_a_disk_full_at_any_flush_leaves_one_whole_data_set(tmp_path: Path, monk
 
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
-    """It once left the data set under another name, where the next call, not asked to overwrite, replaced it."""
+    """A killed call once left the data set under a temporary name, and the next call replaced it without `overwrite`."""
     paths, out, before = prepared(tmp_path)
     out.rename(tmp_path / ".out.previous")
     with pytest.raises(FileExistsError, match="not empty"):
@@ -269,7 +269,7 @@ def test_an_error_in_a_worker_process_leaves_nothing(tmp_path: Path) -> None:
     assert files_under(tmp_path) == ["a.txt"]
 
 
-def test_a_directory_that_is_there_but_empty_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
+def test_an_existing_empty_directory_is_used_and_an_existing_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "out").mkdir()
     assert prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("abc"), progress=False)["n_tokens"] == 3
@@ -280,20 +280,20 @@ def test_a_directory_that_is_there_but_empty_is_taken_and_a_file_is_not(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
-def test_a_number_of_workers_that_cannot_be_is_refused(tmp_path: Path, workers: Any) -> None:
+def test_an_invalid_number_of_workers_is_refused(tmp_path: Path, workers: Any) -> None:
     with pytest.raises(ValueError, match=f"workers must be a whole number of at least 1, got {workers!r}"):
         prepare([], tmp_path / "out", BPE, workers=workers, progress=False)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"n_tokens": ' + "1" * 5_000 + "}", "\ud800", "3", '"text"', ""])
-def test_a_description_that_is_no_description_is_a_value_error(tmp_path: Path, content: str) -> None:
+def test_an_invalid_tokens_json_raises_value_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokens.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"tokens\.json"):
         open_tokens(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "json", "dtype", "count", "missing"])
-def test_a_damaged_token_file_is_noticed(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_token_file_is_detected(tmp_path: Path, damage: str) -> None:
     (tmp_path / "a.txt").write_text("some text")
     out = tmp_path / "out"
     prepare([tmp_path / "a.txt"], out, BPE, progress=False)

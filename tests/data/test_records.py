@@ -1,4 +1,4 @@
-"""Records of the four kinds, read and refused, and their split, against the json module and the book's slices."""
+"""Tests of records of the four kinds and of their split, against the json module and the book's slices."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "No input at all.", "output": ""},
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
     {"prompt": "2 + 2 =", "completion": " 4"},
-    {"text": "A line\u2028that goes on\nand on."},
+    {"text": "A line\u2028with more\nlines."},
 ]
 
 
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 def test_an_array_and_lines_give_the_same_records(tmp_path: Path, ensure_ascii: bool) -> None:
-    """U+2028 inside a text, unescaped, ends no line."""
+    """An unescaped U+2028 inside a text does not end a line."""
     array, lines = tmp_path / "records.json", tmp_path / "records.jsonl"
     array.write_text(json.dumps(RECORDS, ensure_ascii=ensure_ascii, indent=4), encoding="utf-8")
     lines.write_text("\n".join(json.dumps(r, ensure_ascii=ensure_ascii) for r in RECORDS), encoding="utf-8")
     assert read_records(array) == read_records(lines) == RECORDS
 
 
-def test_windows_line_ends_a_byte_order_mark_and_empty_lines_are_taken(tmp_path: Path) -> None:
+def test_windows_line_ends_a_byte_order_mark_and_empty_lines_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
     assert read_records(path) == [{"text": "a"}, {"text": "b"}]
@@ -45,18 +45,18 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"instruction": "a"}', r"line 3: the key 'output' is missing, there are \['instruction'\]"),
-        ('{"instruction": "a", "input": null, "output": "b"}', "line 3: 'input' must be a text, got None"),
-        ('{"instruction": 5, "output": "b"}', "line 3: 'instruction' must be a text, got 5"),
-        ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a text, got \['b'\]"),
+        ('{"instruction": "a"}', r"line 3: the key 'output' is missing, the record has \['instruction'\]"),
+        ('{"instruction": "a", "input": null, "output": "b"}', "line 3: 'input' must be a string, got None"),
+        ('{"instruction": 5, "output": "b"}', "line 3: 'instruction' must be a string, got 5"),
+        ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a string, got \['b'\]"),
         ('{"prompt": "a"}', "line 3: the key 'completion' is missing"),
-        ('{"prompt": "a", "completion": 1.5}', "line 3: 'completion' must be a text, got 1.5"),
+        ('{"prompt": "a", "completion": 1.5}', "line 3: 'completion' must be a string, got 1.5"),
         ('{"text": ""}', "line 3: there is nothing to learn from, 'text' is empty"),
         (
             '{"prompt": "", "completion": ""}',
             "line 3: there is nothing to learn from, 'prompt' and 'completion' are empty",
         ),
-        ('{"text": {}}', r"line 3: 'text' must be a text, got \{\}"),
+        ('{"text": {}}', r"line 3: 'text' must be a string, got \{\}"),
         ('{"text": "\\ud800"}', "line 3: 'text': "),
         ('{"question": "a"}', r"line 3: a record needs the key 'instruction' .*, got \['question'\]"),
         ("{}", r"line 3: a record needs the key 'instruction' .*, got \[\]"),
@@ -66,14 +66,17 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         ('{"messages": "Hi"}', "line 3: 'messages' must be a list of at least one message, got 'Hi'"),
         ('{"messages": ["Hi"]}', "line 3, message 1: a message must be a JSON object, got 'Hi'"),
         ('{"messages": [{"role": "user"}]}', "line 3, message 1: the key 'content' is missing"),
-        ('{"messages": [{"role": "user", "content": null}]}', "line 3, message 1: 'content' must be a text, got None"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            "line 3, message 1: 'content' must be a string, got None",
+        ),
         (
             '{"messages": [{"role": "user", "content": ""}, {"role": "bot", "content": ""}]}',
             "line 3, message 2: 'role' must be one of system, user, assistant, got 'bot'",
         ),
         (
             '{"messages": [{"role": "user", "content": ""}]}',
-            "line 3: the last of 'messages' must be the assistant's, .*, got 'user'",
+            "line 3: the last of 'messages' must have the role 'assistant', .*, got 'user'",
         ),
     ],
 )
@@ -88,13 +91,13 @@ def test_a_wrong_record_is_refused_with_file_line_and_key(tmp_path: Path, line: 
             read_records(path)
 
 
-def test_a_wrong_record_of_an_array_is_told_by_the_line_on_which_it_begins(tmp_path: Path) -> None:
-    """Brackets, line ends and commas inside texts, and in nested values, are no records' ends."""
+def test_an_error_in_an_array_names_the_line_on_which_the_record_starts(tmp_path: Path) -> None:
+    """Brackets, line ends and commas inside texts and nested values do not end a record."""
     records = [{"text": "a],\n[", "more": [1, {"b": [2, 3]}]}, {"text": '\\"},'}, {"text": 5}]
     text = "\n \n" + json.dumps(records, indent=3)
     (tmp_path / "a.json").write_text(text)
-    line = text[: text.index("5\n")].count("\n")  # the brace stands on the line before
-    with pytest.raises(ValueError, match=rf"a\.json, line {line}, record 3: 'text' must be a text, got 5"):
+    line = text[: text.index("5\n")].count("\n")  # The opening brace of the record is on the line before.
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}, record 3: 'text' must be a string, got 5"):
         read_records(tmp_path / "a.json")
 
 
@@ -120,18 +123,18 @@ def test_a_file_without_records_is_refused_with_its_name(tmp_path: Path, data: b
     assert len(str(caught.value)) < 400
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "none.json")
 
 
-def test_a_long_wrong_value_is_shown_in_part() -> None:
+def test_an_error_message_shortens_a_long_value() -> None:
     with pytest.raises(ValueError) as caught:
         check_record({"text": ["long"] * 10_000}, "here")
     assert len(str(caught.value)) < 150
 
 
-def test_a_question_alone_is_a_record_where_no_answer_is_needed() -> None:
+def test_a_record_without_an_answer_is_accepted_if_no_answer_is_needed() -> None:
     for question in ({"instruction": "a"}, {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
         check_record(question, "here", needs_answer=False)
         with pytest.raises(ValueError):
@@ -141,8 +144,8 @@ def test_a_question_alone_is_a_record_where_no_answer_is_needed() -> None:
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_ordered_split_is_the_books() -> None:
-    """85% for training, 10% for testing, the rest for validation, in this order: 935, 110 and 55 of 1,100."""
+def test_the_split_in_file_order_equals_the_books() -> None:
+    """The book uses 85% for training, 10% for test and the rest for validation: 935, 110 and 55 of 1,100 records."""
     data = list(range(1100))
     split = split_records(len(data))
     assert list(split.train) == data[:935]
@@ -159,8 +162,8 @@ def test_every_record_is_in_one_part(n: int, train: int, test: int, seed: int | 
     assert abs(len(split.train) - n * train / 100) <= 1 and abs(len(split.test) - n * test / 100) <= 1
 
 
-def test_a_seed_draws_the_same_split_again_and_another_seed_another() -> None:
-    """Two of 935 of 1,100 drawn at random agree in far less than 1 of 1e100 cases."""
+def test_equal_seeds_give_equal_splits_and_other_seeds_other_splits() -> None:
+    """Two random choices of 935 of 1,100 records agree with a probability far below 1e-100."""
     assert split_records(1100, seed=1) == split_records(1100, seed=1)
     assert split_records(1100, seed=1) != split_records(1100, seed=2)
     assert list(split_records(1100, seed=1).train) != sorted(split_records(1100, seed=1).train)
@@ -177,30 +180,33 @@ def test_a_saved_split_is_the_same_when_opened(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("", "Expecting value"),
-        ("[]", "must have the lists train, val, test and nothing else"),
-        ('{"train": [0]}', "must have the lists"),
-        ('{"train": [0], "val": 1, "test": []}', "must have the lists"),
-        ('{"train": [0], "val": [], "test": [], "dev": []}', "must have the lists"),
-        ('{"train": [0, 1], "val": [1], "test": []}', "numbers 0 to 2 together, each of them once"),
-        ('{"train": [0, 5], "val": [1], "test": []}', "numbers 0 to 2 together"),
+        ("[]", "must contain the lists train, val, test and nothing else"),
+        ('{"train": [0]}', "must contain the lists"),
+        ('{"train": [0], "val": 1, "test": []}', "must contain the lists"),
+        ('{"train": [0], "val": [], "test": [], "dev": []}', "must contain the lists"),
+        (
+            '{"train": [0, 1], "val": [1], "test": []}',
+            "must contain each of the numbers 0 to 2 once",
+        ),
+        ('{"train": [0, 5], "val": [1], "test": []}', "each of the numbers 0 to 2 once"),
         ('{"train": [0], "val": ["1"], "test": []}', "lists of whole numbers"),
         ('{"train": [0], "val": [true], "test": []}', "lists of whole numbers"),
-        ('{"train": [], "val": [0], "test": []}', "at least one record to train on"),
+        ('{"train": [], "val": [0], "test": []}', "train is empty: a split needs at least one record"),
     ],
 )
 def test_a_damaged_split_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "split.json").write_text(text)
-    with pytest.raises(ValueError, match=f"split.json is no split: .*{words}"):
+    with pytest.raises(ValueError, match=f"split.json is not a split: .*{words}"):
         load_split(tmp_path / "split.json")
 
 
-def test_fractions_that_divide_nothing_are_refused() -> None:
+def test_fractions_without_training_records_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train_fraction must be from 0 to 1, got 85"):
         split_records(100, 85)
     with pytest.raises(ValueError, match=r"test_fraction must be from 0 to 1, got -0.1"):
         split_records(100, 0.5, -0.1)
-    with pytest.raises(ValueError, match=r"must add up to 1 at most, got 1.2"):
+    with pytest.raises(ValueError, match=r"must add up to at most 1, got 1.2"):
         split_records(100, 0.7, 0.5)
-    with pytest.raises(ValueError, match=r"of 1 records, train_fraction=0.85 leaves none"):
+    with pytest.raises(ValueError, match=r"train_fraction=0\.85 of 1 records leaves no record"):
         split_records(1)
     assert split_records(10, 0.7, 0.3) == Split(train=tuple(range(7)), val=(), test=(7, 8, 9))

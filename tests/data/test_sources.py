@@ -1,4 +1,4 @@
-"""Texts found by name, path or pattern, and read piece by piece: nothing lost, nothing cut inside a token."""
+"""Tests of finding texts, and of reading them in pieces: no text is lost, and no token is split."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from places import ALICE
         ("*.nothing", r"no file matches '\*\.nothing'"),
         ("fold*", r"no file matches 'fold\*'"),
         ("folder", r"folder is a directory: name its files, for example 'folder/\*\.txt'"),
-        ([], "no text was named"),
+        ([], "no text was given: name at least one file"),
         (["alice", "elvish"], "no text 'elvish'"),
     ],
 )
-def test_names_that_stand_for_no_file_are_refused(in_tmp_path: Path, names: Any, words: str) -> None:
+def test_names_without_a_file_are_refused(in_tmp_path: Path, names: Any, words: str) -> None:
     Path("folder").mkdir()
     with pytest.raises(ValueError, match=words):
         find_files(names)
 
 
-def test_a_file_is_found_by_its_path_before_its_name(in_tmp_path: Path) -> None:
+def test_a_file_has_priority_over_a_built_in_text_of_the_same_name(in_tmp_path: Path) -> None:
     assert find_files("alice")[0].read_text(encoding="utf-8") == ALICE
     Path("alice").write_text("mine")
     assert find_files("alice")[0].read_text() == "mine"
 
 
-def test_patterns_reach_any_depth_and_come_in_order_each(in_tmp_path: Path) -> None:
+def test_patterns_match_at_any_depth_and_their_files_are_sorted(in_tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "deep/er/c.txt", "deep/d.md", "odd[1].txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("text")
@@ -75,7 +75,7 @@ def test_progress_ends_at_the_size_of_the_file(tmp_path: Path, name: str) -> Non
 def test_a_long_file_of_any_script_comes_in_pieces_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """Once only ASCII ended a piece, and a Chinese file of any size came as one."""
+    """A piece could once end only after ASCII, so a Chinese file of any size was one piece."""
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
@@ -93,7 +93,7 @@ def test_a_long_file_of_any_script_comes_in_pieces_of_bounded_size(
     block=st.integers(1, 7),
     mark=st.booleans(),
 )
-def test_the_first_byte_that_is_no_utf8_is_the_one_that_python_finds(
+def test_the_first_invalid_utf8_byte_is_the_one_that_python_finds(
     tmp_path_factory: pytest.TempPathFactory, text: str, place: int, bad: bytes, block: int, mark: bool
 ) -> None:
     content = b"\xef\xbb\xbf" * mark + text[:place].encode() + bad + text[place:].encode()
@@ -108,7 +108,7 @@ def test_the_first_byte_that_is_no_utf8_is_the_one_that_python_finds(
             list(read_pieces(path))
 
 
-def test_the_place_of_a_nul_counts_from_the_beginning_of_the_file(
+def test_the_position_of_a_nul_counts_from_the_start_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BLOCK_BYTES", 16)
@@ -120,7 +120,7 @@ def test_the_place_of_a_nul_counts_from_the_beginning_of_the_file(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": "half \\ud83d"}', r"line 2: the text holds the lone surrogate U\+D83D at position 5"),
+        ('{"text": "half \\ud83d"}', r"line 2: the text contains the lone surrogate U\+D83D at position 5"),
         ('{"n": ' + "1" * 5_000 + "}", "line 2: not JSON: Exceeds the limit"),
         ('{"other": "text"}', "line 2: no text under the key 'text'"),
         ('{"text": null}', "line 2: no text under the key 'text'"),
@@ -133,8 +133,8 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: str, words: str
         list(read_pieces(tmp_path / "a.jsonl"))
 
 
-def test_a_record_is_its_text_to_the_letter(tmp_path: Path) -> None:
-    """Other than a text file's, its line ends are meant as they stand, and so is NUL."""
+def test_the_text_of_a_record_is_not_changed(tmp_path: Path) -> None:
+    """The line ends and NUL characters in a JSON string stay, unlike those of a text file."""
     texts = ["a\r\nb\rc", "\0", "\u2028 \U0001f680", "  "]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     assert list(read_documents([tmp_path / "a.jsonl"], "body")) == texts
@@ -150,7 +150,7 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 60), flip=st.integers(0, 59), bit=st.integers(0, 7))
-def test_a_damaged_archive_is_a_value_error_or_still_the_text(
+def test_a_damaged_archive_raises_value_error_or_gives_the_whole_text(
     tmp_path_factory: pytest.TempPathFactory, cut: int, flip: int, bit: int
 ) -> None:
     whole = bytearray(gzip.compress(b"some text that is compressed", mtime=0))
@@ -165,7 +165,7 @@ def test_a_damaged_archive_is_a_value_error_or_still_the_text(
     except ValueError as error:
         assert "a.txt.gz" in str(error)
     else:
-        assert text in ("some text that is compressed", "")  # an empty file is an empty archive
+        assert text in ("some text that is compressed", "")  # Python reads an empty file as an empty archive.
 
 
 @pytest.mark.parametrize("kind", ["chars", "words", "bpe"])
@@ -179,7 +179,7 @@ def test_a_vocabulary_is_learned_from_pieces_as_from_the_whole(
 
 
 def test_a_special_token_that_a_piece_could_cut_in_two_is_refused(tmp_path: Path) -> None:
-    """It once became ordinary text where a block of four megabytes happened to end in it."""
+    """Such a token once became ordinary text if a block of four megabytes ended inside it."""
     (tmp_path / "a.txt").write_text("xx<a b>yy")
     spaced = BPETokenizer.train("ab", 258, special_tokens=["<a b>"], progress=False)
     with pytest.raises(ValueError, match="the special token '<a b>' contains a space"):

@@ -1,4 +1,4 @@
-"""Templates against the texts that Stanford published, the book's function in a few lines, and plain f-strings."""
+"""Tests of templates, against Stanford's published texts, the book's function and plain f-strings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PIRATE = Template(
 )
 
 
-def test_alpacas_prompts_are_stanfords_to_the_letter() -> None:
+def test_alpacas_prompts_equal_stanfords() -> None:
     assert ALPACA.prompt(PLAIN) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a colour.\n\n### Response:"
@@ -66,7 +66,7 @@ def test_a_prompt_needs_no_answer_and_no_input() -> None:
         BOOK.parts({"instruction": "a"})
 
 
-def test_prompt_and_completion_and_plain_text_are_taken_as_they_are() -> None:
+def test_prompts_completions_and_texts_are_used_without_changes() -> None:
     for template in (ALPACA, BOOK, PIRATE):
         assert template.parts({"prompt": "a", "completion": "b"}) == [Part("a", False), Part("b", True)]
         assert template.parts({"text": "{output}"}) == [Part("{output}", True)]
@@ -85,7 +85,7 @@ def test_braces_in_a_record_and_other_braces_in_a_template_are_left_alone() -> N
     assert template.parts(record)[1].text == "{output}"
 
 
-def test_a_conversation_takes_turns_and_only_what_the_assistant_says_is_an_answer() -> None:
+def test_only_the_assistants_messages_of_a_conversation_are_answers() -> None:
     assert BOOK.parts({"messages": TALK}) == [
         Part("Be brief.\n\n### Instruction:\nHi\n\n### Response:\n", False),
         Part("Hello!<|endoftext|>", True),
@@ -101,7 +101,7 @@ def test_a_conversation_takes_turns_and_only_what_the_assistant_says_is_an_answe
 
 
 @pytest.mark.parametrize("template", [ALPACA, BOOK, PIRATE])
-def test_a_conversations_prompt_is_all_that_training_puts_before_the_last_answer(template: Template) -> None:
+def test_the_prompt_of_a_conversation_is_the_text_before_the_last_answer_in_training(template: Template) -> None:
     trained = template.parts({"messages": TALK})
     for messages in (TALK, TALK[:-1]):
         assert template.parts({"messages": messages}, with_answer=False) == trained[:-1]
@@ -116,7 +116,7 @@ def test_a_saved_template_is_the_same_when_opened(tmp_path: Path, template: Temp
     assert json.loads((tmp_path / "model" / "template.json").read_text()) == dataclasses.asdict(template)
 
 
-def test_saving_the_model_again_leaves_its_template_there(tmp_path: Path, tiny_config: GPTConfig) -> None:
+def test_saving_the_model_again_keeps_its_template(tmp_path: Path, tiny_config: GPTConfig) -> None:
     GPTModel(tiny_config).save_pretrained(tmp_path / "model")
     PIRATE.save(tmp_path / "model")
     GPTModel(tiny_config).save_pretrained(tmp_path / "model")
@@ -139,17 +139,17 @@ def test_a_template_file_needs_only_its_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"without_input": "Do it."}, "without_input must have {instruction} once, got 'Do it.'"),
-        ({"with_input": "{instruction}"}, "with_input must have {input} once"),
-        ({"response": "{outptu}"}, "response must have {output} once, got '{outptu}'"),
-        ({"assistant": "{content} {content}"}, "assistant must have {content} once"),
-        ({"user": 5}, "user must be a text, got 5"),
+        ({"without_input": "Do it."}, "without_input must contain {instruction} once, got 'Do it.'"),
+        ({"with_input": "{instruction}"}, "with_input must contain {input} once"),
+        ({"response": "{outptu}"}, "response must contain {output} once, got '{outptu}'"),
+        ({"assistant": "{content} {content}"}, "assistant must contain {content} once"),
+        ({"user": 5}, "user must be a string, got 5"),
         ({"asks": "text"}, "asks must be one of instruction, messages, prompt, got 'text'"),
-        ({"turn_end": None}, "turn_end must be a text, got None"),
+        ({"turn_end": None}, "turn_end must be a string, got None"),
         ({"system": "{content}\ud800"}, "surrogate|half"),
     ],
 )
-def test_a_template_without_its_places_is_refused(change: dict[str, Any], words: str) -> None:
+def test_a_template_without_its_placeholders_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(BOOK, **change)
 
@@ -158,7 +158,7 @@ def test_a_template_without_its_places_is_refused(change: dict[str, Any], words:
     ("text", "words"),
     [
         ("", "Expecting value"),
-        ("[]", "it must be a JSON object, got list"),
+        ("[]", "a template must be a JSON object, got list"),
         (
             '{"without_input": "{instruction}"}',
             "the key 'with_input' is missing, the keys are without_input, with_input",
@@ -167,10 +167,13 @@ def test_a_template_without_its_places_is_refused(change: dict[str, Any], words:
             '{"without_input": "{instruction}", "with_input": "{instruction}{input}", "answer": ""}',
             "the key 'answer' is unknown",
         ),
-        ('{"without_input": "", "with_input": "{instruction}{input}"}', "without_input must have {instruction} once"),
+        (
+            '{"without_input": "", "with_input": "{instruction}{input}"}',
+            "without_input must contain {instruction} once",
+        ),
     ],
 )
 def test_a_damaged_template_file_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "template.json").write_text(text)
-    with pytest.raises(ValueError, match=f"template.json is no template: .*{words}"):
+    with pytest.raises(ValueError, match=f"template.json is not a template: .*{words}"):
         load_template(tmp_path)

@@ -1,4 +1,4 @@
-"""Byte-level BPE and GPT-2's vocabulary against transformers, tiktoken, rustbpe, tokenizers and naive twins."""
+"""Tests of byte-level BPE and GPT-2's vocabulary, against transformers, tiktoken, rustbpe, tokenizers and naive code."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
 
 @pytest.fixture(scope="module")
 def theirs() -> GPT2Tokenizer:
-    """transformers' GPT-2 tokenizer, from OpenAI's files."""
+    """Return transformers' GPT-2 tokenizer, opened from OpenAI's files."""
     return GPT2Tokenizer(vocab=str(OPENAI_FILES / "encoder.json"), merges=str(OPENAI_FILES / "vocab.bpe"))
 
 
 @pytest.fixture(scope="module")
 def tiktokens() -> tiktoken.Encoding:
-    """tiktoken's GPT-2 encoding by its own loader and with its own hashes, its downloads answered from OpenAI's files."""
+    """Return tiktoken's GPT-2 encoding. Its own loader checks the hashes; OpenAI's files replace its downloads."""
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as cache:
         patch.setenv("TIKTOKEN_CACHE_DIR", cache)
         patch.setattr(tiktoken.load, "read_file", lambda url: (OPENAI_FILES / url.rsplit("/")[-1]).read_bytes())
@@ -64,7 +64,7 @@ def trained() -> BPETokenizer:
 
 @settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
-def test_gpt2_ids_are_those_of_transformers_and_of_tiktoken_and_decode_to_the_text(
+def test_gpt2_ids_equal_those_of_transformers_and_tiktoken_and_decode_to_the_text(
     ours: BPETokenizer, theirs: GPT2Tokenizer, tiktokens: tiktoken.Encoding, text: str
 ) -> None:
     ids = ours.encode(text)
@@ -77,7 +77,7 @@ def test_gpt2_ids_are_those_of_transformers_and_of_tiktoken_and_decode_to_the_te
     ["", "Hello, world. Is this-- a test?", "The wizard entered the room", "Every effort moves you", ALICE],
     ids=["nothing", "punctuation", "ours", "the book's", "alice"],
 )
-def test_gpt2_ids_of_well_known_texts_are_those_of_transformers_and_of_tiktoken(
+def test_gpt2_ids_of_well_known_texts_equal_those_of_transformers_and_tiktoken(
     ours: BPETokenizer, theirs: GPT2Tokenizer, tiktokens: tiktoken.Encoding, text: str
 ) -> None:
     assert ours.encode(text) == theirs(text)["input_ids"] == tiktokens.encode(text)
@@ -97,23 +97,23 @@ def test_gpt2_ids_of_well_known_texts_are_those_of_transformers_and_of_tiktoken(
     ],
     ids=lambda text: f"{text[:3]!r}-{text[-3:]!r}-{len(text)}",
 )
-def test_gpt2_ids_of_very_long_runs_are_those_of_transformers(
+def test_gpt2_ids_of_very_long_runs_equal_those_of_transformers(
     ours: BPETokenizer, theirs: GPT2Tokenizer, text: str
 ) -> None:
     assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids
 
 
-def test_every_kind_of_white_space_is_cut_in_long_runs_where_the_pattern_cuts_it(
+def test_long_runs_of_every_white_space_character_are_split_like_the_pattern(
     ours: BPETokenizer, theirs: GPT2Tokenizer
 ) -> None:
     for character in map(chr, range(0x3001)):
-        if character.isspace():  # Python's and the pattern's ideas differ in U+001C to U+001F
+        if character.isspace():  # Python and the pattern disagree about U+001C to U+001F.
             text = f"a{character * 1_200}b{character * 1_201}<|endoftext|>{character * 1_200}"
             assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids, hex(ord(character))
 
 
 def test_a_long_run_before_a_special_token_is_one_chunk() -> None:
-    """It was once cut before its last character, as before a word, which in GPT-2's vocabulary happens not to show."""
+    """The run was once split before its last character, as before a word. GPT-2's vocabulary did not reveal this."""
     tokenizer = BPETokenizer.train(" " * 64, 262, progress=False)
     text = "x" + " " * 1_002 + "<|endoftext|>y"
     twin = tiktoken.Encoding(
@@ -122,7 +122,7 @@ def test_a_long_run_before_a_special_token_is_one_chunk() -> None:
     assert tokenizer.encode(text) == twin.encode(text, allowed_special="all")
 
 
-def test_the_hashes_are_those_of_tiktokens_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hashes_equal_those_of_tiktokens_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, str] = {}
 
     def loader(
@@ -145,7 +145,7 @@ def test_gpt2_has_its_size_and_end_of_text() -> None:
 @pytest.mark.parametrize("allowed", ["all", set(), {"<|endoftext|>"}, {"<|other|>"}])
 @pytest.mark.parametrize("disallowed", ["all", (), {"<|endoftext|>"}, {"two"}])
 @pytest.mark.parametrize("text", ["one<|endoftext|>two", "one", "<|endoftext|><|endoftext|>"])
-def test_the_keywords_for_special_tokens_do_what_tiktokens_do(
+def test_the_options_for_special_tokens_work_as_in_tiktoken(
     ours: BPETokenizer, tiktokens: tiktoken.Encoding, allowed: Any, disallowed: Any, text: str
 ) -> None:
     def answer(tokenizer: Any) -> list[int] | str:
@@ -157,9 +157,7 @@ def test_the_keywords_for_special_tokens_do_what_tiktokens_do(
     assert answer(ours) == answer(tiktokens)
 
 
-def test_special_tokens_are_all_allowed_unless_one_says_otherwise(
-    ours: BPETokenizer, tiktokens: tiktoken.Encoding
-) -> None:
+def test_all_special_tokens_are_allowed_by_default(ours: BPETokenizer, tiktokens: tiktoken.Encoding) -> None:
     text = "one<|endoftext|>two"
     assert ours.encode(text) == tiktokens.encode(text, allowed_special="all")
     assert ours.encode_ordinary(text) == tiktokens.encode_ordinary(text)
@@ -169,10 +167,10 @@ def test_special_tokens_are_all_allowed_unless_one_says_otherwise(
         ours.encode(text, allowed_special=set())
 
 
-def test_tokens_are_shown_one_by_one_as_tiktoken_shows_them(ours: BPETokenizer, tiktokens: tiktoken.Encoding) -> None:
+def test_the_bytes_of_single_tokens_equal_those_of_tiktoken(ours: BPETokenizer, tiktokens: tiktoken.Encoding) -> None:
     ids = ours.encode("Tokens of \U0001f680<|endoftext|>")
     assert ours.decode_tokens_bytes(ids) == tiktokens.decode_tokens_bytes(ids)
-    assert ours.decode(ids[:-2]) == tiktokens.decode(ids[:-2])  # half a character: U+FFFD
+    assert ours.decode(ids[:-2]) == tiktokens.decode(ids[:-2])  # half of a character becomes U+FFFD
 
 
 def test_damaged_merges_in_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +196,8 @@ def test_a_users_own_directory_with_openais_files_is_read(tmp_path: Path) -> Non
         get_tokenizer("elvish")
 
 
-def test_a_users_own_merges_may_be_few(tmp_path: Path) -> None:
-    """Also one whose line begins like the first line of OpenAI's file, without which the file may come."""
+def test_a_users_own_merges_can_be_short(tmp_path: Path) -> None:
+    """A merge may look like the version line of OpenAI's file, and the version line may be missing."""
     visible = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
     (tmp_path / "encoder.json").write_text(json.dumps({**visible, "##": 256, "###": 257}))
     for head in ("#version: 0.2\n", ""):
@@ -221,7 +219,7 @@ def test_a_users_own_merges_may_be_few(tmp_path: Path) -> None:
         ('{"a": 1}', "a b c"),
     ],
 )
-def test_a_users_own_damaged_files_are_a_value_error_with_their_directory(
+def test_damaged_files_of_a_user_raise_value_error_with_their_directory(
     tmp_path: Path, encoder: str, merges: str
 ) -> None:
     (tmp_path / "encoder.json").write_text(encoder)
@@ -235,12 +233,12 @@ def test_a_users_own_damaged_files_are_a_value_error_with_their_directory(
 
 @settings(max_examples=300, deadline=None)
 @given(chunks=st.dictionaries(st.text("abc", min_size=1, max_size=12), st.integers(1, 4), max_size=8))
-def test_merges_are_those_of_the_textbook(chunks: dict[str, int]) -> None:
+def test_merges_equal_those_of_the_textbook_algorithm(chunks: dict[str, int]) -> None:
     counts = {chunk.encode(): count for chunk, count in chunks.items()}
     assert learn_merges(counts, 12) == naive_merges(counts, 12)
 
 
-def test_merges_of_a_real_text_are_those_of_the_textbook_and_of_rustbpe() -> None:
+def test_merges_of_a_real_text_equal_those_of_the_textbook_algorithm_and_rustbpe() -> None:
     counts = count_chunks([ALICE[:30_000]])
     ours = learn_merges(counts, 150)
     assert ours == naive_merges(counts, 150)
@@ -251,8 +249,8 @@ def test_merges_of_a_real_text_are_those_of_the_textbook_and_of_rustbpe() -> Non
     assert [first + second for first, second in tokenizer.merges] == theirs
 
 
-def test_merges_are_those_of_tokenizers_where_the_bytes_have_its_order() -> None:
-    """It numbers the bytes by their visible characters, so that equals come in another order; given its numbers, in ours."""
+def test_merges_equal_those_of_tokenizers_if_the_bytes_have_the_same_order() -> None:
+    """The tokenizers library numbers the bytes by their visible characters, which decides between equally frequent pairs."""
     oracle = tokenizers.Tokenizer(tokenizers.models.BPE())
     oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -268,8 +266,8 @@ def test_merges_are_those_of_tokenizers_where_the_bytes_have_its_order() -> None
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("ab ", max_size=60), other=st.text("ab c", max_size=40), size=st.integers(257, 290))
-def test_encoding_is_applying_the_merges_in_order(text: str, other: str, size: int) -> None:
-    """tiktoken knows ids but no merges; this is where a vocabulary for which that matters would show."""
+def test_encoding_applies_the_merges_in_order(text: str, other: str, size: int) -> None:
+    """tiktoken knows ids but no merges. This test would find a vocabulary for which the two give different ids."""
     tokenizer = BPETokenizer.train(text, size, progress=False)
     expected = [token for chunk in _chunks(other) for token in naive_bpe(chunk.encode(), tokenizer.merges)]
     assert tokenizer.decode_tokens_bytes(tokenizer.encode(other)) == expected
@@ -281,7 +279,7 @@ def _chunks(text: str) -> list[str]:
 
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
-def test_a_trained_tokenizer_loses_nothing(trained: BPETokenizer, text: str) -> None:
+def test_a_trained_tokenizer_is_lossless(trained: BPETokenizer, text: str) -> None:
     assert trained.decode(trained.encode(text)) == text
 
 
@@ -301,7 +299,7 @@ def test_special_tokens_in_the_text_are_not_learned() -> None:
 
 
 @pytest.mark.parametrize("size", [256, 0, -1, 300.0, True])
-def test_a_vocabulary_too_small_is_refused_with_the_least(size: Any) -> None:
+def test_a_vocab_size_below_the_minimum_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match=f"at least 257 .*got {size}"):
         BPETokenizer.train("text", size, progress=False)
 
@@ -310,9 +308,12 @@ def test_a_vocabulary_and_merges_that_do_not_belong_together_are_refused() -> No
     merges = [(b"a", b"b"), (b"ab", b"c")]
     BPETokenizer({**BYTES, b"ab": 256, b"abc": 257}, merges, {})
     for vocab, words in (
-        ({**BYTES, b"ab": 257, b"abc": 256}, "ids must rise"),
+        ({**BYTES, b"ab": 257, b"abc": 256}, "ids must increase"),
         ({**BYTES, b"ab": 256}, "lacks"),
-        ({**BYTES, b"ab": 256, b"abc": 257, b"xy": 258}, "another number"),
+        (
+            {**BYTES, b"ab": 256, b"abc": 257, b"xy": 258},
+            "the vocabulary has 259 tokens, 256 bytes and 2 merges need 258",
+        ),
         ({**BYTES, b"ab": 256, b"abc": 256}, "distinct"),
         ({b"a": 0}, "of the 256 bytes"),
         ({**BYTES, b"ab": 256, b"abc": 2**32}, "distinct whole numbers"),
@@ -323,18 +324,18 @@ def test_a_vocabulary_and_merges_that_do_not_belong_together_are_refused() -> No
 
 
 def test_merges_that_tiktoken_would_apply_differently_are_refused() -> None:
-    """tiktoken joins any two neighbours that make a token; of "abc" by these merges [a, bc] is to stay apart."""
+    """tiktoken joins any two adjacent parts that form a token, but these merges keep "a" and "bc" separate."""
     merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
     vocab = {**BYTES, b"bc": 256, b"ab": 257, b"abc": 258}
     assert naive_bpe(b"abc", merges) == [b"a", b"bc"]
-    with pytest.raises(ValueError, match=r"the merge of b'ab' and b'c' never comes about.*\[b'a', b'bc'\]"):
+    with pytest.raises(ValueError, match=r"the merge of b'ab' and b'c' never happens.*\[b'a', b'bc'\]"):
         BPETokenizer(vocab, merges, {})
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), text=st.text("abc", min_size=1, max_size=12))
-def test_any_merges_that_are_accepted_apply_as_the_naive_ones(data: st.DataObject, text: str) -> None:
-    """Merges no training would have made, in any order: either refused, or right."""
+def test_accepted_merges_give_the_same_tokens_as_the_naive_code(data: st.DataObject, text: str) -> None:
+    """Random merges, which training would not create, are either refused or applied correctly."""
     tokens, merges = [b"a", b"b", b"c"], []
     for _ in range(data.draw(st.integers(1, 8))):
         pair = data.draw(st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)))
@@ -350,14 +351,14 @@ def test_any_merges_that_are_accepted_apply_as_the_naive_ones(data: st.DataObjec
     assert tokenizer.decode_tokens_bytes(tokenizer.encode(text)) == naive_bpe(text.encode(), merges)
 
 
-def test_merges_of_long_repeats_are_those_of_the_textbook() -> None:
+def test_merges_of_long_repeats_equal_those_of_the_textbook_algorithm() -> None:
     generator = random.Random(0)
     for _ in range(30):
         counts = {b"a" * generator.randint(1, 40): generator.randint(1, 3) for _ in range(4)}
         assert learn_merges(counts, 10) == naive_merges(counts, 10)
 
 
-def test_one_text_an_iterable_and_a_generator_of_it_are_learned_alike(trained: BPETokenizer) -> None:
+def test_a_text_a_list_and_a_generator_give_the_same_tokenizer(trained: BPETokenizer) -> None:
     assert BPETokenizer.train([ALICE], 600, progress=False).merges == trained.merges
     assert BPETokenizer.train((text for text in [ALICE]), 600, progress=False).merges == trained.merges
     lines = ALICE.splitlines(keepends=True)
@@ -367,7 +368,7 @@ def test_one_text_an_iterable_and_a_generator_of_it_are_learned_alike(trained: B
     )
 
 
-def test_learning_shows_its_progress_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_shows_a_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     BPETokenizer.train("aaab", 258, progress=True)
     assert "learning merges" in capsys.readouterr().err
 
@@ -375,22 +376,27 @@ def test_learning_shows_its_progress_on_request(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("text", "special_tokens", "error", "words"),
     [
-        ("text", "<|endoftext|>", TypeError, "special_tokens must be a list of texts, got the text '<|endoftext|>'"),
-        ("text", [""], ValueError, "a special token must be a text of at least one character, got ''"),
+        (
+            "text",
+            "<|endoftext|>",
+            TypeError,
+            "special_tokens must be a list of strings, got the string '<|endoftext|>'",
+        ),
+        ("text", [""], ValueError, "a special token must be a string of at least one character, got ''"),
         (["a", b"b"], [], TypeError, "encodes a str, got bytes"),
         (None, [], TypeError, "not iterable"),
         ("half \ud800", [], ValueError, r"lone surrogate U\+D800 at position 5"),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused(text: Any, special_tokens: Any, error: Any, words: str) -> None:
-    """An empty special token once hung the encoder, and a single text in place of a list became its letters."""
+def test_invalid_training_arguments_are_refused(text: Any, special_tokens: Any, error: Any, words: str) -> None:
+    """An empty special token once made the encoder hang, and a single string was once read as a list of letters."""
     with pytest.raises(error, match=words.replace("|", r"\|")):
         BPETokenizer.train(text, 300, special_tokens=special_tokens, progress=False)
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.lists(st.sampled_from(["<a>", "<a", ">", "b", "<a>b", " "]), max_size=8).map("".join))
-def test_of_special_tokens_that_fit_the_longest_counts_as_in_tokenizers(
+def test_the_longest_matching_special_token_wins_as_in_tokenizers(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     tokenizer = BPETokenizer.train("ab ab", 262, special_tokens=["<a>", "<a>b", "<a"], progress=False)
@@ -401,6 +407,6 @@ def test_of_special_tokens_that_fit_the_longest_counts_as_in_tokenizers(
 
 
 @pytest.mark.parametrize("start", [0, 999])
-def test_a_special_token_of_white_space_is_found_in_a_run_of_it(start: int) -> None:
+def test_a_special_token_of_white_space_is_found_in_a_run_of_white_space(start: int) -> None:
     tokenizer = BPETokenizer.train("ab", 258, special_tokens=[" <a>"], progress=False)
     assert tokenizer.encode("x" + " " * (start + 1) + "<a>")[-1] == 257

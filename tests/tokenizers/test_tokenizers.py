@@ -1,4 +1,4 @@
-"""What all tokenizers promise, and those of words and characters; BPE has a file of its own."""
+"""Tests of the common interface of all tokenizers, and of the word and character tokenizers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def opened_by_transformers(tokenizer: Tokenizer, directory: Path) -> PreTrainedT
 @settings(max_examples=300, deadline=None)
 @given(text=TEXTS)
 def test_words_are_split_by_the_books_rule(text: str) -> None:
-    """Apart from special tokens, which are special here even without a space around them."""
+    """Special tokens are an exception: MyGPT recognises them even without a space around them."""
     assume("<|unk|>" not in text and "<|endoftext|>" not in text)
     tokenizer = SimpleTokenizer.from_text(text)
     assert tokenizer.encode(text) == [tokenizer.str_to_int[word] for word in book_words(text)]
@@ -58,7 +58,7 @@ def test_an_unknown_word_without_an_unknown_token_is_refused() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
-def test_characters_are_numbered_in_sorted_order_and_come_back(text: str) -> None:
+def test_characters_have_ids_in_sorted_order_and_decode_to_the_text(text: str) -> None:
     if not text:
         return
     tokenizer = CharTokenizer.from_text(text)
@@ -67,7 +67,7 @@ def test_characters_are_numbered_in_sorted_order_and_come_back(text: str) -> Non
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (len(set(text)), None)
 
 
-def test_an_unknown_character_is_named_with_its_place() -> None:
+def test_an_unknown_character_is_named_with_its_position() -> None:
     with pytest.raises(ValueError, match="character 'é' at position 2 is not in the vocabulary of 3 characters"):
         CharTokenizer("abc").encode("abéc")
 
@@ -84,12 +84,12 @@ def test_an_unknown_character_is_named_with_its_place() -> None:
         (lambda: CharTokenizer("aba"), "each character once"),
     ],
 )
-def test_a_vocabulary_that_cannot_be_is_refused(make: Any, words: str) -> None:
+def test_an_invalid_vocabulary_is_refused(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- all tokenizers -----------------------------------------------------------------------------------------------------
 
 KINDS = ["words", "chars", "bpe", "gpt2"]
 
@@ -131,15 +131,15 @@ def test_a_file_of_the_tokenizers_library_opens(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode(text) == theirs.encode(text).ids
 
 
-def test_gpt2s_merges_are_known_in_any_file_and_not_worked_through_again(
+def test_gpt2s_merges_are_recognised_in_any_file_and_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That takes a second and a half of the time in which a saved GPT-2 answers."""
+    """Checking GPT-2's merges would delay the start of every command by half a second or more."""
     gpt2 = get_tokenizer("gpt2")
     gpt2.save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     checked = []
-    monkeypatch.setattr(MyGPT.tokenizers.bpe, "_check_that_merges_come_about", lambda *_: checked.append(True))
+    monkeypatch.setattr(MyGPT.tokenizers.bpe, "_check_merge_order", lambda *_: checked.append(True))
     assert load_tokenizer(tmp_path).encode(ALICE) == gpt2.encode(ALICE)
     assert not checked
     last = content["model"]["merges"].pop()
@@ -157,14 +157,14 @@ def test_an_id_outside_the_vocabulary_is_refused_by_its_value(each: dict[str, To
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_text_is_a_type_error(each: dict[str, Tokenizer], kind: str) -> None:
+def test_a_value_that_is_not_a_string_raises_type_error(each: dict[str, Tokenizer], kind: str) -> None:
     for value in (None, b"bytes", 3, ["a"]):
         with pytest.raises(TypeError, match="a tokenizer encodes a str"):
             each[kind].encode(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_half_a_character_is_refused(each: dict[str, Tokenizer], kind: str) -> None:
+def test_a_lone_surrogate_is_refused(each: dict[str, Tokenizer], kind: str) -> None:
     with pytest.raises(ValueError, match=r"lone surrogate U\+D800 at position 2"):
         each[kind].encode("ab\ud800")
 
@@ -177,7 +177,7 @@ def test_a_tokenizer_can_be_sent_to_another_process(each: dict[str, Tokenizer], 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_is_a_value_error_with_its_name_or_a_tokenizer(
+def test_a_damaged_file_raises_value_error_with_its_name_or_gives_a_tokenizer(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     directory = tmp_path_factory.mktemp("damaged")
@@ -200,7 +200,7 @@ def test_a_damaged_file_is_a_value_error_with_its_name_or_a_tokenizer(
 @pytest.mark.parametrize(
     "content", ["null", "[]", "3", "{}", '{"model": 1}', '{"model": {"type": "BPE"}}', "[" * 100_000]
 )
-def test_other_json_is_a_value_error(tmp_path: Path, content: str) -> None:
+def test_other_json_raises_value_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
-import MyGPT.weights.pretrained
+import MyGPT.weights.checkpoint
 from conftest import lively_model, same_weights
 from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, generate, load_tokenizer
 from oracles_model import transformers_twin
@@ -172,7 +172,7 @@ def test_a_model_that_has_to_be_copied_keeps_nothing_of_its_file(
     reason: str, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason == "Windows":
-        monkeypatch.setattr(MyGPT.weights.pretrained, "COPIES", True)
+        monkeypatch.setattr(MyGPT.weights.checkpoint, "COPY_WEIGHTS", True)
     model = GPTModel.from_pretrained(saved, dtype=torch.float32 if reason == "Windows" else torch.bfloat16)
     assert n_mappings(saved / "model.safetensors") == 0
     assert sum(parameter.numel() for parameter in model.parameters()) > 0

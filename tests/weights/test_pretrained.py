@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import MyGPT.weights.directory
+import MyGPT.weights.formats.huggingface
 from conftest import lively_model, same_weights
 from http_server import file, serving
 from MyGPT import (
@@ -28,8 +28,8 @@ from MyGPT import (
     load_gpt2_params_from_tf_ckpt,
     load_weights_into_gpt,
 )
-from MyGPT.weights import gpt2_files
-from MyGPT.weights.checkpoint import guess_config, open_checkpoint
+from MyGPT.weights import released
+from MyGPT.weights.formats import open_checkpoint
 from MyGPT.weights.pretrained import find_model
 from oracles_layouts import BookGPT, NanoGPT
 from oracles_model import transformers_twin
@@ -94,10 +94,10 @@ def test_a_shorter_context_takes_the_first_positions() -> None:
 def test_gpt2_is_downloaded_opened_and_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a server with OpenAI's layout of files; the second time from the disk."""
     data = (OPENAI / "model.ckpt.data-00000-of-00001").read_bytes()
-    monkeypatch.setitem(gpt2_files.DATA_BYTES, "124M", len(data))
+    monkeypatch.setitem(released.DATA_BYTES, "124M", len(data))
     ids, expected = openai_logits()
     with serving() as server:
-        for name in gpt2_files.FILES:
+        for name in released.FILES:
             source = OPENAI if (OPENAI / name).is_file() else OPENAI_FILES
             server.will(file((source / name).read_bytes()))
         monkeypatch.setenv("MYGPT_GPT2_URL", server.address)
@@ -106,7 +106,7 @@ def test_gpt2_is_downloaded_opened_and_loaded_by_its_name(tmp_path: Path, monkey
         assert (model(ids) - expected).abs().max() <= 1e-5
         n_requests = len(server.requests)
         assert torch.equal(GPTModel.from_pretrained("124M")(ids), model(ids))
-        assert len(server.requests) == n_requests == len(gpt2_files.FILES)
+        assert len(server.requests) == n_requests == len(released.FILES)
     settings, params = download_and_load_gpt2("124M", models_dir=str(tmp_path / "cache/models"))
     assert settings == json.loads((OPENAI / "hparams.json").read_text())
     again = GPTModel(GPTConfig(vocab_size=503, context_length=32, emb_dim=24, n_heads=3, n_layers=2)).eval()
@@ -169,7 +169,7 @@ def test_the_books_head_goes_into_a_tied_model_only_if_it_is_the_embedding() -> 
     theirs = lively(BookGPT(67, 16, 24, 3, 2, qkv_bias=True))
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"lm_head\.weight is not transformer\.wte\.weight.*tie_weights"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight.*tie_weights"):
         load_weights_into_gpt(model, theirs.state_dict())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.no_grad():
@@ -184,8 +184,8 @@ def test_a_state_dict_that_does_not_say_its_heads_is_not_opened_but_tells_how(tm
     with pytest.raises(ValueError, match=r"model\.pth does not say how many heads .* load_weights_into_gpt"):
         GPTModel.from_pretrained(tmp_path / "model.pth")
     checkpoint = open_checkpoint(tmp_path / "model.pth")
-    assert checkpoint.kind == "a state dict in the book's layout" and checkpoint.config is None
-    assert guess_config(checkpoint) == GPTConfig(
+    assert checkpoint.format == "a state dict in the book's layout" and checkpoint.config is None
+    assert checkpoint.guess_config() == GPTConfig(
         vocab_size=67, context_length=16, emb_dim=64, n_heads=1, n_layers=2, qkv_bias=True, tie_weights=False
     )
 
@@ -210,9 +210,9 @@ def test_nanogpts_checkpoint_opens_with_its_logits(bias: bool, tmp_path: Path) -
 def test_nanogpts_checkpoint_is_refused_by_a_model_that_computes_something_else() -> None:
     """Neither shows in the shapes: the number of heads, and GELU without the tanh."""
     checkpoint = lively(NanoGPT(67, 16, 24, 3, 2, True)).checkpoint()
-    with pytest.raises(ValueError, match="trained with n_heads=3, the model has 2"):
+    with pytest.raises(ValueError, match="trained with n_heads=3, but the model has 2"):
         load_weights_into_gpt(fresh(n_heads=2, activation="gelu"), checkpoint)
-    with pytest.raises(ValueError, match="trained with activation='gelu', the model has 'gelu_new'"):
+    with pytest.raises(ValueError, match="trained with activation='gelu', but the model has 'gelu_new'"):
         load_weights_into_gpt(fresh(), checkpoint)
 
 
@@ -227,7 +227,7 @@ class Touch:
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(is_old: bool, in_tmp_path: Path) -> None:
     torch.save({"model": Touch()}, "ckpt.pt", _use_new_zipfile_serialization=not is_old)
     with pytest.raises(
-        ValueError, match=r"ckpt\.pt holds more than tensors and plain values, and could run any code \(posix.system\)"
+        ValueError, match=r"ckpt\.pt is not opened because it contains posix.system, which could run arbitrary code"
     ):
         GPTModel.from_pretrained("ckpt.pt")
     assert not Path("pwned").exists()
@@ -236,7 +236,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(is_old: bool, in_tmp_pa
 @pytest.mark.parametrize("content", [b"", b"x\n", b"\x80\x02.", b"PK\x03\x04", b"<html>"])
 def test_a_file_of_another_kind_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"ckpt\.pt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"ckpt\.pt is not a (readable )?checkpoint"):
         GPTModel.from_pretrained(tmp_path / "ckpt.pt")
 
 
@@ -305,10 +305,10 @@ def test_every_mismatch_is_listed_and_the_model_left_untouched(data: st.DataObje
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({}, "not the weights of a GPT-2; the keys are none"),
-        ({"layers.0.weight": torch.ones(2, 2), "b": torch.ones(1)}, r"the keys are layers\.0\.weight, b$"),
-        ({"wte": [1, 2]}, "wte is list, weights are tensors or arrays"),
-        ([torch.ones(3)], "weights come as a dict of tensors or arrays, got list"),
+        ({}, "not the weights of a GPT-2 model; the tensor names are none"),
+        ({"layers.0.weight": torch.ones(2, 2), "b": torch.ones(1)}, r"the tensor names are layers\.0\.weight, b$"),
+        ({"wte": [1, 2]}, "wte is list, but weights must be tensors or arrays"),
+        ([torch.ones(3)], "weights must be a dict of tensors or arrays, got list"),
         ({"model": {}, "model_args": {"n_head": 2}}, "model_args lacks vocab_size, block_size, n_embd, n_layer"),
     ],
 )
@@ -349,7 +349,7 @@ def test_parameters_do_not_share_memory_with_what_they_came_from() -> None:
 def test_weights_past_the_limit_are_written_in_shards_that_both_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MyGPT.weights.directory, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(MyGPT.weights.formats.huggingface, "MAX_SHARD_BYTES", 20_000)
     model = lively_model(CONFIG).double()
     model.save_pretrained(tmp_path / "model")
     shards = sorted(tmp_path.glob("model/*.safetensors"))
@@ -373,7 +373,7 @@ def test_we_open_the_shards_of_transformers(tmp_path: Path) -> None:
 def test_old_shards_do_not_stay_beside_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM reads every *.safetensors that it finds."""
     with monkeypatch.context() as context:
-        context.setattr(MyGPT.weights.directory, "MAX_SHARD_BYTES", 20_000)
+        context.setattr(MyGPT.weights.formats.huggingface, "MAX_SHARD_BYTES", 20_000)
         lively_model(CONFIG).save_pretrained(tmp_path)
     model = lively_model(dataclasses.replace(CONFIG, n_layers=1))
     model.save_pretrained(tmp_path)
@@ -386,7 +386,7 @@ def test_an_index_that_leads_out_of_its_directory_is_refused(name: Any, tmp_path
     lively_model(CONFIG).save_pretrained(tmp_path / "model")
     (tmp_path / "model/model.safetensors").rename(tmp_path / "other.safetensors")
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match=r"index\.json names .*, which is no file of its directory"):
+    with pytest.raises(ValueError, match=r"index\.json lists .*, which is not a weights file in its directory"):
         GPTModel.from_pretrained(tmp_path / "model")
 
 
@@ -395,12 +395,12 @@ def test_a_damaged_index_is_told_by_its_name(text: str, tmp_path: Path) -> None:
     lively_model(CONFIG).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json is no index of weights"):
+    with pytest.raises(ValueError, match=r"index\.json is not an index of weights"):
         GPTModel.from_pretrained(tmp_path)
 
 
 def test_a_missing_shard_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MyGPT.weights.directory, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(MyGPT.weights.formats.huggingface, "MAX_SHARD_BYTES", 20_000)
     lively_model(CONFIG).save_pretrained(tmp_path)
     shard = min(tmp_path.glob("model-00002-of-*"))
     shard.unlink()

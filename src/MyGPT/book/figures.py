@@ -36,6 +36,7 @@ def _plot(
     val: Sequence[float],
     label: str,
 ) -> None:
+    """Draw two curves over epochs, with a second axis for `seen`; save the figure as {label}-plot.pdf and show it."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 

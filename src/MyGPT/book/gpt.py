@@ -127,7 +127,7 @@ class GPTModel(nn.Module):
         return token_loss(self.out_head(hidden), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
-        """Return an empty cache for generation, or None if a block was replaced by another class, which cannot use it."""
+        """Return an empty cache for generation, or None if a block or its attention was replaced by another class."""
         blocks: Any = self.trf_blocks
         if not all(type(block) is TransformerBlock and type(block.att) is MultiHeadAttention for block in blocks):
             return None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from MyGPT.book.gpt import GPTModel
 from MyGPT.weights import pretrained
-from MyGPT.weights.layout import BLOCK, TOP, Lazy, align, config_of, fit, flatten, to_ours
+from MyGPT.weights.layout import BLOCK, TOP, align, config_of, fit, to_ours
+from MyGPT.weights.lazy import LazyTensor, flatten
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
@@ -67,7 +68,7 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
     return None
 
 
-def _with_book_names(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
+def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """Load the tensors and rename them to the book's names; c_attn is split into queries, keys and values."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
     in_block = {ours: theirs for ours, _, theirs in BLOCK}

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class _Task(nn.Module):
-    """A model with a `token_loss` method, which training/simple.py calls, for both shapes of targets."""
+    """A wrapper that gives any model a `token_loss` method for both shapes of targets."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -111,15 +111,17 @@ def chat(
         precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
         lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
-    from MyGPT.commands._model import find_template, make_fast, open_model, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build, stream_text
     from MyGPT.data.templates import load_template
 
     build = start_build(device)
-    gpt, tokenizer, _ = open_model(model, device, adapter)
+    from MyGPT.opening import find_model_files, open_model  # after the build has started: it imports torch
+
+    gpt, tokenizer = open_model(model, device, adapter)
     context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
     del gpt  # on a CPU, `fast` has its own copy of the weights
-    own = load_template(template) if template else find_template(model, adapter)
+    own = load_template(template) if template else find_model_files(model, adapter).template()
     asked_by = own or TRANSCRIPT
     conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
     longest = min(200, context // 2) if max_new_tokens is None else max_new_tokens

@@ -56,7 +56,7 @@ def doctor(recipes: str = "configs", device: str = "auto") -> None:
         recipes: A YAML file, or a directory of YAML files.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.commands._model import pick_device
+    from MyGPT.devices import pick_device
 
     place = pick_device(device)
     fixes = []
@@ -160,7 +160,7 @@ def find_vocabulary() -> Finding:
 def find_weights() -> Finding:
     """List the released models whose download is complete or incomplete."""
     from MyGPT.download import cache_directory
-    from MyGPT.weights.gpt2_files import FILES
+    from MyGPT.weights.released import FILES
 
     models = cache_directory() / "models"
     sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]

@@ -41,9 +41,9 @@ def evaluate(
         batch_size: Windows per forward pass.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.commands._model import open_model
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
+    from MyGPT.opening import open_model
 
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
@@ -51,7 +51,7 @@ def evaluate(
             f"stride cannot be used with protocol {protocol}, which predicts one word per passage, got {stride}"
         )
     files = find_files(data)
-    gpt, tokenizer, _ = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
     show_progress = sys.stderr.isatty()
     if way.last_word:

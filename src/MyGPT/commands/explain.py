@@ -23,14 +23,15 @@ def explain(
         out: The .html file to write.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.commands._model import encode_for, open_model
+    from MyGPT.commands._model import encode_for
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
+    from MyGPT.opening import open_model
 
     if Path(out).suffix not in (".html", ".htm"):
         raise ValueError(f"out must end in .html, got {out}")
-    gpt, tokenizer, place = open_model(model, device, adapter)
-    ids = encode_for(gpt, tokenizer, " ".join(text)).to(place)
+    gpt, tokenizer = open_model(model, device, adapter)
+    ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
     with atomic_write(out) as file:
         file.write(page)

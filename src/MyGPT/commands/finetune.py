@@ -75,25 +75,25 @@ def finetune(
     """
     import torch
 
-    from MyGPT.commands._model import adapter_of, find_tokenizer, pick_device
+    from MyGPT.devices import pick_device
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
     from MyGPT.model import GPTModel
+    from MyGPT.opening import adapter_without_model, find_model_files
     from MyGPT.training.run import WholeModel
     from MyGPT.training.trainer import Trainer
-    from MyGPT.weights.pretrained import find_model
 
     check_choices(full, merge, epochs, frozen_dtype)
     place = pick_device(device)
     run, how = choose_run(out, resume, overwrite)
-    if adapter_of(model) is not None:
+    if adapter_without_model(model) is not None:
         raise ValueError(
             f"{model} holds only an adapter, but finetune needs a complete model, such as a run made with --merge"
         )
-    path = find_model(model)
+    files = find_model_files(model)
     torch.manual_seed(training.seed)
-    gpt = GPTModel.from_pretrained(path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
-    tokenizer = find_tokenizer(path, gpt.config.vocab_size)
+    gpt = GPTModel.from_pretrained(files.path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
+    tokenizer = files.tokenizer(gpt.config.vocab_size)
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)

@@ -48,12 +48,14 @@ def generate(
         precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
         lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
-    from MyGPT.commands._model import make_fast, open_model, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build, stream_text
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     build = start_build(device)
-    gpt, tokenizer, _ = open_model(model, device, adapter)
+    from MyGPT.opening import open_model  # after the build has started: it imports torch
+
+    gpt, tokenizer = open_model(model, device, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:

@@ -38,18 +38,17 @@ def explain(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
         return describe(name, config, training=training)
-    from MyGPT.weights.checkpoint import guess_config, open_checkpoint
+    from MyGPT.weights.formats import find_format, open_checkpoint
     from MyGPT.weights.layout import fit
-    from MyGPT.weights.pretrained import holds_model
 
-    if name in GPT2_CONFIGS and not holds_model(Path(name)):
+    if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
 
     checkpoint = open_checkpoint(name)
-    config = guess_config(checkpoint)
+    config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
     rows = [
-        ("format", checkpoint.kind),
+        ("format", checkpoint.format),
         ("weights in", str(checkpoint.path)),
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]

@@ -227,10 +227,11 @@ def _require_matplotlib() -> None:
 
 def _open(model: str, text: str, adapter: str | None, device: str) -> tuple[GPTModel, Tokenizer, Tensor]:
     """Return a model, its tokenizer, and the token ids (1, T) of the text."""
-    from MyGPT.commands._model import encode_for, open_model
+    from MyGPT.commands._model import encode_for
+    from MyGPT.opening import open_model
 
-    gpt, tokenizer, place = open_model(model, device, adapter)
-    return gpt, tokenizer, encode_for(gpt, tokenizer, text).to(place)
+    gpt, tokenizer = open_model(model, device, adapter)
+    return gpt, tokenizer, encode_for(gpt, tokenizer, text)
 
 
 def _check_count(name: str, value: int, count: int) -> None:

@@ -59,7 +59,7 @@ def train(
     """
     import torch
 
-    from MyGPT.commands._model import pick_device
+    from MyGPT.devices import pick_device
     from MyGPT.model import GPTModel
     from MyGPT.training.trainer import Trainer
 

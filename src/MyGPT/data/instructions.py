@@ -1,7 +1,7 @@
-"""Examples to fine-tune on: records as token ids, batches padded to their longest, examples of similar length together.
+"""Instruction fine-tuning: records as token ids, padded batches, and a sampler that groups examples by length.
 
-B batch, T time. An example is learnt up to the end-of-text id that follows it, which the batch appends. Rows that hold
-several examples are made in packing.py.
+Each example ends with the end-of-text id as its last target, so the model learns to stop. packing.py puts several
+examples into one row instead of padding. B batch, T time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from MyGPT.config import require_positive
 from MyGPT.data.records import Record, check_record
 from MyGPT.data.templates import BOOK, Part, Template
 from MyGPT.data.tokens import fingerprint
@@ -24,21 +25,30 @@ from MyGPT.tokenizers.base import encode_with_specials
 
 
 class Example(list[int]):
-    """The ids of an example: a plain list, so that any code for lists of ids takes it, which knows where it answers."""
+    """The token ids of an example, as a list that also knows which ids belong to an answer."""
 
     def __init__(self, ids: Iterable[int], is_answer: Iterable[bool]) -> None:
         super().__init__(ids)
         self.is_answer = list(is_answer)
-        """For each id, whether the model is to say it, or is given it."""
+        """One bool per id: True if the model must produce the id, False if the id belongs to the prompt."""
 
 
 class InstructionDataset(Dataset[Example]):
-    """Records (records.py) as examples, each the ids of prompt and answer, encoded once and kept compactly.
+    """Fine-tuning examples, encoded once: item i is the ids of a record's prompt and answer.
 
-    Prompt and answer are encoded apart, so that the model learns to go on from the very ids it will be given. Examples of
-    more than max_length tokens are never cut: they are left out and counted in `n_too_long`, or with too_long="raise" a
-    ValueError. So is a record that is none, or has no tokens, and that nothing is left; an error calls a record by its name,
-    which is by default record 1, record 2 and so on.
+    Prompt and answer are encoded separately, so the model is trained with the same prompt ids that it gets later.
+    Examples are never truncated.
+
+    Args:
+        records: instruction records, conversations, prompts with completions, or texts, see records.py
+        tokenizer: encodes the text; also a plain tiktoken.Encoding
+        template: the text around each record
+        max_length: maximum number of tokens per example; None for no limit
+        too_long: "drop" leaves longer examples out and counts them in `n_too_long`, "raise" raises ValueError
+        names: a name for each record in error messages; None for "record 1", "record 2" and so on
+
+    Raises:
+        ValueError: a record is invalid or has no tokens, or no example remains.
     """
 
     def __init__(
@@ -50,15 +60,14 @@ class InstructionDataset(Dataset[Example]):
         too_long: Literal["drop", "raise"] = "drop",
         names: Sequence[str] | None = None,
     ) -> None:
-        if max_length is not None and (type(max_length) is not int or max_length < 1):
-            raise ValueError(f"max_length must be None or a whole number of at least 1, got {max_length!r}")
+        require_positive(optional=True, max_length=max_length)
         if too_long not in ("drop", "raise"):
             raise ValueError(f"too_long must be 'drop' or 'raise', got {too_long!r}")
         self.max_length = max_length
         self.n_too_long = 0
-        """How many records are left out because they are longer than max_length."""
+        """Number of records that are left out because they are longer than max_length."""
         self.longest = 0
-        """Tokens of the longest record, left out or not."""
+        """Number of tokens of the longest record, including the records that are left out."""
         ids: list[npt.NDArray[np.uint32]] = []
         is_answer: list[npt.NDArray[np.bool_]] = []
         if names is None:
@@ -76,15 +85,15 @@ class InstructionDataset(Dataset[Example]):
         if not ids:
             raise ValueError(
                 f"there are no examples to learn from: {len(records)} records, {self.n_too_long} too long"
-                + (f" for max_length={max_length} (the longest has {self.longest} tokens)" if records else "")
+                + (f" for max_length={max_length} (the longest has {self.longest} tokens)" if len(records) else "")
             )
         self.lengths = np.array([len(part) for part in ids])
-        """Tokens of each example, which is also the room it takes in a batch: its last id is only a target."""
+        """Number of tokens of each example, (n_examples,). It is also the length of the example's row in a batch."""
         self._ends = self.lengths.cumsum()
         self._ids, self._is_answer = np.concatenate(ids), np.concatenate(is_answer)
 
     def fingerprint(self) -> str:
-        """What tells these examples from others."""
+        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
         return fingerprint(self._ids, self._ends, self._is_answer)
 
     def __len__(self) -> int:
@@ -92,12 +101,12 @@ class InstructionDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of a data set with {len(self)} examples")
+            raise IndexError(f"there is no example {index} in a data set with {len(self)} examples")
         end, length = self._ends[index], self.lengths[index]
         return Example(self._ids[end - length : end].tolist(), self._is_answer[end - length : end].tolist())
 
     def describe(self) -> str:
-        """One line: how many examples and tokens there are, and how many were left out."""
+        """Return one line with the number of examples and tokens, and the number of records that were left out."""
         text = f"{len(self):,} examples with {len(self._ids):,} tokens, the longest has {self.lengths.max():,}"
         if self.n_too_long:
             text += (
@@ -108,15 +117,16 @@ class InstructionDataset(Dataset[Example]):
 
 
 def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> list[int]:
-    """The ids to give the model for this record: those that `InstructionDataset` puts before the answer."""
+    """Return the prompt ids of a record, the same as in `InstructionDataset`. The record needs no answer."""
     return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
+    """Return a checked record's ids; an error message starts with `where`."""
     check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
-    except ValueError as error:  # a character that the tokenizer does not know
+    except ValueError as error:  # The tokenizer does not know a character.
         raise ValueError(f"{where}: {error}") from None
     if not example:
         raise ValueError(f"{where} has no tokens: an example needs at least one")
@@ -124,6 +134,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
 
 
 def _encode_parts(parts: list[Part], tokenizer: Any) -> Example:
+    """Return the ids of the parts of a text, each part encoded separately."""
     ids: list[int] = []
     is_answer: list[bool] = []
     for part in parts:
@@ -140,19 +151,25 @@ def collate_instructions(
     mask_prompt: bool = False,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """Inputs and targets, each (B, T) int64 on `device`, T the length of the longest item.
+    """Return padded inputs and targets, each (B, T) int64, where T is the length of the longest item.
 
-    Items are lists of ids. Inputs are padded with pad_token_id. Targets are the ids one further, then one pad_token_id,
-    by which the model learns to end, then ignore_index, which no loss counts. With mask_prompt only answers are targets;
-    that needs items of an `InstructionDataset`. allowed_max_length cuts T, and whatever is beyond it.
+    Inputs are the items, padded with pad_token_id. Targets are the inputs shifted by one position, then one
+    pad_token_id as the end of the text, then ignore_index.
 
-    These are the batches of the `custom_collate_fn` in "Build a Large Language Model (From Scratch)", chapter 7, but for
-    items that themselves hold pad_token_id, after the first of which the book's function ignores even the item's end.
+    This is the `custom_collate_fn` of "Build a Large Language Model (From Scratch)", chapter 7, with one correction: if an
+    item contains pad_token_id, the book's function also ignores targets that belong to the item.
+
+    Args:
+        batch: lists of token ids, each with at least one id
+        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
+        ignore_index: target at padded positions, which the loss ignores
+        allowed_max_length: maximum of T; the rest of longer items is cut off
+        mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
+        device: the device of both tensors
     """
-    if not batch or not all(len(item) for item in batch):
+    if len(batch) == 0 or not all(len(item) for item in batch):
         raise ValueError(f"a batch needs items of at least one token, got lengths {[len(item) for item in batch]}")
-    if allowed_max_length is not None and (type(allowed_max_length) is not int or allowed_max_length < 1):
-        raise ValueError(f"allowed_max_length must be None or a whole number of at least 1, got {allowed_max_length!r}")
+    require_positive(optional=True, allowed_max_length=allowed_max_length)
     T = max(len(item) for item in batch)
     inputs, targets = [], []
     for item in batch:
@@ -164,26 +181,40 @@ def collate_instructions(
 
 
 def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_prompt: bool) -> list[int]:
-    """What each token of an item is to predict: the next one, the last the end; in the prompt nothing if it is masked."""
+    """Return the target of each token of an item: the next token, and `end_id` for the last token.
+
+    With mask_prompt, targets that belong to a prompt are ignore_index; `item` must then be an `Example`.
+    """
     if type(end_id) is not int or end_id < 0:
-        raise ValueError(f"an example ends with the id of <|endoftext|>, which must be a whole number, got {end_id!r}")
+        raise ValueError(
+            f"the id of <|endoftext|>, the last target, must be a whole number of at least 0, got {end_id!r}"
+        )
     targets = [*item[1:], end_id]
     if not mask_prompt:
         return targets
     if not isinstance(item, Example):
         raise ValueError(
-            f"mask_prompt needs items of an InstructionDataset, which know where they answer, got a {type(item).__name__}"
+            f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {type(item).__name__}"
         )
     is_answer = [*item.is_answer[1:], True]
     return [target if counts else ignore_index for target, counts in zip(targets, is_answer, strict=True)]
 
 
 class LengthGroupedSampler:
-    """Batches of examples of similar length, so that little of them is padding; what a step sees is a function of (seed, step).
+    """An endless sequence of batches of examples with similar lengths, which keeps padding short.
 
-    An epoch sees every example once, its batches in random order; the last that there were examples for may be smaller.
-    The examples are shuffled and, pool_batches batches at a time, sorted by length: 1 is plain shuffling, more is less
-    padding and less chance.
+    A batch is a pure function of (seed, step). Each epoch shuffles the examples, sorts each group of `pool_batches`
+    batches by length, and visits all batches in random order. Each example is used once per epoch; one batch per epoch
+    may be smaller.
+
+    Args:
+        dataset: the examples
+        batch_size: examples per batch, B
+        pad_token_id: see `collate_instructions`
+        mask_prompt: see `collate_instructions`
+        seed: seed of the random orders
+        pool_batches: number of batches that are sorted together. 1 is plain shuffling; a larger number means less
+            padding and less randomness.
     """
 
     def __init__(
@@ -196,9 +227,7 @@ class LengthGroupedSampler:
         seed: int = 0,
         pool_batches: int = 50,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("pool_batches", pool_batches)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_positive(batch_size=batch_size, pool_batches=pool_batches)
         self.dataset = dataset
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id
@@ -209,21 +238,21 @@ class LengthGroupedSampler:
         self._epoch = lru_cache(maxsize=2)(self.epoch)
 
     def batch(self, step: int) -> Batch:
-        """Inputs and targets of a step, each (B, T) int64; see `collate_instructions`."""
+        """Return the inputs and targets of a step, each (B, T) int64, see `collate_instructions`."""
         examples = [self.dataset[index] for index in self.indices(step)]
         return collate_instructions(examples, self.pad_token_id, mask_prompt=self.mask_prompt)
 
     def fingerprint(self) -> str:
-        """What tells the examples from others."""
+        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
         return self.dataset.fingerprint()
 
     def indices(self, step: int) -> list[int]:
-        """Which examples a step sees."""
-        epoch, place = divmod(step, self.batches_per_epoch)
-        return self._epoch(epoch)[place]
+        """Return the indices of the examples of a step."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        return self._epoch(epoch)[position]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch. A torch DataLoader takes it as its batch_sampler."""
+        """Return the indices of the examples of each batch of an epoch, for example as a DataLoader's batch_sampler."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         pool, batches = self.pool_batches * self.batch_size, []
@@ -231,4 +260,4 @@ class LengthGroupedSampler:
             examples = order[start : start + pool]
             examples = examples[self.dataset.lengths[examples].argsort(kind="stable")]
             batches += [examples[i : i + self.batch_size].tolist() for i in range(0, len(examples), self.batch_size)]
-        return [batches[place] for place in random.permutation(len(batches))]
+        return [batches[position] for position in random.permutation(len(batches))]

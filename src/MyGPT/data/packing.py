@@ -1,7 +1,8 @@
-"""Several short examples in one row, so that hardly any of it is padding, and none of them sees another.
+"""Packing: several short fine-tuning examples in one row, with almost no padding.
 
-A batch comes with the number of the example that each token belongs to. Given to the model as its attention_mask, it
-keeps attention within an example and begins its positions at 0: each is computed as if it were alone. B rows, T time.
+A packed batch includes segments, the number of the example to which each token belongs. Passed to the model as
+attention_mask, segments restrict attention to each example and start its positions at 0, so the model computes each
+example as if it were alone. B rows, T time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, item_targets
 from MyGPT.loss import IGNORED
 
@@ -20,15 +22,15 @@ PackedBatch = tuple[Tensor, Tensor, Tensor]
 
 
 def pack_first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Rows of indices whose lengths add up to max_length at most: each in turn goes to the first row with room for it.
+    """Distribute examples over rows of at most `max_length` tokens; return the indices of the examples in each row.
 
-    With lengths in decreasing order it takes at most 11/9 of the fewest rows possible and four (Johnson, 1973). A length
-    outside 1 to max_length is a ValueError.
+    Each example goes into the first row with enough space. If lengths decrease, the number of rows is at most
+    11/9 * optimum + 4 (Johnson, 1973). A length outside 1 to max_length raises ValueError.
     """
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_length:
-            raise ValueError(f"example {index} has {length} tokens, a row takes 1 to {max_length}")
-    # A tree of maxima over the room in rows, in which the first row with enough of it is found in log2(n) looks.
+            raise ValueError(f"example {index} has {length} tokens, a row can contain 1 to {max_length}")
+    # A binary tree of maxima over the free space of all rows finds the first row with enough space in log2(n) steps.
     n_leaves = 1 << max(0, len(lengths) - 1).bit_length()
     room = [max_length] * (2 * n_leaves)
     rows: list[list[int]] = []
@@ -54,11 +56,21 @@ def collate_packed(
     mask_prompt: bool = False,
     device: str | torch.device = "cpu",
 ) -> PackedBatch:
-    """Inputs, targets and segments, each (B, max_length) int64, of rows of examples.
+    """Return inputs, targets and segments, each (B, max_length) int64.
 
-    Inputs are the examples one after another, then pad_token_id. Targets are each example's as `collate_instructions`
-    makes them, the last token's being pad_token_id and not the next example's first. Segments number the examples of a
-    row from 1; padding is 0. A row of more than max_length tokens, or an empty example, is a ValueError.
+    Inputs are the examples of a row, then padding. Targets are the next tokens within each example; the target of its
+    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding.
+
+    Args:
+        rows: for each row, its examples as lists of token ids
+        max_length: length of a row
+        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
+        ignore_index: target at padded positions, which the loss ignores
+        mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
+        device: the device of the tensors
+
+    Raises:
+        ValueError: a row has more than max_length tokens, or an example is empty.
     """
     inputs = torch.full((len(rows), max_length), pad_token_id)
     targets = torch.full((len(rows), max_length), ignore_index)
@@ -67,8 +79,8 @@ def collate_packed(
         n_tokens = sum(len(item) for item in examples)
         if n_tokens > max_length or not all(len(item) for item in examples):
             raise ValueError(
-                f"row {row} has examples of {[len(item) for item in examples]} tokens, each must have at least one and "
-                f"together at most {max_length}"
+                f"row {row} has examples of {[len(item) for item in examples]} tokens: each needs at least one token, "
+                f"all together at most {max_length}"
             )
         end = 0
         for segment, item in enumerate(examples, start=1):
@@ -80,10 +92,19 @@ def collate_packed(
 
 
 class PackedSampler:
-    """Batches of batch_size packed rows for each step, for ever; what a step sees is a function of (seed, step).
+    """An endless sequence of batches of packed rows.
 
-    An epoch sees every example once. Its rows are filled first-fit-decreasing, examples of equal length in random order,
-    and shuffled; their number is the same in every epoch, and a batch may hold the end of one and the beginning of the next.
+    A batch is a pure function of (seed, step). Each epoch uses every example once: it packs the examples from long to
+    short, with equal lengths in random order, and shuffles the rows. All epochs have the same number of rows. A batch
+    may contain the last rows of one epoch and the first rows of the next.
+
+    Args:
+        dataset: the examples, none longer than max_length
+        max_length: length of a row
+        batch_size: rows per batch, B
+        pad_token_id: see `collate_packed`
+        mask_prompt: see `collate_packed`
+        seed: seed of the random orders
     """
 
     def __init__(
@@ -96,12 +117,11 @@ class PackedSampler:
         mask_prompt: bool = False,
         seed: int = 0,
     ) -> None:
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        require_positive(batch_size=batch_size)
         if dataset.lengths.max() > max_length:
             raise ValueError(
-                f"the longest example has {dataset.lengths.max()} tokens, a row takes max_length={max_length}: make the "
-                f"InstructionDataset with max_length={max_length}, which leaves out what is longer"
+                f"the longest example has {dataset.lengths.max()} tokens, a row has max_length={max_length}: create the "
+                f"InstructionDataset with max_length={max_length}, which leaves longer examples out"
             )
         self.dataset = dataset
         self.max_length = max_length
@@ -110,32 +130,32 @@ class PackedSampler:
         self.mask_prompt = mask_prompt
         self.seed = seed
         self._epoch = lru_cache(maxsize=2)(self.epoch)
-        # First-fit sees only the lengths in decreasing order, and those are the same in every epoch.
+        # First-fit depends only on the sorted lengths, which are the same in every epoch.
         self.rows_per_epoch = len(self._epoch(0))
         self.batches_per_epoch = -(-self.rows_per_epoch // batch_size)
 
     def batch(self, step: int) -> PackedBatch:
-        """Inputs, targets and segments of a step, each (B, T) int64 with T = max_length; see `collate_packed`."""
+        """Return the inputs, targets and segments of a step, each (B, max_length) int64, see `collate_packed`."""
         rows = [[self.dataset[index] for index in row] for row in self.rows(step)]
         return collate_packed(rows, self.max_length, self.pad_token_id, mask_prompt=self.mask_prompt)
 
     def fingerprint(self) -> str:
-        """What tells the examples from others."""
+        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
         return self.dataset.fingerprint()
 
     def rows(self, step: int) -> list[list[int]]:
-        """Which examples each row of a step holds."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._epoch(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places]
+        """Return the indices of the examples in each row of a step."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._epoch(number // self.rows_per_epoch)[number % self.rows_per_epoch] for number in numbers]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The examples of each row of an epoch."""
+        """Return the indices of the examples in each row of an epoch."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         order = order[(-self.dataset.lengths[order]).argsort(kind="stable")]
         rows = pack_first_fit(self.dataset.lengths[order].tolist(), self.max_length)
-        return [order[rows[place]].tolist() for place in random.permutation(len(rows))]
+        return [order[rows[number]].tolist() for number in random.permutation(len(rows))]
 
     def fill(self) -> float:
-        """The share of an epoch's rows that is tokens and not padding."""
+        """Return the fraction of positions that contain tokens and not padding, from 0 to 1."""
         return float(self.dataset.lengths.sum()) / (self.rows_per_epoch * self.max_length)

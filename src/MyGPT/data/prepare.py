@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
 from MyGPT.files import atomic_directory, restore_directory, sha256_of
@@ -57,8 +58,7 @@ def prepare(
         ValueError: a file is damaged, there is no text, or a special token contains a space.
     """
     paths, out = [Path(path) for path in paths], Path(out)
-    if type(workers) is not int or workers < 1:
-        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
+    require_positive(workers=workers)
     restore_directory(out)
     if not overwrite and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
@@ -159,7 +159,7 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer of a worker process, which belongs to one call of `prepare`."""
+    """Store the tokenizer in a new worker process. The process serves one call of `prepare` only."""
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
 

@@ -1,8 +1,8 @@
-"""Examples for fine-tuning, read from a file and checked, and their division into training, validation and test.
+"""Records for fine-tuning: read and check them, and split them into training, validation and test sets.
 
-A record is a dict with `instruction`, `output` and, if it wants, `input` (Alpaca's); or with `messages`, a list of
-{"role", "content"}; or with `prompt` and `completion`; or with `text` alone. Other keys are left as they are. What is made
-of a record is up to a template (templates.py). This module needs neither torch nor a tokenizer.
+A record is a dict of one of four kinds: `instruction` and `output`, with an optional `input` (Alpaca's format);
+`messages`, a list of {"role", "content"}; `prompt` and `completion`; or `text`. Other keys are ignored. A template
+(templates.py) turns a record into text. This module needs neither torch nor a tokenizer.
 """
 
 from __future__ import annotations
@@ -20,41 +20,50 @@ from MyGPT.files import atomic_write, parse_json, read_json, read_text
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
+"""A record as it is read from JSON."""
 
 ROLES = ("system", "user", "assistant")
+"""The roles of a message in a conversation."""
 
 Kind = Literal["instruction", "messages", "prompt", "text"]
 
 _ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
-"""A record is of the first of these kinds whose key it has; beside it, the key under which its answer is."""
+"""The four kinds of records, and the key of the answer in each kind. A record has the first kind whose key it contains."""
 _BETWEEN = re.compile(r"[\s,]*")
-"""What stands between the records of an array."""
+"""The characters between two records of a JSON array."""
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a file that is a JSON array, or has a JSON object on each line; any kinds, also mixed.
+    """Return the records in a file: a JSON array, or one JSON object per line. The kinds may be mixed.
 
-    A missing key, a value of the wrong type, text that is not UTF-8, no JSON, or no record at all is a ValueError that
-    names the file, the line (of an array: also which record, counted from 1) and the key.
+    Raises:
+        ValueError: the file is not UTF-8 or not JSON, it has no records, or a key is missing or has a wrong type. The
+            message contains the file, the line, the key and, for an array, the number of the record.
     """
     return read_json_records(path, check_record)
 
 
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
-    """What a JSON array holds, or each line of a file; `check` gets each of them and where it stands."""
+    """Return the values in a JSON array, or on the lines of a file.
+
+    Args:
+        path: the file
+        check: called with each value and its place, such as "a.json, line 3"; raises ValueError to refuse the value
+    """
     text = read_text(path)
     records = []
     for where, record in (_of_array if text.lstrip().startswith("[") else _of_lines)(text, path):
         check(record, where)
         records.append(record)
     if not records:
-        raise ValueError(f"{path} has no records: it needs a JSON array of them, or one on each line")
+        raise ValueError(f"{path} has no records: it must contain a JSON array of records, or one record per line")
     return records
 
 
 def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each record in a JSON array."""
     records = parse_json(text, path)
-    # Again, one by one: the parser does not say on which line a record began.
+    # Decode each record a second time to find its line, which the parser of the whole array does not report.
     decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
     line += text.count("\n", 0, end)
     for number, record in enumerate(records, start=1):
@@ -66,7 +75,8 @@ def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
 
 
 def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(), for which some characters that JSON allows inside a text end a line.
+    """Yield the place and the value of each line that is not empty."""
+    # str.splitlines would also split at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -78,14 +88,17 @@ def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
 
 
 def kind_of(record: Record) -> Kind:
-    """The key that tells what a checked record is."""
+    """Return the kind of a checked record."""
     return next(kind for kind in _ANSWER_KEY if kind in record)
 
 
 def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
-    """A ValueError that begins with `where` unless the record is one of the four kinds.
+    """Raise ValueError if a value is not a record of one of the four kinds.
 
-    Without `needs_answer` it may be a question only: no output, no completion, no assistant's message at the end.
+    Args:
+        record: the value to check
+        where: the place of the record; the error message starts with it
+        needs_answer: False also accepts a record without output, completion, or final message of the assistant
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
@@ -104,13 +117,14 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
     answer_key = _ANSWER_KEY[kind]
     if answer_key is not None and needs_answer:
         _check_text(record, answer_key, where)
-    # Around an instruction stands what the template says.
+    # An instruction may be empty, because the template adds text to it.
     if kind != "instruction" and needs_answer and not (record[kind] or record.get(answer_key)):
         keys = f"{kind!r} is" if answer_key is None else f"{kind!r} and {answer_key!r} are"
         raise ValueError(f"{where}: there is nothing to learn from, {keys} empty")
 
 
 def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
+    """Raise ValueError if a value is not a list of messages or, with needs_answer, does not end with an answer."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of at least one message, got {_short(messages)}")
     for number, message in enumerate(messages, start=1):
@@ -123,16 +137,17 @@ def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
             raise ValueError(f"{place}: 'role' must be one of {', '.join(ROLES)}, got {message['role']!r}")
     if needs_answer and messages[-1]["role"] != "assistant":
         raise ValueError(
-            f"{where}: the last of 'messages' must be the assistant's, by which a model learns to answer, "
+            f"{where}: the last of 'messages' must have the role 'assistant', which is the answer to learn, "
             f"got {messages[-1]['role']!r}"
         )
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
+    """Raise ValueError if the record's value for a key is missing or not valid text."""
     if key not in record:
-        raise ValueError(f"{where}: the key {key!r} is missing, there are {_short(list(record))}")
+        raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
     if not isinstance(record[key], str):
-        raise ValueError(f"{where}: {key!r} must be a text, got {_short(record[key])}")
+        raise ValueError(f"{where}: {key!r} must be a string, got {_short(record[key])}")
     try:
         refuse_surrogates(record[key])
     except ValueError as error:
@@ -140,20 +155,21 @@ def _check_text(record: Record, key: str, where: str) -> None:
 
 
 def _short(value: object) -> str:
+    """Return the repr of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which records, counted from 0, are for what. Together they are all records, each once."""
+    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three."""
 
     train: tuple[int, ...]
-    """What the model is trained on."""
+    """Records that the model is trained on."""
     val: tuple[int, ...]
-    """What its settings are chosen by."""
+    """Records for choosing settings and the best checkpoint."""
     test: tuple[int, ...]
-    """What it is judged by, once, at the end."""
+    """Records for the final test of the model."""
 
     def __post_init__(self) -> None:
         indices = [*self.train, *self.val, *self.test]
@@ -161,17 +177,17 @@ class Split:
             raise ValueError("train, val and test must be lists of whole numbers")
         if sorted(indices) != list(range(len(indices))):
             raise ValueError(
-                f"train, val and test must be the numbers 0 to {len(indices) - 1} together, each of them once"
+                f"train, val and test together must contain each of the numbers 0 to {len(indices) - 1} once"
             )
         if not self.train:
-            raise ValueError("there must be at least one record to train on, got none")
+            raise ValueError("train is empty: a split needs at least one record to train on")
 
     def __len__(self) -> int:
-        """How many records are divided."""
+        """Return the total number of records."""
         return len(self.train) + len(self.val) + len(self.test)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the numbers as JSON, for `load_split`."""
+        """Write the indices to a JSON file, for `load_split`."""
         with atomic_write(path) as file:
             json.dump(asdict(self), file)
             file.write("\n")
@@ -180,21 +196,29 @@ class Split:
 def split_records(
     n_records: int, train_fraction: float = 0.85, test_fraction: float = 0.10, seed: int | None = None
 ) -> Split:
-    """Train, test and, of what is left, val: in file order, or with a seed drawn at random and the same for ever.
+    """Split `n_records` records; the records that are neither for training nor for test are for validation.
 
-    Of the 1,100 records of Raschka's "Build a Large Language Model (From Scratch)", chapter 7: his first 935, next 110
-    and last 55.
+    The defaults give the split of the 1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the
+    first 935 for training, the next 110 for test and the last 55 for validation.
+
+    Args:
+        n_records: number of records
+        train_fraction: fraction for training, from 0 to 1
+        test_fraction: fraction for test, from 0 to 1
+        seed: seed of a random order; None keeps the order of the file
     """
     for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
-    if train_fraction + test_fraction > 1 + 1e-9:  # 0.7 + 0.2 + 0.1 is a little over 1
+    if (
+        train_fraction + test_fraction > 1 + 1e-9
+    ):  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
         raise ValueError(
-            f"train_fraction and test_fraction must add up to 1 at most, got {train_fraction + test_fraction}"
+            f"train_fraction and test_fraction must add up to at most 1, got {train_fraction + test_fraction}"
         )
     n_train, n_test = int(n_records * train_fraction), int(n_records * test_fraction)
     if not n_train:
-        raise ValueError(f"of {n_records} records, train_fraction={train_fraction} leaves none to train on")
+        raise ValueError(f"train_fraction={train_fraction} of {n_records} records leaves no record to train on")
     order = range(n_records) if seed is None else np.random.default_rng(seed).permutation(n_records).tolist()
     return Split(
         train=tuple(order[:n_train]),
@@ -204,15 +228,15 @@ def split_records(
 
 
 def load_split(path: str | os.PathLike[str]) -> Split:
-    """Opens what `Split.save` wrote; anything else is a ValueError that names the file."""
+    """Return the split that `Split.save` wrote. Any other file raises ValueError with the path."""
     try:
         data = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no split: {error}") from None
+        raise ValueError(f"{path} is not a split: {error}") from None
     names = [field.name for field in fields(Split)]
     if not isinstance(data, dict) or sorted(data) != sorted(names) or not all(isinstance(data[n], list) for n in names):
-        raise ValueError(f"{path} is no split: it must have the lists {', '.join(names)} and nothing else")
+        raise ValueError(f"{path} is not a split: it must contain the lists {', '.join(names)} and nothing else")
     try:
         return Split(**{name: tuple(data[name]) for name in names})
     except ValueError as error:
-        raise ValueError(f"{path} is no split: {error}") from None
+        raise ValueError(f"{path} is not a split: {error}") from None

@@ -1,4 +1,7 @@
-"""Which windows a training step sees: a pure function of (seed, step), so that its state is those two numbers."""
+"""Batches of windows for training and validation.
+
+A training batch is a pure function of (seed, step), so a sampler has no state to save in a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +17,55 @@ from MyGPT.data.windows import Batch, gather_windows
 
 
 class WindowSampler:
-    """Batches of batch_size windows for each step, for ever.
+    """An endless sequence of batches, each with `batch_size` windows of a token array.
 
-    "random" draws every start anywhere, with replacement. "shuffled" walks epochs: each cuts the ids into adjacent
-    windows from another offset and shuffles them, so that a token is seen once an epoch. "sequential" walks the windows
-    in order and begins again.
+    The order "random" draws each window's start uniformly, with replacement. "shuffled" goes through epochs: each epoch
+    cuts the ids into adjacent windows, from a new random offset, and visits them in random order, so each token is seen
+    once per epoch. "sequential" visits adjacent windows in order and then starts again.
+
+    Args:
+        ids: token ids, at least max_length + 1
+        max_length: length T of a window
+        batch_size: windows per batch, B
+        order: the order of the windows
+        seed: the seed of the random orders
     """
 
     def __init__(
         self, ids: TokenArray, max_length: int, batch_size: int, order: Order = "shuffled", seed: int = 0
     ) -> None:
         if len(ids) <= max_length:
-            raise ValueError(f"the text has {len(ids)} tokens, a window of context {max_length} needs {max_length + 1}")
+            raise ValueError(
+                f"the text has {len(ids)} tokens, a window of {max_length} tokens and its targets need {max_length + 1}"
+            )
         self.ids = ids
         self.max_length = max_length
         self.batch_size = batch_size
         self.order = order
         self.seed = seed
-        # One window is given up to leave room for an epoch's offset, unless it is the only one.
+        # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
         self.windows_per_epoch = max(1, (len(ids) - 1) // max_length - (order == "shuffled"))
         self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
-        """Inputs and targets of a step, each (B, T) int64."""
+        """Return the inputs and targets of a step, each (B, T) int64."""
         return gather_windows(self.ids, self._starts(step), self.max_length)
 
     def fingerprint(self) -> str:
-        """What tells the text from another."""
+        """Return a hash that identifies the text, see `tokens.fingerprint`."""
         return fingerprint(self.ids)
 
     def _starts(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the positions in `ids` where the windows of a step start, (B,)."""
         if self.order == "random":
             random = np.random.default_rng((self.seed, step))
             return random.integers(0, len(self.ids) - self.max_length, size=self.batch_size)
         windows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = np.divmod(windows, self.windows_per_epoch)
-        return np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        epochs, positions = np.divmod(windows, self.windows_per_epoch)
+        return np.array([self._epoch(int(epoch))[position] for epoch, position in zip(epochs, positions, strict=True)])
 
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the starts of all windows of an epoch, in the order in which they are visited."""
         starts = np.arange(self.windows_per_epoch) * self.max_length
         if self.order == "sequential":
             return starts
@@ -61,17 +75,27 @@ class WindowSampler:
 
 
 class WindowValidation:
-    """What a model is evaluated on: a text, by `n_windows` fixed windows spread evenly over it, or as a whole."""
+    """Validation batches: the whole text, or `n_windows` fixed windows at equal distances.
+
+    Args:
+        ids: token ids of the validation text
+        max_length: length T of a window
+        n_windows: number of windows for an evaluation that does not use the whole text
+    """
 
     def __init__(self, ids: TokenArray, max_length: int, n_windows: int) -> None:
         self.ids = ids
         self.max_length = max_length
         self.n_windows = n_windows
         self.batch_size = max(1, 4096 // max_length)
-        """Windows at a time: a few thousand tokens, whatever the training batch."""
+        """Windows per validation batch, about 4,096 tokens. It does not depend on the training batch."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:
-        """Inputs and targets, each (B, T) int64: the same fixed windows every time (all, if there are fewer), or all."""
+        """Yield inputs and targets, each (B, T) int64.
+
+        With `whole`, or if the text is short, the batches cover the whole text. Otherwise each call yields the same
+        `n_windows` windows.
+        """
         if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
             yield from walk_windows(self.ids, self.max_length, self.batch_size)
             return
@@ -80,12 +104,15 @@ class WindowValidation:
             yield gather_windows(self.ids, part, self.max_length)
 
     def fingerprint(self) -> str:
-        """What tells the text from another."""
+        """Return a hash that identifies the text, see `tokens.fingerprint`."""
         return fingerprint(self.ids)
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
-    """All of `ids` once, in adjacent windows, the last one padded: every id but the first is a target exactly once."""
+    """Yield batches of adjacent windows over all ids, each (B, T) int64; the last window is padded.
+
+    Every id except the first is a target exactly once.
+    """
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):
         yield gather_windows(ids, starts[first : first + batch_size], max_length)

@@ -1,6 +1,6 @@
-"""Where texts come from: built-in and well-known ones by name, files by path or pattern, read piece by piece.
+"""Find texts by name, path or pattern, and read them piece by piece.
 
-A text file is one document; a `.jsonl` file has one a line, under a key. `.gz` is unpacked on the way.
+A text file is one document. A `.jsonl` file has one document per line, under a key. Both may be compressed as `.gz`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from MyGPT.files import parse_json, refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
+"""Bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
-"""Most characters without a space, and bytes of a line of JSON: what has to be in memory at once."""
+"""Limit for the characters between two spaces, and for the bytes of a JSON line. So much must be in memory at once."""
 MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
-"""How many times an archive's length its text may have, and how much it may have in any case. Books have 3 times, logs 50, and
-what is made to fill memory or disk a thousand."""
+"""Limits against archives that are made to fill memory or disk: a text may be MAX_UNPACKING times as long as its archive,
+plus FREE_BYTES. Books reach a ratio of 3, logs 50, and malicious archives 1,000."""
 
 
 class Piece(NamedTuple):
-    """A part of a document, cut where a token ends in any case."""
+    """A part of a document. It ends where a token ends, so pieces can be encoded one by one."""
 
     text: str
     ends_document: bool
@@ -39,7 +40,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Download:
-    """A text on the network: where, and the SHA-256 it must have."""
+    """The address of a text, and the SHA-256 that the text must have."""
 
     url: str
     sha256: str
@@ -55,9 +56,10 @@ DOWNLOADS = {
 
 
 def find_files(names: str | Iterable[str]) -> list[Path]:
-    """The files that names, paths and patterns (`data/*.txt`, `**` for any depth) stand for, each pattern's in order.
+    """Return the files for one or several names, paths or patterns; the files of a pattern are sorted.
 
-    An unknown name, a directory, or a pattern without a file is a ValueError.
+    A name is "alice", which is part of MyGPT, or "tinyshakespeare", which is downloaded once. A pattern may contain `*`,
+    and `**` for any number of directories. An unknown name, a directory, or a pattern without files raises ValueError.
     """
     paths: list[Path] = []
     for name in [names] if isinstance(names, (str, os.PathLike)) else names:
@@ -79,17 +81,23 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
         else:
             raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join([*BUILT_IN, *DOWNLOADS])}")
     if not paths:
-        raise ValueError("no text was named; give at least one file")
+        raise ValueError("no text was given: name at least one file")
     return paths
 
 
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """The documents of a file, long ones in pieces of some megabytes.
+    """Yield the documents of a file; long documents come in pieces of some megabytes.
 
-    `advance` is told how many bytes of the file have been read since. Text that is not UTF-8, a binary file, a damaged
-    archive, a line that is no JSON object with a text: a ValueError that names the file and the place.
+    Args:
+        path: a text file or a .jsonl file, also compressed as .gz
+        text_key: the key of the text in each line of a .jsonl file
+        advance: called after each piece with the number of bytes read since the last call, for a progress bar
+
+    Raises:
+        ValueError: the text is not UTF-8, the file is binary, the archive is damaged, or a line is not a JSON object
+            with a text. The message contains the file and the position.
     """
     with open(path, "rb") as raw:
         inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -99,7 +107,7 @@ def read_pieces(
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
                 if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
                     raise ValueError(
-                        f"{path} unpacks to more than {MAX_UNPACKING} times its length, which no text does"
+                        f"{path} unpacks to more than {MAX_UNPACKING} times its size, which no text file does"
                     )
                 yield piece
                 advance(raw.tell() - position)
@@ -110,17 +118,18 @@ def read_pieces(
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
-    """The text of each piece of the files, for learning a vocabulary."""
+    """Yield the texts of all pieces of the files, for training a tokenizer."""
     for path in paths:
         for piece in read_pieces(path, text_key):
             yield piece.text
 
 
-# Any tokenizer of ours ends a token before the white space behind a visible character.
+# In every tokenizer of MyGPT, a token ends between a visible character and the space or line end after it.
 TOKEN_END = re.compile(r"\S(?=[ \n])")
 
 
 def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
+    """Yield the pieces of a text file, which is one document; line ends become `\\n`."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     pending, offset, n_characters = "", 0, 0
     while True:
@@ -128,8 +137,10 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            place = offset + len(block) - len(error.object) + error.start
-            raise ValueError(f"{path} is not UTF-8 text: byte {place} is 0x{error.object[error.start]:02x}") from None
+            position = offset + len(block) - len(error.object) + error.start
+            raise ValueError(
+                f"{path} is not UTF-8 text: byte {position} is 0x{error.object[error.start]:02x}"
+            ) from None
         refuse_binary(text, path, n_characters)
         offset += len(block)
         pending += text
@@ -141,15 +152,16 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
             yield Piece(pending[: ends[-1]], False)
             pending = pending[ends[-1] :]
         elif len(pending) > MAX_STRETCH:
-            raise ValueError(f"{path} has more than {MAX_STRETCH:,} characters without a space, which no text has")
+            raise ValueError(f"{path} has more than {MAX_STRETCH:,} characters without a space, which no text file has")
     if n_characters:
         yield Piece(pending, True)
 
 
 def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
+    """Yield one piece per line that has a text of at least one character."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_STRETCH), b""), start=1):
         if len(line) == MAX_STRETCH:
-            raise ValueError(f"{path}, line {number} has at least {MAX_STRETCH:,} bytes, a line must have fewer")
+            raise ValueError(f"{path}, line {number} has {MAX_STRETCH:,} bytes or more, a line must have fewer")
         if not line.strip():
             continue
         record = parse_json(line, path, number)

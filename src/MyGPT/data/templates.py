@@ -1,6 +1,7 @@
-"""How a record becomes text: Alpaca's two prompts (Taori et al., 2023), those of Raschka's book, or a user's own.
+"""Prompt templates, which turn a record into text: Alpaca's (Taori et al., 2023), the book's, or a user's own.
 
-The template that a model was tuned with is saved beside its weights, so that it is asked the way it was taught.
+The template of a fine-tuned model is saved beside its weights, so that questions to the model get the same form as in
+training.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from MyGPT.files import atomic_write, read_json
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
 TEMPLATE_FILE = "template.json"
-"""The template's name in a model directory."""
-
+"""The name of the template's file in a model directory."""
 
 Asks = Literal["instruction", "messages", "prompt"]
 
 
 class Part(NamedTuple):
-    """A stretch of an example's text that is either given to the model or expected of it."""
+    """A piece of an example's text: either part of the prompt, or an answer that the model must produce."""
 
     text: str
     is_answer: bool
@@ -32,27 +32,28 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """Texts around a record's own, with places to fill: {instruction}, {input}, {output}, {content}.
+    """The text around the fields of a record.
 
-    Other braces stand for themselves. Records of prompt and completion, and plain text, are taken as they are.
+    The placeholders are {instruction}, {input}, {output} and {content}; other braces are ordinary text. Records with
+    prompt and completion, and records with text, are used without a template.
     """
 
     without_input: str
-    """The prompt of a record whose input is missing or empty; has {instruction}."""
+    """Prompt for an instruction without input; contains {instruction}."""
     with_input: str
-    """The prompt of a record with an input; has {instruction} and {input}."""
+    """Prompt for an instruction with input; contains {instruction} and {input}."""
     response: str = "{output}"
-    """What the model is to say after the prompt; has {output}."""
+    """The answer to an instruction; contains {output}."""
     system: str = "{content}\n\n"
-    """In a conversation, the message that sets the scene; has {content}."""
+    """A system message of a conversation; contains {content}."""
     user: str = "### Instruction:\n{content}\n\n"
-    """A user's message; has {content}."""
+    """A user's message; contains {content}."""
     assistant: str = "### Response:\n{content}"
-    """The model's message; has {content}, and what is before that is given to the model."""
+    """An assistant's message; contains {content}. Text before {content} belongs to the prompt."""
     turn_end: str = ENDOFTEXT
-    """What the model says after each of its messages but the last, which ends as every example does."""
+    """The end of each assistant's message except the last, which ends with the example's end-of-text id."""
     asks: Asks = "instruction"
-    """The kind of record that a question to the model is: `mygpt finetune` sets it to the kind that it was tuned on."""
+    """The kind of record that holds a question to the model. `mygpt finetune` sets it to the kind of the training data."""
 
     def __post_init__(self) -> None:
         if self.asks not in get_args(Asks):
@@ -60,20 +61,20 @@ class Template:
         for field in fields(self):
             text = getattr(self, field.name)
             if not isinstance(text, str):
-                raise ValueError(f"a template's {field.name} must be a text, got {text!r}")
+                raise ValueError(f"a template's {field.name} must be a string, got {text!r}")
             refuse_surrogates(text)
-            for place in _PLACES[field.name]:
-                if text.count(place) != 1:
-                    raise ValueError(f"a template's {field.name} must have {place} once, got {text!r}")
+            for placeholder in _PLACEHOLDERS[field.name]:
+                if text.count(placeholder) != 1:
+                    raise ValueError(f"a template's {field.name} must contain {placeholder} once, got {text!r}")
 
     def prompt(self, record: Record) -> str:
-        """What the model is given before it answers: of a conversation, all before the last message of the assistant."""
+        """Return the prompt of a record. In a conversation, this is the text before the assistant's last message."""
         return "".join(part.text for part in self.parts(record, with_answer=False))
 
     def parts(self, record: Record, with_answer: bool = True) -> list[Part]:
-        """The record's text from end to end, in stretches that take turns at being answers; none is empty.
+        """Return the whole text of a record as non-empty parts, which alternate between prompt and answer.
 
-        Without the answer, only what comes before it. A record that is none is a ValueError.
+        Without `with_answer`, the last answer is left out. An invalid record raises ValueError.
         """
         check_record(record, "the record", needs_answer=with_answer)
         kind = kind_of(record)
@@ -90,6 +91,7 @@ class Template:
         return _merge([Part(prompt, False), Part(answer, True)])
 
     def _conversation(self, messages: list[Record], with_answer: bool) -> list[Part]:
+        """Return the parts of a conversation, with or without the assistant's last message."""
         before, after = self.assistant.split("{content}")
         if not with_answer and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -103,14 +105,14 @@ class Template:
         return parts[:-1] if with_answer else [*parts, Part(before, False)]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `template.json`, for `load_template`."""
+        """Write `template.json` to a directory, for `load_template`."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(directory) / TEMPLATE_FILE) as file:
             json.dump(asdict(self), file, ensure_ascii=False, indent=1)
             file.write("\n")
 
 
-_PLACES = {
+_PLACEHOLDERS = {
     "without_input": ["{instruction}"],
     "with_input": ["{instruction}", "{input}"],
     "response": ["{output}"],
@@ -131,20 +133,21 @@ ALPACA = Template(
     with_input=f"{_TASK}{_FURTHER}{_REQUEST}{_INPUT}\n\n### Response:",
     assistant="### Response:{content}",
 )
-"""Stanford Alpaca's, to the letter: nothing stands between "### Response:" and the output."""
+"""Stanford Alpaca's template. There is no space between "### Response:" and the output."""
 
 BOOK = Template(
     without_input=f"{_TASK}{_REQUEST}",
     with_input=f"{_TASK}{_REQUEST}{_INPUT}",
     response="\n\n### Response:\n{output}",
 )
-"""That of "Build a Large Language Model (From Scratch)", chapter 7, where the model itself is to say "### Response:"."""
+"""The template of "Build a Large Language Model (From Scratch)", chapter 7, where "### Response:" is part of the answer."""
 
 TEMPLATES = {"alpaca": ALPACA, "book": BOOK}
+"""The templates that `load_template` knows by name."""
 
 
 def format_input(record: Record, template: Template = BOOK) -> str:
-    """The prompt of a record, as the book's function of this name makes it. No output is needed.
+    """Return the prompt of a record, like the function of this name in the book. The record needs no output.
 
     >>> format_input({"instruction": "Name a colour.", "input": ""}).splitlines()[-2:]
     ['### Instruction:', 'Name a colour.']
@@ -153,39 +156,40 @@ def format_input(record: Record, template: Template = BOOK) -> str:
 
 
 def load_template(name_or_path: str | os.PathLike[str]) -> Template:
-    """The template called "alpaca" or "book", or the one in a JSON file or in a model directory's `template.json`."""
+    """Return a template by name ("alpaca" or "book"), or from a JSON file or a model directory's `template.json`."""
     name = os.fspath(name_or_path)
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name) / TEMPLATE_FILE if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
-            f"no template {name!r}: give {', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
+            f"there is no template {name!r}: give {', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
         )
     try:
         return _from_json(read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path} is no template: {error}") from None
+        raise ValueError(f"{path} is not a template: {error}") from None
 
 
 def _from_json(data: Any) -> Template:
+    """Return the template that a JSON value describes, or raise ValueError."""
     if not isinstance(data, dict):
-        raise ValueError(f"it must be a JSON object, got {type(data).__name__}")
-    unknown = sorted(data.keys() - _PLACES.keys())
+        raise ValueError(f"a template must be a JSON object, got {type(data).__name__}")
+    unknown = sorted(data.keys() - _PLACEHOLDERS.keys())
     missing = [name for name in ("without_input", "with_input") if name not in data]
     if unknown or missing:
         problem = f"the key {unknown[0]!r} is unknown" if unknown else f"the key {missing[0]!r} is missing"
-        raise ValueError(f"{problem}, the keys are {', '.join(_PLACES)}")
+        raise ValueError(f"{problem}, the keys are {', '.join(_PLACEHOLDERS)}")
     return Template(**data)
 
 
 def _fill(text: str, **values: str) -> str:
-    """In one pass, so that a place named inside a value is left alone."""
+    """Replace the placeholders of a template in one pass, so that braces inside a value are not replaced."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def _merge(parts: list[Part]) -> list[Part]:
-    """The same text in as few parts as possible: within one, a tokenizer may join what it likes."""
+    """Join adjacent parts of the same kind, and drop empty parts, so that a tokenizer sees each stretch as a whole."""
     merged: list[Part] = []
     for part in parts:
         if not part.text:

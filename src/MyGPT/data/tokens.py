@@ -1,7 +1,7 @@
 """Token ids in a compact array, in memory or in a memory-mapped file.
 
-A prepared data set is a directory: `tokens.bin` (ids, little-endian uint16 or uint32), `tokens.json` (what they are) and
-`tokenizer.json`. `prepare.py` writes it, `open_tokens` opens it.
+A prepared data set is a directory with three files: `tokens.bin` (ids as little-endian uint16 or uint32), `tokens.json`
+(their number, data type and hashes) and `tokenizer.json`. `prepare.py` writes the directory, `open_tokens` opens it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
 
 def id_dtype(n_vocab: int) -> np.dtype[Any]:
-    """The smallest of uint16 and uint32 that holds every id below n_vocab."""
+    """Return uint16 if every id below `n_vocab` fits into 16 bits, else uint32."""
     return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 def compact_ids(ids: Any) -> TokenArray:
-    """`ids` (a list, array or tensor of natural numbers) as one uint16 or uint32 array; such an array is not copied."""
+    """Return token ids (a list, array or tensor) as a uint16 or uint32 array.
+
+    An array that already has one of the two types is not copied. Ids that are not one sequence of whole numbers from 0
+    to 2**32 - 1 raise ValueError.
+    """
     array = np.asarray(ids)
     if array.ndim != 1:
         raise ValueError(f"token ids must be one sequence, got an array of shape {array.shape}")
@@ -43,18 +47,21 @@ def compact_ids(ids: Any) -> TokenArray:
 
 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
-    """Whether `mygpt prepare` wrote this directory. One that a kill left between two names is brought back first."""
+    """Return True if a directory contains a prepared data set; an interrupted replacement is repaired first."""
     restore_directory(directory)
     return (Path(directory) / "tokens.json").is_file()
 
 
 def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str, Any]]:
-    """The memory-mapped ids of a prepared data set and the content of its `tokens.json`.
+    """Return the memory-mapped ids of a prepared data set and the content of its `tokens.json`.
 
-    Files that are not those that `mygpt prepare` wrote are a ValueError: a token file of another length or another
-    `sampled_sha256`, or another tokenizer.json. What is checked takes a tenth of a second however long the file is: up
-    to 64 MB that is every byte; of a longer one a swap is seen and a single changed byte perhaps not, which `sha256`,
-    the whole file's, is for. (A long file that was prepared before there were samples is known by its length alone.)
+    The check takes about 0.1 seconds for any size. Up to 64 MB, every byte is checked. In a longer file, 64 blocks are
+    checked: this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole
+    file, for a complete check. Early versions of MyGPT wrote no hash of blocks; for their long files, only the length
+    is checked.
+
+    Raises:
+        ValueError: `tokens.json` is damaged, or `tokens.bin` or `tokenizer.json` is not the file that it describes.
     """
     directory = Path(directory)
     restore_directory(directory)
@@ -65,23 +72,27 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'tokens.json'} is damaged: {type(error).__name__}: {error}") from None
     if dtype not in ("uint16", "uint32") or type(n_tokens) is not int or n_tokens < 1:
-        raise ValueError(f"{directory / 'tokens.json'} describes {n_tokens!r} tokens of type {dtype!r}")
+        raise ValueError(
+            f"{directory / 'tokens.json'} describes {n_tokens!r} tokens of type {dtype!r}, which is not valid"
+        )
     path = directory / "tokens.bin"
     expected, n_bytes = n_tokens * np.dtype(dtype).itemsize, path.stat().st_size
     if n_bytes != expected:
-        raise ValueError(f"{path} has {n_bytes} bytes, tokens.json says {expected}: prepare it again")
+        raise ValueError(f"{path} has {n_bytes} bytes, tokens.json requires {expected}: run mygpt prepare again")
     known = whole if n_bytes <= _N_SAMPLES * _SAMPLE_BYTES else sampled
     if known is not None and sampled_sha256(path) != known:
-        raise ValueError(f"{path} is not what tokens.json describes, its SHA-256 is another: prepare it again")
+        raise ValueError(
+            f"{path} is not the file that tokens.json describes, its SHA-256 differs: run mygpt prepare again"
+        )
     if tokenizer is not None and sha256_of(directory / "tokenizer.json") != tokenizer:
         raise ValueError(
-            f"{directory / 'tokenizer.json'} is not the one that made the tokens, its SHA-256 is another: prepare it again"
+            f"{directory / 'tokenizer.json'} is not the tokenizer of these tokens, its SHA-256 differs: run mygpt prepare again"
         )
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"), description
 
 
 def sampled_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of 64 blocks of a megabyte, evenly spread from the file's first byte to its last; of a shorter file, of all."""
+    """Return the SHA-256 of 64 blocks of 1 MiB at equal distances in a file, or of the whole file up to 64 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for start, n_bytes in _samples(os.stat(path).st_size):
@@ -91,7 +102,7 @@ def sampled_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(*arrays: npt.NDArray[Any]) -> str:
-    """SHA-256 that tells data in memory from others: of each array's type and length, and of its bytes as `sampled_sha256`."""
+    """Return a SHA-256 of arrays: of their types and lengths, and of the blocks that `sampled_sha256` would read."""
     digest = hashlib.sha256()
     for array in arrays:
         data = np.ascontiguousarray(array).view(np.uint8).data
@@ -102,7 +113,7 @@ def fingerprint(*arrays: npt.NDArray[Any]) -> str:
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """Where the blocks that are looked at begin, and how long they are."""
+    """Return the start and length of each block that is hashed in `size` bytes."""
     if size <= _N_SAMPLES * _SAMPLE_BYTES:
         return [(0, size)]
     return [(i * (size - _SAMPLE_BYTES) // (_N_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_N_SAMPLES)]

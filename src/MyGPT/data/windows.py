@@ -1,6 +1,6 @@
-"""Windows over a sequence of token ids: what a language model is trained on.
+"""Windows over a sequence of token ids, the examples on which a language model is trained.
 
-A window is max_length ids and, as its targets, the ids one further. B batch, T = max_length.
+A window has max_length input ids; its targets are the same ids shifted by one position. B batch, T = max_length.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from MyGPT.config import require_positive
 from MyGPT.data.tokens import TokenArray, compact_ids
 from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import get_tokenizer
@@ -22,9 +23,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
-    """The windows that begin at `starts` (B,): inputs and targets, each (B, T) int64.
+    """Return the inputs and targets of several windows, each (B, T) int64.
 
-    Past the end of `ids`, inputs are pad_id and targets -100, which no loss counts.
+    Args:
+        ids: token ids
+        starts: positions in `ids` where the windows start, (B,)
+        max_length: length T of a window
+        pad_id: input id after the end of `ids`; the targets there are -100, which every loss ignores
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)
@@ -36,19 +41,25 @@ def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: i
 
 
 class GPTDataset(Dataset[Batch]):
-    """Windows of max_length ids, `stride` apart, and the same shifted by one, each (T,) int64.
+    """Windows over a text: pairs of inputs and targets, each (T,) int64.
 
-    Takes a text or ids (list, array, memory map), which are kept once, in a compact array: memory is two or four bytes a
-    token however the windows overlap. With `pad_last`, targets that the whole windows leave over at the end get one
-    more window, padded. Fewer tokens than one window needs is a ValueError.
+    The ids are stored once, as uint16 or uint32, so memory does not depend on how much the windows overlap.
+
+    Args:
+        text_or_ids: a text, or token ids as a list, array, tensor or memory map
+        tokenizer: encodes the text; also a plain tiktoken.Encoding
+        max_length: length T of a window
+        stride: distance between the starts of two windows
+        pad_last: add a padded window for the targets at the end that no full window contains
+
+    Raises:
+        ValueError: max_length or stride is below 1, or there are too few tokens for one window.
     """
 
     def __init__(
         self, text_or_ids: str | Any, tokenizer: Any, max_length: int, stride: int, *, pad_last: bool = False
     ) -> None:
-        for name, value in (("max_length", max_length), ("stride", stride)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_positive(max_length=max_length, stride=stride)
         is_text = isinstance(text_or_ids, str)
         self.ids = compact_ids(encode_with_specials(tokenizer, text_or_ids) if is_text else text_or_ids)
         self.max_length = max_length
@@ -66,7 +77,7 @@ class GPTDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         if not -self._length <= index < self._length:
-            raise IndexError(f"window {index} of a data set with {self._length} windows")
+            raise IndexError(f"there is no window {index} in a data set with {self._length} windows")
         start = index % self._length * self.stride
         inputs, targets = gather_windows(self.ids, np.array([start]), self.max_length, self.pad_id)
         return inputs[0], targets[0]
@@ -83,14 +94,24 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of windows over a text (or ids): inputs and targets, each (B, T) int64.
+    """Return a DataLoader over windows of a text. Each batch is inputs and targets, each (B, T) int64.
 
-    `stride` defaults to max_length, `tokenizer` to GPT-2's. With drop_last=False the last batch may be smaller, and a
-    last partial window is padded (targets -100). `seed` makes the shuffling independent of torch's global state. A text
-    too short for one window, or with drop_last for one batch, is a ValueError with the numbers.
+    Args:
+        text: a text, or token ids
+        batch_size: windows per batch, B
+        max_length: length T of a window
+        stride: distance between the starts of two windows; None for max_length
+        shuffle: visit the windows in a new random order in each epoch
+        drop_last: leave out a last incomplete batch. False keeps it, and also pads a last incomplete window
+            (targets -100).
+        num_workers: number of processes that load batches
+        tokenizer: encodes the text; None for GPT-2's tokenizer
+        seed: seed of the shuffling; None for torch's global random state
+
+    Raises:
+        ValueError: the text is too short for one window or, with drop_last, for one batch.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    require_positive(batch_size=batch_size)
     tokenizer = get_tokenizer("gpt2") if tokenizer is None else tokenizer
     stride = max_length if stride is None else stride
     dataset = GPTDataset(text, tokenizer, max_length, stride, pad_last=not drop_last)

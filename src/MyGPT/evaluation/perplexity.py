@@ -36,7 +36,7 @@ class Result:
     total_nats: float
     """Summed negative log-likelihood of all targets, in nats."""
     n_tokens: int
-    """Number of targets. The first token of a text is a target only if a token precedes it."""
+    """Number of targets. The first token of a text is a target only if a bos_id precedes it."""
 
     @property
     def loss(self) -> float:
@@ -101,7 +101,7 @@ def documents_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Sum `strided_loss` over several texts; no text is context of another, but their windows share batches."""
+    """Compute the total loss on several independent texts (see `strided_loss`); windows of all texts share batches."""
     length = _window_length(model, max_length)
     stride = length if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= length:

@@ -134,7 +134,7 @@ STOP_WORDS = frozenset(
 
 
 def _by_size(*figures: float) -> dict[str, float]:
-    """Return the figures by the released model sizes, from the smallest to the largest."""
+    """Return a dict of the figures for the released model sizes, given from the smallest to the largest."""
     return dict(zip(("124M", "355M", "774M", "1558M"), figures, strict=True))
 
 
@@ -159,51 +159,37 @@ class Protocol:
 PLAIN = Protocol("", "any text")
 PROTOCOLS = {
     "wikitext2": Protocol(
-        "WikiText2",
-        "wiki.test.tokens of WikiText-2",
-        WIKITEXT,
+        "WikiText2", "wiki.test.tokens of WikiText-2", WIKITEXT,
         published={"word perplexity": _by_size(29.41, 22.76, 19.93, 18.34)},
     ),
     "wikitext103": Protocol(
-        "WikiText103",
-        "wiki.test.tokens of WikiText-103",
-        WIKITEXT,
+        "WikiText103", "wiki.test.tokens of WikiText-103", WIKITEXT,
         published={"word perplexity": _by_size(37.50, 26.37, 22.05, 17.48)},
     ),
     "ptb": Protocol(
-        "PTB",
-        "ptb.test.txt in Mikolov's version",
-        PENN_TREEBANK,
+        "PTB", "ptb.test.txt in Mikolov's version", PENN_TREEBANK,
         published={"word perplexity": _by_size(65.85, 47.33, 40.31, 35.76)},
     ),
     "1bw": Protocol(
-        "1BW",
-        "held-out sentences of the One Billion Word benchmark",
-        BILLION_WORDS,
-        by_line=True,
+        "1BW", "held-out sentences of the One Billion Word benchmark", BILLION_WORDS, by_line=True,
         published={"word perplexity": _by_size(75.20, 55.72, 44.575, 42.16)},
     ),
     "enwik8": Protocol(
-        "enwik8",
-        "the last 5,000,000 bytes of enwik8",
+        "enwik8", "the last 5,000,000 bytes of enwik8",
         published={"bits per byte": _by_size(1.16, 1.01, 0.97, 0.93)},
     ),
     "text8": Protocol(
-        "text8",
-        "the last 5,000,000 characters of text8",
+        "text8", "the last 5,000,000 characters of text8",
         published={"bits per byte": _by_size(1.17, 1.06, 1.02, 0.98)},
     ),
     "lambada": Protocol(
-        "LAMBADA",
-        "the test passages, one per line, or .jsonl",
-        by_line=True,
-        last_word=True,
+        "LAMBADA", "the test passages, one per line, or .jsonl", by_line=True, last_word=True,
         published={
             "perplexity": _by_size(35.13, 15.60, 10.87, 8.63),
             "accuracy": _by_size(0.4599, 0.5548, 0.6012, 0.6324),
         },
     ),
-}
+}  # fmt: skip
 
 
 def find_protocol(name: str | None) -> Protocol:

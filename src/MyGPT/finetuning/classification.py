@@ -22,7 +22,8 @@ from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.base import encode_with_specials
-from MyGPT.weights.directory import read_config, read_safetensors, write_directory
+from MyGPT.weights.formats.huggingface import read_config, write_directory
+from MyGPT.weights.formats.safetensors import read_safetensors
 from MyGPT.weights.layout import drop_zero_biases, fit, to_ours
 
 Trained = Literal["head", "last_block", "all"]
@@ -34,7 +35,7 @@ class ClassifierOutput(NamedTuple):
     loss: Tensor
     """Mean cross-entropy in nats."""
     logits: Tensor
-    """Scores (B, n_labels)."""
+    """The scores, (B, n_labels)."""
 
 
 class GPTForClassification(nn.Module):

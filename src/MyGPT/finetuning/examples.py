@@ -87,7 +87,7 @@ class Examples:
         return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
 
     def _template(self) -> Template:
-        """Return the chosen template, set to the most frequent kind of record for prompts."""
+        """Return the chosen template with `asks` set to the most frequent kind of record."""
         kind = Counter(map(kind_of, self.records)).most_common(1)[0][0]
         return replace(load_template(self.options.template), asks="prompt" if kind == "text" else kind)
 

@@ -9,33 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from MyGPT.inside.tracing import (
-        Trace,
-        ablate_heads,
-        ablate_mlps,
-        edit,
-        induction_scores,
-        logit_lens,
-        nearest_tokens,
-        patch,
-        patching_effects,
-        places,
-        trace,
-    )
+    from MyGPT.inside.tracing import *  # noqa: F403
 
-__all__ = [
-    "Trace",
-    "ablate_heads",
-    "ablate_mlps",
-    "edit",
-    "induction_scores",
-    "logit_lens",
-    "nearest_tokens",
-    "patch",
-    "patching_effects",
-    "places",
-    "trace",
-]
+__all__ = [  # noqa: F405
+    "Trace", "ablate_heads", "ablate_mlps", "edit", "induction_scores", "logit_lens", "nearest_tokens", "patch",
+    "patching_effects", "places", "trace",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +24,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,7 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers.display import token_labels
 
 MAX_TOKENS = 128
-"""Most tokens of a text on a page; the attention maps of longer texts are unreadable and slow to draw."""
+"""The maximum number of tokens on a page; attention maps of longer texts are unreadable and slow to draw."""
 
 
 def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GPT") -> str:

@@ -156,7 +156,7 @@ def plot_layers(
 
 
 def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figure:
-    """Draw the most likely next token and its probability as predicted after each layer (the logit lens).
+    """Draw the most likely next token and its probability, as predicted after each layer (the logit lens).
 
     Columns are the tokens of the text. Rows are layers, from the embeddings at the bottom to the model's own prediction at
     the top.
@@ -172,7 +172,7 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
     probabilities, best = lens.detach().float().softmax(-1).max(-1)  # (L + 1, T)
     width = WIDTH - 1.8
     figure = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2))
-    axes = _heat_map(figure, probabilities, labels, width, "probability of the most likely token", (0, 1))
+    axes = _heat_map(figure, probabilities, labels, width, "highest probability", (0, 1))
     room = int(width / T / 0.088)  # characters of 9 points that fit into a cell
     if room >= 2:
         for depth in range(n_depths):

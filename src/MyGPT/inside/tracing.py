@@ -374,7 +374,7 @@ def _same_shape(place: str, function: Edit) -> Edit:
 
 
 def _abridged(all_places: Iterable[str]) -> list[str]:
-    """Return the places with those of layer 0, written as h.i, in place of those of all layers."""
+    """Return the places for an error message: one entry h.i stands for all layers."""
     return [
         place.replace("h.0", "h.i") for place in all_places if not place.startswith("h.") or place.startswith("h.0")
     ]

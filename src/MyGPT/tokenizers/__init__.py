@@ -1,4 +1,4 @@
-"""Text to ids and back: regex words, characters, byte-level BPE trained here, and GPT-2's own."""
+"""Tokenizers: words, characters, byte-level BPE that is trained here, and GPT-2's own."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
-    """GPT-2's tokenizer for "gpt2" (and the names of the larger models, which share it), else one opened from a directory.
+    """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
-    A directory holds `tokenizer.json`, or OpenAI's `encoder.json` and `vocab.bpe`.
+    Args:
+        name_or_dir: "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
+            `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
@@ -43,13 +45,17 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
     raise ValueError(
-        f"no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
+        f"there is no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
         "or with encoder.json and vocab.bpe"
     )
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Opens what `save` wrote, or any byte-level BPE `tokenizer.json` with GPT-2's pattern."""
+    """Return the tokenizer that `save` wrote to a directory.
+
+    Any other `tokenizer.json` is also accepted if it is a byte-level BPE that splits text by GPT-2's pattern. Everything
+    else raises ValueError with the path.
+    """
     path = Path(directory) / "tokenizer.json"
     try:
         return _from_json(read_json(path))
@@ -60,9 +66,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_json(data: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer that the content of a `tokenizer.json` describes."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
-    kind = model.get("type") or ("BPE" if "merges" in model else None)  # older files do not say
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -72,13 +79,13 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
         in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
         if [model["vocab"][character] for character in in_order] != list(range(len(in_order))):
-            raise ValueError("the ids of a character vocabulary must be 0, 1, 2 and so on")
+            raise ValueError("the ids of a character vocabulary must be 0, 1, 2, … without gaps")
         return CharTokenizer(in_order)
-    raise ValueError(f"a {kind} tokenizer with this pre_tokenizer is not one that MyGPT knows")
+    raise ValueError(f"MyGPT does not support a {kind} tokenizer with this pre_tokenizer")
 
 
 def _require_gpt2_rules(data: dict[str, Any]) -> None:
-    """A ValueError if a byte-level BPE does anything to the text that GPT-2's does not, and would give other ids."""
+    """Raise ValueError if a byte-level BPE has a setting that would give other ids than GPT-2's rules."""
     pre_tokenizer = data["pre_tokenizer"] or {}
     if (
         pre_tokenizer.get("type") != "ByteLevel"
@@ -86,11 +93,11 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
         or not pre_tokenizer.get("use_regex", True)
         or data.get("normalizer")
     ):
-        raise ValueError("only byte-level BPE with GPT-2's pattern, no normalizer and no prefix space can be read")
+        raise ValueError("only byte-level BPE with GPT-2's pattern, without normalizer and prefix space, is supported")
     post = data.get("post_processor") or {"type": "ByteLevel"}
     adds_nothing = post["type"] == "TemplateProcessing" and all("Sequence" in part for part in post["single"])
     if post["type"] != "ByteLevel" and not adds_nothing:
-        raise ValueError(f"the post_processor {post['type']} would add tokens to every text, which is not supported")
+        raise ValueError(f"the post_processor {post['type']} adds tokens to every text, which is not supported")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if data["model"].get(option):
             raise ValueError(f"the option {option}={data['model'][option]!r} is not supported")
@@ -101,7 +108,14 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
-    """A tokenizer learned from texts ("words", "chars", or "bpe" with vocab_size tokens), else `get_tokenizer(kind)`."""
+    """Train a tokenizer on texts, or open an existing one.
+
+    Args:
+        kind: "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`
+        texts: the texts to train on
+        vocab_size: number of tokens of a "bpe" tokenizer
+        progress: show a progress bar while "bpe" learns its merges
+    """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))
     if kind == "chars":

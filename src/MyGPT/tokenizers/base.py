@@ -1,7 +1,7 @@
-"""What every tokenizer offers, whatever its idea of a token.
+"""The common interface of all tokenizers, and the checks that they share.
 
-A saved tokenizer is one `tokenizer.json` in the format of Hugging Face's `tokenizers`, so that transformers opens it
-and turns text into the same ids.
+A tokenizer is saved as a `tokenizer.json` in the format of Hugging Face's `tokenizers`. transformers opens the file
+and encodes text to the same ids.
 """
 
 from __future__ import annotations
@@ -17,38 +17,40 @@ from typing import Any
 from MyGPT.files import atomic_write
 
 ENDOFTEXT = "<|endoftext|>"
+"""The special token at the end of each document."""
 UNKNOWN = "<|unk|>"
+"""The special token for a word that the vocabulary lacks."""
 MAX_ID = 2**31 - 1
-"""Far beyond any vocabulary; token files and torch have room for it."""
+"""The largest token id that is accepted, far beyond any real vocabulary."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back."""
+    """A tokenizer: it encodes text to token ids and decodes token ids to text."""
 
     @property
     @abstractmethod
     def n_vocab(self) -> int:
-        """How many ids there are; every id is below it."""
+        """The vocabulary size; every id is smaller."""
 
     @property
     @abstractmethod
     def eot_token(self) -> int | None:
-        """The id of `<|endoftext|>`, or None where the vocabulary has none."""
+        """The id of `<|endoftext|>`, or None if the vocabulary lacks this token."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens written out in the text become their ids."""
+        """Return the ids of a text. Special tokens in the text, such as `<|endoftext|>`, become their ids."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; an id outside the vocabulary is a ValueError."""
+        """Return the text of token ids. An id outside the vocabulary raises ValueError."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """The content of `tokenizer.json`."""
+        """Return the content of the `tokenizer.json` of this tokenizer."""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, and the `tokenizer_config.json` by which transformers knows what to make of it."""
+        """Write `tokenizer.json` to a directory, and the `tokenizer_config.json` that transformers needs to open it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_write(directory / "tokenizer.json") as file:
@@ -56,38 +58,41 @@ class Tokenizer(ABC):
             json.dump(described, file, ensure_ascii=False, indent=1)
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot_token is not None:
-            unknown = described["model"].get("unk_token") or ENDOFTEXT  # which other readers want to have a name
+            unknown = described["model"].get("unk_token") or ENDOFTEXT  # transformers requires an unknown token.
             settings |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": unknown}
         with atomic_write(directory / "tokenizer_config.json") as file:
             json.dump(settings, file, indent=1)
 
 
 def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
-    """`tokenizer.encode(text)` with special tokens recognised, also for a plain `tiktoken.Encoding`, which would raise."""
+    """Return the ids of a text, with special tokens as their ids, also for a plain `tiktoken.Encoding`.
+
+    By default, `tiktoken.Encoding.encode` raises ValueError for a special token in the text.
+    """
     if hasattr(tokenizer, "special_tokens_set") and not isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text, allowed_special="all"))
     return list(tokenizer.encode(text))
 
 
 def require_text(text: object) -> None:
-    """A TypeError unless `text` is a str, for whose absence some tokenizers would give nonsense."""
+    """Raise TypeError if `text` is not a str, for which some tokenizers would return wrong ids."""
     if not isinstance(text, str):
         raise TypeError(f"a tokenizer encodes a str, got {type(text).__name__}")
 
 
 def refuse_surrogates(text: str) -> None:
-    """A ValueError if `text` holds half a character, which no file can hold."""
+    """Raise ValueError if a text contains a lone surrogate: half of a character, which UTF-8 cannot represent."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
-            "which is half a character and has no UTF-8 form"
+            f"the text contains the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
+            "half of a character, which UTF-8 cannot represent"
         ) from None
 
 
 def whole_numbers(ids: Iterable[int]) -> list[int]:
-    """The ids as ints, from a list, array or tensor; a TypeError for floats and text, which int() would take."""
+    """Return token ids from a list, array or tensor as a list of int. Floats and strings raise TypeError."""
     try:
         return [operator.index(id_) for id_ in ids]
     except TypeError as error:
@@ -95,17 +100,19 @@ def whole_numbers(ids: Iterable[int]) -> list[int]:
 
 
 def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: int) -> list[str]:
-    """The token of each id, or a ValueError that names the first id without one."""
+    """Return the token of each id. An id without a token raises ValueError with the id."""
     try:
         return [id_to_token[id_] for id_ in whole_numbers(ids)]
     except KeyError as error:
         raise ValueError(f"id {error.args[0]} is not in the vocabulary of {n_vocab} tokens") from None
 
 
-def token_ids(vocab: Mapping[str, int]) -> dict[int, str]:
-    """The vocabulary turned round.
+def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
+    """Return the token of each id, given the id of each token.
 
-    A ValueError if it is empty, two tokens share an id, a token is no text, or an id is no natural number.
+    Raises:
+        ValueError: the vocabulary is empty, two tokens have the same id, a token is not a str, or an id is not a whole
+            number from 0 to MAX_ID.
     """
     if not vocab:
         raise ValueError("the vocabulary is empty: a tokenizer needs at least one token")
@@ -115,15 +122,21 @@ def token_ids(vocab: Mapping[str, int]) -> dict[int, str]:
         refuse_surrogates(token)
         if type(id_) is not int or not 0 <= id_ <= MAX_ID:
             raise ValueError(f"the id of token {token!r} must be a whole number from 0 to {MAX_ID}, got {id_!r}")
-    turned = {id_: token for token, id_ in vocab.items()}
-    if len(turned) != len(vocab):
-        first, second = next((turned[id_], token) for token, id_ in vocab.items() if turned[id_] != token)
+    inverted = {id_: token for token, id_ in vocab.items()}
+    if len(inverted) != len(vocab):
+        first, second = next((inverted[id_], token) for token, id_ in vocab.items() if inverted[id_] != token)
         raise ValueError(f"tokens {second!r} and {first!r} have the same id {vocab[first]}; each needs its own")
-    return turned
+    return inverted
 
 
 def hugging_face_json(model: dict[str, Any], special_tokens: Mapping[str, int], **parts: Any) -> dict[str, Any]:
-    """A `tokenizer.json` around `model`; parts not given (normalizer, pre_tokenizer, decoder, …) are null."""
+    """Return the content of a `tokenizer.json`.
+
+    Args:
+        model: the value of the key "model"
+        special_tokens: special tokens and their ids
+        parts: values of other keys, such as pre_tokenizer and decoder; the keys that are not given are null
+    """
     added = [
         {
             "id": id_,

@@ -1,8 +1,8 @@
-"""Byte-level byte-pair encoding: tokens are frequent byte strings, learned by merging pairs (Sennrich et al., 2016).
+"""Byte-level byte-pair encoding (Sennrich et al., 2016): tokens are frequent byte strings, learned by merging pairs.
 
-Text is first cut into chunks (words with their leading space, numbers, punctuation, white space) by GPT-2's pattern;
-merges never cross a chunk. Starting from the 256 bytes nothing is ever unknown. Learning the merges is written here to
-be read; applying them is left to tiktoken, which does the same thing in Rust. GPT-2's own merges are in gpt2.py.
+GPT-2's pattern first splits text into chunks: words with their leading space, numbers, punctuation, white space. Merges
+never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. This file learns merges
+in Python, to be read; tiktoken applies them in Rust. GPT-2's own merges are in gpt2.py.
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ if TYPE_CHECKING:
     import tiktoken
 
 Pair = tuple[int, int]
+"""The ids of two adjacent tokens."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The same matches with possessive repeats, on which a backtracking engine never runs out of stack for words.
+# This pattern has the same matches, with possessive repeats: the regex engine then never runs out of stack in long words.
 _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Unicode's White_Space, which is what \s means to tiktoken's engine (Python's \s has \x1c-\x1f too).
+# Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
 _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE over the tokens of `vocab` (bytes to id), made by `merges` in that order.
+    """A byte-level BPE tokenizer.
 
-    `special_tokens` (text to id) stand outside the merges; where two fit the longer one counts. A vocabulary that the
-    merges do not account for exactly is a ValueError; `known` skips the half of that check which takes half a second for
-    GPT-2's.
+    Args:
+        vocab: the id of each token, given as bytes
+        merges: pairs of tokens, in the order in which they are merged
+        special_tokens: the id of each special token, given as text. Where two special tokens match, the longer one wins.
+        known: skip the check of the merges, which takes half a second for GPT-2's
+
+    Raises:
+        ValueError: the tokens of `vocab` are not exactly the 256 bytes and the results of `merges`.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class BPETokenizer(Tokenizer):
     ) -> None:
         _check(vocab, merges, special_tokens)
         if not known:
-            _check_that_merges_come_about(vocab, merges)
+            _check_merge_order(vocab, merges)
         self._vocab = dict(vocab)
         self._merges = list(merges)
         self._special_tokens = dict(special_tokens)
@@ -68,19 +74,24 @@ class BPETokenizer(Tokenizer):
         special_tokens: Collection[str] = (ENDOFTEXT,),
         progress: bool = True,
     ) -> BPETokenizer:
-        """Learns merges from a text, or from an iterable of texts that no merge crosses, until there are vocab_size tokens.
+        """Train a tokenizer: merge the most frequent pair of tokens until there are `vocab_size` tokens.
 
-        Ids: the 256 bytes, the merges in the order learned, the special tokens. Special tokens written out in the text
-        are cut out of it first. There are fewer than vocab_size tokens if the text runs out of pairs.
+        The ids are the 256 bytes, then the merges in the order in which they are learned, then the special tokens. Of
+        equally frequent pairs, the pair with the smallest ids is merged first. If no pair is left, the tokenizer has
+        fewer than `vocab_size` tokens.
 
-        The pair merged is always the most frequent; of equally frequent ones the pair of smaller ids, first id first.
-        Cost: one pass over the text, then memory and time follow its distinct chunks, not its length: a merge touches
-        only the chunks that hold its pair. Natural text of n characters has about n**0.6 distinct chunks, so ten times
-        the text takes about four times as long after the first pass. A text without any boundary is one chunk as long
-        as itself, which each of its merges walks through.
+        Cost: one pass over the text; after that, time and memory depend on the number of distinct chunks. Natural text
+        of n characters has about n**0.6 distinct chunks, so ten times the text takes about four times as long. A text
+        without spaces is one long chunk, which is slow because each merge rewrites the whole chunk.
+
+        Args:
+            text: a text, or an iterable of texts; merges never cross from one text to the next
+            vocab_size: number of tokens, at least 256 plus the number of special tokens
+            special_tokens: tokens that are removed from the text before training
+            progress: show a progress bar
         """
         if isinstance(special_tokens, str):
-            raise TypeError(f"special_tokens must be a list of texts, got the text {special_tokens!r}")
+            raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}")
         special_tokens = list(dict.fromkeys(special_tokens))
         smallest = 256 + len(special_tokens)
         if type(vocab_size) is not int or vocab_size < smallest:
@@ -109,12 +120,12 @@ class BPETokenizer(Tokenizer):
 
     @property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merges in the order in which they apply."""
+        """The merges, in the order in which they are applied."""
         return list(self._merges)
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """The special tokens and their ids."""
+        """The id of each special token."""
         return dict(self._special_tokens)
 
     def encode(
@@ -124,11 +135,15 @@ class BPETokenizer(Tokenizer):
         allowed_special: Literal["all"] | Collection[str] = "all",
         disallowed_special: Literal["all"] | Collection[str] = "all",
     ) -> list[int]:
-        """The ids of `text`.
+        """Return the ids of a text.
 
-        The keywords are tiktoken's: a special token that is disallowed ("all": all that are not allowed) is a
-        ValueError, one that is allowed becomes its id, one that is neither is ordinary text. By default all are allowed
-        (tiktoken: none).
+        The two options are the same as in tiktoken, except that tiktoken's default for `allowed_special` is no token.
+        A special token that is in neither set is encoded as ordinary text.
+
+        Args:
+            text: any text that UTF-8 can represent
+            allowed_special: special tokens that become their ids; "all" for all special tokens
+            disallowed_special: special tokens that raise ValueError; "all" for all that are not in `allowed_special`
         """
         require_text(text)
         allowed = set(self._special_tokens) if allowed_special == "all" else set(allowed_special)
@@ -137,8 +152,8 @@ class BPETokenizer(Tokenizer):
         for token in disallowed_special:
             if token in text:
                 raise ValueError(
-                    f"the text holds the special token {token!r}: allow it with allowed_special={{{token!r}}}, or have "
-                    f"it read as ordinary text with disallowed_special=()"
+                    f"the text contains the special token {token!r}: allow it with allowed_special={{{token!r}}}, or encode it "
+                    f"as ordinary text with disallowed_special=()"
                 )
         refuse_surrogates(text)
         ids: list[int] = []
@@ -151,19 +166,19 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of `text` with special tokens read as ordinary text."""
+        """Return the ids of a text, with special tokens encoded as ordinary text."""
         return self.encode(text, allowed_special=(), disallowed_special=())
 
     def encode_batch(self, texts: Iterable[str], **special: Any) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return the ids of several texts; the options are those of `encode`."""
         return [self.encode(text, **special) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """Return the text of token ids. Bytes that are not valid UTF-8, such as half of a character, become U+FFFD."""
         return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """The bytes of each id, for showing tokens one by one."""
+        """Return the bytes of each token id, for example to show tokens one by one."""
         ids = whole_numbers(ids)
         try:
             return self._encoding.decode_tokens_bytes(ids)
@@ -191,7 +206,7 @@ class BPETokenizer(Tokenizer):
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
-    """How often each chunk of GPT-2's pattern stands in the texts, as UTF-8 bytes, special tokens cut out."""
+    """Return the number of occurrences of each chunk in texts. Chunks are UTF-8 bytes; special tokens are removed."""
     import regex
 
     pattern = regex.compile(GPT2_PATTERN)
@@ -206,11 +221,18 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 
 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
-    """The first n_merges merges, as pairs of ids (bytes are 0 to 255, the i-th merge makes id 256 + i).
+    """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
 
-    The textbook counts every pair anew for every merge. Here the counts are kept: `chunks_with` tells which chunks a merge
-    changes, and a heap tells the next best pair. A pair's count only ever falls after the merge that made it possible,
-    so an entry of the heap is at worst too high: it is put back with its true count when it surfaces.
+    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i.
+
+    The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
+    the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can
+    only fall. So a heap entry can be too high, but never too low; an outdated entry is pushed again with the true count.
+
+    Args:
+        chunk_counts: number of occurrences of each chunk
+        n_merges: number of merges to learn; fewer are returned if no pair is left
+        progress: show a progress bar
     """
     from tqdm import tqdm
 
@@ -222,7 +244,9 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
         for pair in pairwise(ids):
             pair_counts[pair] += count
             chunks_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]  # smallest first: largest count, then smallest pair
+    heap = [
+        (-count, pair) for pair, count in pair_counts.items()
+    ]  # The smallest entry has the largest count, then the smallest ids.
     heapq.heapify(heap)
 
     merges: list[Pair] = []
@@ -253,7 +277,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
 
 
 def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
-    """`ids` with every occurrence of `pair`, from the left, replaced by `new_id`."""
+    """Replace every occurrence of `pair` in `ids` by `new_id`, from left to right, and return the new list."""
     merged: list[int] = []
     i = 0
     while i < len(ids):
@@ -267,7 +291,10 @@ def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The visible character by which GPT-2's files write each byte: itself where it is visible, else one from U+0100 on."""
+    """Return the visible character that GPT-2's files use for each byte.
+
+    A visible byte is its own character; the others get the characters from U+0100 on.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {**{byte: chr(byte) for byte in visible}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
@@ -280,14 +307,21 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 def from_visible(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
 ) -> BPETokenizer:
-    """A tokenizer from tokens written in GPT-2's visible characters, as `tokenizer.json` and `vocab.bpe` have them."""
+    """Return a tokenizer, given its tokens in GPT-2's visible characters, as in `tokenizer.json` and `vocab.bpe`.
 
-    @cache  # nearly every token is in three places
+    Args:
+        vocab: the id of each token; may include the special tokens
+        merges: pairs of tokens, in order
+        special: the id of each special token
+        known: skip the check of the merges, see `BPETokenizer`
+    """
+
+    @cache  # Nearly every token occurs three times.
     def to_bytes(token: str) -> bytes:
         try:
             return bytes(map(CHARACTER_TO_BYTE.__getitem__, token))
         except KeyError as error:
-            raise ValueError(f"token {token!r} holds {error.args[0]!r}, which stands for no byte") from None
+            raise ValueError(f"token {token!r} contains {error.args[0]!r}, which does not represent a byte") from None
 
     return BPETokenizer(
         {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special},
@@ -298,6 +332,7 @@ def from_visible(
 
 
 def _encoding(vocab: dict[bytes, int], special_tokens: dict[str, int]) -> tiktoken.Encoding:
+    """Return tiktoken's encoder for a vocabulary."""
     import tiktoken
 
     return tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=vocab, special_tokens=special_tokens)
@@ -306,13 +341,13 @@ def _encoding(vocab: dict[bytes, int], special_tokens: dict[str, int]) -> tiktok
 def _check(
     vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Mapping[str, int]
 ) -> None:
-    """A ValueError unless ids and merges belong together."""
+    """Raise ValueError if the vocabulary is not exactly the 256 bytes and the results of the merges, with rising ids."""
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
-        raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02x} the first")
+        raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
     for token in special_tokens:
         if not isinstance(token, str) or not token:
-            raise ValueError(f"a special token must be a text of at least one character, got {token!r}")
+            raise ValueError(f"a special token must be a string of at least one character, got {token!r}")
     ids = [*vocab.values(), *special_tokens.values()]
     if any(type(id_) is not int or not 0 <= id_ <= MAX_ID for id_ in ids) or len(set(ids)) != len(ids):
         raise ValueError(f"the ids of the vocabulary must be distinct whole numbers from 0 to {MAX_ID}")
@@ -322,70 +357,77 @@ def _check(
         if made is None or first not in vocab or second not in vocab:
             raise ValueError(f"the merge of {first!r} and {second!r} needs tokens that the vocabulary lacks")
         if made <= last:
-            raise ValueError(f"the merge of {first!r} and {second!r} makes id {made} after id {last}: ids must rise")
+            raise ValueError(
+                f"the merge of {first!r} and {second!r} creates id {made} after id {last}: ids must increase"
+            )
         last = made
     if len(vocab) != 256 + len(merges):
         raise ValueError(
-            f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges make another number"
+            f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {256 + len(merges)}"
         )
 
 
-def _check_that_merges_come_about(vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]) -> None:
-    """A ValueError unless tiktoken, which knows ids but no merges, will merge exactly as `merges` says.
+def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]) -> None:
+    """Raise ValueError if tiktoken would not apply exactly these merges.
 
-    It joins any two neighbours that make a token. That is the merge of that token alone if, of its bytes and by the
-    earlier merges, the two parts of the merge are all that is left.
+    tiktoken knows ids but no merges: it joins any two adjacent parts whose bytes are a token. This equals the merge list
+    if, for each merge, the earlier merges reduce the bytes of its token to exactly the two parts of the merge.
     """
     for first, second in merges:
-        parts = _last_parts(first + second, vocab)
+        parts = _parts_before_last_merge(first + second, vocab)
         if parts != [first, second]:
             raise ValueError(
-                f"the merge of {first!r} and {second!r} never comes about: the merges before it make {parts} of its bytes"
+                f"the merge of {first!r} and {second!r} never happens: the merges before it turn its bytes into {parts}"
             )
 
 
-def _last_parts(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
-    """What tiktoken has of the bytes of `token` when all tokens of smaller ids are made: two parts, if all is well.
+def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
+    """Return the parts into which tiktoken joins the bytes of a token, using only tokens with smaller ids.
 
-    The smallest id first, of equal ones the leftmost, from a heap: a file may have tokens of a megabyte.
+    A correct merge list gives two parts. tiktoken joins the pair with the smallest id first, and the leftmost of equal
+    pairs. A heap finds this pair quickly, because a hostile file can contain tokens of a megabyte.
     """
-    part_at = {i: token[i : i + 1] for i in range(len(token))}  # the parts that are left, by where they begin
+    part_at = {i: token[i : i + 1] for i in range(len(token))}  # each part, by its start in `token`
     before = {i: i - 1 for i in part_at}
     heap: list[tuple[int, int, int]] = []
 
-    def offer(start: int) -> None:
+    def push(start: int) -> None:
+        """Push the pair that starts at `start`, if joining it makes a token with a smaller id."""
         after = start + len(part_at.get(start, b""))
         if start in part_at and after in part_at:
-            made = token[start : after + len(part_at[after])]
-            if vocab.get(made, vocab[token]) < vocab[token]:
-                heapq.heappush(heap, (vocab[made], start, len(made)))
+            joined = token[start : after + len(part_at[after])]
+            if vocab.get(joined, vocab[token]) < vocab[token]:
+                heapq.heappush(heap, (vocab[joined], start, len(joined)))
 
     for i in range(len(token)):
-        offer(i)
+        push(i)
     while heap:
         _, start, n_bytes = heapq.heappop(heap)
         after = start + len(part_at.get(start, b""))
         if start not in part_at or after not in part_at or after + len(part_at[after]) != start + n_bytes:
-            continue  # one of the two has become part of another since
+            continue  # One of the two parts has been joined to another part since.
         del part_at[after]
         part_at[start] = token[start : start + n_bytes]
         before[start + n_bytes] = start
-        offer(start)
-        offer(before[start])
+        push(start)
+        push(before[start])
     return [part_at[i] for i in sorted(part_at)]
 
 
 def _special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Splits a text into ordinary parts (at even places) and the special tokens between them, the longest that fit."""
+    """Return a pattern that splits a text into ordinary text (even indices) and special tokens (odd indices).
+
+    Where several special tokens match, the longest one is chosen.
+    """
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def _cut_long_white_space(text: str) -> Iterable[str]:
-    """The text in parts that encode as the whole does, cut at very long runs of white space.
+    """Yield parts of a text, split at very long runs of white space. The parts encode to the same ids as the whole.
 
-    The pattern takes a run before a word all but its last character, and tiktoken's engine finds that by backtracking,
-    which ends in an error at about a million characters. Cut there ourselves.
+    Before a word, GPT-2's pattern matches a run of white space without its last character. tiktoken's engine finds this
+    end by backtracking, which fails at about a million characters, so this function splits the run at the same position.
     """
     start = 0
     for run in _WHITE_SPACE_RUN.finditer(text):

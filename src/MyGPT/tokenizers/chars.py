@@ -1,31 +1,34 @@
-"""One character, one token: nothing to learn, long sequences, and the quickest way to watch a small GPT train."""
+"""A tokenizer whose tokens are single characters.
+
+It needs no training and suits small models, but its sequences are long.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from MyGPT.tokenizers.base import Tokenizer, hugging_face_json, lookup_tokens, require_text, token_ids
+from MyGPT.tokenizers.base import Tokenizer, hugging_face_json, invert_vocabulary, lookup_tokens, require_text
 
 PRE_TOKENIZER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 class CharTokenizer(Tokenizer):
-    """The characters of `characters` in that order, ids from 0."""
+    """A character tokenizer. The characters get the ids 0, 1, 2 and so on, in the given order."""
 
     def __init__(self, characters: Iterable[str]) -> None:
         characters = list(characters)
         for character in characters:
             if not isinstance(character, str) or len(character) != 1:
-                raise ValueError(f"a character vocabulary holds single characters, got {character!r}")
+                raise ValueError(f"a character vocabulary must contain single characters, got {character!r}")
         self._id_of = {character: id_ for id_, character in enumerate(characters)}
         if len(self._id_of) != len(characters):
-            raise ValueError(f"a character vocabulary holds each character once, got {''.join(characters)!r}")
-        self._character_of = token_ids(self._id_of)
+            raise ValueError(f"a character vocabulary must contain each character once, got {''.join(characters)!r}")
+        self._character_of = invert_vocabulary(self._id_of)
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """The sorted distinct characters of `text`."""
+        """Return a tokenizer for the distinct characters of a text, in sorted order."""
         require_text(text)
         return cls(sorted(set(text)))
 
@@ -38,7 +41,7 @@ class CharTokenizer(Tokenizer):
         return None
 
     def encode(self, text: str) -> list[int]:
-        """One id a character; a character that the vocabulary lacks is a ValueError."""
+        """Return one id per character. A character outside the vocabulary raises ValueError."""
         require_text(text)
         try:
             return [self._id_of[character] for character in text]
@@ -53,6 +56,7 @@ class CharTokenizer(Tokenizer):
         return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
-        # WordLevel must name an unknown token; one that is not in the vocabulary makes an unknown character an error.
+        # A WordLevel model must name an unknown token. Because "<|none|>" is not in the vocabulary, other readers also raise
+        # an error for an unknown character.
         model = {"type": "WordLevel", "vocab": self._id_of, "unk_token": "<|none|>"}
         return hugging_face_json(model, {}, pre_tokenizer=PRE_TOKENIZER, decoder={"type": "Fuse"})

@@ -1,4 +1,4 @@
-"""Tokens as people can see them: a label for each, and a text with its token boundaries in colour."""
+"""Show tokens: a visible label for each token, and a text with coloured token boundaries."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from MyGPT.tokenizers.base import encode_with_specials
 
 _MARKS = {" ": "·", "\n": "↵", "\r": "←", "\t": "⇥"}
 _KEPT = {" ": " ", "\n": "↵\n", "\r": "←", "\t": "⇥   "}
-# Tints of Okabe and Ito's colours (2008), light enough for black letters; neighbours differ to colour-blind readers too.
+# Light tints of Okabe and Ito's colours (2008), for black text. Adjacent tints also differ for colour-blind readers.
 _TINTS = ("#a6d3f2", "#fbd38d", "#a8e0c8", "#f0c4dc", "#f4ec9c")
 _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """A short visible text for each id: spaces are ·, line ends ↵, bytes that are no whole character \\xe2 and the like."""
+    """Return a short visible label for each id.
+
+    A space is shown as ·, a line end as ↵, and a byte that is only a part of a character as \\xe2.
+    """
     return [_visible(text) for text in token_texts(tokenizer, ids)]
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """What each id alone stands for; bytes that are no whole character are written \\xe2 and the like."""
+    """Return the text of each id alone; a byte that is only a part of a character is written as \\xe2."""
     ids = list(ids)
     if hasattr(tokenizer, "decode_tokens_bytes"):
         return [token.decode("utf-8", errors="backslashreplace") for token in tokenizer.decode_tokens_bytes(ids)]
@@ -30,20 +33,20 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:
-    """The text with each token on a background of its own, by ANSI codes; without colour with | between tokens."""
+    """Return a text for a terminal, with each token on a background colour, or with | between tokens without `colour`."""
     texts = token_texts(tokenizer, encode_with_specials(tokenizer, text))
     if not colour:
         return "|".join(_visible(text, _KEPT) for text in texts)
     painted = []
     for token, tint in zip(texts, cycle(_TERMINAL_TINTS), strict=False):
-        # A background that is on at a line's end would fill the rest of the line.
+        # A background colour that continues over a line end would fill the rest of the line.
         lines = [f"\x1b[30;48;5;{tint}m{line}\x1b[0m" if line else "" for line in _visible(token, _KEPT).split("\n")]
         painted.append("\n".join(lines))
     return "".join(painted)
 
 
 def tokens_to_html(tokenizer: Any, text: str) -> str:
-    """The same as one HTML element; a token's id appears when the pointer rests on it."""
+    """Return a text as an HTML element with coloured tokens. Pointing at a token shows its id."""
     ids = encode_with_specials(tokenizer, text)
     spans = [
         f'<span style="background:{tint};color:#000;border-radius:2px" title="id {id_}">'
@@ -54,10 +57,13 @@ def tokens_to_html(tokenizer: Any, text: str) -> str:
 
 
 def shorten(labels: Sequence[str], longest: int) -> list[str]:
-    """Labels of at most `longest` characters, … standing for what is left out."""
+    """Return labels with at most `longest` characters; a shortened label ends with …."""
     return [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
 
 
 def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
-    """The text in characters that can be seen; an escape stands for what would act on a terminal instead."""
+    """Return a text with visible characters only.
+
+    Characters in `marks` are replaced; other control characters, which could act on a terminal, become escapes.
+    """
     return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

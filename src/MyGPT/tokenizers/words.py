@@ -1,7 +1,7 @@
-"""Words and punctuation as tokens: the simplest tokenizer, and why one wants a better one.
+"""A tokenizer whose tokens are words and punctuation marks, for teaching.
 
-A word that is not in the vocabulary becomes `<|unk|>`, and white space is lost. The splitting rule is that of
-"Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 2.
+It has two limits: a word that is not in the vocabulary becomes `<|unk|>`, and white space is lost. The splitting rule is
+from "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 2.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from MyGPT.tokenizers.base import (
     UNKNOWN,
     Tokenizer,
     hugging_face_json,
+    invert_vocabulary,
     lookup_tokens,
     require_text,
-    token_ids,
 )
 
 _PUNCTUATION = r"""[,.:;?_!"()']|--"""
 _SPLIT = re.compile(rf"({_PUNCTUATION}|\s)")
 _SPACE_BEFORE_PUNCTUATION = re.compile(r"""\s+([,.:;?!"()'])""")
-# What Python's \s is, spelled out: other regex engines leave out the separators \x1c to \x1f.
+# The characters that \s matches in Python. In other regex engines, \s does not match the separators \x1c to \x1f.
 _WHITE_SPACE = r"[\s\x1c-\x1f\x85\xa0]"
 PRE_TOKENIZER = {
     "type": "Sequence",
@@ -35,17 +35,17 @@ PRE_TOKENIZER = {
 
 
 class SimpleTokenizer(Tokenizer):
-    """Words and punctuation marks, each an id of `vocab` (token to id)."""
+    """A word tokenizer. `vocab` maps each word and punctuation mark to its id."""
 
     def __init__(self, vocab: Mapping[str, int]) -> None:
-        self.int_to_str = token_ids(vocab)
+        self.int_to_str = invert_vocabulary(vocab)
         self.str_to_int = dict(vocab)
         specials = [token for token in (ENDOFTEXT, UNKNOWN) if token in self.str_to_int]
         self._special = re.compile("(" + "|".join(map(re.escape, specials)) + ")") if specials else None
 
     @classmethod
     def from_text(cls, text: str) -> SimpleTokenizer:
-        """The sorted words and marks of `text`, then `<|endoftext|>` and `<|unk|>`."""
+        """Return a tokenizer for the sorted words and punctuation marks of a text, plus `<|endoftext|>` and `<|unk|>`."""
         require_text(text)
         plain = text.replace(ENDOFTEXT, " ").replace(UNKNOWN, " ")
         return cls({token: id_ for id_, token in enumerate([*sorted(set(_words(plain))), ENDOFTEXT, UNKNOWN])})
@@ -59,7 +59,10 @@ class SimpleTokenizer(Tokenizer):
         return self.str_to_int.get(ENDOFTEXT)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the words and marks; an unknown word is `<|unk|>`, or a ValueError where the vocabulary has none."""
+        """Return the ids of the words and punctuation marks.
+
+        An unknown word becomes `<|unk|>`. If the vocabulary lacks `<|unk|>`, an unknown word raises ValueError.
+        """
         require_text(text)
         unknown = self.str_to_int.get(UNKNOWN)
         ids = []
@@ -71,7 +74,7 @@ class SimpleTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The tokens joined by spaces, without the space before a punctuation mark."""
+        """Return the tokens joined by spaces, without a space before a punctuation mark."""
         text = " ".join(lookup_tokens(self.int_to_str, ids, self.n_vocab))
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
 
@@ -81,6 +84,7 @@ class SimpleTokenizer(Tokenizer):
         return hugging_face_json(model, specials, pre_tokenizer=PRE_TOKENIZER)
 
     def _split(self, text: str) -> Iterable[str]:
+        """Yield the words, punctuation marks and special tokens of a text."""
         for part in self._special.split(text) if self._special else [text]:
             if part in (ENDOFTEXT, UNKNOWN) and part in self.str_to_int:
                 yield part
@@ -89,4 +93,5 @@ class SimpleTokenizer(Tokenizer):
 
 
 def _words(text: str) -> list[str]:
+    """Return the words and punctuation marks of a text without special tokens."""
     return [word for word in _SPLIT.split(text) if word.strip()]

@@ -1,1 +1,1 @@
-"""Weights as they lie on disk: names, layouts, directories. Knows configs and tensors, not the model."""
+"""GPT-2 weights on disk: their names, layouts and file formats. Nothing here depends on the model."""

@@ -1,52 +1,24 @@
-"""The one table of what a weight is called and how it lies in the formats of others.
+"""The table of weight names and matrix layouts of all known GPT-2 formats.
 
-Our names are Hugging Face's; our kernels are (out, in), as `nn.Linear` has them. OpenAI's and Hugging Face's are (in, out).
-Nothing else in the library renames or transposes. Tensors are `Lazy`, so that a checkpoint of any size is read one tensor at
-a time. C embedding width, T context length, V vocabulary.
+MyGPT uses Hugging Face's names, and stores the matrices of linear layers as (out, in), like `nn.Linear`. OpenAI and Hugging Face
+store them as (in, out). No other module renames or transposes weights. All functions work on lazy tensors, so a checkpoint of
+any size is read one tensor at a time. C embedding width, T context length.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A tensor that is not read before it is needed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    """None for a type that is no floating-point number, of which no weight is."""
-    load: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, array: Any) -> Lazy:
-        """A torch tensor or numpy array that is in memory already."""
-        if isinstance(array, Tensor):
-            return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: array)
-        if not array.flags.writeable:  # torch cannot share it
-            return cls(array.shape, float_type(array.dtype), lambda: torch.from_numpy(array.copy()))
-        return cls(array.shape, float_type(array.dtype), lambda: torch.from_numpy(array))
-
-    def map(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Lazy:
-        """The same, changed on reading."""
-        return Lazy(shape, self.dtype, lambda: change(self.load()))
-
-
-Tensors = Mapping[str, Lazy]
+from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
-# Ours, OpenAI's (after "model/"), the book's.
+# The names outside the blocks: MyGPT's, OpenAI's (without the prefix "model/") and the book's.
 TOP = (
     (WTE, "wte", "tok_emb.weight"),
     (WPE, "wpe", "pos_emb.weight"),
@@ -54,7 +26,7 @@ TOP = (
     ("transformer.ln_f.bias", "ln_f/b", "final_norm.shift"),
     (HEAD, None, "out_head.weight"),
 )
-# The same in a block; the book's queries, keys and values are three.
+# The names inside a block, in the same order. The book has separate matrices for queries, keys and values.
 BLOCK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ln_1.weight", "ln_1/g", ("norm1.scale",)),
     ("ln_1.bias", "ln_1/b", ("norm1.shift",)),
@@ -69,15 +41,15 @@ BLOCK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("mlp.c_proj.weight", "mlp/c_proj/w", ("ff.layers.2.weight",)),
     ("mlp.c_proj.bias", "mlp/c_proj/b", ("ff.layers.2.bias",)),
 )
-_KERNEL = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-_WIDENING = re.compile(r"\.(attn\.c_attn|mlp\.c_fc)\.weight$")  # whose shape tells which way round kernels are
-# Buffers: the causal mask, and the value that stood for minus infinity. `c_attn.bias` is a weight.
+_MATRIX = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_WIDENING = re.compile(r"\.(attn\.c_attn|mlp\.c_fc)\.weight$")  # out > in, so the shape shows the orientation
+# Buffers of old versions: the causal mask and the value used as minus infinity. `c_attn.bias` is a weight.
 _BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$|\.att\.mask$")
-_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile's and DistributedDataParallel's
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # added by torch.compile and DistributedDataParallel
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor in the state dict of a model."""
+    """Return the name and shape of every tensor in the state dict of a model."""
     C = config.emb_dim
     in_block: dict[str, tuple[int, ...]] = {
         "attn.c_attn.weight": (3 * C, C),
@@ -99,18 +71,21 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def openai_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every variable of OpenAI's graph: kernels are those of a convolution of width 1, (1, in, out)."""
+    """Return the name and shape of every variable in OpenAI's checkpoint.
+
+    Linear layers are convolutions of width 1 there, so their matrices are (1, in, out).
+    """
     ours = shapes(config)
     return {
-        f"model/{path}": (1, *reversed(ours[name])) if _KERNEL.search(name) else ours[name]
+        f"model/{path}": (1, *reversed(ours[name])) if _MATRIX.search(name) else ours[name]
         for path, name in _openai_names(config.n_layers).items()
     }
 
 
-def to_ours(tensors: Tensors) -> tuple[dict[str, Lazy], str]:
-    """The weights under our names and the right way round, and whose layout it was; told by keys and shapes.
+def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
+    """Return the weights by MyGPT's names with matrices as (out, in), and the name of the layout they were in.
 
-    Keys of none of the known layouts are a ValueError.
+    The layout is detected from the tensor names and shapes. Raises ValueError if the names belong to no known layout.
     """
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items() if not _BUFFER.search(name)}
     if "wte" in bare:
@@ -124,20 +99,22 @@ def to_ours(tensors: Tensors) -> tuple[dict[str, Lazy], str]:
     if not widening or len(ours) < len(bare):
         some = ", ".join(list(tensors)[:4]) or "none"
         raise ValueError(
-            f"these are not the weights of a GPT-2; the keys are {some}{', …' if len(tensors) > 4 else ''}"
+            f"these are not the weights of a GPT-2 model; the tensor names are {some}{', …' if len(tensors) > 4 else ''}"
         )
     if widening[0][0] < widening[0][1]:  # (in, out)
-        return {name: _turned(name, tensor) for name, tensor in ours.items()}, "Hugging Face's"
+        return {name: _transposed(name, tensor) for name, tensor in ours.items()}, "Hugging Face's"
     if not any(name.endswith(".bias") for name in ours):
         return _with_zero_biases(ours), "nanoGPT's"
     return ours, "nanoGPT's or MyGPT's own"
 
 
-def config_of(tensors: Tensors, n_heads: int) -> GPTConfig:
-    """The model that weights under our names are for. They tell everything but the number of heads."""
+def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
+    """Return the config of a model with these weights (by MyGPT's names). Only `n_heads` does not follow from the shapes."""
     for name in (WTE, WPE):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(f"the weights do not tell their model: {name} is missing or no matrix")
+            raise ValueError(
+                f"the model's sizes cannot be inferred from the weights: {name} is missing or not a matrix"
+            )
     vocab_size, emb_dim = tensors[WTE].shape
     return GPTConfig(
         vocab_size=vocab_size,
@@ -146,15 +123,15 @@ def config_of(tensors: Tensors, n_heads: int) -> GPTConfig:
         n_heads=n_heads,
         n_layers=len(_block_numbers(tensors)),
         qkv_bias="transformer.h.0.attn.c_attn.bias" in tensors,
-        tie_weights=HEAD not in tensors or _equal(tensors[HEAD], tensors[WTE]),
+        tie_weights=HEAD not in tensors or tensors[HEAD].equals(tensors[WTE]),
     )
 
 
-def align(tensors: Tensors, config: GPTConfig) -> tuple[dict[str, Lazy], GPTConfig]:
-    """Weights under our names, and a model's config, with what may differ between them brought together.
+def align(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTensor], GPTConfig]:
+    """Return weights and config with the allowed differences between them resolved.
 
-    A model without qkv biases gets those that there are, one with them gets zeros for those that are not there; a shorter
-    context takes the first positions.
+    If only the weights have qkv biases, the returned config has them too. If only the config has them, zeros are added to
+    the weights. If the config has a shorter context, the position embedding is cut to its first rows.
     """
     aligned = dict(tensors)
     bias_names = [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]
@@ -168,35 +145,38 @@ def align(tensors: Tensors, config: GPTConfig) -> tuple[dict[str, Lazy], GPTConf
     return aligned, config
 
 
-def fit(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
-    """Exactly the tensors of a model of this config, in their order. Everything that is wrong is in one ValueError.
+def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return exactly the tensors that a model with this config has, in the order of its state dict.
 
-    A missing head is the token embedding.
+    A missing output head is the token embedding. Raises one ValueError that lists every mismatch.
     """
-    have = dict(tensors)
-    if HEAD not in have and WTE in have:
-        have[HEAD] = have[WTE]
+    found = dict(tensors)
+    if HEAD not in found and WTE in found:
+        found[HEAD] = found[WTE]
     expected = shapes(config)
-    problems = [f"{name} is missing" for name in expected if name not in have]
-    for name, tensor in have.items():
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, tensor in found.items():
         if name not in expected:
             problems.append(f"{name} is unknown")
         elif tensor.shape != expected[name]:
             problems.append(f"{name} is {tensor.shape}, expected {expected[name]}")
         elif tensor.dtype is None:
             problems.append(f"{name} does not hold floating-point numbers")
-    head, embedding = have.get(HEAD), have.get(WTE)
-    are_alike = head and embedding and head.shape == embedding.shape and head.dtype and embedding.dtype
-    if config.tie_weights and are_alike and not _equal(have[HEAD], have[WTE]):
-        problems.append(f"{HEAD} is not {WTE}, the model has one for both (tie_weights)")
+    head, embedding = found.get(HEAD), found.get(WTE)
+    are_comparable = head and embedding and head.shape == embedding.shape and head.dtype and embedding.dtype
+    if config.tie_weights and are_comparable and not found[HEAD].equals(found[WTE]):
+        problems.append(f"{HEAD} differs from {WTE}, but the model shares one tensor for both (tie_weights)")
     if problems:
-        n = f"{len(problems)} mismatches: " if len(problems) > 1 else ""
-        raise ValueError(f"the weights do not fit the config: {n}{'; '.join(problems)}")
-    return {name: have[name] for name in expected}
+        count = f"{len(problems)} mismatches: " if len(problems) > 1 else ""
+        raise ValueError(f"the weights do not fit the config: {count}{'; '.join(problems)}")
+    return {name: found[name] for name in expected}
 
 
-def drop_zero_biases(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
-    """For a config without qkv biases, takes out the zeros that stand for them in a directory; others stay, and do not fit."""
+def drop_zero_biases(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
+    """Remove the qkv biases that are all zero, if the config has none. Other biases stay, and `fit` reports them.
+
+    Hugging Face's layout always contains these biases, so `to_hugging_face` writes zeros for a model without them.
+    """
     absent = set() if config.qkv_bias else {f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)}
     return {
         name: tensor
@@ -205,65 +185,37 @@ def drop_zero_biases(tensors: Tensors, config: GPTConfig) -> dict[str, Lazy]:
     }
 
 
-def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Lazy]:
-    """Our state dict as `model.safetensors` has it: kernels turned, a tied head left out, missing qkv biases as zeros."""
-    ours = {name: Lazy.of(tensor.detach()) for name, tensor in state_dict.items()}
+def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return a model's state dict in the layout of `model.safetensors`.
+
+    Matrices become (in, out), a tied output head is left out, and missing qkv biases become zeros.
+    """
+    ours = {name: LazyTensor.of(tensor.detach()) for name, tensor in state_dict.items()}
     if config.tie_weights:
-        if not _equal(ours[HEAD], ours[WTE]):
+        if not ours[HEAD].equals(ours[WTE]):
             raise ValueError(
-                f"{HEAD} is not {WTE}, as tie_weights=True in the config says, and would be lost: set "
+                f"{HEAD} differs from {WTE} although the config has tie_weights=True, so it would not be saved: set "
                 "model.config = dataclasses.replace(model.config, tie_weights=False)"
             )
         del ours[HEAD]
     if not config.qkv_bias:
         zeros = _zeros((3 * config.emb_dim,), ours)
         ours |= {f"transformer.h.{i}.attn.c_attn.bias": zeros for i in range(config.n_layers)}
-    return {name: _turned(name, tensor) for name, tensor in ours.items()}
-
-
-def flatten(params: Mapping[str, Any]) -> dict[str, Lazy]:
-    """A state dict, or the book's nested parameters, whose keys become OpenAI's paths: h0/attn/c_attn/w, ln_f/g, wte."""
-    flat: dict[str, Lazy] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(inner, f"{path}/{key}")
-        elif isinstance(value, Lazy):
-            flat[path] = value
-        elif isinstance(value, (Tensor, np.ndarray)):
-            flat[path] = Lazy.of(value)
-        else:
-            raise ValueError(f"{path} is {type(value).__name__}, weights are tensors or arrays")
-
-    is_nested = isinstance(params.get("blocks"), (list, tuple))
-    for key, value in params.items():
-        if is_nested and key == "blocks":
-            for i, block in enumerate(value):
-                walk(block, f"h{i}")
-        else:
-            walk(value, f"ln_f/{key}" if is_nested and key in ("g", "b") else str(key))
-    return flat
-
-
-def float_type(dtype: np.dtype[Any]) -> torch.dtype | None:
-    """torch's name of a floating-point type of numpy's, None for another type."""
-    names = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-    return names.get(dtype.name) if dtype.isnative else None
+    return {name: _transposed(name, tensor) for name, tensor in ours.items()}
 
 
 def _openai_names(n_layers: int) -> dict[str, str]:
-    """OpenAI's path to our name."""
+    """Return MyGPT's name for each of OpenAI's variable names."""
     top = {path: ours for ours, path, _ in TOP if path is not None}
     return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, _ in BLOCK}
 
 
-def _from_openai(tensors: Tensors) -> dict[str, Lazy]:
+def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
     ours = _openai_names(len({name.partition("/")[0] for name in tensors if re.match(r"h\d+/", name)}))
-    return {ours.get(path, path): _turned(ours.get(path, path), tensor) for path, tensor in tensors.items()}
+    return {ours.get(path, path): _transposed(ours.get(path, path), tensor) for path, tensor in tensors.items()}
 
 
-def _from_book(tensors: Tensors) -> dict[str, Lazy]:
+def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
     parts_of = {ours: [theirs] for ours, _, theirs in TOP}
     for i in _block_numbers(tensors):
         parts_of |= {
@@ -272,49 +224,44 @@ def _from_book(tensors: Tensors) -> dict[str, Lazy]:
     whole = {ours: parts for ours, parts in parts_of.items() if all(part in tensors for part in parts)}
     used = {part for parts in whole.values() for part in parts}
     return {
-        **{ours: _joined([tensors[part] for part in parts]) for ours, parts in whole.items()},
+        **{ours: _concatenated([tensors[part] for part in parts]) for ours, parts in whole.items()},
         **{name: tensor for name, tensor in tensors.items() if name not in used},
     }
 
 
-def _with_zero_biases(ours: Tensors) -> dict[str, Lazy]:
-    """nanoGPT's models with bias=False have none at all, which is the same as zeros."""
+def _with_zero_biases(ours: LazyTensors) -> dict[str, LazyTensor]:
+    """Return the weights of a nanoGPT model that was made with bias=False, with zeros for all biases."""
     config = dataclasses.replace(config_of(ours, n_heads=1), qkv_bias=True)
     zeros = {name: _zeros(shape, ours) for name, shape in shapes(config).items() if name.endswith(".bias")}
     return {**ours, **zeros}
 
 
 def _block_numbers(names: Iterable[str]) -> list[int]:
+    """Return the sorted indices of the blocks to which these tensors belong."""
     found = map(re.compile(r"(?:^|\.)(?:h|trf_blocks)\.(\d+)\.").search, names)
     return sorted({int(match[1]) for match in found if match})
 
 
-def _turned(name: str, tensor: Lazy) -> Lazy:
-    """A kernel from (in, out) or OpenAI's (1, in, out) to (out, in), or back; what is no kernel as it is."""
+def _transposed(name: str, tensor: LazyTensor) -> LazyTensor:
+    """Return the matrix of a linear layer from (in, out) or (1, in, out) to (out, in), or back; other tensors unchanged."""
     *outer, n_in, n_out = tensor.shape if len(tensor.shape) >= 2 else (0, 0, 0)
-    if not _KERNEL.search(name) or outer not in ([], [1]):
+    if not _MATRIX.search(name) or outer not in ([], [1]):
         return tensor
-    return tensor.map((n_out, n_in), lambda kernel: kernel.reshape(n_in, n_out).T)
+    return tensor.map((n_out, n_in), lambda matrix: matrix.reshape(n_in, n_out).T)
 
 
-def _joined(parts: list[Lazy]) -> Lazy:
-    """The parts one above the other; of unequal widths, a shape that fits nowhere."""
+def _concatenated(parts: list[LazyTensor]) -> LazyTensor:
+    """Return the parts stacked along the rows. If their widths differ, the shape has width 0, which `fit` reports."""
     if len(parts) == 1:
         return parts[0]
     widths = {part.shape[1:] for part in parts}
     width = widths.pop() if len(widths) == 1 else (0,)
     rows = sum(part.shape[0] if part.shape else 0 for part in parts)
     dtype = parts[0].dtype if all(part.dtype for part in parts) else None
-    return Lazy((rows, *width), dtype, lambda: torch.cat([part.load() for part in parts]))
+    return LazyTensor((rows, *width), dtype, lambda: torch.cat([part.load() for part in parts]))
 
 
-def _zeros(shape: tuple[int, ...], beside: Tensors) -> Lazy:
-    dtype = (beside[WTE].dtype if WTE in beside else None) or torch.float32
-    return Lazy(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
-
-
-def _equal(one: Lazy, other: Lazy) -> bool:
-    if one is other:
-        return True
-    first, second = one.load(), other.load()
-    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+def _zeros(shape: tuple[int, ...], tensors: LazyTensors) -> LazyTensor:
+    """Return zeros in the dtype of the other tensors."""
+    dtype = (tensors[WTE].dtype if WTE in tensors else None) or torch.float32
+    return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

@@ -1,4 +1,4 @@
-"""Bytes of a file as arrays that cost no memory until they are looked at, and no copy then."""
+"""Files as arrays: memory-mapped, so that bytes are read from disk only when they are used, and never copied."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 
 class MappedFile:
-    """A file that is mapped once, at the first `read`, and only as long as an array of it lives.
+    """A file that is mapped at the first `read` and unmapped when the last array of it is deleted.
 
-    Tensors that are read and let go one after another do not add up in memory so, and no file is held open for those that
-    stay (macOS allows 256). The mapping is private: writing to an array changes memory only, never the file, and a file that
-    is deleted or replaced lives on in it. One that is shortened in its place does not: reading past its end kills a process.
+    So tensors that are read and freed one after another do not add up in memory, and no file stays open (macOS allows
+    256 open files). The mapping is private: writing to an array changes memory only, never the file. The arrays stay
+    valid if the file is deleted or replaced. They do not stay valid if it is truncated in place: reading past the new
+    end kills the process.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -23,7 +24,7 @@ class MappedFile:
         self._mapped: weakref.ref[mmap.mmap] | None = None
 
     def read(self, offset: int, size: int) -> NDArray[np.uint8]:
-        """`size` bytes from `offset` on; a ValueError if the file has become too short for them."""
+        """Return `size` bytes from `offset`. Raises ValueError if the file has become too short."""
         if size == 0:
             return np.empty(0, dtype=np.uint8)
         mapped = self._mapped() if self._mapped is not None else None

@@ -1,4 +1,4 @@
-"""From a name to the weights in a model: what `from_pretrained` and `load_weights_into_gpt` do."""
+"""From the name or path of a model to its weights, and from weights to a model."""
 
 from __future__ import annotations
 
@@ -13,100 +13,79 @@ from torch import Tensor, nn
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
-from MyGPT.weights.checkpoint import is_openai_directory, open_checkpoint, unwrap
-from MyGPT.weights.gpt2_files import download_gpt2
+from MyGPT.weights.formats import find_format, open_checkpoint
+from MyGPT.weights.formats.torch_file import split_checkpoint
 from MyGPT.weights.hub import download_from_hub
-from MyGPT.weights.layout import HEAD, WTE, align, fit, flatten, to_ours
-
-COPIES = os.name == "nt"
-"""Whether a model keeps nothing of its file: Windows neither replaces nor deletes one that is mapped."""
+from MyGPT.weights.layout import WTE, align, fit, to_ours
+from MyGPT.weights.lazy import flatten
+from MyGPT.weights.released import download_gpt2
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """The directory or file of a model: a path, or the name of one that is downloaded where it is not there yet.
+    """Return the directory or file of a model, which is downloaded first if it is a name and not in the cache.
 
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl (or 124M, 355M, 774M, 1558M) are OpenAI's own files; openai-community/gpt2 and the
-    like, or hf://user/model, come from the Hugging Face hub. A path that holds a model goes before a name.
+    gpt2, gpt2-medium, gpt2-large and gpt2-xl (or 124M, 355M, 774M, 1558M) are OpenAI's original files. Names such as
+    openai-community/gpt2 or hf://user/model are repositories on the Hugging Face hub. If a model exists at a path of
+    this name, the path is returned.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    if holds_model(path):
-        return path
-    return download_model(name) if _repository(name) or name in GPT2_CONFIGS else path
-
-
-def holds_model(path: Path) -> bool:
-    """Whether there is a model at a path. `gpt2` may also be the directory into which the models were downloaded."""
-    configs = (path / "config.json", path / "model" / "config.json")
-    return path.is_file() or is_openai_directory(path) or any(config.is_file() for config in configs)
+    is_name = name in GPT2_CONFIGS or _repository(name) is not None
+    # A directory called gpt2 may also contain downloaded models without being one.
+    return download_model(name) if is_name and find_format(path) is None else path
 
 
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
-    """The directory of a model that can be downloaded, below `directory` (default: the cache), complete."""
-    place = Path(directory) if directory is not None else cache_directory() / "models"
+    """Download a model, unless it is already complete, and return its directory.
+
+    Args:
+        name: a released model or a repository on the Hugging Face hub, as for `find_model`.
+        directory: the parent directory of the downloaded models; default: models in the cache directory.
+        base_url: a server with OpenAI's files, instead of the public servers.
+    """
+    parent = Path(directory) if directory is not None else cache_directory() / "models"
     repository = _repository(name)
     if repository:
-        return download_from_hub(repository, place / repository.replace("/", "--"))
+        return download_from_hub(repository, parent / repository.replace("/", "--"))
     if name in GPT2_CONFIGS:
-        return download_gpt2(name, place, base_url)
-    raise ValueError(f"no model {name!r} to download; there are {', '.join(GPT2_CONFIGS)}, or hf://user/model")
-
-
-def _repository(name: str) -> str | None:
-    """The repository on the Hugging Face hub that a name stands for, if it does."""
-    match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
-    if match is None and name.startswith("hf://"):
-        raise ValueError(f"a repository on the Hugging Face hub is written hf://user/model, got {name!r}")
-    return match[1] if match else None
+        return download_gpt2(name, parent, base_url)
+    raise ValueError(
+        f"unknown model {name!r}: the models to download are {', '.join(GPT2_CONFIGS)}, or hf://user/model"
+    )
 
 
 def read_weights(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the state dict of a model by name or path, in `dtype` or as it is stored.
-
-    What has its type already is a view of the mapped file, which can be written to (see `MappedFile`). Beside what has to be
-    converted there is never more than one tensor in memory.
-    """
-    checkpoint = open_checkpoint(find_model(name_or_path))
-    if checkpoint.config is None:
-        raise ValueError(
-            f"{checkpoint.path} does not say how many heads the model has: make it with GPTModel(config), and give what "
-            "torch.load(..., weights_only=True) or safetensors.torch.load_file returns to load_weights_into_gpt"
-        )
-    try:
-        tensors = fit(checkpoint.tensors, checkpoint.config)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from None
-    state_dict: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name == HEAD and checkpoint.config.tie_weights:
-            state_dict[name] = state_dict[WTE]
-        else:
-            state_dict[name] = _in_memory(tensor.load(), dtype)
-    return checkpoint.config, state_dict
+    """Return the config and the state dict of a model by name or path (see `find_model` and `Checkpoint.read`)."""
+    return open_checkpoint(find_model(name_or_path)).read(dtype)
 
 
 def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
-    """Puts the weights of a GPT-2 into a `GPTModel`, all of them or none.
+    """Copy the weights of a GPT-2 into a `GPTModel`. The model keeps its dtype and device.
 
-    params is what `download_and_load_gpt2` returned, or a state dict in Hugging Face's layout, the book's, nanoGPT's or our
-    own, or a checkpoint that holds one under "model", "state_dict" or "model_state_dict"; its keys tell which. The model
-    keeps its dtype and device. One made with qkv_bias=False gets the biases that there are (its config says so afterwards;
-    make the optimizer after that), a shorter context takes the first positions. What cannot be aligned is one ValueError
-    that lists every mismatch, and the model is left untouched.
+    If only the weights have qkv biases, they are added to the model and to its config; create the optimizer afterwards. If
+    the model has a shorter context, it gets the first positions.
+
+    Args:
+        model: a GPTModel.
+        params: the weights that `download_and_load_gpt2` returns; a state dict from Hugging Face, the book, nanoGPT or
+            MyGPT; or a checkpoint with one under "model", "state_dict" or "model_state_dict".
+
+    Raises:
+        ValueError: the weights do not fit; lists every mismatch. The model is then unchanged.
     """
     config, parameters = getattr(model, "config", None), dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(config, GPTConfig) or WTE not in parameters:
-        raise ValueError(f"weights are loaded into a GPTModel, got {type(model).__name__}")
+        raise ValueError(f"weights can only be loaded into a GPTModel, got {type(model).__name__}")
     if not isinstance(params, Mapping):
-        raise ValueError(f"weights come as a dict of tensors or arrays, got {type(params).__name__}")
-    weights, theirs = unwrap(params)
+        raise ValueError(f"weights must be a dict of tensors or arrays, got {type(params).__name__}")
+    weights, theirs = split_checkpoint(params)
     for field in ("n_heads", "activation") if theirs else ():
         ours, saved = getattr(config, field), getattr(theirs, field)
         if ours != saved:
-            raise ValueError(f"the weights were trained with {field}={saved!r}, the model has {ours!r}")
+            raise ValueError(f"the weights were trained with {field}={saved!r}, but the model has {ours!r}")
     tensors, config = align(to_ours(flatten(weights))[0], config)
-    # All are there before the first is written, so that nothing can fail in between; most are views of what was given.
+    # Load every tensor before writing the first, so that an error cannot leave the model half changed. Most are views.
     loaded = {name: tensor.load() for name, tensor in fit(tensors, config).items()}
     like = parameters[WTE]
     with torch.no_grad():
@@ -119,11 +98,9 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     model.config = config  # type: ignore[assignment]
 
 
-def _in_memory(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The weight in `dtype`, a view of the file if it has it already.
-
-    A kernel that is turned by its strides costs float32 and float64 nothing. Some processors multiply it ten times more slowly
-    in bf16 and fp16, so there it is laid out anew.
-    """
-    tensor = tensor.to(dtype or tensor.dtype, copy=COPIES)
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.contiguous()
+def _repository(name: str) -> str | None:
+    """Return the repository on the Hugging Face hub that a name refers to, or None for any other name."""
+    match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
+    if match is None and name.startswith("hf://"):
+        raise ValueError(f"a repository on the Hugging Face hub must be written as hf://user/model, got {name!r}")
+    return match[1] if match else None

@@ -1,0 +1,178 @@
+"""Opening LoRA adapters that were saved elsewhere, by PEFT on a `GPTModel` or on transformers' GPT-2.
+
+PEFT does the work. Before it runs, the adapter's config and tensor shapes are checked, because a file from a stranger could make
+PEFT run code, hang, or leave the model half changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from MyGPT.files import read_json
+from MyGPT.finetuning.lora import refuse_adapted, refuse_tied
+from MyGPT.model import GPTModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+def base_of_adapter(directory: str | os.PathLike[str]) -> str:
+    """Return the name or path of the model that an adapter was trained on, from the adapter's config."""
+    base = _read_config(Path(directory)).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter in {directory} does not name the model that it was trained on: name it with --model"
+        )
+    return str(base)
+
+
+def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftModel:
+    """Return a PEFT model with a saved adapter on `model`, frozen and in evaluation mode.
+
+    The directory was written by a PeftModel's `save_pretrained`. Adapters of transformers' GPT-2 fit too: W is transposed
+    there, but A and B are not. The model is changed in place, as PEFT does.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: the adapter is damaged or does not fit the model, which is then unchanged.
+    """
+    from peft import PeftModel
+
+    refuse_adapted(model)
+    directory = Path(directory)
+    config = _read_config(directory)
+    try:
+        refuse_tied(model, config)
+        _refuse_misfit(model, config, directory)
+    except Exception as error:  # PEFT raises many types on a damaged config; the model is unchanged so far
+        if str(directory) in str(error):
+            raise
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the adapter in {directory} does not fit the model: {problem}") from None
+    config.fan_in_fan_out = False  # True for transformers' Conv1D; PEFT would set it to False with a warning
+    device = str(model.transformer.wte.weight.device)
+    return PeftModel.from_pretrained(model, directory, config=config, torch_device=device)
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """Return the adapter's config. Raises ValueError if it is damaged, or has an option that is not known to be harmless."""
+    from peft import LoraConfig
+
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {directory}: it has no {path.name}")
+    try:
+        entries = read_json(path)
+        if entries.get("peft_type") != "LORA":
+            raise ValueError(f"its peft_type is {entries.get('peft_type')!r}, but only 'LORA' is supported")
+        for field in dataclasses.fields(LoraConfig):
+            value = entries.get(field.name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.name not in _OPTIONS and value not in (None, False, default):
+                raise ValueError(
+                    f"the option {field.name} is not supported; the supported options are {', '.join(sorted(_OPTIONS))}"
+                )
+        config: LoraConfig = LoraConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be opened: {problem}") from None
+    problem_found = _unsafe_option(config)
+    if problem_found:
+        raise ValueError(f"{path} is not opened: {problem_found}")
+    return config
+
+
+# Some of PEFT's options are dangerous in a file from a stranger: megatron_core imports a module that the file names, and
+# layer_replication copies layers as often as the file says. So only these options are accepted. PEFT itself opens the others.
+_OPTIONS = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
+    layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type peft_version r
+    rank_pattern revision runtime_config target_modules task_type use_dora use_rslora""".split()
+)
+
+
+def _unsafe_option(config: LoraConfig) -> str | None:
+    """Return a description of an option whose value could make PEFT load other files, fail or hang; None if there is none."""
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
+        return (
+            f"init_lora_weights must be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16, got {init!r}"
+        )
+    if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
+        return f"lora_alpha must be a number above 0, got {config.lora_alpha!r}"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, name) or {}, dict):
+            return f"{name} must be an object, got {getattr(config, name)!r}"
+    expressions: list[Any] = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        named = getattr(config, name) or []
+        if not isinstance(named, (str, list, set)):
+            return f"{name} must be a text or a list of texts, got {named!r}"
+        expressions += [named] if isinstance(named, str) else named
+    for expression in expressions:
+        # Nested repeats and many alternatives can make Python's regular expressions run practically forever.
+        quantifiers, groups = re.findall(r"[*+?{]+", str(expression)), str(expression).count("(")
+        if len(quantifiers) > 4 or groups > 4 or re.search(r"\)[*+?{]", str(expression)):
+            return f"the regular expression {expression!r} could run forever: at most 4 repeats, 4 groups and no repeated group"
+    return None
+
+
+def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None:
+    """Raise ValueError if the adapter's tensor names or shapes do not fit the model, before PEFT changes the model."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    found = _tensor_shapes(directory)
+    config = copy.deepcopy(config)
+    matrices = [name for name in found if re.search(r"\.c_(attn|proj|fc)\.weight$", name)]
+    if config.fan_in_fan_out and matrices:
+        raise ValueError(
+            f"the adapter in {directory} contains complete matrices of transformers' GPT-2, such as {matrices[0]}, which are "
+            "transposed: merge the adapter in transformers, and open the merged model"
+        )
+    config.fan_in_fan_out = config.init_lora_weights = False
+    with torch.device("meta"):  # so that a huge rank needs no memory
+        adapted = PeftModel(_on_meta_device(model), config)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    known = {**adapted.state_dict(), **expected}  # PEFT may also have saved an embedding
+    problems = [f"it lacks {name}" for name in expected if name not in found]
+    for name, shape in found.items():
+        if name not in known:
+            problems.append(f"the model has no {name}")
+        elif shape != known[name].shape:
+            problems.append(f"{name} is {shape}, but the model needs {tuple(known[name].shape)}")
+    if problems:
+        first = problems[0].replace("base_model.model.", "")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"the adapter in {directory} does not fit the model: {first}{more}")
+
+
+def _tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter."""
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    files = ("adapter_model.safetensors", "adapter_model.bin")  # without one of them PEFT would ask the hub
+    if not any((directory / name).is_file() for name in files):
+        raise FileNotFoundError(f"no adapter at {directory}: it has neither {' nor '.join(files)}")
+    try:
+        weights = load_peft_weights(str(directory), device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"the weights in {directory} are damaged: {error}") from None
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _on_meta_device(model: GPTModel) -> GPTModel:
+    """Return a copy of the model on the meta device, where tensors have shapes but no memory."""
+    bare = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in model.parameters()}
+    return copy.deepcopy(model, bare)

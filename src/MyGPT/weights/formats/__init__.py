@@ -1,0 +1,46 @@
+"""The file formats from which a GPT-2 model can be opened: one module per format, with the functions of `Format`.
+
+To add a format, write its module and add it to FORMATS.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.formats import huggingface, openai, safetensors, torch_file
+
+
+class Format(Protocol):
+    """The functions that every format's module defines."""
+
+    def matches(self, path: Path) -> bool:
+        """Return whether a directory or file looks like this format, without reading tensors."""
+        ...
+
+    def read(self, path: Path) -> Checkpoint:
+        """Return the checkpoint. Raises ValueError, with the path in its message, if the files are damaged."""
+        ...
+
+
+FORMATS: tuple[Format, ...] = (openai, huggingface, safetensors, torch_file)
+"""All formats, in the order in which they are tried. `torch_file` is last because it accepts any file."""
+
+
+def find_format(path: Path) -> Format | None:
+    """Return the format of a directory or file, or None if there is no model at `path`."""
+    return next((candidate for candidate in FORMATS if candidate.matches(path)), None)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return the checkpoint in a directory or file, in any known format. Tensors are read when they are needed.
+
+    Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or not a GPT-2's.
+    """
+    path = Path(path)
+    found = find_format(path)
+    if found is None:
+        raise FileNotFoundError(f"no model at {path}: neither it nor {path / 'model'} has a config.json")
+    return found.read(path)

@@ -1,0 +1,210 @@
+"""Model directories in Hugging Face's GPT-2 layout: config.json, weights, the tokenizer's files and a model card.
+
+This is the only format that MyGPT writes, and there is no export step: transformers opens the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from MyGPT.config import GPTConfig, read_config_json
+from MyGPT.files import atomic_directory, read_json, restore_directory
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
+from MyGPT.weights.formats.torch_file import read_torch_file
+from MyGPT.weights.layout import drop_zero_biases, to_hugging_face, to_ours
+from MyGPT.weights.lazy import LazyTensor
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The weights in one file, the preferred format first. `pytorch_model.bin` is read but never written."""
+INDEX_SUFFIX = ".index.json"
+"""The weights in several files have an index, named like the single file with this suffix."""
+MAX_SHARD_BYTES = 5_000_000_000
+"""Larger weights are written to several files, as transformers does."""
+_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
+
+
+def matches(path: Path) -> bool:
+    """Return whether `path` is a model directory, or a run's directory with a model in it."""
+    return find_directory(path) is not None
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in a model directory, or in the `model/` of a run's directory."""
+    directory = _model_directory(path)
+    config, weights = read_config(directory), find_weights(directory)
+    tensors = _read_shards(weights) if weights.name.endswith(INDEX_SUFFIX) else _read_file(weights)
+    try:
+        tensors = drop_zero_biases(to_ours(tensors)[0], config)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
+    return Checkpoint("a model directory in Hugging Face's layout", weights, config, tensors)
+
+
+def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
+    """Return the config of a model directory, or of a run's directory."""
+    return read_config_json(_model_directory(directory) / "config.json")
+
+
+def find_directory(path: str | os.PathLike[str]) -> Path | None:
+    """Return the directory that contains config.json: `path`, or `path`/model for a run; None if neither does."""
+    for directory in (Path(path), Path(path, "model")):
+        restore_directory(directory)
+        if (directory / "config.json").is_file():
+            return directory
+    return None
+
+
+def find_weights(directory: Path) -> Path:
+    """Return the file with the weights or their index. Raises FileNotFoundError if a file or a shard is missing."""
+    for name in WEIGHTS:
+        if (directory / name).is_file():
+            return directory / name
+        index = directory / f"{name}{INDEX_SUFFIX}"
+        if index.is_file():
+            for shard in sorted(set(_weight_map(index).values())):
+                if not (directory / shard).is_file():
+                    raise FileNotFoundError(f"{directory / shard} is missing, but {index.name} lists it")
+            return index
+    raise FileNotFoundError(f"{directory / WEIGHTS[0]} is missing")
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    config: GPTConfig,
+    state_dict: Mapping[str, Tensor],
+    tokenizer: Any = None,
+    *,
+    more_config: Mapping[str, Any] | None = None,
+    more_tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model directory completely or not at all. Other files that are already in it are kept.
+
+    Args:
+        directory: the directory to write.
+        config: the model's config.
+        state_dict: the model's weights.
+        tokenizer: saved to the directory as well; its end-of-text token becomes the model's.
+        more_config: entries added to config.json, for a model with another head.
+        more_tensors: tensors added to the weights unchanged, for a model with another head.
+    """
+    eot_token = getattr(tokenizer, "eot_token", None)
+    special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
+    tensors = to_hugging_face(state_dict, config)
+    tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
+    with atomic_directory(directory, replaces=_REPLACED_FILES) as temporary:
+        _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
+        _write_json(temporary / "generation_config.json", special if eot_token is not None else {})
+        _write_weights(Path(directory), temporary, tensors)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        card = Path(directory) / "README.md"
+        if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
+            (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
+
+
+def _model_directory(path: str | os.PathLike[str]) -> Path:
+    directory = find_directory(path)
+    if directory is None:
+        raise FileNotFoundError(f"no model at {path}: neither it nor {Path(path, 'model')} has a config.json")
+    return directory
+
+
+def _read_file(path: Path) -> dict[str, LazyTensor]:
+    return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_torch_file(path)[0]
+
+
+def _read_shards(index: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of all files that an index lists."""
+    file_of = _weight_map(index)
+    tensors = {file: _read_file(index.parent / file) for file in sorted(set(file_of.values()))}
+    return {
+        name: tensor for file, shard in tensors.items() for name, tensor in shard.items() if file_of.get(name) == file
+    }
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, from an index. Raises ValueError for a file that is not in the index's directory."""
+    try:
+        file_of: dict[str, str] = read_json(index)["weight_map"]
+        files = set(file_of.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from None
+    suffix = re.escape(Path(index.name.removesuffix(INDEX_SUFFIX)).suffix)
+    for file in files:
+        if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+{suffix}", file):
+            raise ValueError(f"{index} lists {file!r}, which is not a weights file in its directory")
+    return file_of
+
+
+def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write the weights to one file, or to several files and an index. At most one file's tensors are copied at a time."""
+    shards: list[list[str]] = [[]]
+    total = in_shard = 0
+    for name, tensor in tensors.items():
+        n_bytes = _n_bytes(tensor)
+        if shards[-1] and in_shard + n_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            in_shard = 0
+        shards[-1].append(name)
+        in_shard, total = in_shard + n_bytes, total + n_bytes
+    n = len(shards)
+    files = [WEIGHTS[0]] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    for file, names in zip(files, shards, strict=True):
+        shard = {name: tensors[name].load().cpu().contiguous() for name in names}
+        write_safetensors(temporary / file, shard, shown_as=directory / file)
+    if n > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(temporary / f"{WEIGHTS[0]}{INDEX_SUFFIX}", index)
+
+
+def _n_bytes(tensor: LazyTensor) -> int:
+    assert tensor.dtype is not None  # parameters are floating-point
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:
+    names = [name for name in state_dict if not (config.tie_weights and name == "lm_head.weight")]
+    n_parameters = sum(state_dict[name].numel() for name in names)
+    dtype = str(state_dict[names[0]].dtype).removeprefix("torch.")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, mygpt]
+---
+{_CARD_MARK}
+# A GPT-2 model
+
+| | |
+|---|---|
+| parameters | {n_parameters:,} ({dtype}) |
+| layers, heads, width | {config.n_layers}, {config.n_heads}, {config.emb_dim} |
+| vocabulary, context | {config.vocab_size:,}, {config.context_length:,} |
+| output head | {"the token embedding (tied)" if config.tie_weights else "its own"} |
+
+MyGPT and transformers open this directory and compute equal logits:
+
+```python
+from MyGPT import GPTModel
+model = GPTModel.from_pretrained("this-directory")
+
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("this-directory")
+```
+
+Describe here what the model was trained on and what it is good for.
+"""

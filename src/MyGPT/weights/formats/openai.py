@@ -1,0 +1,147 @@
+"""OpenAI's GPT-2 checkpoints: TensorFlow bundles with hparams.json, as arrays and as a checkpoint.
+
+`load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large Language
+Model (From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out); layout.py transposes them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from MyGPT.config import GPTConfig
+from MyGPT.files import read_json
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.layout import openai_shapes, to_ours
+from MyGPT.weights.lazy import LazyTensor, torch_float_type
+from MyGPT.weights.tensorflow.bundle import Bundle, CheckpointError, latest_checkpoint, open_bundle
+
+_SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+
+
+def matches(path: Path) -> bool:
+    """Return whether `path` is a directory with OpenAI's files."""
+    return (path / "hparams.json").is_file() and (path / "checkpoint").is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in a directory with OpenAI's files."""
+    settings, prefix = read_settings(path), latest_checkpoint(path)
+    bundle = _open_bundle(prefix, settings)
+    tensors = {
+        name.removeprefix("model/"): LazyTensor(
+            bundle.shape(name),
+            torch_float_type(bundle.dtype(name)),
+            lambda name=name: torch.from_numpy(bundle.read(name)),  # type: ignore[misc]
+        )
+        for name in bundle.names()
+    }
+    return Checkpoint("OpenAI's TensorFlow checkpoint", prefix, _config(settings), to_ours(tensors)[0])
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the model's sizes from `directory`/hparams.json: n_vocab, n_ctx, n_embd, n_head, n_layer.
+
+    Raises CheckpointError if the file is damaged or a size is missing or invalid.
+    """
+    path = Path(directory) / "hparams.json"
+    try:
+        settings = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    problems = _settings_problems(settings) if isinstance(settings, dict) else ["it is not a JSON object"]
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    return settings
+
+
+def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of a GPT-2 as nested dicts of arrays, as the book's function of this name does.
+
+    The keys are wte, wpe, g, b and blocks; each block has attn, mlp, ln_1 and ln_2. params["wte"] is (n_vocab, n_embd) and
+    params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd): axes of length 1 are removed. The arrays are views
+    of the mapped file (see `Bundle.read`).
+
+    Args:
+        ckpt_path: the prefix of the checkpoint's files, such as "gpt2/124M/model.ckpt"; `latest_checkpoint` returns it.
+        settings: the contents of hparams.json, as `read_settings` returns them.
+
+    Raises:
+        CheckpointError: the files are damaged, or do not contain a model with these settings; lists every difference.
+    """
+    bundle = _open_bundle(ckpt_path, settings)
+    params: dict[str, Any] = {"blocks": [{} for _ in range(settings["n_layer"])]}
+    for name in bundle.names():
+        _, first, *path = name.split("/")  # model/h0/attn/c_attn/w, model/ln_f/g, model/wte
+        block = re.fullmatch(r"h(\d+)", first)
+        target = params["blocks"][int(block[1])] if block else params
+        *outer, last = path or [first]
+        for key in outer:
+            target = target.setdefault(key, {})
+        target[last] = np.squeeze(bundle.read(name))
+    return params
+
+
+def _config(settings: Mapping[str, Any]) -> GPTConfig:
+    """Return the config for the sizes in hparams.json. OpenAI's models have biases everywhere and a tied output head."""
+    return GPTConfig(
+        vocab_size=settings["n_vocab"],
+        context_length=settings["n_ctx"],
+        emb_dim=settings["n_embd"],
+        n_heads=settings["n_head"],
+        n_layers=settings["n_layer"],
+        qkv_bias=True,
+    )
+
+
+def _open_bundle(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Bundle:
+    """Return the bundle. Raises CheckpointError unless it contains a model with these settings."""
+    problems = _settings_problems(settings)
+    if problems:
+        raise CheckpointError(f"the settings do not describe a GPT-2 model: {'; '.join(problems)}")
+    bundle = open_bundle(ckpt_path)
+    problems = _differences(bundle, settings)
+    if problems:
+        raise CheckpointError(
+            f"{os.fspath(ckpt_path)} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
+        )
+    return bundle
+
+
+def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return a description of every missing or invalid size."""
+    problems = [f"{key} is missing" for key in _SETTINGS if key not in settings]
+    sizes = {key: settings[key] for key in _SETTINGS if key in settings}
+    problems += [
+        f"{key} must be a whole number of at least 1, got {size!r}"
+        for key, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
+    if not problems and sizes["n_embd"] % sizes["n_head"]:
+        problems.append(f"n_embd must be divisible by n_head, got {sizes['n_embd']} and {sizes['n_head']}")
+    return problems
+
+
+def _differences(bundle: Bundle, settings: Mapping[str, Any]) -> list[str]:
+    """Return a description of every difference between a bundle and a model with these settings."""
+    names = bundle.names()
+    n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, names) if match})
+    if n_blocks != settings["n_layer"]:
+        return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]
+    expected = openai_shapes(_config(settings))
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
+    for name in names:
+        shape = bundle.shape(name)
+        if name not in expected:
+            problems.append(f"{name} {shape} is unknown")
+        elif [size for size in shape if size != 1] != [size for size in expected[name] if size != 1]:
+            problems.append(f"{name} is {shape}, expected {expected[name]}")
+        elif bundle.dtype(name).kind != "f":
+            problems.append(f"{name} holds {bundle.dtype(name)}, but weights must be floating-point numbers")
+    return problems

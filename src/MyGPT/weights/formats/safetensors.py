@@ -1,0 +1,85 @@
+"""Safetensors files: reading, writing, and opening one file on its own as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from MyGPT.config import read_config_json
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.layout import to_ours
+from MyGPT.weights.lazy import LazyTensor
+from MyGPT.weights.mapped import MappedFile
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def matches(path: Path) -> bool:
+    """Return whether `path` is a file whose name ends in .safetensors."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in one file, with the config from the config.json next to it, if there is one."""
+    tensors = dict(read_safetensors(path))
+    config_path = path.parent / "config.json"
+    config = read_config_json(config_path) if config_path.is_file() else None
+    try:
+        tensors, layout = to_ours(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Checkpoint(f"a state dict in {layout} layout", path, config, tensors)
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield the name and the lazy tensor of each tensor in the file; loaded tensors are views of the mapped file.
+
+    Raises ValueError if the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):  # checks that the header is valid and agrees with the length of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    with open(path, "rb") as file:
+        n_header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n_header_bytes))
+    mapped = MappedFile(path)
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
+            begin, end = (8 + n_header_bytes + offset for offset in entry["data_offsets"])
+            yield name, LazyTensor(shape, dtype, partial(_read_tensor, mapped, name, shape, dtype, begin, end))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None = None) -> None:
+    """Write contiguous CPU tensors to a file.
+
+    Raises OSError if writing fails; its message names `shown_as` instead of `path`, for files that are renamed later.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors reports a full disk this way
+        raise OSError(f"cannot write {shown_as or path}: {error}") from error
+
+
+def _read_tensor(
+    file: MappedFile, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, begin: int, end: int
+) -> Tensor:
+    """Return the tensor stored in the bytes from `begin` to `end`, as a view of the mapped file."""
+    if dtype is None:
+        raise ValueError(f"{file.path}: {name} does not hold floating-point numbers")
+    try:
+        return torch.from_numpy(file.read(begin, end - begin)).view(dtype).reshape(shape)
+    except ValueError as error:  # the file was truncated after its header was checked
+        raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None

@@ -1,0 +1,96 @@
+"""Files that torch.save wrote: nanoGPT's ckpt.pt, the book's model.pth, and state dicts from other training scripts.
+
+These files are pickles, which can run arbitrary code when they are loaded. They are opened only with torch's `weights_only`
+loader, which refuses everything except tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from MyGPT.config import GPTConfig
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.layout import to_ours
+from MyGPT.weights.lazy import LazyTensor, flatten
+
+# The keys under which training scripts (nanoGPT, the book, Lightning) save the weights.
+_STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")
+_NANOGPT_NAMES = {
+    "vocab_size": "vocab_size",
+    "context_length": "block_size",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
+
+
+def matches(path: Path) -> bool:
+    """Return whether `path` is a file. Only reading it shows whether torch.save wrote it."""
+    return path.is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in a file that torch.save wrote. Raises ValueError for any other file."""
+    tensors, config = read_torch_file(path)
+    try:
+        ours, layout = to_ours(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Checkpoint("nanoGPT's checkpoint" if config else f"a state dict in {layout} layout", path, config, ours)
+
+
+def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None]:
+    """Return the tensors in a file under the names they have there, and nanoGPT's config if the file contains one."""
+    try:
+        weights, config = split_checkpoint(_load(path))
+        tensors = flatten({key: value for key, value in weights.items() if not isinstance(value, (int, float, str))})
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    # Training scripts overwrite their checkpoint in place, and a process that has it mapped would crash, so copy it.
+    return {name: tensor.map(tensor.shape, torch.clone) for name, tensor in tensors.items()}, config
+
+
+def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPTConfig | None]:
+    """Return the weights in a training script's checkpoint, and the config in nanoGPT's `model_args`, if present."""
+    weights = next((content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), content)
+    arguments = content.get("model_args")
+    if not isinstance(arguments, Mapping):
+        return weights, None
+    missing = [theirs for theirs in _NANOGPT_NAMES.values() if theirs not in arguments]
+    if missing:
+        raise ValueError(f"model_args lacks {', '.join(missing)}")
+    sizes = {ours: arguments[theirs] for ours, theirs in _NANOGPT_NAMES.items()}
+    drop_rate = arguments.get("dropout", 0.0)
+    return weights, GPTConfig(**sizes, drop_rate=drop_rate, qkv_bias=True, activation="gelu")
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    """Return the dict in the file. Raises ValueError for any other content, and for a pickle that could run code."""
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format before version 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|callable) (\S*\w)", str(error))
+        if found is None:
+            raise ValueError(
+                f"{path} is not a checkpoint: it is neither safetensors nor written by torch.save"
+            ) from None
+        raise ValueError(
+            f"{path} is not opened because it contains {found[1]}, which could run arbitrary code: only tensors and plain "
+            "values are allowed"
+        ) from None
+    except Exception as error:  # torch's loader raises many types on damaged files, even AssertionError
+        if isinstance(error, OSError) and error.filename:  # the file cannot be opened at all
+            raise
+        raise ValueError(f"{path} is not a readable checkpoint: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} contains {type(content).__name__}, but a checkpoint is a dict of tensors")
+    return content

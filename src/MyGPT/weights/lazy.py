@@ -1,0 +1,80 @@
+"""Tensors that are read from their file only when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape and dtype are known and whose values are read by `load`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """The floating-point type; None for any other type, which a weight cannot have."""
+    load: Callable[[], Tensor]
+    """Read and return the values."""
+
+    @classmethod
+    def of(cls, array: Any) -> LazyTensor:
+        """Wrap a torch tensor or a numpy array that is already in memory."""
+        if isinstance(array, Tensor):
+            return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: array)
+        if not array.flags.writeable:  # torch warns if it shares a read-only array
+            return cls(array.shape, torch_float_type(array.dtype), lambda: torch.from_numpy(array.copy()))
+        return cls(array.shape, torch_float_type(array.dtype), lambda: torch.from_numpy(array))
+
+    def map(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
+        """Return a lazy tensor of this shape that applies `change` when it is loaded."""
+        return LazyTensor(shape, self.dtype, lambda: change(self.load()))
+
+    def equals(self, other: LazyTensor) -> bool:
+        """Load both tensors and return whether they share memory or have equal values."""
+        if self is other:
+            return True
+        first, second = self.load(), other.load()
+        return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+
+
+LazyTensors = Mapping[str, LazyTensor]
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Return the tensors of a state dict, or of nested parameters, as one flat dict.
+
+    The keys of nested parameters, which `download_and_load_gpt2` returns, become OpenAI's variable names:
+    h0/attn/c_attn/w, ln_f/g, wte. Raises ValueError for a value that is not a tensor or an array.
+    """
+    flat: dict[str, LazyTensor] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(inner, f"{path}/{key}")
+        elif isinstance(value, LazyTensor):
+            flat[path] = value
+        elif isinstance(value, (Tensor, np.ndarray)):
+            flat[path] = LazyTensor.of(value)
+        else:
+            raise ValueError(f"{path} is {type(value).__name__}, but weights must be tensors or arrays")
+
+    is_nested = isinstance(params.get("blocks"), (list, tuple))
+    for key, value in params.items():
+        if is_nested and key == "blocks":
+            for i, block in enumerate(value):
+                walk(block, f"h{i}")
+        else:
+            walk(value, f"ln_f/{key}" if is_nested and key in ("g", "b") else str(key))
+    return flat
+
+
+def torch_float_type(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """Return torch's equivalent of a floating-point dtype of numpy, or None for any other dtype."""
+    names = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+    return names.get(dtype.name) if dtype.isnative else None

@@ -1,0 +1,1 @@
+"""TensorFlow checkpoints, read with numpy and without TensorFlow."""
