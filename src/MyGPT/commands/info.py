@@ -53,7 +53,7 @@ def explain(name: str) -> str:
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]
     if checkpoint.config is None:
-        rows.append(("heads", "not in the file; MyGPT assumes a width of 64, as in GPT-2"))
+        rows.append(("heads", "not in the file; each is assumed to be 64 wide, as in GPT-2"))
     try:
         fit(checkpoint.tensors, config)
         rows.append(("complete", "yes"))
