@@ -111,11 +111,12 @@ def chat(
         precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
         lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
-    from MyGPT.commands._model import make_fast, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build
     from MyGPT.data.templates import load_template
 
     build = start_build(device)
-    from MyGPT.opening import find_model_files, open_model  # after the build has started: it imports torch
+    from MyGPT.generation import stream_text  # after the build has started, because this imports torch
+    from MyGPT.opening import find_model_files, open_model
 
     gpt, tokenizer = open_model(model, device, adapter)
     context = gpt.config.context_length
