@@ -31,7 +31,7 @@ import torch
 from memory import Peak
 
 from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
-from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_a_token
+from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_per_token
 from MyGPT.files import atomic_write
 
 PROGRAMS = {
@@ -224,7 +224,7 @@ def serve(name: str, directory: Path, n: int) -> None:
                 continue
             kind, batch_size = line.split()
             if kind == "decode":
-                seconds = seconds_a_token(run, short[: int(batch_size)], n)
+                seconds = seconds_per_token(run, short[: int(batch_size)], n)
             else:
                 start = time.perf_counter()
                 run(long, 1)
