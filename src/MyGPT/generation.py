@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next
 
 Stop = str | Sequence[int]

@@ -13,6 +13,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from MyGPT.config import require_positive
+
 
 @dataclass(frozen=True)
 class SamplingConfig:

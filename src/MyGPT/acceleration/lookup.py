@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from MyGPT.config import require_positive
+
 
 class LookupCache:
     """The model's cache together with the ids so far, the current guesses and the logits computed ahead."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
 from MyGPT.data.packing import PackedSampler
 from MyGPT.data.records import kind_of, read_records, split_records

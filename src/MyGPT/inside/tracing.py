@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel, plain_attention
 
