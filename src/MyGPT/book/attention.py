@@ -1,4 +1,4 @@
-"""Implement chapter 3: attention, from one head without a mask to several heads in one product.
+"""Attention (chapter 3), from one head without a mask to several heads in one product.
 
 torch's fused kernel replaces the book's softmax. On a CPU it draws the same random numbers for dropout in the same order.
 B batch, T time (new tokens), S time seen so far, H heads, D = d_out // H.

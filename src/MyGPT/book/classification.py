@@ -1,4 +1,4 @@
-"""Implement chapter 6: a GPT that detects spam from the logits of the last token, the only one that attends to all others.
+"""Spam detection (chapter 6): a GPT classifies a text by the logits of the last token, the only one that attends to all others.
 
 B batch, T time.
 """
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from MyGPT.book.pretraining import evaluate_model, train_step
+from MyGPT.book.pretraining import train_step
 from MyGPT.data.windows import Batch
 from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers.base import encode_with_specials
-from MyGPT.training.simple import Device
+from MyGPT.training.simple import Device, evaluate_model
 
 
 class SpamDataset(Dataset[Batch]):
@@ -34,11 +34,7 @@ class SpamDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self,
-        csv_file: str | os.PathLike[str],
-        tokenizer: Any,
-        max_length: int | None = None,
-        pad_token_id: int = 50256,
+        self, csv_file: str | os.PathLike[str], tokenizer: Any, max_length: int | None = None, pad_token_id: int = 50256
     ) -> None:
         self.data = _read_examples(csv_file)
         encoded = [encode_with_specials(tokenizer, text) for _, text in self.data]
@@ -74,7 +70,7 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the accuracy on the first num_batches batches (default: all), or nan if there is no batch."""
+    """Return the accuracy on the first num_batches batches (default: all batches), or NaN if there is no batch."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
         for i, (input_batch, target_batch) in enumerate(data_loader):
@@ -96,11 +92,10 @@ def train_classifier_simple(
     eval_freq: int,
     eval_iter: int,
 ) -> tuple[list[float], list[float], list[float], list[float], int]:
-    """Train a classifier.
+    """Train a classifier; evaluate it on eval_iter batches of each loader, the losses every eval_freq steps.
 
     Returns:
-        Training losses and validation losses at each evaluation, training accuracies and validation accuracies after each
-        epoch, and the number of examples seen.
+        Training and validation losses, training and validation accuracies after each epoch, and the number of examples seen.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
@@ -129,7 +124,7 @@ def classify_review(
     max_length: int | None = None,
     pad_token_id: int = 50256,
 ) -> str:
-    """Return "spam" or "not spam" for a text, which is padded or cut to max_length, the length used in training."""
+    """Return "spam" or "not spam" for a text. The text is padded or cut to max_length, the length used in training."""
     positions: Any = model.pos_emb
     context: int = positions.weight.shape[0]
     ids = encode_with_specials(tokenizer, text)[:context]
