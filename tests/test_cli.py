@@ -184,7 +184,7 @@ def test_ctrl_c_saves_the_model_and_says_where(tmp_path: Path) -> None:
         (["--data", "{tmp}"], ["is a directory"]),
         (["--data", "{tmp}/*.nothing"], ["no file matches"]),
         (["--data", "{tmp}/empty.txt"], ["there is no text in", "empty.txt"]),
-        (["--data", "{tmp}/short.txt"], ["5 tokens", "context 16 needs 17"]),
+        (["--data", "{tmp}/short.txt"], ["5 tokens", "16 tokens and its targets need 17"]),
         (["--data", "{tmp}/binary.bin"], ["binary.bin", "not UTF-8", "byte 0 is 0xff"]),
         (["--data", "{tmp}/nul.txt"], ["nul.txt", "binary file"]),
         (["--data", "{tmp}/bad.jsonl"], ["bad.jsonl, line 2", "'text'"]),

@@ -1,4 +1,4 @@
-"""The pages of docs/: their examples run, and they build into a site without a warning."""
+"""The examples in docs/ run, and the pages build into a site without a warning."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from MyGPT.cli import COMMANDS, main
 from places import ROOT
 
 DOCS = ROOT / "docs"
-FENCES = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
-# evaluation.md names data that nobody may have, design.md and the reference have no examples.
-PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md"])
+# A block after an HTML comment that says so is not run.
+FENCES = re.compile(r"(<!--[^\n]* not run [^\n]*-->\n)?^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
+# evaluation.md uses data sets that are not in this repository; design.md and the reference have no examples.
+PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS / "index.md", DOCS / "learn.md"])
+# Helpers that a user has no use for.
+INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -29,15 +32,15 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
     records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in list(words)[:20]]
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
-    for language, code in FENCES.findall(page.read_text(encoding="utf-8")):
-        if language.startswith("{"):  # a directive of the site, or an example that needs the network
+    for not_run, language, code in FENCES.findall(page.read_text(encoding="utf-8")):
+        if not_run:
             continue
         assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
         if language == "python":
             exec(compile(code, page.name, "exec"), names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
             command, *arguments = shlex.split(line, comments=True)
-            # The machine is examined in test_doctor.py.
+            # test_doctor.py tests mygpt doctor, which takes half a minute.
             if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
                 assert main(arguments) == 0, line
             else:
@@ -56,8 +59,14 @@ def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     anchors = {
-        anchor.rpartition(".")[2]
+        anchor
         for page in (tmp_path / "reference").glob("*.html")
         for anchor in re.findall(r'id="(MyGPT[\w.]*)"', page.read_text(encoding="utf-8"))
     }
-    assert set(MyGPT.__all__) <= anchors
+    assert set(MyGPT.__all__) <= {anchor.rpartition(".")[2] for anchor in anchors}
+    assert not [anchor for anchor in anchors if "._" in anchor or anchor in INTERNAL]
+
+
+def test_pages_use_no_markup_that_a_code_host_shows_as_program_text() -> None:
+    for page in PAGES:
+        assert "```{" not in page.read_text(encoding="utf-8"), page

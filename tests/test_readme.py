@@ -1,4 +1,4 @@
-"""Every code block of the README runs, in order, in one directory, as a reader would run them."""
+"""Run every code block of the README, in order, in one directory, as a reader would."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from places import ROOT
 from texts import OPENAI_FILES
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-# Training commands are cut to a few steps; everything else runs as it stands.
+# Training commands are shortened to a few steps; all other commands run unchanged.
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()
 
 
 def write_random_gpt2(directory: Path) -> None:
-    """OpenAI's files for 124M, with their sizes and random weights."""
+    """Write files like OpenAI's for the 124M model: the same tensors and sizes, with random weights."""
     directory.mkdir(parents=True)
     config = GPT2_CONFIGS["124M"]
     tensors = {
@@ -49,8 +49,7 @@ def test_every_block_runs(
         {"instruction": f"Spell {word}.", "output": " ".join(word)} for word in alice.split()[:60] if word.isalpha()
     ]
     Path("records.json").write_text(json.dumps(records))
-    Path("messages.csv").write_text("text,label\nsee you at six,ham\nbuy now,spam\nfree gold,spam\nthank you,ham\n")
-    write_random_gpt2(Path("gpt2/124M"))  # what is there already is not downloaded
+    write_random_gpt2(Path("gpt2/124M"))  # files that exist are not downloaded
     monkeypatch.setattr("sys.stdin", io.StringIO("Spell cat.\n"))
     names: dict[str, object] = {"__name__": "readme"}
     languages = set()
@@ -61,10 +60,10 @@ def test_every_block_runs(
         elif language == "bash":
             for line in code.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words and words[0] == "mygpt":
+                # test_doctor.py tests mygpt doctor, which takes half a minute.
+                if words[:1] == ["mygpt"] and words[1] not in ("doctor", "--help"):
                     short = SHORT if words[1] == "train" else ["--epochs", "0.5"] if words[1] == "finetune" else []
                     assert main([*words[1:], *short]) == 0, (line, capsys.readouterr().err)
                 else:
-                    assert not words or words[0] in ("make", "git", "cd", "pip", "python"), f"not run: {line}"
-    assert languages <= {"python", "bash", "text"}
-    assert "python" in languages and "bash" in languages
+                    assert not words or words[0] in ("make", ".", "pip", "jupyter", "mygpt"), f"not run: {line}"
+    assert languages == {"python", "bash"}

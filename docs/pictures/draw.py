@@ -1,14 +1,18 @@
-"""Makes the pictures of README and docs anew: `python docs/pictures/draw.py [--only NAME]`.
+"""Draw the pictures of the README and the documentation: `python docs/pictures/draw.py [--only NAME]`.
 
-architecture.svg is drawn from architecture.dot by Graphviz. losses.svg and sampling.svg come from a real run, "Alice in
-Wonderland" by letters, which is trained first; a run that is there already is drawn again.
+architecture.svg, and flowchart.png in the root directory, show architecture.dot and need Graphviz. The other pictures show
+one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png is a
+screenshot of the page that `mygpt explain` writes and needs Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
+import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +20,69 @@ import torch
 from matplotlib.figure import Figure
 
 from MyGPT import GPTModel, SamplingConfig, load_tokenizer
-from MyGPT.inside.plots import COLOURS, plot_losses, save_figure
+from MyGPT.inside.plots import COLOURS, save_figure, smooth
 from MyGPT.sampling import filter_logits
+from MyGPT.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
-# Muon, the recipe's optimizer, is slow on a processor without bf16.
-CHANGES = ["--optimizer", "adamw", "--learning_rate", "1e-3"]
+BROWSER = "chromium"
+EXPLAINED = "Alice was"
+PAGE_SIZE = (1100, 1224)
+"""Width and height of the screenshot in pixels: the tokens, the attention maps and the logit lens."""
+
+
+def mygpt(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "MyGPT", *arguments], check=True)
 
 
 def train(run: Path) -> None:
     if not (run / "model").is_dir():
-        options = ["--config", str(RECIPE), "--out", str(run), *CHANGES]
-        subprocess.run([sys.executable, "-m", "MyGPT", "train", *options], check=True)
+        mygpt("train", "--config", str(RECIPE), "--out", str(run))
 
 
 def draw_architecture(_: Path) -> None:
-    subprocess.run(["dot", "-Tsvg", HERE / "architecture.dot", "-o", HERE / "architecture.svg"], check=True)
+    source = HERE / "architecture.dot"
+    subprocess.run(["dot", "-Tsvg", source, "-o", HERE / "architecture.svg"], check=True)
+    subprocess.run(["dot", "-Tpng", "-Gdpi=110", source, "-o", ROOT / "flowchart.png"], check=True)
 
 
-def draw_losses(run: Path) -> None:
+def draw_training(run: Path) -> None:
+    """Draw the losses of the run, with the texts that the model wrote at some of its steps beside the curves."""
     train(run)
-    save_figure(plot_losses([run]), HERE / "losses.svg")
+    records = read_metrics(run)
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    validation = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    pieces = re.split(r"--- step (\d+) ---\n", (run / "samples.txt").read_text(encoding="utf-8"))
+    samples = dict(zip(map(int, pieces[1::2]), pieces[2::2], strict=True))
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes, texts = figure.subplots(1, 2, width_ratios=(1, 1))
+    steps, values = zip(*losses, strict=True)
+    axes.plot(steps, smooth(values), color=COLOURS[5], linewidth=1, label="training loss")
+    axes.plot(validation.keys(), validation.values(), "o-", color=COLOURS[0], label="validation loss")
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    texts.set_axis_off()
+    for i, (step, sample) in enumerate(samples.items()):
+        top = 1.02 - i / len(samples)
+        title = f"step {step}: the model writes" if i == 0 else f"step {step}"
+        texts.text(0, top, title, color=COLOURS[0], weight="bold", fontsize=10, va="top")
+        wrapped = textwrap.fill(" ".join(sample.split()), 52)
+        texts.text(0, top - 0.07, wrapped, family="monospace", fontsize=9, va="top", parse_math=False)
+    save_figure(figure, HERE / "training.svg")
 
 
 def draw_sampling(run: Path) -> None:
-    """What temperature, top-k and top-p leave of the probabilities of the letter after "Alice was "."""
+    """Draw the probabilities of the character after "Alice was " for some temperatures, top-k and top-p."""
     train(run)
     model, tokenizer = GPTModel.from_pretrained(run), load_tokenizer(run / "model")
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode("Alice was ")]))[:, -1]
-    ways = {
+    panels = {
         "temperature 1": SamplingConfig(1.0),
         "temperature 0.5": SamplingConfig(0.5),
         "top_k 3": SamplingConfig(1.0, top_k=3),
@@ -55,28 +90,44 @@ def draw_sampling(run: Path) -> None:
     }
     likeliest = logits[0].topk(16).indices.tolist()
     figure = Figure(figsize=(8, 2.6), layout="constrained")
-    panels: Any = figure.subplots(1, len(ways), sharey=True)
-    for axes, (title, config), colour in zip(panels, ways.items(), COLOURS, strict=False):
+    all_axes: Any = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, config), colour in zip(all_axes, panels.items(), COLOURS, strict=False):
         axes.bar(range(len(likeliest)), filter_logits(logits, config)[0].softmax(-1)[likeliest], color=colour)
         axes.set_title(title, fontsize=10)
         axes.set_xticks(range(len(likeliest)), [tokenizer.decode([id_]) for id_ in likeliest], fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("probability")
-    figure.supxlabel("the letter after “Alice was ”", fontsize=10)
+    all_axes[0].set_ylabel("probability")
+    figure.supxlabel("the next character after “Alice was ”", fontsize=10)
     save_figure(figure, HERE / "sampling.svg")
 
 
-PICTURES = {"architecture": draw_architecture, "losses": draw_losses, "sampling": draw_sampling}
+def draw_explain(run: Path) -> None:
+    """Take a screenshot of the page that `mygpt explain` writes."""
+    train(run)
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "explain.html"
+        mygpt("explain", "--model", str(run), "--out", str(page), EXPLAINED)
+        options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000".split()
+        options += ["--window-size={},{}".format(*PAGE_SIZE), f"--screenshot={HERE / 'explain.png'}"]
+        subprocess.run([BROWSER, *options, page.as_uri()], check=True)
+
+
+PICTURES = {
+    "architecture": draw_architecture,
+    "training": draw_training,
+    "sampling": draw_sampling,
+    "explain": draw_explain,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PICTURES, help="one of them")
-    parser.add_argument("--run", type=Path, default=ROOT / "runs/pictures", help="where the run is, or will be")
+    parser.add_argument("--only", choices=PICTURES, help="the picture to draw; all pictures without this option")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/pictures", help="run directory; created if missing")
     options = parser.parse_args()
     for name in [options.only] if options.only else PICTURES:
         PICTURES[name](options.run)
-        print(HERE / f"{name}.svg")
+        print(f"drew {name}")
 
 
 if __name__ == "__main__":

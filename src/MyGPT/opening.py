@@ -1,4 +1,4 @@
-"""How a model is opened: from a name or path to the model, its tokenizer, its prompt template and its LoRA adapter.
+"""Opening a model by name or path, with its tokenizer, prompt template and LoRA adapter.
 
 1. `find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), the directory of
    a run contains `model/` or `adapter/`, and an adapter names the model that it was trained on.

@@ -312,8 +312,6 @@ def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
     """A model tuned on conversations, or on plain prompts, never saw the introduction of Alpaca's."""
     import io
 
-    from MyGPT.commands import _model
-
     record, expected = KINDS[kind]
     (tmp_path / "records.jsonl").write_text("\n".join([json.dumps(record)] * 20))
     assert finetune(base, tmp_path / "run", "--data", str(tmp_path / "records.jsonl"), "--sample_every", "0") == 0
@@ -323,7 +321,7 @@ def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
         asked.append(tokenizer.decode(ids))
         return []
 
-    monkeypatch.setattr(_model, "stream_text", spy)
+    monkeypatch.setattr("MyGPT.generation.stream_text", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
     assert main(["chat", "--model", str(tmp_path / "run")]) == 0
     assert asked == [expected]

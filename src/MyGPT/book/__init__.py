@@ -1,11 +1,9 @@
-"""Provide the names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
+"""The names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
 
-`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same argument
-order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions and their reasons.
-
-The layers have the book's structure, not that of `MyGPT.GPTModel`. Therefore a seed gives the book's weights, its `model.pth`
-loads, and its code can read and assign `trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Attention, the cache, the loss
-and the decoding loop are MyGPT's own.
+`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same
+argument order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions. The layers
+also have the book's structure: a seed gives the book's weights, its `model.pth` loads, and its code can read and assign
+`trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Attention kernel, cache, loss and decoding loop are MyGPT's own.
 """
 
 from MyGPT.book.attention import (

@@ -1,13 +1,11 @@
-"""Spam detection (chapter 6): a GPT classifies a text by the logits of the last token, the only one that attends to all others.
-
-B batch, T time.
-"""
+"""Spam detection (chapter 6): the logits of the last token, which attends to all other tokens, classify a text."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,13 +22,9 @@ from MyGPT.training.simple import Device, evaluate_model
 
 
 class SpamDataset(Dataset[Batch]):
-    """The messages of a CSV file as pairs of ids (max_length,), padded or cut, and a label.
+    """The messages of a CSV file with the columns Label (0 or 1) and Text, as pairs of ids (max_length,) and a label.
 
-    Args:
-        csv_file: a file with the columns Label (0 or 1) and Text.
-        tokenizer: any tokenizer with `encode`.
-        max_length: number of ids for each message. The default is the length of the longest message.
-        pad_token_id: the id that pads shorter messages.
+    Messages are cut to max_length or padded with pad_token_id. The default max_length is that of the longest message.
     """
 
     def __init__(
@@ -73,9 +67,7 @@ def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num
     """Return the accuracy on the first num_batches batches (default: all batches), or NaN if there is no batch."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
-        for i, (input_batch, target_batch) in enumerate(data_loader):
-            if num_batches is not None and i >= num_batches:
-                break
+        for input_batch, target_batch in islice(data_loader, num_batches):
             predicted = model(input_batch.to(device))[:, -1].argmax(-1)  # (B,)
             correct += int((predicted == target_batch.to(device)).sum())
             n_examples += len(target_batch)
@@ -92,10 +84,11 @@ def train_classifier_simple(
     eval_freq: int,
     eval_iter: int,
 ) -> tuple[list[float], list[float], list[float], list[float], int]:
-    """Train a classifier; evaluate it on eval_iter batches of each loader, the losses every eval_freq steps.
+    """Train a classifier, evaluated on eval_iter batches of each loader.
 
     Returns:
-        Training and validation losses, training and validation accuracies after each epoch, and the number of examples seen.
+        Training losses and validation losses (every eval_freq steps), training accuracies and validation accuracies
+        (after each epoch), and the number of examples seen.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1

@@ -78,8 +78,8 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """The GPT model of the book: maps ids (B, T) to logits (B, T, V).
 
-    `cfg` is a dict with the book's seven keys, or a GPTConfig. The output head is never tied to the token embedding. Every
-    part can be replaced, as the book does with `out_head`.
+    `cfg` is a dict with the book's seven keys, or a GPTConfig. The output head is never tied to the token embedding.
+    Every part can be replaced, as the book does with `out_head`.
     """
 
     def __init__(self, cfg: Config) -> None:

@@ -17,11 +17,7 @@ from MyGPT.weights.lazy import LazyTensor, flatten
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
-    """Return a parameter with the values of `right` and the device and dtype of `left`.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Return a parameter with the values of `right`, and the device and dtype of `left`; their shapes must be equal."""
     if left.shape != right.shape:
         raise ValueError(f"the weights are {tuple(right.shape)}, the parameter is {tuple(left.shape)}")
     values = right.detach().clone() if isinstance(right, Tensor) else torch.tensor(right)

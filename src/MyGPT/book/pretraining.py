@@ -1,7 +1,7 @@
 """Losses, evaluation and training (chapters 5 and 6, appendix D).
 
-Chapters 5 and 6 use the same function names for two losses. Here the shape of the targets decides: (B, T) are next tokens
-(chapter 5), (B,) are classes that the last token predicts (chapter 6). B batch, T time.
+Chapters 5 and 6 use the same function names for two losses. Here the shape of the targets decides: (B, T) are next
+tokens (chapter 5), (B,) are classes that the last token predicts (chapter 6). B batch, T time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from MyGPT.training.simple import Device, calc_loss_batch, evaluate_model, gener
 
 
 def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the mean cross-entropy in nats over the first num_batches batches (default: all), or NaN without targets."""
+    """Return the mean cross-entropy in nats over num_batches batches (default: all), or NaN without targets."""
     return simple.calc_loss_loader(data_loader, model, device, num_batches)
 
 
@@ -39,8 +39,8 @@ def train_model(
 ) -> tuple[list[float], list[float], list[int], list[float]]:
     """Train a model with learning-rate warmup, cosine decay and gradient clipping (appendix D).
 
-    The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps steps, and then falls along a
-    cosine to min_lr. After the warmup, gradient norms are clipped to 1.
+    The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps steps, and then falls along
+    a cosine to min_lr. After the warmup, gradient norms are clipped to 1.
 
     Returns:
         Training losses, validation losses and tokens seen at each evaluation, and the learning rate of every step.
@@ -77,7 +77,7 @@ def train_step(
     device: Device,
     max_norm: float | None = None,
 ) -> None:
-    """Take one optimizer step, with gradient norms clipped to max_norm; raise FloatingPointError if the loss is not finite."""
+    """Take one optimizer step, gradients clipped to max_norm; raise FloatingPointError if the loss is not finite."""
     optimizer.zero_grad()
     loss = calc_loss_batch(inputs, targets, model, device)
     if not torch.isfinite(loss):

@@ -17,7 +17,7 @@ from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import SimpleTokenizer, get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
 
-# The book's two versions differ in unknown words. Here they become <|unk|> if the vocabulary has this token, else an error.
+# The book's versions differ for unknown words. Here these become <|unk|> if the vocabulary has it, or raise ValueError.
 SimpleTokenizerV1 = SimpleTokenizerV2 = SimpleTokenizer
 
 

@@ -96,11 +96,12 @@ def chat(
         precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
         lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
     """
-    from MyGPT.commands._model import make_fast, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build
     from MyGPT.data.templates import load_template
 
     build = start_build(device)
-    from MyGPT.opening import find_model_files, open_model  # after the build has started: it imports torch
+    from MyGPT.generation import stream_text  # after the build has started, because this imports torch
+    from MyGPT.opening import find_model_files, open_model
 
     gpt, tokenizer = open_model(model, device, adapter)
     context = gpt.config.context_length

@@ -42,12 +42,13 @@ def generate(
         precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
         lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
     """
-    from MyGPT.commands._model import make_fast, start_build, stream_text
+    from MyGPT.commands._model import make_fast, start_build
 
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     build = start_build(device)
-    from MyGPT.opening import open_model  # after the build has started: it imports torch
+    from MyGPT.generation import stream_text  # after the build has started, because this imports torch
+    from MyGPT.opening import open_model
 
     gpt, tokenizer = open_model(model, device, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
@@ -67,7 +68,7 @@ def generate(
             print("\n---")
         print(text, end="", flush=True)
         for piece in stream_text(
-            fast, tokenizer, ids, max_new_tokens, sampling, stop, None if seed is None else seed + i
+            fast, tokenizer, ids, max_new_tokens, sampling, stop or (), None if seed is None else seed + i
         ):
             print(piece, end="", flush=True)
         print()

@@ -1,9 +1,8 @@
 """Compute the loss of a model on texts that are longer than its context.
 
-The text is cut into windows of L tokens, usually the context length. In disjoint windows the first targets have little
-context. If windows start only `stride` < L tokens apart, they overlap: each target is still scored once, and after the first
-window every target has at least L - stride tokens of context, at L / stride times the cost. protocols.py decides which text
-is read and whether tokens, words or bytes are counted. B batch, T window, V vocabulary.
+The text is cut into windows of L tokens. Without overlap, the first targets of each window have little context. If
+windows start only `stride` < L tokens apart, each target is still scored once, and after the first window every target
+has at least L - stride tokens of context, at L / stride times the cost. B batch, T window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,10 +73,9 @@ def strided_loss(
 ) -> Result:
     """Compute the loss of the model on a text; every target is counted exactly once.
 
-    The last window ends with the text and is as long as the others. Batches are summed in float64. With windows of
-    max_length + 1 tokens, the guide to perplexity of transformers computes the same loss, except for its last window; if
-    windows do not overlap, it omits one target per window. lm-evaluation-harness computes the loss of the default stride with
-    a bos_id.
+    The last window ends with the text and is as long as the others. Batches are summed in float64. The loss agrees with
+    lm-evaluation-harness for the default stride and a bos_id. The perplexity guide of transformers, with windows of
+    max_length + 1 tokens, differs in its last window; without overlap it also omits one target per window.
 
     Args:
         model: the model to evaluate. Its mode and gradients do not change.
@@ -104,12 +102,16 @@ def documents_loss(
     progress: bool = False,
 ) -> Result:
     """Compute the total loss on several independent texts (see `strided_loss`). Windows of all texts share batches."""
-    length = _window_length(model, max_length)
+    context, vocab_size = model.config.context_length, model.config.vocab_size
+    length = context if max_length is None else max_length
+    if type(length) is not int or not 1 <= length <= context:
+        raise ValueError(
+            f"max_length must be a whole number from 1 to {context}, the model's context, got {max_length!r}"
+        )
     stride = length if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= length:
         raise ValueError(f"stride must be a whole number from 1 to {length}, the length of a window, got {stride!r}")
     require_positive(batch_size=batch_size)
-    vocab_size = model.config.vocab_size
     if bos_id is not None and not 0 <= bos_id < vocab_size:
         raise ValueError(f"bos_id must be an id of the vocabulary, 0 to {vocab_size - 1}, got {bos_id!r}")
     texts = [_checked(ids, vocab_size, bos_id) for ids in documents]
@@ -135,27 +137,20 @@ def documents_loss(
 def continuation_logits(
     model: GPTModel, pairs: Sequence[Pair], batch_size: int = 8, progress: bool = False
 ) -> Iterator[Tensor]:
-    """Yield, for each pair of a context and a continuation, the logits that predict the continuation, (n, V).
+    """Yield, for each pair of a context and a continuation, the logits (n, V) that predict the n continuation tokens.
 
-    The model runs in evaluation mode without gradients. Between two results its mode and the gradient mode are those of
-    the caller.
-
-    Args:
-        model: the model to evaluate.
-        pairs: ids of a context and of a continuation of n tokens, each at least one. The beginning of the context is cut
-            if both together are too long for the model.
-        batch_size: pairs per forward pass.
-        progress: show a progress bar.
+    Contexts and continuations are token ids, at least one each. If both together are too long for the model, the
+    beginning of the context is cut. The model is in evaluation mode without gradients, except between two results.
     """
     require_positive(batch_size=batch_size)
-    length, vocab_size = _window_length(model, None), model.config.vocab_size
+    length = model.config.context_length
     for context, continuation in pairs:
         if not len(context) or not 1 <= len(continuation) <= length:
             raise ValueError(
                 f"a context needs at least 1 token and a continuation 1 to {length}, the model's context; "
                 f"got {len(context)} and {len(continuation)}"
             )
-        _checked([*context, *continuation], vocab_size, None)
+        _checked([*context, *continuation], model.config.vocab_size, None)
     with tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
         for batch in _batches(pairs, batch_size):
             # Evaluation mode ends before each `yield`, because the caller's code runs between two results.
@@ -192,19 +187,8 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _window_length(model: GPTModel, max_length: int | None) -> int:
-    """Return max_length, or the model's context length if it is None; raise ValueError if it is out of range."""
-    context = model.config.context_length
-    length = context if max_length is None else max_length
-    if type(length) is not int or not 1 <= length <= context:
-        raise ValueError(
-            f"max_length must be a whole number from 1 to {context}, the model's context, got {max_length!r}"
-        )
-    return length
-
-
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
-    """Return a compact array of bos_id, if there is one, and the ids; raise ValueError for ids outside the vocabulary."""
+    """Return bos_id (unless None) and the ids as a compact array; raise ValueError for ids outside the vocabulary."""
     array = compact_ids(ids)
     if len(array) and int(array.max()) >= vocab_size:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Define how GPT-2 was evaluated on each data set (Radford et al., 2019, section 3 and table 3).
 
-A perplexity depends on its protocol: what is counted, how the text is spelled, how long the context is. `PLAIN` measures a
-text unchanged; the other protocols follow the paper as far as it describes them. A corpus of tokens, such as WikiText, is
-first rewritten as ordinary text. The corpus can be recovered from the text, so both have the same probability.
-perplexity.py computes the losses; docs/evaluation.md compares these protocols with those of other projects.
+A perplexity depends on its protocol: what is counted, how the text is spelled, how long the context is. `PLAIN`
+measures a text unchanged; the other protocols follow the paper as far as it describes them. A corpus of tokens, such as
+WikiText, is first rewritten as ordinary text. The corpus can be recovered from the text, so both have the same
+probability. docs/evaluation.md compares these protocols with those of other projects.
 """
 
 from __future__ import annotations
@@ -71,13 +71,11 @@ class Detokenizer:
 
     def _is_attached(self, before: str, token: str, in_quotes: bool) -> bool:
         """Return True if `token` follows `before` without a space."""
-        if in_quotes and '"' in (before, token):
-            return True
         return (
-            _is_inner(token)
-            or re.fullmatch(self.closing, token) is not None
-            or re.fullmatch(self.opening, before) is not None
+            (in_quotes and '"' in (before, token))
+            or _is_inner(token)
             or before == token == "="  # WikiText's headings
+            or bool(re.fullmatch(self.closing, token) or re.fullmatch(self.opening, before))
         )
 
     def _split_word(self, word: str) -> list[str]:

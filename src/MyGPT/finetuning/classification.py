@@ -49,8 +49,8 @@ class GPTForClassification(nn.Module):
     Args:
         gpt: the model to extend; it is not copied.
         labels: the names of the labels, at least two.
-        train_only: the parameters to train: `score` ("head"), also the last block and the final LayerNorm ("last_block"),
-            or all parameters ("all").
+        train_only: the parameters to train: "head" (`score`), "last_block" (also the last block and final LayerNorm) or
+            "all".
     """
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
@@ -120,12 +120,10 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: score.weight is {score.shape}, expected floats of (labels, {config.emb_dim})")
         numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers omits its default names
         names = read_json(path / "config.json").get("id2label", numbered)
-        if not isinstance(names, dict) or names.keys() != numbered.keys():
-            raise ValueError(
-                f"{path / 'config.json'}: id2label must name the {len(numbered)} labels 0 to {len(numbered) - 1}"
-            )
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{path / 'config.json'}: id2label must have a text for each label")
+        is_complete = isinstance(names, dict) and names.keys() == numbered.keys()
+        if not is_complete or not all(isinstance(name, str) for name in names.values()):
+            what = f"id2label must have a text for each of the {len(numbered)} labels 0 to {len(numbered) - 1}"
+            raise ValueError(f"{path / 'config.json'}: {what}")
         try:
             fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
             gpt = GPTModel(config).to(score.dtype)  # only after `fit` has checked the sizes
@@ -201,14 +199,8 @@ def train_classifier(
 ) -> list[float]:
     """Train a classifier and return the loss of each step, computed before its update.
 
-    Args:
-        model: a GPTForClassification, or a PeftModel of one. It stays in training mode.
-        examples: pairs of a text and its label.
-        tokenizer: the tokenizer of the model.
-        optimizer: an optimizer of the parameters to train.
-        epochs: number of times that each example is used.
-        batch_size: examples per step.
-        seed: seed of the order of the examples.
+    The model is a GPTForClassification or a PeftModel of one, and stays in training mode. Each step uses batch_size
+    examples, each epoch all examples once, in a random order that depends on the seed.
     """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)

@@ -39,8 +39,8 @@ class Preferences:
     accuracy: float
     """The fraction of pairs in which the chosen answer has the higher reward."""
     margin: float
-    """The reward of the chosen answer minus the reward of the rejected one. A reward is beta times the difference between
-    the log-probabilities of an answer under the model and under the reference."""
+    """The reward of the chosen answer minus the reward of the rejected answer. A reward is beta times the difference of
+    the answer's log-probabilities under the model and under the reference."""
 
 
 def dpo_loss(

@@ -76,11 +76,8 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
 
 def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
     """Return the k most likely tokens, each as [label, probability, id], for each position of probabilities (T, V)."""
-    best = probabilities.topk(min(k, probabilities.shape[-1]))
-    return [
-        [
-            [label, round(probability, 5), id_]
-            for label, probability, id_ in zip(token_labels(tokenizer, ids), values, ids, strict=True)
-        ]
-        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    best, rows = probabilities.topk(min(k, probabilities.shape[-1])), []
+    for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        labels = token_labels(tokenizer, ids)
+        rows.append([[label, round(p, 5), id_] for label, p, id_ in zip(labels, values, ids, strict=True)])
+    return rows

@@ -86,7 +86,7 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         labels: the T tokens as text (see `token_labels`).
         first_head: number of the first head, for the titles.
     """
-    H, T = weights.shape[0], weights.shape[1]
+    H, T = weights.shape[:2]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
         raise ValueError(f"weights must be (heads, {len(labels)}, {len(labels)}), got {tuple(weights.shape)}")
     # Labels of a longer text need larger maps.
@@ -106,11 +106,8 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         ticks = range(0, T, every)
         axes.set_xticks(ticks, names[::every], rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(ticks, names[::every], fontsize=size, parse_math=False)
-        axes.tick_params(length=0)
-        # A map without another below it keeps its labels.
-        axes.tick_params(labelbottom=head + n_columns >= H)
-    bar = figure.colorbar(image, ax=grid, shrink=0.6 if n_rows > 1 else 0.8, aspect=30)
-    bar.set_label("attention weight")
+        axes.tick_params(length=0, labelbottom=head + n_columns >= H)  # labels below the lowest map of each column
+    figure.colorbar(image, ax=grid, shrink=0.6 if n_rows > 1 else 0.8, aspect=30).set_label("attention weight")
     figure.supxlabel("attends to", fontsize=10)
     figure.supylabel("token", fontsize=10)
     return figure
@@ -143,12 +140,11 @@ def plot_layers(
 def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figure:
     """Draw the most likely next token and its probability, as predicted after each layer (the logit lens).
 
-    Columns are tokens of the text. Rows are layers, from the embeddings at the bottom to the model's prediction at the top.
+    Columns are tokens of the text. Rows are layers, from the embeddings (bottom) to the model's own prediction (top).
 
     Args:
         lens: logits of one text, (L + 1, T, V), such as `logit_lens(model, traced)[:, 0]`.
         labels: the T tokens as text (see `token_labels`).
-        tokenizer: the tokenizer that names the predicted tokens.
     """
     n_depths, T, _ = lens.shape
     if len(labels) != T:
@@ -173,14 +169,12 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
 def plot_sampling(
     logits: Tensor, config: SamplingConfig, tokenizer: Any, seen: Sequence[int] = (), n_tokens: int = 15
 ) -> Figure:
-    """Draw the next-token probabilities before sampling filters and after each filter, in the order of their use.
+    """Draw the next-token probabilities before the filters of `config` and after each filter, in order of their use.
 
     A cross marks a token that a filter has removed.
 
     Args:
         logits: logits of one position, (V,).
-        config: the filters to apply.
-        tokenizer: the tokenizer that names the tokens.
         seen: ids of the text so far, for the repetition penalty.
         n_tokens: number of most likely tokens with a bar of their own; all others share one bar.
     """

@@ -40,8 +40,13 @@ Edit = Callable[[Tensor], Tensor]
 _IN_LAYER = (".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn", ".ln_2",
              ".mlp.c_fc", ".mlp.activations", ".mlp", "")  # fmt: skip
 _NOT_EDITABLE = (".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".after_attn", "logits")
-# The modules whose input is a place. All other editable places are the output of the module with the same name.
-_INPUT_OF = {"embeddings": "h.0", ".attn.heads": ".attn.c_proj", ".mlp.activations": ".mlp.c_proj"}
+# These places are the input of a module. All other editable places are the output of the module with the same name.
+_INPUT_OF = {
+    "embeddings": "h.0",
+    ".attn.heads": ".attn.c_proj",
+    ".after_attn": ".ln_2",
+    ".mlp.activations": ".mlp.c_proj",
+}
 
 
 class Trace(dict[str, Tensor]):
@@ -85,7 +90,7 @@ def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) ->
     with evaluation_mode(model), ExitStack() as hooks:
         hooks.enter_context(edit(model, {place: record(place) for place in _editable(all_places)}))
         for i, block in enumerate(model.transformer.h):
-            hooks.enter_context(_hook_input(block.ln_2, record(f"h.{i}.after_attn")))
+            hooks.enter_context(_hook(model, f"h.{i}.after_attn", record(f"h.{i}.after_attn")))
             hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", activations))
         activations["logits"] = model(ids, attention_mask=attention_mask)
     return Trace((place, activations[place]) for place in all_places)
@@ -98,8 +103,8 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
         with edit(model, {"h.3.mlp": lambda x: x - x.mean(dim=(0, 1))}):
             ...
 
-    The edits apply to everything that runs the model: `trace`, a loss, and `generate`, which computes only the new tokens
-    if it uses the cache. Queries, keys, values, attention weights, the residual stream between attention and MLP, and the
+    The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a cache, an edit sees
+    only the new tokens). Queries, keys, values, attention weights, the residual stream between attention and MLP, and the
     logits cannot be edited.
 
     Args:
@@ -114,10 +119,7 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
         for place, function in edits.items():
             if place not in editable:
                 raise ValueError(f"the place {place!r} cannot be edited; choose from {', '.join(_abridged(editable))}")
-            checked = _same_shape(place, function)
-            if place.endswith(".attn.heads"):
-                checked = _by_head(checked, model.config.n_heads)
-            hooks.enter_context(_hook(model, place, checked))
+            hooks.enter_context(_hook(model, place, _checked_edit(place, function, model.config.n_heads)))
         yield
 
 
@@ -156,7 +158,6 @@ def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) 
     This is activation patching, also known as causal tracing (Vig et al., 2020; Meng et al., 2022).
 
     Args:
-        model: the model to patch.
         source: the trace of the other forward pass, over a prompt of the same number of rows and tokens.
         place: a place that `edit` accepts.
         index: the token to replace in all rows, or the head to replace for "h.i.attn.heads". None replaces everything.
@@ -196,19 +197,15 @@ def patching_effects(
 ) -> Tensor:
     """Measure a metric on the corrupted prompt while one activation at a time comes from the clean prompt.
 
-    The result shows which layers and tokens, or which heads, cause the difference between the two prompts. Each number of
-    the result costs one forward pass.
+    The result, float64 (L, T), or (L, H) for "attn.heads", shows which layers and tokens, or which heads, cause the
+    difference between the two prompts. Each number costs one forward pass.
 
     Args:
-        model: the model to examine.
         clean: ids of the prompt from which activations are taken, (B, T) int64.
         corrupted: ids of the prompt that the model reads, (B, T) int64.
         metric: a function from logits (B, T, V) to a number.
         part: the activation to replace: the residual stream after a layer (""), the output of its attention ("attn") or
             of its MLP ("mlp"), each at one token; or the output of one head ("attn.heads").
-
-    Returns:
-        The metric as float64, (L, T), or (L, H) for "attn.heads".
     """
     allowed = ("", "attn", "mlp", "attn.heads")
     if part not in allowed:
@@ -230,12 +227,10 @@ def patching_effects(
 
 @torch.no_grad()
 def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
-    """Return the predictions if the model stopped after the embeddings or after each layer (the logit lens).
+    """Return the predictions if the model stopped after the embeddings or after each layer, as logits (L + 1, B, T, V).
 
-    The final LayerNorm and the output head are applied to the residual stream of every layer (nostalgebraist, 2020).
-
-    Returns:
-        Logits (L + 1, B, T, V); the last are the model's own. For 100 tokens of GPT-2 124M in float32 they take 261 MB.
+    This logit lens applies the final LayerNorm and the output head to each residual stream (nostalgebraist, 2020). The
+    last logits are the model's own. For 100 tokens of GPT-2 124M in float32 the result takes 261 MB.
     """
     _require_gpt(model)
     return torch.stack([model.lm_head(model.transformer.ln_f(x)) for x in traced.residual])
@@ -245,10 +240,10 @@ def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
 def induction_scores(model: GPTModel, length: int | None = None, n_sequences: int = 8, seed: int = 0) -> Tensor:
     """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
 
-    The model reads `length` random tokens twice in a row, by default half the context but at most 50. The scores (L, H),
-    from 0 to 1, are the mean attention weights in the second half of n_sequences such texts (Olsson et al., 2022). Random
-    tokens have no other connection, so a high score means that the head searches for repetitions. A head that attends to
-    a fixed distance also scores high at one length: compare two lengths.
+    The model reads n_sequences texts. Each has `length` random tokens (by default half the context, at most 50) twice in
+    a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022). Random
+    tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
+    attends to a fixed distance also scores high at one length: compare two lengths.
     """
     _require_gpt(model)
     half = model.config.context_length // 2
@@ -264,7 +259,7 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """Return the ids of the k other tokens with the most similar embeddings, and their cosine similarities, each (k,).
+    """Return the ids of the k other tokens with the most similar embeddings and their cosine similarities, each (k,).
 
     The most similar token comes first.
     """
@@ -283,32 +278,22 @@ def _editable(all_places: Iterable[str]) -> list[str]:
 
 
 def _hook(model: GPTModel, place: str, function: Edit) -> RemovableHandle:
-    """Apply `function` to the activation at an editable place."""
-    for suffix, module in _INPUT_OF.items():
+    """Apply `function` to the activation at a place until the returned handle is closed."""
+    for suffix, name in _INPUT_OF.items():
         if place.endswith(suffix):
-            return _hook_input(model.transformer.get_submodule(place.removesuffix(suffix) + module), function)
-    return _hook_output(model.transformer.get_submodule(place), function)
-
-
-def _hook_input(module: Any, function: Edit) -> RemovableHandle:
-    """Apply `function` to the first argument of the module until the returned handle is closed."""
-    return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
-
-
-def _hook_output(module: Any, function: Edit) -> RemovableHandle:
-    """Apply `function` to the output of the module until the returned handle is closed."""
-    return module.register_forward_hook(lambda _, args, output: function(output))
+            module = model.transformer.get_submodule(place.removesuffix(suffix) + name)
+            return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+    return model.transformer.get_submodule(place).register_forward_hook(lambda _, args, output: function(output))
 
 
 @contextmanager
 def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> Iterator[None]:
     """Store queries, keys, values and attention weights in `activations` when the model runs within a `with` block."""
 
-    def record_qkv(projected: Tensor) -> Tensor:
-        B, T, _ = projected.shape
+    def record_qkv(_: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
+        B, T = projected.shape[:2]
         q, k, v = projected.view(B, T, 3, attn.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         activations.update({f"{place}.q": q, f"{place}.k": k, f"{place}.v": v})
-        return projected
 
     def record_weights(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         q, k, mask = activations[f"{place}.q"], activations[f"{place}.k"], args[1]
@@ -316,30 +301,21 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
         one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
         activations[f"{place}.weights"] = plain_attention(q, k, one_hot, mask)
 
-    with attn.register_forward_hook(record_weights), _hook_output(attn.c_attn, record_qkv):
+    with attn.c_attn.register_forward_hook(record_qkv), attn.register_forward_hook(record_weights):
         yield
 
 
-def _by_head(function: Edit, n_heads: int) -> Edit:
-    """Turn a function of the heads' outputs (B, H, T, D) into a function of the joined outputs (B, T, C)."""
-
-    def of_joined(joined: Tensor) -> Tensor:
-        heads = joined.unflatten(2, (n_heads, -1)).transpose(1, 2)
-        return function(heads).transpose(1, 2).flatten(2)
-
-    return of_joined
-
-
-def _same_shape(place: str, function: Edit) -> Edit:
-    """Make the function raise a ValueError if its result has another shape than its argument."""
+def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
+    """Return an edit that calls `function`, with outputs of heads as (B, H, T, D), and checks the shape of the result."""
+    by_head = place.endswith(".attn.heads")
 
     def checked(activation: Tensor) -> Tensor:
-        edited = function(activation)
-        if edited.shape != activation.shape:
-            raise ValueError(
-                f"the edit of {place} returned shape {tuple(edited.shape)}, the activation has {tuple(activation.shape)}"
-            )
-        return edited
+        before = activation.unflatten(2, (n_heads, -1)).transpose(1, 2) if by_head else activation
+        after = function(before)
+        if after.shape != before.shape:
+            shapes = f"returned shape {tuple(after.shape)}, the activation has {tuple(before.shape)}"
+            raise ValueError(f"the edit of {place} {shapes}")
+        return after.transpose(1, 2).flatten(2) if by_head else after
 
     return checked
 
@@ -352,7 +328,7 @@ def _abridged(all_places: Iterable[str]) -> list[str]:
 def _require_gpt(model: object) -> None:
     if not isinstance(model, GPTModel):
         raise TypeError(
-            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass model.get_base_model())"
+            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass get_base_model())"
         )
 
 

@@ -206,5 +206,5 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this-directory")
 ```
 
-Describe here what the model was trained on and what it is good for.
+Describe the training data and the intended use of the model here.
 """

@@ -9,7 +9,7 @@
 
 The values of the index block are handles of the data blocks. Numbers are little-endian. Source: LevelDB's doc/table_format.md.
 The bytes may be damaged or malicious. So every length is checked before it is used, the running time is bounded by the table's
-length, and every error is a ValueError.
+length, and all errors are raised as ValueError.
 """
 
 from __future__ import annotations
