@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from conftest import lively_model
 from hostile import Kind, damaged
 from MyGPT.book.classification import SpamDataset
-from MyGPT.cli import call, make_parser
+from MyGPT.commands._options import call, make_parser
 from MyGPT.commands.finetune import finetune
 from MyGPT.commands.info import explain
 from MyGPT.commands.train import train
