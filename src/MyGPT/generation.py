@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next
 
 Stop = str | Sequence[int]
@@ -291,8 +292,7 @@ def stream_text(
 
 def _context(model: Any, context_size: int | None) -> int | None:
     """Return the largest number of tokens that the model may see; None if neither context_size nor a config limits it."""
-    if context_size is not None and (type(context_size) is not int or context_size < 1):
-        raise ValueError(f"context_size must be a whole number of at least 1, got {context_size!r}")
+    require_positive(optional=True, context_size=context_size)
     own = getattr(getattr(model, "config", None), "context_length", None)
     return min((length for length in (context_size, own) if length is not None), default=None)
 

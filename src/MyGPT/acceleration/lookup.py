@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from MyGPT.config import require_positive
+
 
 class LookupCache:
     """The model's cache together with the ids so far, the current guesses and the logits computed ahead."""
@@ -64,9 +66,7 @@ class PromptLookup(nn.Module):
 
     def __init__(self, model: Any, n_guesses: int = 7, n_match: int = 3) -> None:
         super().__init__()
-        for name, value in (("n_guesses", n_guesses), ("n_match", n_match)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        require_positive(n_guesses=n_guesses, n_match=n_match)
         self.model = model
         self.config = model.config
         self.n_guesses = n_guesses
