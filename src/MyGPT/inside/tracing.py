@@ -39,6 +39,7 @@ Edit = Callable[[Tensor], Tensor]
 
 _IN_LAYER = (".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn", ".ln_2",
              ".mlp.c_fc", ".mlp.activations", ".mlp", "")  # fmt: skip
+# `trace` records these places, but `edit` does not accept them.
 _NOT_EDITABLE = (".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".after_attn", "logits")
 # These places are the input of a module. All other editable places are the output of the module with the same name.
 _INPUT_OF = {
@@ -82,7 +83,8 @@ def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) ->
         ids: token ids, (B, T) int64.
         attention_mask: 1 for tokens and 0 for padding, (B, T), as in `GPTModel.forward`.
     """
-    all_places, activations = places(model), dict[str, Tensor]()
+    all_places = places(model)
+    activations: dict[str, Tensor] = {}
 
     def record(place: str) -> Edit:
         return lambda value: activations.setdefault(place, value)
@@ -306,7 +308,7 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
 
 
 def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
-    """Return an edit that calls `function`, with outputs of heads as (B, H, T, D), and checks the returned shape."""
+    """Return `function` with a check of the returned shape; it receives the outputs of heads as (B, H, T, D)."""
     by_head = place.endswith(".attn.heads")
 
     def checked(activation: Tensor) -> Tensor:
