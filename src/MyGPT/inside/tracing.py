@@ -106,8 +106,8 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
             ...
 
     The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a cache, an edit sees
-    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between attention
-    and MLP cannot be edited.
+    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between
+    attention and MLP cannot be edited.
 
     Args:
         model: the model. Its weights do not change.
@@ -243,8 +243,8 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
     """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
 
     The model reads n_sequences texts. Each has `length` random tokens (by default half the context, at most 50) twice
-    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022). Random
-    tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
+    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022).
+    Random tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
     attends to a fixed distance also scores high at one length: compare two lengths.
     """
     _require_gpt(model)
