@@ -1,12 +1,42 @@
-"""The option --resume of train and finetune: a resumed run keeps the options that it started with."""
+"""The options of train and finetune about the run itself. A resumed run keeps the options that it started with."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of train and finetune about the directory and the device of the run."""
+
+    out: str | None = None
+    """Directory of the run; without it, runs/ and the current time."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace a run that is already in the directory."""
+    resume: str | None = None
+    """Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no checkpoint."""
+    allow_changed: str | list[str] | None = None
+    """Options that may differ from those of the resumed run."""
+
+    def for_trainer(self) -> dict[str, Any]:
+        """Return arguments of Trainer. The device and the directory are checked here, before the data is read."""
+        from MyGPT.devices import pick_device
+        from MyGPT.training.run import check_run_directory, is_empty_run
+
+        options = {"device": pick_device(self.device), "allow_changed": self.allow_changed or ()}
+        resumed = run_to_resume(self.resume, self.out)
+        if resumed is not None:
+            return {**options, "run_dir": resumed, "resume": True}
+        run = Path(self.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        overwrite = self.overwrite or (self.resume == "auto" and is_empty_run(run))
+        check_run_directory(run, overwrite)
+        return {**options, "run_dir": run, "overwrite": overwrite}
 
 
 def with_options_of_run(arguments: Sequence[str]) -> list[str]:
@@ -21,10 +51,7 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:
-    """Return the directory of the run to resume, or None for a new run.
-
-    resume="auto" selects the run in `out` if it has a checkpoint.
-    """
+    """Return the directory of the run to resume, or None for a new run. "auto" selects `out` if it has a checkpoint."""
     if resume is None:
         return None
     if resume != "auto":
@@ -36,22 +63,6 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
     from MyGPT.training.checkpoint import has_checkpoint
 
     return Path(out) if has_checkpoint(Path(out)) else None
-
-
-def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Path, dict[str, Any]]:
-    """Return the run directory, and the Trainer's arguments that resume or overwrite the run in it.
-
-    The default directory is runs/ and the current time. The directory is checked here, before the data is read.
-    """
-    from MyGPT.training.run import check_run_directory, is_empty_run
-
-    resumed = run_to_resume(resume, out)
-    if resumed is not None:
-        return resumed, {"resume": True}
-    run = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    overwrite = overwrite or (resume == "auto" and is_empty_run(run))
-    check_run_directory(run, overwrite)
-    return run, {"overwrite": overwrite}
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:

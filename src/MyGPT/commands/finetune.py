@@ -7,31 +7,25 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from MyGPT.commands._resume import choose_run, with_options_of_run
-from MyGPT.finetuning.examples import ExampleOptions
-from MyGPT.finetuning.lora import LoraOptions
+import torch
+
+from MyGPT.commands._resume import RunOptions, with_options_of_run
+from MyGPT.commands.train import draw_losses
+from MyGPT.finetuning.examples import ExampleOptions, Examples
+from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora
+from MyGPT.model import GPTModel
+from MyGPT.opening import adapter_without_model, find_model_files
 from MyGPT.training.config import TrainConfig
+from MyGPT.training.run import WholeModel
+from MyGPT.training.trainer import Trainer
 
 DEFAULTS = {
-    "batch_size": 8,
-    "learning_rate": 2e-4,
-    "min_learning_rate": 0.0,
-    "warmup_steps": 20,
-    "weight_decay": 0.0,
-    "beta2": 0.999,
-    "eval_every": 50,
-    "sample_every": 50,
-    "sample_tokens": 64,
-    "sample_temperature": 0.0,
-    "sample_to_end": True,
-    "log_every": 1,
-}
+    "batch_size": 8, "learning_rate": 2e-4, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0, "beta2": 0.999,
+    "eval_every": 50, "sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0, "sample_to_end": True, "log_every": 1,
+}  # fmt: skip
 HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
 NESTED = ("lora",)
-COMMON = (
-    *("model", "data", "template", "out", "resume", "epochs", "batch_size", "learning_rate"),
-    *("full", "merge", "lora.r", "lora.alpha", "eval_every", "device"),
-)
+COMMON = "model data template out resume epochs batch_size learning_rate full merge lora.r lora.alpha eval_every device".split()
 EXPAND = with_options_of_run
 
 
@@ -40,15 +34,11 @@ def finetune(
     examples: ExampleOptions,
     training: TrainConfig,
     lora: LoraOptions,
+    run: RunOptions,
     full: bool = False,
     merge: bool = False,
     epochs: float = 2.0,
     frozen_dtype: Literal["fp32", "bf16"] = "fp32",
-    out: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    resume: str | None = None,
-    allow_changed: str | list[str] | None = None,
 ) -> None:
     """Fine-tune a model on instructions, conversations or texts, with LoRA or on all weights.
 
@@ -61,31 +51,14 @@ def finetune(
         mygpt finetune --resume runs/tuned
 
     Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
         full: Train all weights instead of an adapter; use a lower learning rate, such as 2e-5.
         merge: Merge the adapter into the weights at the end, and write a complete model directory.
         epochs: Number of passes over the training examples.
         frozen_dtype: Type of the weights that LoRA does not train; bf16 halves their memory.
-        out: Directory of the run; without it, runs/ and the current time.
-        device: Where to compute: auto, cpu, cuda or mps.
-        overwrite: Replace a run that is already in the directory.
-        resume: Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no
-            checkpoint.
-        allow_changed: Options that may differ from those of the resumed run.
     """
-    import torch
-
-    from MyGPT.devices import pick_device
-    from MyGPT.finetuning.examples import Examples
-    from MyGPT.finetuning.lora import KeptAdapter, add_lora
-    from MyGPT.model import GPTModel
-    from MyGPT.opening import adapter_without_model, find_model_files
-    from MyGPT.training.run import WholeModel
-    from MyGPT.training.trainer import Trainer
-
     check_choices(full, merge, epochs, frozen_dtype)
-    place = pick_device(device)
-    run, how = choose_run(out, resume, overwrite)
+    run_options = run.for_trainer()
+    directory = run_options["run_dir"]
     if adapter_without_model(model) is not None:
         raise ValueError(
             f"{model} holds only an adapter, but finetune needs a complete model, such as a run made with --merge"
@@ -101,12 +74,15 @@ def finetune(
     best_model: Any = WholeModel(gpt, tokenizer, data.template)
     if not full:
         base = str(Path(model).resolve()) if Path(model).exists() else model
-        adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
-        best_model = adapter
+        best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
     prompts = data.prompts(5, training.sample_tokens)
     if training.sample_every and not prompts:
         print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
-    shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
+    recipe = {
+        "model": model, **vars(examples), "lora": vars(lora), "full": full, "merge": merge, "epochs": epochs,
+        "frozen_dtype": frozen_dtype, **{name: vars(training)[name] for name in vars(training) if name not in HIDDEN},
+        "device": run.device,
+    }  # fmt: skip
     trainer = Trainer(
         gpt,
         dataclasses.replace(training, max_steps=max_steps),
@@ -115,30 +91,15 @@ def finetune(
         tokenizer=tokenizer,
         prompts=prompts,
         best_model=best_model,
-        run_dir=run,
-        recipe={
-            "model": model,
-            **vars(examples),
-            "lora": vars(lora),
-            "full": full,
-            "merge": merge,
-            "epochs": epochs,
-            "frozen_dtype": frozen_dtype,
-            **shown,
-            "device": device,
-        },
-        device=place,
-        allow_changed=allow_changed or (),
-        **how,
+        recipe=recipe,
+        **run_options,
     )
-    n_trained = gpt.num_parameters(only_trainable=True)
-    print(
-        f"training {n_trained:,} of {gpt.num_parameters():,} parameters: {max_steps} steps of {training.batch_size} sequences"
-    )
-    run_and_report(trainer, data, run)
+    n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
+    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
+    run_and_report(trainer, data, directory)
     if merge:
-        WholeModel(adapter.merge(), tokenizer, data.template).save(run)
-    print(f"{'model' if full or merge else 'adapter'} saved in {run}; try: mygpt chat --model {run}")
+        WholeModel(best_model.merge(), tokenizer, data.template).save(directory)
+    print(f"{'model' if full or merge else 'adapter'} saved in {directory}; try: mygpt chat --model {directory}")
 
 
 def check_choices(full: bool, merge: bool, epochs: float, frozen_dtype: str) -> None:
@@ -153,10 +114,8 @@ def check_choices(full: bool, merge: bool, epochs: float, frozen_dtype: str) -> 
         )
 
 
-def run_and_report(trainer: Any, data: Any, run: Path) -> None:
+def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
     """Train, then print the losses. The run directory receives split.json and loss.png even after an error."""
-    from MyGPT.commands.train import draw_losses
-
     try:
         loss = trainer.run()
     finally:
@@ -167,6 +126,5 @@ def run_and_report(trainer: Any, data: Any, run: Path) -> None:
         print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")
     if data.test is not None:
         trainer.validation = data.validation(data.test)
-        print(
-            f"test loss {trainer.evaluate(whole=True):.4f} nats per token on {len(data.test):,} examples kept for this test"
-        )
+        loss, n = trainer.evaluate(whole=True), len(data.test)
+        print(f"test loss {loss:.4f} nats per token on {n:,} examples kept for this test")
