@@ -49,7 +49,6 @@ class Finding(NamedTuple):
 
 def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
     """Yield the lines of the report; each check runs when its line is due."""
-
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", torch.__version__)
     yield find_device(place)
@@ -159,8 +158,8 @@ def find_recipes(recipes: Path, place: torch.device, flops_per_second: float) ->
     if not files:
         fix = "give a directory of YAML files with --recipes, such as configs/"
         yield Finding("recipes", f"none in {recipes}", fix)
-        return
-    yield Finding("recipes", f"estimated on {place.type} from a few steps, without compilation and sample texts")
+    else:
+        yield Finding("recipes", f"estimated on {place.type} from a few steps, without compilation and sample texts")
     for file in files:
         yield find_recipe(file, place, flops_per_second)
 

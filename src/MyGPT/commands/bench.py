@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,7 @@ def bench(
 def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:
     """Print each program's tokens per second.
 
-    Args:
-        times: for each program and round, the seconds per token of one sequence and of eight sequences.
-        bandwidth: bytes per second that the memory delivers.
-        gpt: the model.
+    `times` has the seconds per token of one and of eight sequences for each round; `bandwidth` is in bytes per second.
     """
     import torch
 
@@ -126,12 +124,8 @@ def open_transformers(directory: str, dtype: str) -> Run:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    options: dict[str, Any] = {"do_sample": False, "use_cache": True}
-    return lambda ids, n: model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, **options
-    )
+    model.generation_config.update(do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    return lambda ids, n: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n)
 
 
 def seconds_per_token(run: Run, ids: Tensor, n: int) -> float:
@@ -147,9 +141,4 @@ def read_bandwidth(n_bytes: int = 2**28) -> float:
     """Return the bytes per second at which all threads read a tensor larger than the caches: the best of five sums."""
     import torch
 
-    numbers, times = torch.ones(n_bytes // 4), []
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - start)
-    return n_bytes / min(times)
+    return n_bytes / min(timeit.repeat(torch.ones(n_bytes // 4).sum, number=1, repeat=5))

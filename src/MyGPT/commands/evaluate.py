@@ -44,9 +44,8 @@ def evaluate(
 
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
-        raise ValueError(
-            f"stride cannot be used with protocol {protocol}, which predicts one word per passage, got {stride}"
-        )
+        reason = "which predicts one word per passage"
+        raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
     files = find_files(data)
     gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)

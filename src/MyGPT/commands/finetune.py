@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from MyGPT.commands._resume import RunOptions, with_options_of_run
+from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands.train import draw_losses
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora
@@ -29,16 +30,31 @@ COMMON = "model data template out resume epochs batch_size learning_rate full me
 EXPAND = with_options_of_run
 
 
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options for the weights to train, and for how long. Raises ValueError for options that exclude each other."""
+
+    full: bool = False
+    """Train all weights instead of an adapter; use a lower learning rate, such as 2e-5."""
+    merge: bool = False
+    """Merge the adapter into the weights at the end, and write a complete model directory."""
+    epochs: float = 2.0
+    """Number of passes over the training examples."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights that LoRA does not train; bf16 halves their memory."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs must be a number above 0, got {self.epochs}")
+        if self.full and self.merge:
+            raise ValueError("--merge cannot be used with --full, which has no adapter to merge: leave out --merge")
+        if self.full and self.frozen_dtype != "fp32":
+            reason = "which trains all weights: leave out --frozen_dtype"
+            raise ValueError(f"--frozen_dtype {self.frozen_dtype} cannot be used with --full, {reason}")
+
+
 def finetune(
-    model: str,
-    examples: ExampleOptions,
-    training: TrainConfig,
-    lora: LoraOptions,
-    run: RunOptions,
-    full: bool = False,
-    merge: bool = False,
-    epochs: float = 2.0,
-    frozen_dtype: Literal["fp32", "bf16"] = "fp32",
+    model: str, examples: ExampleOptions, training: TrainConfig, lora: LoraOptions, tuning: TuneOptions, run: RunOptions
 ) -> None:
     """Fine-tune a model on instructions, conversations or texts, with LoRA or on all weights.
 
@@ -49,40 +65,30 @@ def finetune(
         mygpt finetune --model gpt2 --data alpaca.json --merge --out runs/tuned
         mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
         mygpt finetune --resume runs/tuned
-
-    Args:
-        full: Train all weights instead of an adapter; use a lower learning rate, such as 2e-5.
-        merge: Merge the adapter into the weights at the end, and write a complete model directory.
-        epochs: Number of passes over the training examples.
-        frozen_dtype: Type of the weights that LoRA does not train; bf16 halves their memory.
     """
-    check_choices(full, merge, epochs, frozen_dtype)
     run_options = run.for_trainer()
     directory = run_options["run_dir"]
     if adapter_without_model(model) is not None:
-        raise ValueError(
-            f"{model} holds only an adapter, but finetune needs a complete model, such as a run made with --merge"
-        )
+        need = "finetune needs a complete model, such as a run made with --merge"
+        raise ValueError(f"{model} holds only an adapter, but {need}")
     files = find_model_files(model)
     torch.manual_seed(training.seed)
-    gpt = GPTModel.from_pretrained(files.path, dtype=torch.bfloat16 if frozen_dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
+    gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
     tokenizer = files.tokenizer(gpt.config.vocab_size)
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)
-    max_steps = max(1, round(epochs * sampler.batches_per_epoch))
+    max_steps = max(1, round(tuning.epochs * sampler.batches_per_epoch))
     best_model: Any = WholeModel(gpt, tokenizer, data.template)
-    if not full:
+    if not tuning.full:
         base = str(Path(model).resolve()) if Path(model).exists() else model
         best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
     prompts = data.prompts(5, training.sample_tokens)
     if training.sample_every and not prompts:
         print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
-    recipe = {
-        "model": model, **vars(examples), "lora": vars(lora), "full": full, "merge": merge, "epochs": epochs,
-        "frozen_dtype": frozen_dtype, **{name: vars(training)[name] for name in vars(training) if name not in HIDDEN},
-        "device": run.device,
-    }  # fmt: skip
+    shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
+    recipe = {"model": model, **vars(examples), "lora": vars(lora), **vars(tuning), **shown, "device": run.device}
     trainer = Trainer(
         gpt,
         dataclasses.replace(training, max_steps=max_steps),
@@ -97,21 +103,10 @@ def finetune(
     n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
     print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
     run_and_report(trainer, data, directory)
-    if merge:
+    if tuning.merge:
         WholeModel(best_model.merge(), tokenizer, data.template).save(directory)
-    print(f"{'model' if full or merge else 'adapter'} saved in {directory}; try: mygpt chat --model {directory}")
-
-
-def check_choices(full: bool, merge: bool, epochs: float, frozen_dtype: str) -> None:
-    """Raise ValueError for options that exclude each other."""
-    if not 0 < epochs < math.inf:
-        raise ValueError(f"epochs must be a number above 0, got {epochs}")
-    if full and merge:
-        raise ValueError("--merge cannot be used with --full, which has no adapter to merge: leave out --merge")
-    if full and frozen_dtype != "fp32":
-        raise ValueError(
-            "--frozen_dtype bf16 cannot be used with --full, which trains all weights: leave out --frozen_dtype"
-        )
+    saved = "model" if tuning.full or tuning.merge else "adapter"
+    print(f"{saved} saved in {directory}; try: mygpt chat --model {directory}")
 
 
 def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:

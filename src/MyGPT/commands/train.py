@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MyGPT.commands._resume import RunOptions, with_options_of_run
+from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import GPTConfig
 from MyGPT.training.config import TrainConfig
 
@@ -22,15 +23,25 @@ COMMON = (
 EXPAND = with_options_of_run
 
 
-def train(
-    model: GPTConfig,
-    training: TrainConfig,
-    run: RunOptions,
-    data: str | list[str] = "alice",
-    tokenizer: str = "chars",
-    tokenizer_size: int = 1024,
-    val_fraction: float = 0.1,
-) -> None:
+@dataclass(frozen=True)
+class TextOptions:
+    """Options for the text to train on, and for its tokens."""
+
+    data: str | list[str] = "alice"
+    """Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), a directory made by mygpt prepare, or alice
+    (built in) or tinyshakespeare (downloaded)."""
+    tokenizer: str = "chars"
+    """The tokenizer: chars, words or bpe (learned from the text), gpt2, or a directory with a tokenizer."""
+    tokenizer_size: int = 1024
+    val_fraction: float = 0.1
+    """Fraction of the text, taken from its end, for validation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+
+
+def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOptions) -> None:
     """Train a GPT on text files.
 
     The run directory receives config.yaml, metrics.jsonl, samples.txt, loss.png, checkpoints/ and model/ (the model with the
@@ -39,29 +50,19 @@ def train(
     Examples:
         mygpt train --data book.txt --max_steps 500 --out runs/book
         mygpt train --resume runs/book
-
-    Args:
-        data: Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), a directory made by mygpt prepare,
-            or alice (built in) or tinyshakespeare (downloaded).
-        tokenizer: The tokenizer: chars, words or bpe (learned from the text), gpt2, or a directory with a tokenizer.
-        val_fraction: Fraction of the text, taken from its end, for validation.
     """
     import torch
 
     from MyGPT.model import GPTModel
     from MyGPT.training.trainer import Trainer
 
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
     run_options = run.for_trainer()
-    ids, coder = load_data(data, tokenizer, tokenizer_size)
-    n_train = len(ids) - round(len(ids) * val_fraction)
+    ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
+    n_train = len(ids) - round(len(ids) * text.val_fraction)
     torch.manual_seed(training.seed)
     gpt = GPTModel(dataclasses.replace(model, vocab_size=coder.n_vocab))
-    recipe = {
-        "data": data, "tokenizer": tokenizer, "tokenizer_size": tokenizer_size, "val_fraction": val_fraction,
-        "device": run.device, **{name: value for name, value in vars(model).items() if name not in HIDDEN}, **vars(training),
-    }  # fmt: skip
+    sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
+    recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
     train_ids, val_ids = ids[:n_train], ids[n_train:]
     trainer = Trainer(gpt, training, train_ids, val_ids, tokenizer=coder, recipe=recipe, **run_options)
     directory, precision = run_options["run_dir"], "bf16" if trainer.autocast_dtype else "fp32"
