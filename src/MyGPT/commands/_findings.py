@@ -1,4 +1,4 @@
-"""What `mygpt doctor` finds out about a machine: installed parts, speed, free space, and the time of each recipe."""
+"""The checks of `mygpt doctor`: installed packages, speed, free space, and the time that each recipe takes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
 
 
 def find_device(place: torch.device) -> Finding:
-    """Describe the device."""
+    """Name the GPU, or the instruction set of the CPU if torch uses no GPU."""
     if place.type == "cuda":
         major, minor = torch.cuda.get_device_capability(place)
         return Finding("device", f"cuda: {torch.cuda.get_device_name(place)}, compute capability {major}.{minor}")
@@ -153,8 +153,8 @@ def find_disk() -> Finding:
 
 def find_recipes(recipes: Path, place: torch.device, flops_per_second: float) -> Iterator[Finding]:
     """Yield the time, the memory and the missing data of each recipe."""
-    files = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
-    files = [file for file in files if file.is_file()]
+    paths = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
+    files = [path for path in paths if path.is_file()]
     if not files:
         fix = "give a directory of YAML files with --recipes, such as configs/"
         yield Finding("recipes", f"none in {recipes}", fix)

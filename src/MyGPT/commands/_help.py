@@ -1,4 +1,4 @@
-"""How --help and --help-all look: which options stand under which heading, and how an option is described.
+"""The help pages: the headings, the options under each heading, and the description of each option.
 
 `--help` shows the options that the command's module lists in `COMMON`, `--help-all` shows all of them.
 """

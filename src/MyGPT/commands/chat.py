@@ -55,11 +55,7 @@ class Conversation:
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
-        """Return the token ids of the prompt; drop the oldest turns until at most `room` ids are left.
-
-        Raises:
-            ValueError: the question alone has more than `room` ids.
-        """
+        """Return at most `room` token ids of the prompt, after dropping the oldest turns that do not fit."""
         # The model need not generate the text with which the template starts every answer.
         begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         while True:
@@ -67,9 +63,8 @@ class Conversation:
             if len(ids) <= room:
                 return ids
             if not self.turns or not self.remembers:
-                raise ValueError(
-                    f"the question has {len(ids)} tokens, but the context leaves room for {room}; shorten the question"
-                )
+                limit = f"the context leaves room for {room}; shorten the question"
+                raise ValueError(f"the question has {len(ids)} tokens, but {limit}")
             del self.turns[0]
 
 
@@ -126,8 +121,7 @@ def chat(
         answer, n_turns = "", len(conversation.turns)
         try:
             ids = conversation.ids(question, tokenizer, room)
-            n_forgotten = n_turns - len(conversation.turns)
-            if n_forgotten:
+            if n_forgotten := n_turns - len(conversation.turns):
                 print(f"(the context is full: dropped the oldest {n_forgotten} of {n_turns} turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
             for text in stream_text(fast, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):

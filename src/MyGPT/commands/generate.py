@@ -51,10 +51,8 @@ def generate(
         raise ValueError("the prompt is empty; it must have at least one token")
     context = gpt.config.context_length
     if len(ids) > context and not slide:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, but the model's context is {context}: shorten the prompt, or use --slide "
-            f"to show the model only the last {context} tokens"
-        )
+        way_out = f"shorten the prompt, or use --slide to show the model only the last {context} tokens"
+        raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: {way_out}")
     fast = make_fast(gpt, precision, lookup, build)
     del gpt  # on a CPU, `fast` has its own copy of the weights
     for i in range(n_samples):
