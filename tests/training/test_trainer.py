@@ -18,7 +18,7 @@ from torch import Tensor
 from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer, train_model_simple
 from MyGPT.data.sampler import WindowSampler, walk_windows
 from MyGPT.training.arithmetic import autocast_dtype
-from MyGPT.training.run import check_run_directory
+from MyGPT.training.directory import check_run_directory
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
 TOKENIZER = CharTokenizer.from_text(TEXT)

@@ -39,7 +39,7 @@ def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Pa
 
     A directory that can be neither is an error now, before the work of reading the data.
     """
-    from MyGPT.training.run import check_run_directory, is_empty_run
+    from MyGPT.training.directory import check_run_directory, is_empty_run
 
     going_on = run_to_resume(resume, out)
     if going_on is not None:

@@ -18,7 +18,6 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """Return inputs and targets, each (B, T) int64, and optionally an attention mask (B, T)."""
-        ...
 
 
 class Validation(Protocol):
@@ -26,7 +25,6 @@ class Validation(Protocol):
 
     def batches(self, whole: bool) -> Iterator[tuple[Tensor, ...]]:
         """Yield batches like those of training: all of them if `whole`, else the same few every time."""
-        ...
 
 
 def make_batches(
@@ -34,26 +32,20 @@ def make_batches(
 ) -> tuple[Batches, Validation | None, list[list[int]]]:
     """Return the training batches, the validation batches or None, and the default prompts of live samples.
 
-    The default prompt is the beginning of the validation text, or of the training text if there is no other.
-
-    Args:
-        train: token ids, or an object with a method `batch`, which is returned as it is.
-        val: token ids, an object with a method `batches`, or None. Fewer than two ids count as None.
-        context_length: the length of a window of token ids.
-        config: the batch size, the order of the windows, the seed and the number of validation windows.
+    `train` and `val` are token ids, which become windows of `context_length` tokens, or a user's own `Batches` and
+    `Validation`. `val` may be None; fewer than two ids count as None. The default prompt is the beginning of the
+    validation text, or of the training text if there is no other.
     """
     text: Any = []
-    if hasattr(train, "batch"):
-        batches = train
-    else:
+    batches, validation = train, val
+    if not hasattr(train, "batch"):
         text = compact_ids(train)
         batches = WindowSampler(text, context_length, config.batch_size, config.order, config.seed)
-    validation: Validation | None = None
-    if hasattr(val, "batches"):
-        validation = val
-    elif val is not None and len(val) >= 2:
-        text = compact_ids(val)
-        validation = WindowValidation(text, context_length, config.eval_windows)
+    if not hasattr(val, "batches"):
+        validation = None
+        if val is not None and len(val) >= 2:
+            text = compact_ids(val)
+            validation = WindowValidation(text, context_length, config.eval_windows)
     return batches, validation, [[int(id_) for id_ in text[:8]]] if len(text) else []
 
 

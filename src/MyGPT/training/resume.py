@@ -23,11 +23,7 @@ def plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> dict[str, dict[str, Any]]:
     """Return what must not change when a run is resumed: hashes of its `data`, and a description of its `machine`.
 
-    Args:
-        model: the model that is trained. Its frozen weights count as data.
-        train: the training batches. Without a method `fingerprint()`, changed data goes unnoticed.
-        val: the validation batches, or None.
-        device: where the model is trained.
+    The model's frozen weights count as data. Changed batches go unnoticed if `train` or `val` has no `fingerprint()`.
     """
     parts = {"training_data": train, "validation_data": val}
     data = {name: part.fingerprint() for name, part in parts.items() if hasattr(part, "fingerprint")}
@@ -45,15 +41,12 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
 
 
 def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> list[str]:
-    """Return one warning for each property of the machine that differs from the checkpoint's.
+    """Raise ValueError with all differences between a checkpoint and a run, and return warnings about the machine.
 
     Args:
         snapshot: the checkpoint from which the run is resumed.
         context: the `recipe`, `data` and `machine` of the run as it is now, in the form of `Snapshot.context`.
         allowed: recipe keys that may differ; "data" and "model" allow other data and other frozen weights.
-
-    Raises:
-        ValueError: the recipe, the data or the frozen weights differ. The message lists all differences.
     """
     before, now = snapshot.context["recipe"], context["recipe"]
     differences = [

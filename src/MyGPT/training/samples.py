@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,44 +14,36 @@ from MyGPT.training.arithmetic import uncompiled
 from MyGPT.training.config import TrainConfig
 
 
+@dataclass
 class LiveSamples:
-    """Continues prompts with the model, one prompt per sample, in turn.
+    """Continues prompts (token ids) with the model, one prompt per sample, in turn.
 
-    Args:
-        model: the model that writes.
-        tokenizer: encodes config.sample_prompt and decodes samples. Without a tokenizer there are no samples.
-        prompts: token ids of the prompts. config.sample_prompt takes precedence.
-        config: how often samples are due, their length, temperature and seed.
+    config.sample_prompt replaces the prompts. Without a tokenizer there are no samples.
     """
 
-    def __init__(
-        self, model: GPTModel, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], config: TrainConfig
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.prompts = [list(prompt) for prompt in prompts]
-        self.config = config
-        if tokenizer is not None and config.sample_every and config.sample_prompt:
-            self.prompts = [tokenizer.encode(config.sample_prompt)]
+    model: GPTModel
+    tokenizer: Tokenizer | None
+    prompts: Sequence[Sequence[int]]
+    config: TrainConfig
 
-    def is_due(self, step: int) -> bool:
-        """Return True if a sample is wanted after this step and can be made."""
-        every = self.config.sample_every
-        return every > 0 and step % every == 0 and self.tokenizer is not None and len(self.prompts) > 0
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.config.sample_every and self.config.sample_prompt:
+            self.prompts = [self.tokenizer.encode(self.config.sample_prompt)]
 
-    def text(self, step: int) -> str:
-        """Return a continuation of the prompt whose turn it is. The same weights and step give the same text."""
-        if self.tokenizer is None:
-            raise ValueError("a sample needs a tokenizer: give the Trainer tokenizer=")
-        prompt = self.prompts[step // max(1, self.config.sample_every) % len(self.prompts)]
-        with uncompiled(self.config):
+    def text(self, step: int) -> str | None:
+        """Return a continuation of the prompt whose turn it is; None if no sample is due after this step."""
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is None or len(self.prompts) == 0 or not config.sample_every or step % config.sample_every:
+            return None
+        prompt = self.prompts[step // config.sample_every % len(self.prompts)]
+        with uncompiled(config):
             ids = generate(
                 self.model,
-                torch.tensor([prompt], device=next(self.model.parameters()).device),
-                self.config.sample_tokens,
-                temperature=self.config.sample_temperature,
+                torch.tensor([list(prompt)], device=next(self.model.parameters()).device),
+                config.sample_tokens,
+                temperature=config.sample_temperature,
                 top_k=200,
-                seed=self.config.seed,
-                eos_id=self.tokenizer.eot_token if self.config.sample_to_end else None,
+                seed=config.seed,
+                eos_id=tokenizer.eot_token if config.sample_to_end else None,
             )
-        return self.tokenizer.decode(ids[0].tolist())
+        return tokenizer.decode(ids[0].tolist())

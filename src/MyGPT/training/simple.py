@@ -5,6 +5,7 @@ It trains any model that returns logits (B, T, V): B batch, T time, V vocabulary
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,10 +61,8 @@ def train_model_simple(
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {global_step + 1}: lower the learning rate (the weights are "
-                    "those before this step)"
-                )
+                problem = f"the loss is {loss.item()} at step {global_step + 1}"
+                raise FloatingPointError(f"{problem}: lower the learning rate (the weights are those before this step)")
             loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()
@@ -101,7 +100,7 @@ def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches:
             break
         batch_total, batch_count = _loss_sum(input_batch.to(device), target_batch.to(device), model)
         total, count = total + batch_total.item(), count + int(batch_count)
-    return total / count if count else float("nan")
+    return total / count if count else math.nan
 
 
 def evaluate_model(
@@ -109,11 +108,9 @@ def evaluate_model(
 ) -> tuple[float, float]:
     """Return the training and the validation loss over eval_iter batches, without dropout; NaN for a loader that is None."""
     with evaluation_mode(model):
-        losses = [
-            calc_loss_loader(loader, model, device, eval_iter) if loader is not None else float("nan")
-            for loader in (train_loader, val_loader)
-        ]
-    return losses[0], losses[1]
+        train_loss = math.nan if train_loader is None else calc_loss_loader(train_loader, model, device, eval_iter)
+        val_loss = math.nan if val_loader is None else calc_loss_loader(val_loader, model, device, eval_iter)
+    return train_loss, val_loss
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:

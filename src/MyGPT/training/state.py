@@ -69,8 +69,11 @@ class RunState:
         Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None unless the
         current step was evaluated, because checkpoints are compared by the `val_loss` of their own step.
         """
-        values = {name: _to_json(value) for name, value in vars(self).items()}
-        return values if self.evaluated_step == self.step else {**values, "val_loss": None}
+        values = vars(self) if self.evaluated_step == self.step else {**vars(self), "val_loss": None}
+        return {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
@@ -85,10 +88,6 @@ class RunState:
             raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
         counters = {field.name: _from_json(values[key], str(field.type), key) for field, key in keys.items() if key}
         return cls(**counters)
-
-
-def _to_json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _from_json(value: Any, kind: str, name: str) -> Any:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
-from MyGPT.training.resume import identify
+from MyGPT.training.resume import identify, plain
 from MyGPT.training.run import BestModelStore, Run, WholeModel
 from MyGPT.training.samples import LiveSamples
 from MyGPT.training.state import RunState
@@ -85,16 +85,16 @@ class Trainer:
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         self.console = Console(progress) if console is None else console
-        store = WholeModel(model, tokenizer) if best_model is None else best_model
         self.files = Run(
-            run_dir,
+            None if run_dir is None else Path(run_dir),
             config,
-            recipe,
-            store,
+            plain(vars(config) if recipe is None else recipe),
+            WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
-            overwrite=overwrite,
-            resume=resume,
-            allow_changed=allow_changed,
+            cache(partial(identify, model, self.sampler, self.validation, self.device)),
+            overwrite,
+            resume,
+            [allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._modes, self._is_ready = ExitStack(), False
 
@@ -114,7 +114,7 @@ class Trainer:
             on_error.callback(self.close)
             self._modes.enter_context(deterministic_algorithms(self.config.deterministic))
             seed_everything(self.config.seed)
-            snapshot = self.files.open(partial(identify, self.model, self.sampler, self.validation, self.device))
+            snapshot = self.files.open()
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
             self.optimizers = make_optimizers(self.model, self.config)
@@ -154,9 +154,8 @@ class Trainer:
         batch = to_device(self.sampler.batch(state.step), self.device)
         n_targets = (batch[1] != IGNORED).sum()
         loss = torch.zeros((), device=self.device)
-        for micro_batch in zip(
-            *(tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch), strict=True
-        ):
+        parts = (tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch)
+        for micro_batch in zip(*parts, strict=True):
             mean = self._token_loss(*micro_batch)[0] / n_targets
             mean.backward()
             loss += mean.detach()
@@ -209,21 +208,20 @@ class Trainer:
 
     def _train(self, signals: list[int]) -> None:
         config, state = self.config, self.state
-        began, tokens = time.perf_counter(), state.tokens_seen
+        seconds, tokens = 0.0, state.tokens_seen
         while state.step < config.max_steps and not signals and not state.has_lost_patience(config.early_stop):
+            began = time.perf_counter()
             values = self.step()
             self.files.record_step(state, values["loss"], values["grad_norm"])
+            seconds += time.perf_counter() - began  # without evaluations, samples and checkpoints
             if state.step % config.log_every == 0 or state.step == config.max_steps:
-                now = time.perf_counter()
-                speed, began, tokens = (state.tokens_seen - tokens) / (now - began), now, state.tokens_seen
-                self.files.record_speed(state, values, speed)
-            pause = time.perf_counter()
+                self.files.record_speed(state, values, (state.tokens_seen - tokens) / seconds)
+                seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
                 self._evaluate_and_save_best()
-            if self.samples.is_due(state.step):
-                self.files.record_sample(state.step, self.samples.text(state.step))
+            if (text := self.samples.text(state.step)) is not None:
+                self.files.record_sample(state.step, text)
             self.files.checkpoint_if_due(state.step, self.snapshot)
-            began += time.perf_counter() - pause  # The speed counts the steps alone.
 
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
