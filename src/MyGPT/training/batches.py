@@ -1,9 +1,8 @@
-"""The training and validation batches of a Trainer: windows of token ids, or a user's own. B batch, T time."""
+"""The training and validation batches of a Trainer: windows of token ids, or a user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +12,23 @@ from MyGPT.data.tokens import compact_ids
 from MyGPT.training.config import TrainConfig
 
 
-class Batches(Protocol):
-    """A source of training batches. With a method `fingerprint()`, a resumed run notices changed data."""
-
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Return inputs and targets, each (B, T) int64, and optionally an attention mask (B, T)."""
-
-
-class Validation(Protocol):
-    """A source of validation batches."""
-
-    def batches(self, whole: bool) -> Iterator[tuple[Tensor, ...]]:
-        """Yield batches like those of training: all of them if `whole`, else the same few every time."""
-
-
-def make_batches(
-    train: Any, val: Any, context_length: int, config: TrainConfig
-) -> tuple[Batches, Validation | None, list[list[int]]]:
+def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig) -> tuple[Any, Any, list[list[int]]]:
     """Return the training batches, the validation batches or None, and the default prompts of live samples.
 
-    `train` and `val` are token ids, which become windows of `context_length` tokens, or a user's own `Batches` and
-    `Validation`. `val` may be None; fewer than two ids count as None. The default prompt is the beginning of the
-    validation text, or of the training text if there is no other.
+    Token ids become windows of context_length tokens; other sources are returned as they are (see `Trainer`). Fewer than
+    two validation ids count as None. The default prompt is the beginning of the validation text, or of the training text.
     """
     text: Any = []
-    batches, validation = train, val
     if not hasattr(train, "batch"):
         text = compact_ids(train)
-        batches = WindowSampler(text, context_length, config.batch_size, config.order, config.seed)
-    if not hasattr(val, "batches"):
-        validation = None
-        if val is not None and len(val) >= 2:
+        train = WindowSampler(text, context_length, config.batch_size, config.order, config.seed)
+    if val is not None and not hasattr(val, "batches"):
+        if len(val) >= 2:
             text = compact_ids(val)
-            validation = WindowValidation(text, context_length, config.eval_windows)
-    return batches, validation, [[int(id_) for id_ in text[:8]]] if len(text) else []
+            val = WindowValidation(text, context_length, config.eval_windows)
+        else:
+            val = None
+    return train, val, [[int(id_) for id_ in text[:8]]] if len(text) else []
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Checkpoints: everything the next training step depends on, stored completely or not at all.
+"""Checkpoints: snapshots of a run on the disk, each stored completely or not at all.
 
 `checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer state of
 each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and manifest.json (size
@@ -8,23 +8,18 @@ A process may be killed at any moment: a checkpoint gets its name when it is com
 
 from __future__ import annotations
 
+import contextlib
 import json
-import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
 from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
-from MyGPT.training.optim import trained_parameters
+from MyGPT.training.snapshot import Snapshot, TakeSnapshot
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 
@@ -32,34 +27,11 @@ CHECKPOINTS = "checkpoints"
 _FILES = _OPTIMIZER, _STATE, _WEIGHTS = "optimizer.safetensors", "state.json", "weights.safetensors"
 _MANIFEST, _LATEST = "manifest.json", "latest"
 _CONTEXT = ("lengths", "recipe", "data", "machine", "random")
-# The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.
-_numpy_random: Any = np.random
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of a run between two steps. Training can continue while the copy is written."""
-
-    state: RunState
-    weights: dict[str, Tensor]
-    """The trained parameters by name."""
-    optimizer: dict[str, Tensor]
-    """The optimizer state, named `parameter/key`."""
-    context: dict[str, dict[str, Any]]
-    """JSON values: `lengths` of the run's logs, `recipe`, hashes of the `data`, `machine`, `random` states."""
-
-
-TakeSnapshot = Callable[[], Snapshot]
-
-
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """Return the path of a checkpoint in a run's `checkpoints` directory."""
-    return directory / f"step-{step:06d}"
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint to a run's `checkpoints` directory, let `latest` name it, and return its path."""
-    path = checkpoint_path(directory, snapshot.state.step)
+    path = directory / f"step-{snapshot.state.step:06d}"
     with atomic_directory(path, replaces=("*",)) as temporary:
         write_safetensors(temporary / _WEIGHTS, snapshot.weights, shown_as=path / _WEIGHTS)
         write_safetensors(temporary / _OPTIMIZER, snapshot.optimizer, shown_as=path / _OPTIMIZER)
@@ -71,11 +43,9 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Read a checkpoint and verify every byte of it.
+    """Read a checkpoint and verify every byte of it. A damaged one raises ValueError or OSError with the file's name.
 
-    Raises:
-        IncompatibleCheckpointError: another version of MyGPT wrote the checkpoint, and something is missing from it.
-        ValueError, OSError: the checkpoint is damaged. The message names the file.
+    Raises IncompatibleCheckpointError if another version of MyGPT wrote the checkpoint, and something is missing from it.
     """
     manifest = read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.keys() != set(_FILES):
@@ -108,9 +78,7 @@ def has_checkpoint(run: Path) -> bool:
 def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
     """Return the newest complete checkpoint, and one sentence for each newer one that is damaged.
 
-    Raises:
-        IncompatibleCheckpointError: another version of MyGPT wrote the newest complete checkpoint.
-        ValueError: the directory has no complete checkpoint.
+    Raises ValueError if there is no complete checkpoint, or if the newest one lacks values this version of MyGPT needs.
     """
     newest_first = list(reversed(_by_step(directory).values()))
     latest = directory / _LATEST
@@ -150,7 +118,8 @@ class CheckpointWriter:
     keep_last: int
     keep_best: int
     written: Path | None = None
-    """The newest complete checkpoint of this writer."""
+    """The newest complete checkpoint of this writer, and its step."""
+    written_step: int | None = None
     n_written: int = 0
     blocking_seconds: float = 0.0
     """How long training has waited while snapshots were taken."""
@@ -169,8 +138,8 @@ class CheckpointWriter:
     def start(self, take_snapshot: TakeSnapshot) -> None:
         """Take a snapshot and begin to write it in the background. The writer must not be busy."""
         assert not self.is_busy
-        # A daemon thread does not delay a process that must exit at once; an unfinished checkpoint is never used.
         snapshot = self._take(take_snapshot)
+        # A daemon thread does not delay a process that must exit at once; an unfinished checkpoint is never used.
         self._thread = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -190,9 +159,10 @@ class CheckpointWriter:
         return snapshot
 
     def _write(self, snapshot: Snapshot) -> None:
-        self.written = write_snapshot(self.directory, snapshot)
+        step = snapshot.state.step
+        self.written, self.written_step = write_snapshot(self.directory, snapshot), step
         self.n_written += 1
-        remove_old(self.directory, snapshot.state.step, self.keep_last, self.keep_best)
+        remove_old(self.directory, step, self.keep_last, self.keep_best)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         try:
@@ -201,98 +171,9 @@ class CheckpointWriter:
             self.failure = error
 
 
-def seed_everything(seed: int) -> None:
-    """Seed every generator whose state `random_states` returns."""
-    random.seed(seed)
-    _numpy_random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def take_snapshot(
-    model: nn.Module, optimizers: list[Optimizer], state: RunState, context: dict[str, dict[str, Any]]
-) -> Snapshot:
-    """Return a copy of a run in main memory. `context` is the snapshot's except for the random states."""
-    trained = trained_parameters(model)
-    states = {parameter: by_key for optimizer in optimizers for parameter, by_key in optimizer.state.items()}
-    weights = {name: _copy_to_cpu(parameter) for name, parameter in trained.items()}
-    optimizer_state = {
-        f"{name}/{key}": _copy_to_cpu(tensor)
-        for name, parameter in trained.items()
-        for key, tensor in states.get(parameter, {}).items()
-    }
-    return Snapshot(replace(state), weights, optimizer_state, {**context, "random": random_states()})
-
-
-def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
-    """Load a snapshot into the model, its optimizers and the random generators, and return its counters.
-
-    Raises ValueError if the snapshot trains other parameters than `model`.
-    """
-    weights = trained_parameters(model)
-    if weights.keys() != snapshot.weights.keys():
-        raise ValueError(f"the checkpoint of step {snapshot.state.step} trains other parameters than this run")
-    with torch.no_grad():
-        for name, tensor in snapshot.weights.items():
-            weights[name].copy_(tensor)
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in snapshot.optimizer.items():
-        name, _, key = path.rpartition("/")
-        by_parameter.setdefault(name, {})[key] = tensor
-    names = {parameter: name for name, parameter in weights.items()}
-    for optimizer in optimizers:
-        content = optimizer.state_dict()  # torch numbers the parameters across all groups.
-        trained = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        content["state"] = {i: by_parameter[name] for i, name in enumerate(trained) if name in by_parameter}
-        optimizer.load_state_dict(content)
-    restore_random_states(snapshot.context["random"])
-    return replace(snapshot.state)
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of the global random generators as JSON values."""
-    version, integers, gauss = random.getstate()
-    kind, keys, *rest = _numpy_random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": [version, list(integers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": _hex(torch.get_rng_state()),
-    }
-    if torch.cuda.is_initialized():  # A run on the CPU must not occupy the GPUs.
-        states["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]
-    if torch.backends.mps.is_available():
-        states["mps"] = _hex(torch.mps.get_rng_state())
-    return states
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Restore the states that `random_states` returned. States of devices that this machine lacks are ignored."""
-    version, integers, gauss = states["python"]
-    random.setstate((version, tuple(integers), gauss))
-    kind, keys, *rest = states["numpy"]
-    _numpy_random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_from_hex(states["torch"]))
-    for device, state in enumerate(states.get("cuda", ())[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_hex(state), device)
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(_from_hex(states["mps"]))
-
-
-def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
 def _make_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and the SHA-256 of each file of a checkpoint."""
     files = {name: directory / name for name in _FILES}
     return {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in files.items()}
-
-
-def _hex(state: Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _by_step(directory: Path) -> dict[int, Path]:
@@ -303,11 +184,10 @@ def _by_step(directory: Path) -> dict[int, Path]:
 
 def _val_loss(path: Path) -> float | None:
     """Return the validation loss of a checkpoint; None if there is none, or the checkpoint is damaged."""
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         loss = read_json(path / _STATE).get("val_loss")
-    except (ValueError, OSError, AttributeError):
-        return None
-    return loss if isinstance(loss, float) else None
+        return loss if isinstance(loss, float) else None
+    return None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

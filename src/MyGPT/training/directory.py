@@ -13,9 +13,8 @@ from filelock import FileLock, Timeout
 from MyGPT.files import remove_leftovers, restore_directory
 from MyGPT.training.checkpoint import CHECKPOINTS
 
-LOGS = ("metrics.jsonl", "samples.txt")
-"""The files to which a run appends."""
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
+_LOGS = ("metrics.jsonl", "samples.txt")
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *_LOGS)
 _LOCK, _PROCESS = ".lock", ".process"
 
 
@@ -60,6 +59,11 @@ def lock_directory(run: Path) -> FileLock:
         ) from None
     (run / _PROCESS).write_text(f"{this_process}\n", encoding="utf-8")
     return lock
+
+
+def log_lengths(run: Path) -> dict[str, int]:
+    """Return the length in bytes of each file to which a run appends; 0 for a missing file."""
+    return {name: (run / name).stat().st_size if (run / name).is_file() else 0 for name in _LOGS}
 
 
 def remove_run(run: Path) -> None:

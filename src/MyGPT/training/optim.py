@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from MyGPT.training.config import TrainConfig
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")
-"""Devices for which torch has a fused AdamW."""
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,19 +21,12 @@ from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.training.checkpoint import (
-    CHECKPOINTS,
-    CheckpointWriter,
-    Snapshot,
-    TakeSnapshot,
-    checkpoint_path,
-    read_newest,
-)
+from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
-from MyGPT.training.directory import LOGS, check_run_directory, lock_directory, remove_run, remove_unfinished
+from MyGPT.training.directory import check_run_directory, lock_directory, log_lengths, remove_run, remove_unfinished
 from MyGPT.training.metrics import MetricsLog, read_metrics
-from MyGPT.training.resume import check_unchanged
+from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
 
@@ -89,7 +82,7 @@ class Run:
     best_model: BestModelStore
     console: Console
     identify: Callable[[], dict[str, dict[str, Any]]]
-    """Returns `data` hashes and the `machine` (see resume.py). It may take long, and is called when a checkpoint needs it."""
+    """Returns `data` hashes and the `machine`. May take long, and is called when a checkpoint is first read or written."""
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
@@ -102,16 +95,13 @@ class Run:
     def __post_init__(self) -> None:
         if self.resume and self.directory is None:
             raise ValueError("resume=True needs run_dir, the directory of the run to resume")
+        self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
     def open(self) -> Snapshot | None:
-        """Lock the directory and begin a run in it, or return the checkpoint from which the run is resumed.
+        """Lock the directory and begin a run in it, or return the snapshot from which the run is resumed.
 
-        Files change only after all checks have passed.
-
-        Raises:
-            FileExistsError: the directory is not empty, unless it holds a run and `overwrite` is True.
-            ValueError: the directory is locked; or the run cannot be resumed, because it has no complete checkpoint, or
-                because its recipe or its data differ.
+        Files change only after all checks have passed. Raises FileExistsError for a directory that may not be overwritten,
+        and ValueError if it is locked, has no complete checkpoint, or holds a run with another recipe or other data.
         """
         directory, config = self.directory, self.config
         if directory is None:
@@ -203,12 +193,11 @@ class Run:
     def stop_message(self, state: RunState) -> str:
         """Return where a stopped run stands and how to resume it. Saves the model if there is no best one yet."""
         way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
-        return f"stopped at step {state.step}{way_out}{self._saved_model(state)}"
+        return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
         """Return the content of a checkpoint except counters, tensors and random states (see `Snapshot.context`)."""
-        directory = self.directory
-        lengths = {} if directory is None else {name: _size(directory / name) for name in LOGS}
+        lengths = {} if self.directory is None else log_lengths(self.directory)
         return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
@@ -234,29 +223,23 @@ class Run:
             return
         self.writer.wait()
         self._report_failed_checkpoint()
-        if self.writer.written != checkpoint_path(self.writer.directory, step):
+        if self.writer.written_step != step:
             self.writer.write(take_snapshot)
         n, seconds = self.writer.n_written, self.writer.blocking_seconds
         self.log(step, checkpoints=n, checkpoint_seconds=seconds)
         self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
 
-    def _saved_model(self, state: RunState) -> str:
-        """Return "; the best model … is in …" for the end of a message. Saves the model if there is no best one yet."""
+    def _what_is_saved(self, state: RunState) -> str:
+        """Return where the model and the last checkpoint are, for the end of a message; save a model if there is none."""
         if self.directory is None:
             return ""
-        which = f"best model (step {state.best_step})"
         if state.best_step is None:
-            which = "last model"
             self.save_model()
-        return f"; the {which} is in {self.best_model.place(self.directory)}"
-
-    def _what_is_saved(self, state: RunState) -> str:
-        """Return where a failed run left its model and its last checkpoint, for the end of an error message."""
-        text = self._saved_model(state)
+        which = "last model" if state.best_step is None else f"best model (step {state.best_step})"
+        text = f"; the {which} is in {self.best_model.place(self.directory)}"
         if self.writer is not None:
             self.writer.wait()
-            if self.writer.written is not None:
-                text += f"; the last good checkpoint is {self.writer.written}"
+            text += f"; the last good checkpoint is {self.writer.written}" if self.writer.written else ""
         return text
 
     def _report_failed_checkpoint(self) -> None:
@@ -274,12 +257,7 @@ class Run:
             if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(finite)
-        for name in LOGS:
-            length = snapshot.context["lengths"].get(name, math.inf)
-            if _size(directory / name) > length:
-                os.truncate(directory / name, length)
+        for name, length in log_lengths(directory).items():
+            if (saved := snapshot.context["lengths"].get(name, length)) < length:
+                os.truncate(directory / name, saved)
         return snapshot
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

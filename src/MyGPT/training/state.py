@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-_FORMER_KEYS = {"evals_since_best": "n_waited", "mean_grad_norm": "usual_norm"}
+_RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
+"""Names of counters in checkpoints of version 0.1, and their names now."""
 _NON_FINITE = ("inf", "-inf", "nan")
 
 
@@ -79,15 +80,12 @@ class RunState:
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
         """Return the counters that `to_json` wrote, also in the form of earlier versions. Other keys are ignored.
 
-        Raises:
-            IncompatibleCheckpointError: a counter is missing.
-            ValueError: a counter has the wrong type.
+        Raises IncompatibleCheckpointError if a counter is missing, and ValueError if it has the wrong type.
         """
-        keys = {field: field.name if field.name in values else _FORMER_KEYS.get(field.name) for field in fields(cls)}
-        if missing := [field.name for field, key in keys.items() if key not in values]:
+        values = {_RENAMED.get(key, key): value for key, value in values.items()}
+        if missing := [field.name for field in fields(cls) if field.name not in values]:
             raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
-        counters = {field.name: _from_json(values[key], str(field.type), key) for field, key in keys.items() if key}
-        return cls(**counters)
+        return cls(**{it.name: _from_json(values[it.name], str(it.type), it.name) for it in fields(cls)})
 
 
 def _from_json(value: Any, kind: str, name: str) -> Any:

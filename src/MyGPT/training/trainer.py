@@ -24,14 +24,13 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
 from MyGPT.training.batches import make_batches, to_device
-from MyGPT.training.checkpoint import Snapshot, restore_snapshot, seed_everything, take_snapshot
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
-from MyGPT.training.resume import identify, plain
 from MyGPT.training.run import BestModelStore, Run, WholeModel
 from MyGPT.training.samples import LiveSamples
+from MyGPT.training.snapshot import Snapshot, identify, restore_snapshot, seed_everything, take_snapshot
 from MyGPT.training.state import RunState
 
 
@@ -44,8 +43,10 @@ class Trainer:
     Args:
         model: the model to train.
         config: how to train it.
-        train: token ids, or an object with a method `batch` (see `Batches`).
-        val: token ids, or an object with a method `batches` (see `Validation`). None trains without evaluation.
+        train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (B, T) int64, and
+            optionally an attention mask (B, T). With a method `fingerprint()`, a resumed run notices changed data.
+        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few every
+            time. None trains without evaluation.
         tokenizer: decodes live samples and is saved with the model.
         prompts: token ids that live samples continue in turn. Default: config.sample_prompt, or the first validation tokens.
         best_model: saves the best model of the run. Default: a model directory, `model/`.
@@ -77,9 +78,7 @@ class Trainer:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.model = model
-        self.config = config
-        self.device = torch.device(device)
+        self.model, self.config, self.device = model, config, torch.device(device)
         self.state = RunState()
         self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
@@ -88,7 +87,7 @@ class Trainer:
         self.files = Run(
             None if run_dir is None else Path(run_dir),
             config,
-            plain(vars(config) if recipe is None else recipe),
+            dict(vars(config) if recipe is None else recipe),
             WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
