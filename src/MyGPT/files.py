@@ -129,11 +129,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a UTF-8 file, with `\\n` line ends.
-
-    Raises:
-        ValueError: the file has more than `max_bytes` bytes (it is then not read), is not UTF-8, or contains NUL.
-    """
+    """Return the text of a UTF-8 file, with `\\n` line ends. A binary file, or one of over `max_bytes`, raises ValueError."""
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
@@ -147,11 +143,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        ValueError: the file is a pipe, longer than MAX_JSON_BYTES, not UTF-8, not JSON, or nested too deeply.
-    """
+    """Return the value in a JSON file. A pipe, a damaged, too large or too deeply nested file raises ValueError."""
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
@@ -176,10 +168,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text contains NUL, which most binary files contain and almost no text file does.
-
-    `offset` is the number of characters before `text` in the file `path`.
-    """
+    """Raise ValueError if a text contains NUL, as most binary files do. `offset` is its position in the file `path`."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")

@@ -98,9 +98,8 @@ def read_pieces(
         try:
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
                 if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
-                    raise ValueError(
-                        f"{path} unpacks to more than {MAX_UNPACKING} times its size, which no text file does"
-                    )
+                    limit = f"{MAX_UNPACKING} times its size"
+                    raise ValueError(f"{path} unpacks to more than {limit}, which no text file does")
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()

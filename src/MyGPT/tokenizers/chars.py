@@ -1,7 +1,4 @@
-"""A tokenizer whose tokens are single characters.
-
-It needs no training and suits small models, but its sequences are long.
-"""
+"""A tokenizer whose tokens are single characters: it needs no training and suits small models, but sequences are long."""
 
 from __future__ import annotations
 
