@@ -109,8 +109,8 @@ def test_the_parts_add_up_to_the_model(tie_weights: bool) -> None:
 def test_info_tells_the_cost_of_every_released_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "124M", "355M", "774M", "1558M"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("KV cache of a token") == 4
-    assert "KV cache of a token        73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
+    assert printed.count("KV cache per token") == 4
+    assert "KV cache per token               73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
     with torch.device("meta"):
         total = GPTModel(GPT2_CONFIGS["1558M"]).num_parameters()
     assert f"{total:,}" in printed and "6.23 GB      3.12 GB" in printed
