@@ -65,8 +65,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
-    tie_weights=False."""
+    """Standard deviation of the initial weights. None keeps PyTorch's default, as in the book (needs tie_weights=False)."""
     activation: Activation = "gelu_new"
     """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
     init: Init = "gpt2"
@@ -172,10 +171,7 @@ def _is_number(value: object) -> bool:
 
 
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
-    """Return a GPTConfig unchanged, or create one from a dict of its fields.
-
-    A dict must have the five sizes. An unknown key, a missing size or a value out of range raises ValueError.
-    """
+    """Return a GPTConfig unchanged, or create one from a dict, which needs the five sizes. A bad dict raises ValueError."""
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):

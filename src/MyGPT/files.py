@@ -168,7 +168,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text contains NUL, as most binary files do. `offset` is its position in the file `path`."""
+    """Raise ValueError if a text contains NUL, as most binary files do. `text` starts at `offset` in the file `path`."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
