@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 
-# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field here,
-# because the released models have equal rates.
+# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
+# here, because the released models have equal rates.
 _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -65,7 +65,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights. None keeps PyTorch's default, as in the book (needs tie_weights=False)."""
+    """Standard deviation of initial weights. None keeps PyTorch's default, as in the book (needs tie_weights=False)."""
     activation: Activation = "gelu_new"
     """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
     init: Init = "gpt2"
@@ -121,7 +121,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
-        """Return the config for the content of a Hugging Face `config.json`. An unsupported setting raises ValueError."""
+        """Return the config for a Hugging Face `config.json`. An unsupported setting raises ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
             ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
@@ -160,7 +160,7 @@ def read_config_json(path: Path) -> GPTConfig:
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:
-    """Raise ValueError if a value, given as name=value, is not a whole number of at least 1 (or None, if `optional`)."""
+    """Raise ValueError if a value, passed by name, is not a whole number of at least 1 (or None, if `optional`)."""
     for name, value in values.items():
         if (type(value) is not int or value < 1) and not (optional and value is None):
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
@@ -171,7 +171,7 @@ def _is_number(value: object) -> bool:
 
 
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
-    """Return a GPTConfig unchanged, or create one from a dict, which needs the five sizes. A bad dict raises ValueError."""
+    """Return a GPTConfig unchanged, or create one from a dict with the five sizes. An invalid dict raises ValueError."""
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):

@@ -60,8 +60,8 @@ def collate_packed(
     """Return inputs, targets and segments, each (B, max_length) int64. `rows` has the examples of each row.
 
     Inputs are the examples of a row, then padding. Targets are the next tokens within each example; the target of its
-    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding. The other arguments are
-    those of `collate_instructions`. An empty example, or a row of more than max_length tokens, raises ValueError.
+    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding. The other arguments
+    are those of `collate_instructions`. An empty example, or a row of more than max_length tokens, raises ValueError.
     """
     inputs = torch.full((len(rows), max_length), pad_token_id)
     targets = torch.full((len(rows), max_length), ignore_index)
@@ -86,8 +86,8 @@ class PackedSampler:
 
     A batch is a pure function of (seed, step). Each epoch uses every example once: it packs the examples from long to
     short, with equal lengths in random order, and shuffles the rows. All epochs have the same number of rows. A batch
-    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed to
-    `collate_packed`.
+    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed
+    to `collate_packed`.
     """
 
     dataset: InstructionDataset

@@ -40,10 +40,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode all documents, write the ids to the directory `out`, and return the content of its `tokens.json`.
 
-    `paths` are text files or .jsonl files with a text under `text_key` in each line, also compressed as .gz. Each document
-    is followed by `<|endoftext|>` if the tokenizer has this token. `workers` processes need some tens of megabytes each,
-    for files of any size. With more than one, call this function under `if __name__ == "__main__":`, as multiprocessing
-    requires. If an error occurs, `out` stays as it was.
+    `paths` are text files or .jsonl files with a text under `text_key` in each line, also compressed as .gz. Each
+    document is followed by `<|endoftext|>` if the tokenizer has this token. Each of the `workers`
+    processes needs some tens of megabytes, for files of any size. With more than one, call this function under
+    `if __name__ == "__main__":`, as multiprocessing requires. If an error occurs, `out` stays as it was.
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is False.

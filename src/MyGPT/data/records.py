@@ -43,7 +43,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
     """Return the values in a JSON array, or on the lines of a file.
 
-    `check` is called with each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
+    `check` gets each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
     """
     text = read_text(path)
     records = []
@@ -183,9 +183,9 @@ def split_records(
 ) -> Split:
     """Split `n_records` records; the records that are neither for training nor for test are for validation.
 
-    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of the
-    1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110
-    for test and the last 55 for validation.
+    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of
+    the 1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next
+    110 for test and the last 55 for validation.
     """
     for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 1:

@@ -100,7 +100,7 @@ class WindowValidation:
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of adjacent windows, each (B, T) int64: every id except the first is a target once. The last is padded."""
+    """Yield batches of adjacent windows, (B, T) int64, the last padded. Every id except the first is a target once."""
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):
         yield gather_windows(ids, starts[first : first + batch_size], max_length)

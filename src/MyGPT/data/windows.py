@@ -87,7 +87,7 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over windows of a text. Each batch is inputs and targets, each (batch_size, max_length) int64.
+    """Return a DataLoader over windows of a text. It yields inputs and targets, each (batch_size, max_length) int64.
 
     Args:
         text: a text, or token ids

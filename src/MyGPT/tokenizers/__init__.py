@@ -98,8 +98,8 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only "bpe"
-    uses `vocab_size` and shows `progress`.
+    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only
+    "bpe" uses `vocab_size` and shows `progress`.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))

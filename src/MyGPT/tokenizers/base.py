@@ -66,7 +66,7 @@ class Tokenizer(ABC):
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern whose `split` gives ordinary text (even indices) and special tokens (odd), the longest that match."""
+    """Return a pattern whose `split` puts special tokens at odd indices. Longer tokens match first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 

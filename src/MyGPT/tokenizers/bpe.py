@@ -140,8 +140,9 @@ class BPETokenizer(Tokenizer):
             disallowed_special = set(self.special_tokens) - allowed
         for token in disallowed_special:
             if token in text:
-                way_out = f"allow it with allowed_special={{{token!r}}}, or encode it as ordinary text with disallowed_special=()"
-                raise ValueError(f"the text contains the special token {token!r}: {way_out}")
+                allow = f"allow it with allowed_special={{{token!r}}}"
+                encode = "encode it as ordinary text with disallowed_special=()"
+                raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
         for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
@@ -203,8 +204,8 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
     """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
 
-    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned if
-    no pair is left.
+    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned
+    if no pair is left.
 
     The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
     the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can

@@ -17,7 +17,7 @@ _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return a visible label for each id: · for a space, ↵ for a line end, \\xe2 for a byte that is half a character."""
+    """Return a visible label per id: · for a space, ↵ for a line end, \\xe2 for a part of a character."""
     return [_visible(text) for text in token_texts(tokenizer, ids)]
 
 
