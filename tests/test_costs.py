@@ -122,10 +122,10 @@ def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.Captu
     assert main(["info", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"vocabulary, context +300, 64\n", printed)  # the default context of the command
-    assert "6 x 64 tokens" in printed
+    assert "activations, 6 x 64" in printed
     recipe.write_text("data: records.json\nmodel: gpt2\n")
     assert main(["info", str(recipe)]) == 2
-    assert "it tunes the model 'gpt2'" in capsys.readouterr().err
+    assert "its model is 'gpt2'" in capsys.readouterr().err
     recipe.write_text("batch_size: [\n")
     assert main(["info", str(recipe)]) == 2
     assert "is not YAML" in capsys.readouterr().err

@@ -463,7 +463,7 @@ def test_another_number_of_threads_is_reported(finished: Path, capsys: Any) -> N
     [
         (["--resume", "{tmp}/none"], "no run to resume at"),
         (["--resume", "auto"], "--resume auto needs --out"),
-        (["--resume", "{tmp}/a", "--out", "{tmp}/b"], "a run goes on in its own directory"),
+        (["--resume", "{tmp}/a", "--out", "{tmp}/b"], "continues in the directory of that run: leave out --out"),
     ],
 )
 def test_a_resume_that_cannot_be_is_one_sentence(options: list[str], words: str, tmp_path: Path, capsys: Any) -> None:
