@@ -171,7 +171,7 @@ def _is_number(value: object) -> bool:
 
 
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
-    """Return a GPTConfig unchanged, or create one from a dict with the five sizes. An invalid dict raises ValueError."""
+    """Return a GPTConfig unchanged, or create one from a dict with the five sizes. A wrong dict raises ValueError."""
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):
