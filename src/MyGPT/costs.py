@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from MyGPT.config import GPTConfig
 from MyGPT.loss import MAX_LOGITS
@@ -34,16 +34,6 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
         "LayerNorms": (2 * L + 1) * 2 * C,
         "output head": 0 if config.tie_weights else V * C,
     }
-
-
-def count_parameters(model: nn.Module, only_trainable: bool = False, exclude: Iterable[Tensor] = ()) -> int:
-    """Return the number of parameters of a model without those in `exclude`. A shared parameter counts once."""
-    excluded = {id(parameter) for parameter in exclude}
-    return sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if (parameter.requires_grad or not only_trainable) and id(parameter) not in excluded
-    )
 
 
 def count_matrix_weights(model: nn.Module) -> int:

@@ -28,8 +28,10 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
 
     GPT-2's matrices are normal with standard deviation init_std. The projections into the residual stream (c_proj) are smaller
     by the square root of their number, 2 n_layers. Biases are 0 and LayerNorm weights 1. With init_std=None the weights are
-    those of torch's layers.
+    those of torch's layers. A model on the meta device is left as it is.
     """
+    if next(model.parameters()).is_meta:
+        return
     std = config.init_std
     if std is None:
         for module in model.modules():

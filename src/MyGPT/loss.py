@@ -1,4 +1,4 @@
-"""The cross-entropy of the library, in nats.
+"""The cross-entropy of the library, in nats, and the tied output head.
 
 Losses and counts are returned as separate sums, because a mean of means is wrong when batches differ in length: sum both over
 batches, then divide once. N = B * T positions, C embedding width, V vocabulary.
@@ -7,11 +7,12 @@ batches, then divide once. N = B * T positions, C embedding width, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 """The target that losses ignore, as in torch and transformers."""
@@ -23,6 +24,30 @@ VOCAB_CHUNK = 2048
 """Number of outputs that a CPU computes at a time, so that the result is still in its cache when it is stored."""
 
 
+class TiedHead(nn.Module):
+    """An output head with the weight (V, C) of the token embedding.
+
+    It is not an nn.Linear, because PEFT and quantizers change every nn.Linear, and would change the embedding with it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)  # (B, T, V)
+
+
+@dataclass
+class CausalLMOutput:
+    """The result of a forward pass with labels."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
+    logits: Tensor
+    """(B, T, V)."""
+
+
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy in nats and the number of counted targets.
 
@@ -32,6 +57,14 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     total = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `token_loss(head(hidden), targets)`, by `linear_token_loss` if the head only multiplies by its weight."""
+    # A head with an adapter or a bias computes more than that product.
+    if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
+        return linear_token_loss(hidden, head.weight, targets)
+    return token_loss(head(hidden), targets)
 
 
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

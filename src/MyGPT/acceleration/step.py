@@ -18,7 +18,8 @@ from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
 from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import Precision
-from MyGPT.model import Block, GPTModel, TiedHead
+from MyGPT.loss import TiedHead
+from MyGPT.model import Block, GPTModel
 
 MAX_KERNEL_TOKENS = 32
 """Largest number of new tokens that the kernel computes in one call. For more, torch's attention is faster."""
