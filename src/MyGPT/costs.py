@@ -20,8 +20,6 @@ from torch import nn
 from MyGPT.config import GPTConfig
 from MyGPT.loss import MAX_LOGITS
 
-# --- parameters
-
 
 def parameters_by_part(config: GPTConfig) -> dict[str, int]:
     """Return the number of parameters of each part of the model. A tied output head has none of its own."""
@@ -48,9 +46,6 @@ def count_matrix_weights(model: nn.Module) -> int:
         for parameter in module.parameters(recurse=False)
         if parameter.dim() == 2
     )
-
-
-# --- operations and time
 
 
 def flops_per_token(
@@ -98,15 +93,9 @@ def estimate_step_seconds(
 ) -> float:
     """Return the estimated seconds of a training step on batch_size sequences of the context's length.
 
-    If the step would take too long to try, fewer sequences and then fewer layers are measured, and the time is scaled by the
-    number of operations.
-
-    Args:
-        config: sizes of the model.
-        batch_size: sequences per micro-batch.
-        measure_step: returns the seconds of a training step of a model of some config on some number of sequences.
-        flops_per_second: speed of matrix products, as `matmul_speed` returns it.
-        max_seconds: the measured step should take at most so long if training reaches half of flops_per_second.
+    `measure_step` returns the seconds of a step for a config and a number of sequences. If a step would take longer than
+    max_seconds at half of flops_per_second (see `matmul_speed`), fewer sequences and then fewer layers are measured, and the
+    time is scaled by the number of operations.
     """
 
     def flops(part: GPTConfig, n_sequences: int) -> int:
@@ -120,9 +109,6 @@ def estimate_step_seconds(
     return measure_step(part, n_sequences) * flops(config, batch_size) / flops(part, n_sequences)
 
 
-# --- memory
-
-
 def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
     """Return the bytes of the keys and values of one token, at `itemsize` bytes per number."""
     return 2 * config.n_layers * config.emb_dim * itemsize
@@ -132,13 +118,8 @@ def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, 
     """Return the peak memory of generating, in bytes.
 
     The estimate is the sum of the weights, the cache, and the activations of the prompt where they are largest, which is
-    in the MLP: its input, and its hidden layer before and after GELU.
-
-    Args:
-        config: sizes of the model.
-        itemsize: bytes per number.
-        batch_size: number of sequences.
-        length: tokens of prompt and answer together (default: the context).
+    in the MLP: its input, and its hidden layer before and after GELU. `itemsize` is the bytes per number, and `length` the
+    tokens of prompt and answer together (default: the context).
     """
     T = config.context_length if length is None else length
     largest_activations = 10 * config.emb_dim * itemsize * T
@@ -169,10 +150,8 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes in use at one time.
-
-        The backward pass frees activations while it makes gradients, so only the larger of the two counts.
-        """
+        """Largest number of bytes in use at one time."""
+        # The backward pass frees activations while it makes gradients, so only the larger of the two counts.
         forward = self.activations + self.head + self.copies
         backward = self.gradients + self.tying
         passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)

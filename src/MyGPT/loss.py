@@ -54,7 +54,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits (..., V) float; targets (...) int64, where -100 is ignored. Logits of 16 bits are converted to float32 first.
     """
     logits = logits.flatten(0, -2)  # (N, V)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
     total = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
 
@@ -70,14 +70,9 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return `token_loss(hidden @ weight.T, targets)` without storing all logits at once.
 
-    For GPT-2's vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are
-    therefore computed in chunks of rows. The forward pass already computes the gradients of each chunk, so the loss supports
-    only one backward pass; a second one raises an error.
-
-    Args:
-        hidden: hidden states, (..., C).
-        weight: weight of the output head, (V, C).
-        targets: (...) int64, where -100 is ignored.
+    hidden (..., C); weight (V, C); targets (...) int64, where -100 is ignored. For GPT-2's vocabulary of 50,257 tokens the
+    logits would take most of the memory of a training step. Large products are therefore computed in chunks of rows. The
+    forward pass already computes the gradients of each chunk, so a second backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     # On a GPU the number of counted targets is not known without waiting for the GPU.
@@ -96,10 +91,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
-    """The summed cross-entropy, in float32 or float64.
-
-    The gradient of the loss with respect to the logits is softmax minus one-hot, so each chunk yields its gradients at once.
-    """
+    """The summed cross-entropy, in float32 or float64. Its gradient for the logits is softmax minus one-hot."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_grad_enabled: bool) -> Tensor:

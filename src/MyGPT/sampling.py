@@ -99,13 +99,10 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
 def pick_next(
     logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """Return the next token of each row, (B,) int64.
+    """Return the next token of each row, (B,) int64, for the logits of the last position, (B, V).
 
-    Args:
-        logits: logits of the last position, (B, V).
-        config: the sampling options.
-        generator: source of random numbers; None for torch's global one.
-        seen: (B, V), True for tokens that already occurred; needed for the repetition penalty.
+    Random numbers come from `generator`, or without one from torch's global generator. seen (B, V) is True for tokens that
+    already occurred; the repetition penalty needs it.
     """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:

@@ -27,9 +27,8 @@ MIN_MULTIPLICATIONS = 1 << 27
 def fast_linear() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which large float32 products of `F.linear` on the CPU use oneDNN, forward and backward.
 
-    The context does nothing where MKL is as fast. The choice depends only on the CPU and not on a measurement, so results
-    are reproducible. Do not combine the context with gradient checkpointing: torch leaves the context before the backward
-    pass, recomputes with MKL, and reports that the recomputed tensors differ.
+    The context does nothing where MKL is as fast; this depends only on the CPU, so results are reproducible. The context does
+    not support gradient checkpointing: torch would recompute outside of it, with MKL, and report that the tensors differ.
     """
     return OneDNNLinear() if onednn_is_faster() else contextlib.nullcontext()
 
@@ -39,12 +38,9 @@ def onednn_is_faster() -> bool:
     """Return whether this is an AMD CPU with AVX-512 and torch has both MKL and oneDNN."""
     if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return "AuthenticAMD" in _cpu_description() and has_onednn_linear()
-
-
-def _cpu_description() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else platform.processor()
+    cpu = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else platform.processor()
+    return "AuthenticAMD" in cpu and has_onednn_linear()
 
 
 class OneDNNLinear(TorchFunctionMode):
