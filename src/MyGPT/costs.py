@@ -2,8 +2,8 @@
 
 Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
 Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
-`benchmarks/memory_estimates.py` measures the error of the estimates.
-B sequences, T tokens per sequence, C embedding width, H heads, L layers, V vocabulary.
+`benchmarks/memory_estimates.py` measures the error of the estimates. T tokens, C embedding width, H heads, L layers,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,17 +35,11 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
 
 
 def count_matrix_weights(model: nn.Module) -> int:
-    """Return the number of weights with which every token is multiplied.
-
-    These are all matrices but the embeddings, which are look-ups. A head multiplies even if its weight is the embedding's.
-    """
-    return sum(
-        parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 2
-    )
+    """Return the number of weights with which every token is multiplied: all matrices but the embeddings' look-up tables."""
+    # A tied head multiplies too; its weight is found in the head.
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    return sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
 def flops_per_token(
@@ -85,23 +79,19 @@ def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> 
 
 
 def estimate_step_seconds(
-    config: GPTConfig,
-    batch_size: int,
-    measure_step: Callable[[GPTConfig, int], float],
-    flops_per_second: float,
-    max_seconds: float = 1.0,
+    config: GPTConfig, batch_size: int, measure_step: Callable[[GPTConfig, int], float], flops_per_second: float
 ) -> float:
     """Return the estimated seconds of a training step on batch_size sequences of the context's length.
 
-    `measure_step` returns the seconds of a step for a config and a number of sequences. If a step would take longer than
-    max_seconds at half of flops_per_second (see `matmul_speed`), fewer sequences and then fewer layers are measured, and the
+    `measure_step` returns the seconds of a step for a config and a number of sequences. If a step would take over
+    one second at half of flops_per_second (see `matmul_speed`), fewer sequences and then fewer layers are measured, and the
     time is scaled by the number of operations.
     """
 
     def flops(part: GPTConfig, n_sequences: int) -> int:
         return flops_per_token(part) * n_sequences * config.context_length
 
-    part, n_sequences, most = config, batch_size, max_seconds * flops_per_second / 2
+    part, n_sequences, most = config, batch_size, flops_per_second / 2
     while n_sequences > 1 and flops(part, n_sequences) > most:
         n_sequences = (n_sequences + 1) // 2
     while part.n_layers > 1 and flops(part, n_sequences) > most:

@@ -139,9 +139,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # The product is computed in float32, because grad_output rounded to bf16 would change all gradients by up to 0.4%.
-        # Saved gradients in float32 are scaled in place, since they may take 150 MB; autograd detects this in a second
-        # backward pass.
+        # In float32, because grad_output rounded to bf16 would change all gradients by up to 0.4%. Float32 gradients, which
+        # may take 150 MB, are scaled in place; autograd detects this in a second backward pass.
         hidden_gradient, weight_gradient = (
             None if saved is None else saved.to(grad_output.dtype).mul_(grad_output).to(ctx.dtype)
             for saved in ctx.saved_tensors

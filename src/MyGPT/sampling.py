@@ -13,6 +13,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from MyGPT.config import require_positive
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -32,8 +34,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            self._refuse("top_k", "a whole number of at least 1")
+        require_positive(top_k=self.top_k, optional=True)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             self._refuse("top_p", "a number above 0 and at most 1")
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):

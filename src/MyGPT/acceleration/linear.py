@@ -38,9 +38,12 @@ def onednn_is_faster() -> bool:
     """Return whether this is an AMD CPU with AVX-512 and torch has both MKL and oneDNN."""
     if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
+    return "AuthenticAMD" in _cpu_description() and has_onednn_linear()
+
+
+def _cpu_description() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    cpu = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else platform.processor()
-    return "AuthenticAMD" in cpu and has_onednn_linear()
+    return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else platform.processor()
 
 
 class OneDNNLinear(TorchFunctionMode):
