@@ -1,4 +1,4 @@
-"""A second opinion on TensorFlow's checkpoints: a small writer, made from the description of the format alone."""
+"""A small writer of TensorFlow checkpoints for tests, written from the description of the format alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPE_NUMBERS = {
 
 @dataclass
 class Stored:
-    """A tensor as it lies in a shard."""
+    """A tensor as it is stored in a shard."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ def stored(array: NDArray[Any]) -> Stored:
 
 
 def stored_bfloat16(array: NDArray[np.float32]) -> Stored:
-    """The upper halves of float32 numbers."""
+    """Store float32 numbers as bfloat16, their upper two bytes."""
     upper = (array.reshape(-1).view("<u4") >> 16).astype("<u2")
     return Stored(DTYPE_NUMBERS["bfloat16"], array.shape, upper.view(np.uint8))
 
@@ -43,7 +43,7 @@ def write_bundle(
     n_shards: int = 1,
     **table_options: int,
 ) -> None:
-    """Writes a checkpoint; the tensors are dealt to the shards in turn."""
+    """Write a checkpoint; tensor i is stored in shard i modulo the number of shards."""
     records = {b"": header(n_shards)}
     shards = [bytearray() for _ in range(n_shards)]
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -69,7 +69,7 @@ def entry(dtype: int, shape: Iterable[int], shard: int, offset: int, size: int, 
 def table(
     records: Mapping[bytes, bytes], *, block_bytes: int = 4096, restart_interval: int = 16, compression: int = 0
 ) -> bytes:
-    """A LevelDB table. `compression` is only what it claims."""
+    """Return a LevelDB table. `compression` is only written to the trailers; the blocks are not compressed."""
     out, handles = b"", {}
     pending: dict[bytes, bytes] = {}
 
@@ -115,7 +115,7 @@ def varint(n: int) -> bytes:
 
 
 def number(field: int, value: int) -> bytes:
-    """A number in a protocol buffer; 0 is left out, negative ones are those of 64 bits."""
+    """Return a number field of a protocol buffer. 0 is left out, and negative numbers have 64 bits."""
     return varint(field << 3) + varint(value % (1 << 64)) if value else b""
 
 

@@ -1,8 +1,8 @@
-"""Files made to harm: valid ones with anything put anywhere.
+"""A generator of damaged and malicious files, made by changing valid ones.
 
-`damaged(content, kind)` is a hypothesis strategy of bytes. JSON and YAML are changed as trees (any value becomes any other,
-keys vanish, come twice or change) and as bytes (flipped, cut off, inserted, repeated); what has a JSON header, such as
-safetensors, gets its header changed and its length kept right.
+`damaged(content, kind)` is a hypothesis strategy of bytes. JSON and YAML are changed as trees (values are replaced, keys are
+removed, repeated or renamed) and as bytes (flipped, cut, inserted, repeated). In safetensors the JSON header is changed and its
+length is updated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kind = Literal["bytes", "text", "json", "jsonl", "yaml", "safetensors"]
 
 
 class Pairs(list[tuple[str, Any]]):
-    """A JSON object as the pairs that are written, so that a key can come twice."""
+    """A JSON object as a list of pairs, so that a key can occur twice."""
 
 
 def dump(value: Any) -> str:
@@ -30,7 +30,7 @@ def dump(value: Any) -> str:
 
 
 class Raw:
-    """A value in its own spelling: what json.dumps would not write."""
+    """A JSON text that is written unchanged, because json.dumps would not produce it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -93,13 +93,13 @@ VALUES = st.recursive(
 
 
 def _places(value: Any, place: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    """The place of every value in a tree, the root's being ()."""
+    """Return the path to every value in a tree; the path of the root is ()."""
     inner = [item[1] for item in value] if isinstance(value, Pairs) else value if isinstance(value, list) else []
     return [place, *(found for i, item in enumerate(inner) for found in _places(item, (*place, i)))]
 
 
 def _changed(value: Any, place: tuple[int, ...], change: Any) -> Any:
-    """The tree with change(list, index) applied at a place."""
+    """Return a copy of the tree in which change(list, index) was applied to the value at a path."""
     if not place:
         root = [value]
         change(root, 0)
@@ -117,9 +117,9 @@ def _changed(value: Any, place: tuple[int, ...], change: Any) -> Any:
 
 @st.composite
 def trees(draw: st.DrawFn, document: Any, values: st.SearchStrategy[Any] = VALUES) -> Any:
-    """The document after one to three changes."""
+    """Draw one to three changes and return the changed document."""
     for _ in range(draw(st.integers(1, 3))):
-        # Of long lists (merges, ids) the beginning and the end: the rest is alike.
+        # Change only the first and last entries of long lists (merges, ids), because the others are alike.
         places = _places(document)
         place = draw(st.sampled_from(places if len(places) < 300 else [*places[:200], *places[-100:]]))
         what = draw(st.sampled_from(["replace", "replace", "replace", "delete", "twice", "key"]))
@@ -142,7 +142,7 @@ def trees(draw: st.DrawFn, document: Any, values: st.SearchStrategy[Any] = VALUE
 
 @st.composite
 def raw_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """The content with bytes flipped, cut off, cut out, inserted or repeated."""
+    """Draw a change of the bytes: flipped, truncated, removed, inserted or repeated."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)))
@@ -164,7 +164,7 @@ def raw_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def _spellings(text: str) -> st.SearchStrategy[bytes]:
-    """A text in UTF-8, or as other programs may have written it."""
+    """Draw an encoding of the text: UTF-8, or another one that programs use."""
     plain = text.encode("utf-8", "surrogatepass")
     return st.sampled_from(
         [plain] * 6 + [b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n"), plain + b"\0", plain + b"\xff"]
@@ -177,7 +177,7 @@ def _parse(text: str | bytes) -> Any:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, kind: Kind) -> bytes:
-    """What a file of this kind may have become."""
+    """Draw a damaged version of a file of this kind."""
     if kind == "bytes" or (kind != "safetensors" and draw(st.integers(0, 3)) == 0):
         return draw(raw_bytes(content))
     if kind == "text":

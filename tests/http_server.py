@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that answers each request as a test says: whole, cut, stalled, reset or refused."""
+"""A local HTTP server whose response to each request is chosen by the test: complete, cut, stalled, reset or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """Answers each request with the next of `answers`, then with `default`; keeps the requests."""
+    """A server that replies with the next of `answers`, then with `default`, and records the requests."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -77,7 +77,19 @@ def file(
     length: int | None = None,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """A server of one file. `cut` ends the body after so many bytes, after `stall` seconds of silence, or by a reset."""
+    """Return an answer that sends a file.
+
+    Args:
+        content: the bytes of the file.
+        cut: send only this many bytes.
+        stall: seconds of silence before the connection ends.
+        reset: end the connection by a reset.
+        etag: the ETag header, or None to leave it out.
+        ranges: support the Range header.
+        if_range: support the If-Range header.
+        length: the Content-Length header; default: the length of the body.
+        headers: more headers.
+    """
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         wanted = handler.headers["Range"]
@@ -140,7 +152,7 @@ def chunked(content: bytes = CONTENT, ends: bool = True, **headers: str) -> Answ
 
 
 def until_the_end(handler: BaseHTTPRequestHandler) -> None:
-    """As in HTTP/1.0: the end of the connection is the end of the file, or of the server."""
+    """Send a file without its length, as in HTTP/1.0, where the end of the connection is the end of the file."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(CONTENT)

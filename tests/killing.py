@@ -1,7 +1,7 @@
-"""Runs of `mygpt` in processes of their own that are killed at moments of our choice, and what remains of them.
+"""Runs `mygpt` in a process of its own, kills it at a chosen moment, and collects what is left of the run.
 
-A kill is SIGKILL, which no program can catch. It comes at the n-th call of something in the process itself (a step, and every
-kind of call with which files are written), or from outside after a time.
+The signal is SIGKILL, which no program can catch. It comes at the n-th call of a function (a training step, or a function
+that writes files), or after a given time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Forked from a process that has imported torch already: a fresh one would take seconds for that.
+# Processes are forked from one that has already imported torch, because the import takes seconds.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "MyGPT.cli", "MyGPT.training.trainer", "MyGPT.commands.train", "peft"])
 
 MOMENTS = ("step", "half_file", "fsync", "rename", "replace", "rmtree", "snapshot")
-"""In the process itself; "half_file" is with the first half of a file of tensors on the disk."""
+"""Functions at whose call a process is killed; "half_file" leaves the first half of a file of tensors on the disk."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process is killed: at the n-th of a moment, or, with "time", n milliseconds after it began to work."""
+    """The moment of a kill: the n-th call of a function in MOMENTS, or, with "time", n milliseconds after the start."""
 
     moment: str
     n: int
@@ -41,14 +41,21 @@ def start(
     prepare: Callable[[], None] | None = None,
     errors: str | Path = os.devnull,
 ) -> Any:
-    """`mygpt` with these arguments, as a process; `prepare` is called in it first, what it says of errors goes to a file."""
+    """Start `mygpt` in a new process and return the process.
+
+    Args:
+        arguments: the command line.
+        kill: when the process is killed; None lets it run.
+        prepare: a function that the process calls first.
+        errors: the file for its stderr.
+    """
     process = _processes.Process(target=_work, args=(arguments, kill, prepare, errors))
     process.start()
     return process
 
 
 def run(arguments: list[str], *how: Any, **more: Any) -> int:
-    """As `start`, to its end; returns the exit status, -9 if it was killed."""
+    """Start `mygpt` as `start` does, wait for its end, and return the exit status (-9 after a kill)."""
     process = start(arguments, *how, **more)
     process.join(600)
     assert process.exitcode is not None, "the process hangs"
@@ -56,7 +63,7 @@ def run(arguments: list[str], *how: Any, **more: Any) -> int:
 
 
 def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
-    """The same command again and again until the kills are used up, then once more to the end; how many struck."""
+    """Run a command once for each kill and once more to its end. Return how many of the kills hit a running process."""
     struck = 0
     for kill in [*kills, None]:
         status = run(arguments, kill)
@@ -66,18 +73,18 @@ def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """All of a run that must not depend on whether it was killed: weights, optimizers, generators, records, samples."""
+    """Return everything that must not depend on kills: weights, optimizer and random states, records and samples."""
     newest = max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     state = json.loads((newest / "state.json").read_text())
-    for of_machine in ("lengths", "recipe"):  # speeds are of different lengths, and the run's path may be in the recipe
-        del state[of_machine]
+    for variable in ("lengths", "recipe"):  # Logged speeds differ in length, and the recipe may contain the run's path.
+        del state[variable]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    of_time = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
+    timings = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
     kept = run_dir / ("adapter" if (run_dir / "adapter").is_dir() else "model")
     return {
         "checkpoint": newest.name,
         "state": state,
-        "records": [{k: v for k, v in record.items() if k not in of_time} for record in records],
+        "records": [{k: v for k, v in record.items() if k not in timings} for record in records],
         "samples": (run_dir / "samples.txt").read_text() if (run_dir / "samples.txt").exists() else "",
         **{str(file.relative_to(run_dir)): file.read_bytes() for file in kept.glob("*.safetensors")},
         **{file.name: file.read_bytes() for file in newest.glob("*.safetensors")},
@@ -85,12 +92,12 @@ def remains(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The names under which two runs' remains differ."""
+    """Return the names of the parts in which the remains of two runs differ."""
     return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
 
 
 def leftovers(run_dir: Path) -> list[str]:
-    """Names of unfinished files and directories."""
+    """Return the names of unfinished files and directories."""
     return sorted(
         path.name for path in run_dir.rglob(".*") if path.name not in (".lock", ".process") and "tmp" not in path.name
     )
@@ -100,7 +107,7 @@ def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] |
     import torch
 
     torch.set_num_threads(1)
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115 - open until the process ends
     if prepare is not None:
         prepare()
     if kill is not None:

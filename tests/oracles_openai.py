@@ -1,4 +1,4 @@
-"""The checkpoint that TensorFlow wrote, and the logits that OpenAI's own model code gave for it."""
+"""A small checkpoint that TensorFlow wrote, and the logits that OpenAI's model code computed from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Kills runs fifty times, at random moments, and compares what remains with runs that were never touched: `make soak`.
+"""Kills runs fifty times at random moments and compares the results with uninterrupted runs (`make soak`).
 
-Every second kill is aimed at a moment inside a write (killing.MOMENTS), the others come at a random time. The table counts, for
-each recipe, the kills that struck (a process can be done before its kill), the checkpoints that were found damaged, and
-whatever differs from the untouched run in weights, optimizer state, random states, losses or samples: nothing may.
+Every second kill is aimed at a function that writes files (killing.MOMENTS); the others come at a random time. For each
+recipe the table shows how many kills hit a running process, how often the run was resumed, and in how many parts (weights,
+optimizer and random states, losses, samples) the result differs. There must be no differences and no unfinished files.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def main() -> None:
 
 
 def kill_until_done(command: list[str], n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
-    """Runs until so many kills have struck, and then to the end; how many were aimed and timed, and how often it went on.
+    """Run a command until n_kills kills have hit it, and once more to its end.
 
-    A run that came to its end before that is as it is: it goes on at its end, again and again.
+    A run that has already reached its end is resumed there again. Returns the number of aimed and of timed kills, and how
+    often the command was started.
     """
     struck: Counter[str] = Counter()
     resumes = 0

@@ -1,4 +1,4 @@
-"""Downloads from a real server on this machine that does, request by request, what real ones do on their bad days."""
+"""Downloads from a local HTTP server that fails, request by request, in the ways that real servers fail."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def get(urls: str | list[str], path: Path, **options: Any) -> Path:
-    """`download` that neither waits nor shows a bar."""
+    """Call `download` without waiting times and progress bar."""
     return download(urls, path, **{"progress": False, "timeout": 5, "sleep": lambda seconds: None, **options})
 
 
 def names(directory: Path) -> set[str]:
-    """What is on the disk, but for the lock and the memory."""
+    """Return the file names in a directory without the lock and the list of downloads."""
     return {path.name for path in directory.iterdir()} - {".downloads.json", ".downloads.lock"}
 
 
@@ -87,7 +87,7 @@ def test_a_whole_file_costs_no_network_call(server: Server, tmp_path: Path) -> N
     path = get(server.will(file()), tmp_path / "file.bin")
     for options in ({}, {"sha256": SHA256.upper()}, {"size": len(CONTENT)}):
         get(server.url, path, **options)
-    os.utime(path, (1, 1))  # copied elsewhere and back, say: the content decides
+    os.utime(path, (1, 1))  # for example copied elsewhere and back: the content decides
     get(server.url, path)
     assert len(server.requests) == 1
 
@@ -124,7 +124,7 @@ def test_what_is_there_stays_when_its_replacement_cannot_be_had(server: Server, 
     assert path.read_bytes() == b"old"
 
 
-def test_what_we_remember_may_be_lost_or_damaged(server: Server, tmp_path: Path) -> None:
+def test_the_list_of_downloads_may_be_lost_or_damaged(server: Server, tmp_path: Path) -> None:
     for text in ("", "[1]", "{", '{"url": 1}', "\0"):
         (tmp_path / ".downloads.json").write_text(text)
         (tmp_path / "file.bin.part").write_bytes(b"some")
@@ -134,7 +134,7 @@ def test_what_we_remember_may_be_lost_or_damaged(server: Server, tmp_path: Path)
     assert server.ranges() == [None] * 5
 
 
-def test_files_of_one_directory_are_remembered_together(server: Server, tmp_path: Path) -> None:
+def test_downloads_of_one_directory_are_listed_together(server: Server, tmp_path: Path) -> None:
     get(server.will(file(), file(OTHER)), tmp_path / "a")
     get(server.url, tmp_path / "b")
     memory = json.loads((tmp_path / ".downloads.json").read_text())
@@ -144,7 +144,7 @@ def test_files_of_one_directory_are_remembered_together(server: Server, tmp_path
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "/etc/passwd", "ftp://127.0.0.1/a", ""])
 def test_an_address_that_is_not_http_is_a_value_error(tmp_path: Path, url: str) -> None:
-    with pytest.raises(ValueError, match="begins with http"):
+    with pytest.raises(ValueError, match="must begin with http"):
         get(url, tmp_path / "file.bin")
 
 
@@ -161,7 +161,7 @@ def test_the_bar_goes_to_stderr_and_can_be_left_out(
 # Resuming
 
 
-def test_a_file_that_breaks_off_goes_on_where_it_ended(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_file_is_resumed(server: Server, tmp_path: Path) -> None:
     path = get(server.will(file(cut=100_000), file(cut=50_000), file()), tmp_path / "file.bin")
     assert path.read_bytes() == CONTENT
     assert server.ranges() == [None, "bytes=100000-", "bytes=150000-"]
@@ -169,7 +169,7 @@ def test_a_file_that_breaks_off_goes_on_where_it_ended(server: Server, tmp_path:
     assert names(tmp_path) == {"file.bin"}
 
 
-def test_the_next_call_goes_on_where_the_last_gave_up(server: Server, tmp_path: Path) -> None:
+def test_the_next_call_resumes_a_failed_download(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     with pytest.raises(DownloadError, match="ended after 1,000 of 300,000 bytes"):
         get(server.will(file(cut=1000)), path, attempts=1)
@@ -179,7 +179,7 @@ def test_the_next_call_goes_on_where_the_last_gave_up(server: Server, tmp_path: 
     assert server.ranges() == [None, "bytes=1000-"]
 
 
-def test_a_killed_process_leaves_what_came(server: Server, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_received_bytes(server: Server, tmp_path: Path) -> None:
     server.will(file(cut=200_000, stall=30))
     code = f"from MyGPT.download import download; download({server.url!r}, {str(tmp_path / 'file.bin')!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -211,15 +211,15 @@ def replace_or_interrupt(old: Any, new: Any, rename: Callable[[Any, Any], None] 
     rename(old, new)
 
 
-def test_a_server_that_ignores_ranges_is_heard_from_the_start(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_ignores_ranges_sends_the_whole_file_again(server: Server, tmp_path: Path) -> None:
     path = get(server.will(file(cut=100_000), file(ranges=False)), tmp_path / "file.bin")
     assert path.read_bytes() == CONTENT
     assert server.ranges() == [None, "bytes=100000-"]
 
 
 @pytest.mark.parametrize("if_range", [True, False])
-def test_a_file_that_changed_is_not_glued_to_an_old_half(server: Server, tmp_path: Path, if_range: bool) -> None:
-    """Also from a server that knows nothing of If-Range: then one more request is needed."""
+def test_a_changed_file_is_not_appended_to_an_old_part(server: Server, tmp_path: Path, if_range: bool) -> None:
+    """A server that does not support If-Range needs one more request."""
     changed = file(OTHER, etag='"v2"', if_range=if_range)
     path = get(server.will(file(cut=100_000), changed, changed), tmp_path / "file.bin")
     assert path.read_bytes() == OTHER
@@ -239,7 +239,7 @@ def test_416_means_complete_if_the_length_was_not_known(server: Server, tmp_path
     assert server.ranges() == [None, f"bytes={len(CONTENT)}-"]
 
 
-def test_a_rest_that_does_not_begin_where_we_ended_is_not_glued_on(server: Server, tmp_path: Path) -> None:
+def test_a_rest_with_another_first_byte_is_not_appended(server: Server, tmp_path: Path) -> None:
     rest = {"Content-Range": f"bytes 500-{len(CONTENT) - 1}/{len(CONTENT)}", "ETag": '"v1"'}
     server.will(file(cut=1000), status(206, CONTENT[500:], **rest), file())
     assert get(server.url, tmp_path / "file.bin").read_bytes() == CONTENT
@@ -254,8 +254,8 @@ def test_a_part_of_another_length_than_the_wanted_one_is_not_continued(server: S
     assert server.ranges() == [None, None]
 
 
-def test_a_part_that_cannot_be_told_from_a_newer_file_is_not_continued(server: Server, tmp_path: Path) -> None:
-    """No ETag, or a weak one, which promises no equal bytes, and no date."""
+def test_a_part_of_an_unknown_version_is_not_continued(server: Server, tmp_path: Path) -> None:
+    """The response has no date, and no ETag or a weak one, which does not guarantee equal bytes."""
     weak = file(cut=1000, etag='W/"v1"')
     path = get(server.will(file(cut=1000, etag=None), weak, file()), tmp_path / "file.bin")
     assert path.read_bytes() == CONTENT
@@ -280,8 +280,10 @@ def test_the_part_of_one_mirror_is_not_continued_from_another(server: Server, tm
     assert server.ranges() == [None, "bytes=1000-", None]
 
 
-def test_a_wrong_whole_made_of_two_answers_is_fetched_once_more_in_one_piece(server: Server, tmp_path: Path) -> None:
-    """A server that changes its file and keeps the tag: only the hash tells."""
+def test_a_wrong_file_from_two_responses_is_downloaded_once_more_in_one_response(
+    server: Server, tmp_path: Path
+) -> None:
+    """The server changes its file but not the ETag, so only the hash shows the change."""
     server.will(file(OTHER + CONTENT[len(OTHER) :], cut=1000), file(), file())
     path = get(server.url, tmp_path / "file.bin", sha256=SHA256)
     assert path.read_bytes() == CONTENT
@@ -322,7 +324,7 @@ def test_versions_of_a_file_are_never_mixed(server: Server, answers: list[tuple[
         assert get(server.url, Path(directory) / "file.bin", attempts=20).read_bytes() in VERSIONS.values()
 
 
-# Bad answers
+# Bad responses
 
 
 @pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504])
@@ -341,19 +343,21 @@ def test_a_server_that_does_not_have_it_is_not_asked_again_but_the_mirror_is(
     assert [path for path, _ in server.requests] == ["/file.bin", "/mirror"]
 
 
-def test_waits_double_and_vary_and_there_is_an_end(server: Server, tmp_path: Path) -> None:
+def test_waiting_times_double_and_vary_until_the_attempts_are_used_up(server: Server, tmp_path: Path) -> None:
     waits: list[float] = []
     server.default = status(500)
     with pytest.raises(DownloadError, match=r"500 Internal Server Error, attempt 5 of 5"):
         get(server.url, tmp_path / "file.bin", sleep=waits.append)
     assert len(server.requests) == 5
     assert all(0.5 * 2**i <= wait <= 2**i for i, wait in enumerate(waits)) and len(waits) == 4
-    assert len(set(waits)) == 4 and not any(wait.is_integer() for wait in waits)  # jitter; a chance of 2**-50
+    assert len(set(waits)) == 4 and not any(
+        wait.is_integer() for wait in waits
+    )  # the waits are random; a false alarm has probability 2**-50
     assert names(tmp_path) == set()
 
 
-def test_only_attempts_that_bring_nothing_new_count(server: Server, tmp_path: Path) -> None:
-    """A line that breaks every 20,000 bytes still brings the file, with two attempts allowed."""
+def test_only_attempts_without_new_data_count(server: Server, tmp_path: Path) -> None:
+    """A connection that breaks every 20,000 bytes still delivers the file, although only two attempts are allowed."""
     server.default = file(cut=20_000)
     assert get(server.url, tmp_path / "file.bin", attempts=2).read_bytes() == CONTENT
     assert len(server.requests) == 15
@@ -376,7 +380,7 @@ def test_retry_after_is_obeyed(server: Server, tmp_path: Path, value: str, wait:
     assert waits == [wait] if wait is not None else 0.5 <= waits[0] <= 1
 
 
-def test_a_server_that_wants_to_rest_for_an_hour_is_left_for_the_mirror(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_asks_for_an_hour_is_replaced_by_the_mirror(server: Server, tmp_path: Path) -> None:
     waits: list[float] = []
     server.will(status(503, Retry_After="3600"), file())
     get([server.url, f"{server.address}/mirror"], tmp_path / "file.bin", sleep=waits.append)
@@ -401,7 +405,10 @@ def test_a_server_that_never_answers_is_given_up(server: Server, tmp_path: Path)
 def test_a_reset_is_survived(server: Server, tmp_path: Path) -> None:
     path = get(server.will(file(cut=100_000, stall=0.05, reset=True), file()), tmp_path / "file.bin")
     assert path.read_bytes() == CONTENT
-    assert server.ranges() in ([None, "bytes=100000-"], [None, None])  # a reset may overtake what was sent
+    assert server.ranges() in (
+        [None, "bytes=100000-"],
+        [None, None],
+    )  # a reset can arrive before data that was sent earlier
 
 
 def test_a_connection_that_closes_without_a_word_is_tried_again(server: Server, tmp_path: Path) -> None:
@@ -410,7 +417,7 @@ def test_a_connection_that_closes_without_a_word_is_tried_again(server: Server, 
 
 def test_a_refused_connection_and_a_nonsense_answer_are_named(server: Server, tmp_path: Path) -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound, not listening
+        closed.bind(("127.0.0.1", 0))  # bound but not listening
         urls = [f"http://127.0.0.1:{closed.getsockname()[1]}/a", server.url]
         server.default = lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH\r\n") and None
         with pytest.raises(DownloadError, match=r"/a: Connection refused.*file.bin: SSH-2.0"):
@@ -419,10 +426,10 @@ def test_a_refused_connection_and_a_nonsense_answer_are_named(server: Server, tm
 
 @pytest.mark.parametrize("cut", [None, 1000])
 def test_a_web_page_is_not_the_file(server: Server, tmp_path: Path, cut: int | None) -> None:
-    """The login page of a hotel, say; also when it comes in the middle, and then our part is kept."""
+    """For example a hotel's login page. If it interrupts a download, the part is kept."""
     page = status(200, b"<html>Log in", Content_Type="text/html; charset=utf-8")
     server.will(*([] if cut is None else [file(cut=cut)]), page)
-    with pytest.raises(DownloadError, match="a web page came instead"):
+    with pytest.raises(DownloadError, match="the server sent a web page instead"):
         get(server.url, tmp_path / "file.bin")
     assert names(tmp_path) == (set() if cut is None else {"file.bin.part", "file.bin.part.json"})
     if cut is not None:
@@ -430,8 +437,8 @@ def test_a_web_page_is_not_the_file(server: Server, tmp_path: Path, cut: int | N
         assert server.ranges()[-1] == f"bytes={cut}-"
 
 
-def test_a_packed_answer_is_refused(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="packed as gzip"):
+def test_a_compressed_response_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="compressed the file with gzip"):
         get(server.will(file(headers={"Content-Encoding": "gzip"})), tmp_path / "file.bin")
     assert server.requests[0][1]["Accept-Encoding"] == "identity"
 
@@ -440,7 +447,7 @@ def test_a_packed_answer_is_refused(server: Server, tmp_path: Path) -> None:
 def test_another_length_than_the_known_one_is_refused_before_a_byte_is_kept(
     server: Server, tmp_path: Path, wrong: int
 ) -> None:
-    with pytest.raises(DownloadError, match=f"has {wrong:,} bytes there, expected 300,000"):
+    with pytest.raises(DownloadError, match=f"the file there has {wrong:,} bytes, expected 300,000"):
         get(server.will(file(length=wrong)), tmp_path / "file.bin", size=300_000)
     assert names(tmp_path) == set()
 
@@ -460,14 +467,14 @@ def test_a_file_sent_in_chunks_arrives_and_a_broken_one_does_not(server: Server,
 
 
 def test_a_file_of_unknown_length_needs_a_hash_or_a_size(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="does not say how long"):
+    with pytest.raises(DownloadError, match="does not send the length"):
         get(server.will(until_the_end), tmp_path / "file.bin")
     for options in ({"sha256": SHA256}, {"size": len(CONTENT)}):
         assert get(server.will(until_the_end), tmp_path / "file.bin", **options).read_bytes() == CONTENT
         (tmp_path / "file.bin").unlink()
     with pytest.raises(DownloadError, match="ended after 300,000 of 300,001"):
         get(server.will(until_the_end), tmp_path / "file.bin", size=300_001, attempts=1)
-    with pytest.raises(DownloadError, match="more than the expected 299,999 bytes came"):
+    with pytest.raises(DownloadError, match="more than the expected 299,999 bytes"):
         get(server.will(until_the_end), tmp_path / "file.bin", size=299_999, attempts=1)
     assert names(tmp_path) == set()
 
@@ -489,19 +496,19 @@ def test_what_contradicts_the_servers_checksum_is_not_kept(
     server: Server, tmp_path: Path, stated: Callable[[bytes], dict[str, str]]
 ) -> None:
     right, wrong = file(headers=stated(CONTENT)), file(headers=stated(OTHER))
-    with pytest.raises(DownloadError, match=r"what came has the (md5|sha1) \w+, expected \w+"):
+    with pytest.raises(DownloadError, match=r"the downloaded file has the (md5|sha1) \w+, expected \w+"):
         get(server.will(wrong), tmp_path / "file.bin")
     assert names(tmp_path) == set()
     urls = [server.will(wrong, file(cut=1000, headers=stated(CONTENT)), right), f"{server.address}/mirror"]
     assert get(urls, tmp_path / "file.bin").read_bytes() == CONTENT
-    # The checksum of the first, whole answer counts; a Content-MD5 of the rest would be another.
+    # Only the first response contains the whole file. The Content-MD5 of the second is that of the rest.
     path = get(server.will(file(cut=1000, headers=stated(CONTENT)), file(headers=stated(OTHER))), tmp_path / "b")
     assert path.read_bytes() == CONTENT
 
 
 def test_another_content_than_the_known_one_is_not_kept(server: Server, tmp_path: Path) -> None:
     damaged = file(CONTENT[:-1] + b"X")
-    with pytest.raises(DownloadError, match="what came has the sha256"):
+    with pytest.raises(DownloadError, match="the downloaded file has the sha256"):
         get(server.will(damaged), tmp_path / "file.bin", sha256=SHA256)
     assert names(tmp_path) == set() and len(server.requests) == 1
     urls = [server.will(damaged, file()), f"{server.address}/mirror"]
@@ -525,13 +532,13 @@ def test_a_redirect_in_a_circle_or_to_a_local_file_is_refused(server: Server, tm
     assert names(tmp_path) == set()
 
 
-def test_the_last_word_says_what_was_tried_and_where_the_file_belongs(server: Server, tmp_path: Path) -> None:
+def test_the_final_error_lists_what_was_tried_and_where_the_file_belongs(server: Server, tmp_path: Path) -> None:
     path, mirror = tmp_path / "file.bin", f"{server.address}/mirror"
     with pytest.raises(DownloadError) as error:
         get([server.will(status(404), status(503)), mirror], path, attempts=1)
     assert str(error.value) == (
-        f"cannot download file.bin ({server.url}: 404 Not Found; {mirror}: 503 Service Unavailable, attempt 1 of 1); "
-        f"get it elsewhere and copy it to {path}"
+        f"cannot download file.bin ({server.url}: 404 Not Found; {mirror}: 503 Service Unavailable, attempt 1 of 1): "
+        f"download it elsewhere and copy it to {path}"
     )
     assert isinstance(error.value, OSError)
 
@@ -547,19 +554,19 @@ def test_the_proxy_of_the_environment_is_used_unless_the_host_is_excepted(
     assert [path for path, _ in server.requests] == ["http://gpt2.invalid/models/file.bin", "/file.bin"]
 
 
-# The disk, and others at work
+# Full disks and concurrent downloads
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX limit stands in for the full disk")
-def test_when_the_disk_takes_no_more_the_part_is_kept_and_continued(server: Server, tmp_path: Path) -> None:
+def test_on_a_full_disk_the_part_is_kept_and_resumed_later(server: Server, tmp_path: Path) -> None:
     import resource
 
-    content = random.Random(2).randbytes(1_000_001)  # the last write is cut short, not refused
+    content = random.Random(2).randbytes(1_000_001)  # the last write is shortened, not refused
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(
-            OSError, match=r"cannot write .*file\.bin: .* 1,000,000 bytes in file.bin.part are kept"
+            OSError, match=r"cannot write .*file\.bin: .* 1,000,000 bytes are kept in file.bin.part"
         ) as error:
             get(server.will(file(content)), tmp_path / "file.bin")
     finally:
@@ -599,7 +606,7 @@ def test_processes_that_want_the_same_file_download_it_once(server: Server, tmp_
     assert server.ranges() == [None, "bytes=100000-"]
 
 
-# What headers say
+# Response headers
 
 
 def message(**headers: str) -> Message:
@@ -622,10 +629,10 @@ def test_headers_are_read_as_the_standards_write_them() -> None:
     assert checksums(message(Content_MD5="???", x_bz_content_sha1="none", x_goog_hash="crc32c=AAAAAA==")) == {}
 
 
-# The names that MyGPT knows
+# Named downloads
 
 
-def test_a_named_text_comes_once_and_is_checked(
+def test_a_named_text_is_downloaded_once_and_verified(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
@@ -640,7 +647,7 @@ def test_a_named_text_comes_once_and_is_checked(
     assert len(server.requests) == 2
 
 
-def test_a_named_text_that_cannot_be_had_says_where_to_copy_it(
+def test_the_error_for_a_named_text_says_where_to_copy_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
@@ -651,7 +658,7 @@ def test_a_named_text_that_cannot_be_had_says_where_to_copy_it(
 
 @pytest.fixture
 def openai(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A server with a released model of 1,000 bytes; its vocabulary is the real one."""
+    """A server with a released model whose data file has 1,000 bytes; the vocabulary is the real one."""
     contents = {name: name.encode() for name in released.FILES}
     contents |= {name: (OPENAI_FILES / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     contents["model.ckpt.data-00000-of-00001"] = CONTENT[:1000]
@@ -684,7 +691,7 @@ def test_gpt2s_server_can_come_from_the_environment(
     assert names(download_gpt2("355M", tmp_path, progress=False)) == set(released.FILES)
 
 
-def test_a_gpt2_that_cannot_be_had_names_the_files_that_are_missing(openai: Server, tmp_path: Path) -> None:
+def test_a_failed_gpt2_download_lists_the_missing_files(openai: Server, tmp_path: Path) -> None:
     openai.will(file(b"checkpoint"), status(404))
     with pytest.raises(DownloadError) as error:
         download_gpt2("355M", tmp_path, f"{openai.address}/models", progress=False)
@@ -712,20 +719,20 @@ def test_the_public_servers_are_asked_in_turn(tmp_path: Path, server: Server, mo
 def test_the_server_that_had_one_file_is_asked_first_for_the_next(
     openai: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A firewall in front of the first would else cost its timeouts six times."""
+    """Otherwise a firewall in front of the first server would cost its timeout for each of the six files."""
     monkeypatch.setattr(released, "SERVERS", (f"{openai.address}/one", f"{openai.address}/models"))
     download_gpt2("355M", tmp_path, progress=False)
     assert [path.split("/")[1] for path, _ in openai.requests] == ["one", *["models"] * 6]
 
 
-def test_released_sizes_have_two_names_and_no_third() -> None:
+def test_released_sizes_have_exactly_two_names() -> None:
     assert [released_size(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] == [*released.DATA_BYTES]
     assert released_size("1558M") == "1558M"
     with pytest.raises(ValueError, match="no GPT-2 of the size '117M'; the sizes are 124M, gpt2, 355M, gpt2-medium"):
         released_size("117M")
 
 
-def test_the_data_file_has_four_bytes_a_parameter() -> None:
+def test_the_data_file_has_four_bytes_per_parameter() -> None:
     import torch
 
     for size, n_bytes in released.DATA_BYTES.items():
@@ -807,7 +814,7 @@ CONTENT_OF: dict[str, bytes] = {
 def test_a_repository_is_downloaded_once_with_its_shards_and_template(
     weights: list[str], ignored: list[str], hub: Server, tmp_path: Path
 ) -> None:
-    """There is no vocab.json, which once was looked for on the hub again and again. The second call needs no network."""
+    """The repository has no vocab.json. The second call needs no network."""
     index = json.dumps({"weight_map": {name: name for name in weights if "-of-" in name}}).encode()
     files = {**CONTENT_OF, "template.json": b"{}"}
     files |= {name: index if name.endswith(".index.json") else name.encode() for name in [*weights, *ignored]}
@@ -821,23 +828,28 @@ def test_a_repository_is_downloaded_once_with_its_shards_and_template(
     assert len(hub.requests) == n_requests
 
 
+@pytest.mark.parametrize("completed", ["by the next call", "by hand"])
 def test_an_interrupted_download_is_not_taken_for_a_complete_one(
-    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    completed: str, hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights arrived, but the template did not."""
+    """The config and the weights arrive, but the template does not."""
     files = {**CONTENT_OF, "model.safetensors": b"weights", "template.json": b"{}"}
     complete, broken = hub_repository(files), status(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
     hub.default = lambda handler: (broken if handler.path.endswith("template.json") else complete)(handler)
+    directory = tmp_path / "gpt2"
     for is_offline in (False, True):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
         with pytest.raises(OSError, match="cannot download user/model"):
-            download_from_hub("user/model", tmp_path / "gpt2")
-        (tmp_path / "gpt2/config.json").write_bytes(files["config.json"])  # files arrive in any order
-        (tmp_path / "gpt2/model.safetensors").write_bytes(files["model.safetensors"])
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub.default = complete
-    download_from_hub("user/model", tmp_path / "gpt2")
-    assert (tmp_path / "gpt2/template.json").read_bytes() == b"{}"
+            download_from_hub("user/model", directory)
+        for name in files.keys() - {"template.json", "a/b.json"}:  # they arrive in any order
+            (directory / name).write_bytes(files[name])
+    if completed == "by hand":  # still offline
+        (directory / "template.json").write_bytes(b"{}")
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        hub.default = complete
+    assert download_from_hub("user/model", directory) == directory
+    assert (directory / "template.json").read_bytes() == b"{}"
 
 
 def test_a_copy_made_by_hand_needs_neither_network_nor_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,12 +861,12 @@ def test_a_copy_made_by_hand_needs_neither_network_nor_library(tmp_path: Path, m
 
 def test_a_repository_without_a_model_is_refused(hub: Server, tmp_path: Path) -> None:
     hub.default = hub_repository({"config.json": b"{}", "README.md": b""})
-    with pytest.raises(OSError, match=r"\(it has neither config.json with model.safetensors or pytorch_model.bin"):
+    with pytest.raises(OSError, match=r"\(it does not contain config.json and model.safetensors or pytorch_model.bin"):
         download_from_hub("user/model", tmp_path / "gpt2")
 
 
 def test_a_tuned_model_on_the_hub_is_opened_with_its_tokenizer_and_template(server: Server, tmp_path: Path) -> None:
-    """By its repository's name, as `mygpt chat` does. The file names are those that `save_pretrained` writes."""
+    """A process opens the model by the name of its repository, in which are all files that `save_pretrained` writes."""
     import torch
 
     tokenizer = BPETokenizer.train("the cat sat by the fire " * 5, 280, progress=False)

@@ -1,8 +1,8 @@
-"""Every reader of files from outside gives a result that can be used, or a ValueError or OSError that names the file.
+"""Damaged and malicious files: every reader returns a usable result, or raises a ValueError or OSError that names the file.
 
-Never another exception, code that runs, memory that a header asks for, or a reader that does not come back. `make fuzz`
-tries more examples and counts them (MYGPT_FUZZ, a factor). Pickles and TensorFlow's checkpoints have tests of their own
-(test_pretrained.py, test_tf_checkpoint.py).
+No reader raises another exception, runs code, allocates the memory that a header asks for, or hangs. `make fuzz` tries more
+examples and counts them (the environment variable MYGPT_FUZZ is a factor). Pickles and TensorFlow checkpoints have their own
+tests (test_pretrained.py, test_tensorflow.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from conftest import lively_model
 from hostile import Kind, damaged
 from MyGPT.book.classification import SpamDataset
-from MyGPT.cli import call, make_parser
+from MyGPT.commands._options import call, make_parser
 from MyGPT.commands.finetune import finetune
 from MyGPT.commands.info import explain
 from MyGPT.commands.train import train
@@ -56,10 +56,10 @@ from MyGPT.training.metrics import read_metrics
 
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
 HANG_SECONDS = 15
-"""No example takes a second. One that does not end would hold up everything: it fails after so long."""
+"""An example that runs longer fails, because it probably hangs. Examples usually take less than a second."""
 
 PHASES = (Phase.explicit, Phase.generate)
-"""No shrinking, which may try a slow example hundreds of times: one change to a small file is short enough to read."""
+"""Without shrinking, which could repeat a slow example hundreds of times. One change to a small file is easy to read anyway."""
 
 TINY = GPTConfig(vocab_size=300, context_length=8, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
 RECORDS = [
@@ -76,7 +76,7 @@ TUNING = {"model": "gpt2", "data": "x.json", "lora": {"r": 4, "targets": ["c_att
 
 @dataclass(frozen=True)
 class Reader:
-    """A way into the library: how its files are made in a directory, which of them is damaged, and how they are read."""
+    """A function of the library that reads files: how its files are made, which one is damaged, and how they are read."""
 
     make: Callable[[Path], object]
     file: str
@@ -90,7 +90,7 @@ def lines(path: Path, records: list[Any]) -> None:
 
 
 def use(tokenizer: Any) -> None:
-    """What opens must also work: at least on what it can encode."""
+    """Check that an opened tokenizer works, at least on text that it can encode."""
     try:
         ids = tokenizer.encode("a b")
     except ValueError as error:
@@ -109,13 +109,13 @@ def make_openai_vocabulary(place: Path) -> None:
 
 
 def make_shards(place: Path) -> None:
-    from MyGPT.weights import directory
+    from MyGPT.weights.formats import huggingface
 
-    whole, directory.MAX_SHARD_BYTES = directory.MAX_SHARD_BYTES, 8000
+    whole, huggingface.MAX_SHARD_BYTES = huggingface.MAX_SHARD_BYTES, 8000
     try:
         MODEL.save_pretrained(place)
     finally:
-        directory.MAX_SHARD_BYTES = whole
+        huggingface.MAX_SHARD_BYTES = whole
 
 
 def make_adapter(place: Path) -> None:
@@ -145,7 +145,7 @@ def parser_of(command: Any) -> Any:
 
 
 def read_recipe(command: Any, place: Path) -> None:
-    """As `mygpt train --config FILE` up to where the command's own work begins."""
+    """Read the options as `mygpt train --config FILE` does, without training."""
 
     @functools.wraps(command)
     def nothing(*arguments: Any, **options: Any) -> None:
@@ -154,7 +154,7 @@ def read_recipe(command: Any, place: Path) -> None:
     options = parser_of(command).parse_args(["--config", str(place / "config.yaml")])
     with contextlib.suppress(
         ValueError
-    ):  # of a value out of range: where it came from, file or command line, is not known
+    ):  # a value out of range: the error cannot know whether it came from the file or the command line
         call(nothing, options)
 
 
@@ -259,7 +259,7 @@ def _counts(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended(seconds: int) -> Iterator[None]:
-    """An AssertionError in what still runs after so many seconds, where the system has an alarm."""
+    """Raise AssertionError in the block if it runs longer than `seconds`, on systems with alarm signals."""
 
     def fail(*_: object) -> None:
         raise AssertionError(f"a reader did not come back within {seconds} seconds")
@@ -278,7 +278,7 @@ def ended(seconds: int) -> Iterator[None]:
 
 @functools.cache
 def original(name: str) -> Path:
-    """A directory with the reader's files as they should be, which the reader takes."""
+    """Make a directory with undamaged files, and check that the reader accepts them."""
     place = Path(tempfile.mkdtemp(prefix="hostile-")) / "files"
     place.mkdir()
     READERS[name].make(place)
@@ -288,7 +288,7 @@ def original(name: str) -> Path:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 @pytest.mark.parametrize("name", READERS)
-def test_a_damaged_file_is_refused_by_its_name_or_read(name: str, in_tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_or_refused_with_its_name(name: str, in_tmp_path: Path) -> None:
     reader, place = READERS[name], in_tmp_path / "files"
     shutil.copytree(original(name), place)
     content = (place / reader.file).read_bytes()
@@ -316,11 +316,11 @@ def test_a_damaged_file_is_refused_by_its_name_or_read(name: str, in_tmp_path: P
     check()
 
 
-# What asks for terabytes, for ever, or for another file
+# Files that demand terabytes or endless work, or lead to other files
 
 
 def in_four_gigabytes(code: str, *arguments: object) -> str:
-    """What a fresh process prints that may have no more memory than that, and two minutes; a crash or a traceback fails."""
+    """Run code in a new process with at most 4 GB of memory, and return its output. A crash or a hang fails the test."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
     command = [sys.executable, "-c", limit + textwrap.dedent(code), *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
@@ -329,8 +329,8 @@ def in_four_gigabytes(code: str, *arguments: object) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
-def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Path) -> None:
-    """A header of 2 TB, sizes of 10**9 layers, tokens of 4 EB, files of a terabyte of nothing, three archives of gigabytes."""
+def test_files_that_demand_terabytes_are_refused_within_a_few_gigabytes(tmp_path: Path) -> None:
+    """A header of 2 TB, 10**9 layers, tokens of 4 EB, sparse files of a terabyte, and three archives of gigabytes."""
     MODEL.save_pretrained(tmp_path / "header")
     weights = tmp_path / "header" / "model.safetensors"
     weights.write_bytes(struct.pack("<Q", 2 << 40) + weights.read_bytes()[8:])
@@ -349,7 +349,7 @@ def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Pat
         ("b.txt.gz", b"a b " * (1 << 18)),
         ("c.jsonl.gz", b"[" * (1 << 20)),
     ):
-        (tmp_path / name).write_bytes(gzip.compress(block) * 400)  # a file of many archives is one, too
+        (tmp_path / name).write_bytes(gzip.compress(block) * 400)  # concatenated gzip archives are a valid archive
     code = """
     from pathlib import Path
     import sys
@@ -379,7 +379,7 @@ def test_what_asks_for_terabytes_is_refused_within_a_few_gigabytes(tmp_path: Pat
 
 @pytest.mark.parametrize("deep", ['{"a":' * 100_000, "[" * 100_000, "- " * 100_000], ids=["objects", "lists", "blocks"])
 def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str) -> None:
-    """libyaml's reader, which jsonargparse takes where it is there, ended the process with a segmentation fault."""
+    """jsonargparse uses libyaml where it is installed, and libyaml crashed with a segmentation fault."""
     (tmp_path / "run.yaml").write_text(deep)
     with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
         parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
@@ -388,7 +388,7 @@ def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str)
 
 
 def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) -> None:
-    """Nine lines that stand for a thousand million words, which an error's text would have spelled out."""
+    """Nine lines expand to a billion words, which the error message would have contained."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     (tmp_path / "run.yaml").write_text("\n".join([*lines, "emb_dim: *a8", ""]))
@@ -406,7 +406,7 @@ def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) ->
         (
             {"monteclora_config": {"L": {}}},
             "the option monteclora_config is not supported",
-        ),  # PEFT calls itself for ever
+        ),  # PEFT recurses without end
         ({"r": 10**9}, "but the model needs (1000000000, 8)"),
         ({"rank_pattern": {"c_attn": 10**9}}, "but the model needs (1000000000, 8)"),
         ({"target_modules": "(.*)*(.*)*x"}, "could run forever"),
@@ -437,8 +437,8 @@ def test_a_regular_expression_of_the_usual_kind_is_still_a_target(tmp_path: Path
     open_adapter(copy.deepcopy(MODEL), tmp_path)
 
 
-def test_a_token_of_many_bytes_is_checked_in_no_time(tmp_path: Path) -> None:
-    """Each merge doubles: by trying every pair anew the check of a file of a megabyte took hours."""
+def test_a_token_of_many_bytes_is_checked_quickly(tmp_path: Path) -> None:
+    """Each merge doubles the token. A check that tries every pair again would take hours for a file of a megabyte."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"a" * 2**i for i in range(1, 16)]
     merges = [(b"a" * 2**i, b"a" * 2**i) for i in range(15)]
     BPETokenizer({token: id_ for id_, token in enumerate(tokens)}, merges, {}).save(tmp_path)
@@ -455,8 +455,8 @@ def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(t
         open_tokens(tmp_path / "tokens")
 
 
-def test_of_a_long_token_file_samples_from_end_to_end_are_compared(tmp_path: Path) -> None:
-    """As the docstring says: a swap is seen, a byte between two samples is not, and what is read does not grow."""
+def test_samples_of_a_long_token_file_are_compared(tmp_path: Path) -> None:
+    """Only samples are compared, so the cost is constant. A swapped file is detected, one changed byte may not be."""
     n_bytes = 256 << 20
     with open(tmp_path / "tokens.bin", "wb") as file:
         file.truncate(n_bytes)
@@ -486,7 +486,7 @@ def test_a_data_set_prepared_before_there_were_samples_opens(tmp_path: Path) -> 
     assert len(open_tokens(tmp_path / "tokens")[0]) == description["n_tokens"]
 
 
-def test_a_pipe_in_a_model_directory_does_not_keep_us_waiting(tmp_path: Path) -> None:
+def test_a_pipe_in_a_model_directory_does_not_hang(tmp_path: Path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("no pipes with names here")
     os.mkfifo(tmp_path / "tokenizer.json")

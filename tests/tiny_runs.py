@@ -1,4 +1,4 @@
-"""Training runs of seconds, as commands: what test_resume.py stops and kills, and soak.py fifty times."""
+"""Commands of training runs that take seconds. test_resume.py stops and kills them, and soak.py does so fifty times."""
 
 from __future__ import annotations
 
@@ -15,4 +15,5 @@ RECIPES = {
 
 
 def train_command(text: Path, out: Path, *options: str) -> list[str]:
+    """Return the arguments of `mygpt` for a tiny run on the text file `text` in the directory `out`."""
     return ["train", "--data", str(text), *f"{SIZES} {EVENTS}".split(), *options, "--device", "cpu", "--out", str(out)]

@@ -1,8 +1,8 @@
 """Draw the pictures of the README and the documentation: `python docs/pictures/draw.py [--only NAME]`.
 
-architecture.svg is drawn from architecture.dot and needs Graphviz. The other pictures show one real run, the recipe
-configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png is a screenshot of the page
-that `mygpt explain` writes and needs Chromium.
+architecture.svg, and flowchart.png in the root directory, show architecture.dot and need Graphviz. The other pictures show
+one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png is a
+screenshot of the page that `mygpt explain` writes and needs Chromium.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def train(run: Path) -> None:
 
 
 def draw_architecture(_: Path) -> None:
-    subprocess.run(["dot", "-Tsvg", HERE / "architecture.dot", "-o", HERE / "architecture.svg"], check=True)
+    source = HERE / "architecture.dot"
+    subprocess.run(["dot", "-Tsvg", source, "-o", HERE / "architecture.svg"], check=True)
+    subprocess.run(["dot", "-Tpng", "-Gdpi=110", source, "-o", ROOT / "flowchart.png"], check=True)
 
 
 def draw_training(run: Path) -> None:

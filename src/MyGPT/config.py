@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 
-# Each field of GPTConfig and its key in Hugging Face's config.json. Their three dropout rates are one field here, because
-# the released models have equal rates.
+# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field here,
+# because the released models have equal rates.
 _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -37,9 +37,9 @@ TrainingPrecision = Literal["auto", "fp32", "bf16"]
 """Number formats of matrix products in training; "auto" selects bf16 if it is faster on the hardware."""
 Precision = Literal[TrainingPrecision, "int8"]
 """Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
-_MAX_SIZE, _MAX_LAYERS, _MAX_PARAMETERS = 2**31 - 1, 10_000, 10**15
-"""Limits beyond any real model. A hostile config.json could ask for sizes that exhaust memory."""
-_REQUIRED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+_MAX_SIZES = {**dict.fromkeys(("vocab_size", "context_length", "emb_dim", "n_heads"), 2**31 - 1), "n_layers": 10_000}
+"""The five required sizes, and limits beyond any real model: a hostile config.json could exhaust memory."""
+_MAX_PARAMETERS = 10**15
 
 
 @dataclass(frozen=True)
@@ -76,27 +76,23 @@ class GPTConfig:
     model_type: ClassVar[str] = "gpt2"
 
     def __post_init__(self) -> None:
-        for name in _REQUIRED:
+        for name, largest in _MAX_SIZES.items():
             value = getattr(self, name)
             require_positive(**{name: value})
-            largest = _MAX_LAYERS if name == "n_layers" else _MAX_SIZE
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest}, got {value!r}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation must be {' or '.join(get_args(Activation))}, got {self.activation!r}")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init must be {' or '.join(get_args(Init))}, got {self.init!r}")
+        for name, allowed in (("activation", get_args(Activation)), ("init", get_args(Init))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("qkv_bias", "tie_weights"):
-            value = getattr(self, name)
-            if type(value) is not bool:
-                raise ValueError(f"{name} must be true or false, got {value!r}")
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not _is_number(self.drop_rate) or not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate must be a number of at least 0 and below 1, got {self.drop_rate!r}")
         for name in ("layer_norm_eps", "init_std"):
             value = getattr(self, name)
-            if value is None and name == "init_std":
-                continue
-            if not _is_number(value) or not 0 < value < 1:
+            is_unset = name == "init_std" and value is None
+            if not is_unset and not (_is_number(value) and 0 < value < 1):
                 raise ValueError(f"{name} must be a number between 0 and 1, both excluded, got {value!r}")
         if self.init_std is None and self.tie_weights:
             raise ValueError(
@@ -111,7 +107,6 @@ class GPTConfig:
                 f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
                 f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
             )
-
         n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
         if n_parameters > _MAX_PARAMETERS:
             raise ValueError(
@@ -129,12 +124,7 @@ class GPTConfig:
         dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
         if self.init_std is None:
             del named["initializer_range"]  # transformers requires a number, and trained weights do not depend on it.
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": self.model_type,
-            **named,
-            **dropouts,
-        }
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": self.model_type, **named, **dropouts}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
@@ -210,9 +200,9 @@ def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
             raise ValueError(
                 f"unknown key {key!r} (value {config[key]!r}) in the model config; the known keys are {', '.join(fields)}"
             )
-    missing = [key for key in _REQUIRED if key not in config]
+    missing = [key for key in _MAX_SIZES if key not in config]
     if missing:
-        raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_REQUIRED)}")
+        raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_MAX_SIZES)}")
     return GPTConfig(**config)
 
 

@@ -72,8 +72,8 @@ def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> 
     for _ in range(n + 1):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":  # GPUs, Apple's included, work in the background.
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return median(times[1:])
 

@@ -1,7 +1,8 @@
-"""Files from the network: resumed where they broke off, checked, and under their final name only when whole.
+"""Downloads that resume after an interruption, and get their final name only when they are complete and verified.
 
-While a file comes it is `NAME.part`, and `NAME.part.json` says whose bytes those are. `.downloads.json` remembers what
-arrived, so that a whole file costs no network call. Only urllib speaks HTTP here, and obeys http_proxy and no_proxy.
+An unfinished download is stored as `NAME.part`, and `NAME.part.json` describes which version of which file it is. Finished
+downloads are listed in `.downloads.json`, so a complete file needs no network. Requests use urllib and obey http_proxy and
+no_proxy.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from MyGPT.http_headers import checksums, content_length, content_range, retry_a
 
 BLOCK_BYTES = 1 << 18
 LONGEST_WAIT = 60.0
-"""Seconds. A server that asks for more is left for the next one."""
+"""Seconds. If a server asks for a longer wait, the next mirror is tried instead."""
 
 
 class DownloadError(OSError):
-    """No address gave the file; the message says what was tried, and what to copy where by hand."""
+    """No mirror provided the file. The message lists what was tried and where to copy the file by hand."""
 
 
-class _Refused(Exception):
-    """This address does not have our file, however often it is asked."""
+class _PermanentError(Exception):
+    """This address does not have the file, so another request would be useless."""
 
 
-class _Failed(Exception):
-    """This request went wrong, the next may not; `wait` is how many seconds the server asked for."""
+class _TemporaryError(Exception):
+    """This request failed, but the next may succeed. `wait` is the number of seconds the server asked for, or None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -55,13 +56,26 @@ def download(
     attempts: int = 5,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Path:
-    """`path`, downloaded first from one of `urls` (mirrors, in order) unless it is there and whole.
+    """Download a file to `path`, unless it is already complete, and return `path`.
 
-    It must have `size` bytes and the hexadecimal `sha256`, where given, and the length and checksums that the server
-    states. A file that contradicts nothing given or remembered is used as it is: it may have been copied by hand.
-    A mirror is left once `attempts` requests in a row brought nothing new; `timeout` is in seconds without a byte. If none
-    has the file: DownloadError. If it cannot be written: OSError. What came is kept, and the next call goes on from there.
-    Of several threads or processes that want the same file one downloads it and the others wait.
+    The length and checksums that the server sends are verified too. An existing file that contradicts neither `sha256`, `size`
+    nor `.downloads.json` is kept, because it may have been copied by hand. After an error the received part is kept, and the
+    next call resumes there. If several threads or processes need the same file, one downloads it and the others wait.
+
+    Args:
+        urls: one address, or mirrors that are tried in this order.
+        path: the file to write. Missing directories are created.
+        sha256: the expected hash in hexadecimal.
+        size: the expected number of bytes.
+        progress: show a progress bar.
+        timeout: seconds without data after which a request fails.
+        attempts: requests in a row without new data after which the next mirror is tried.
+        sleep: waits between two requests; for tests.
+
+    Raises:
+        DownloadError: no mirror provided the file.
+        OSError: the file cannot be written.
+        ValueError: an address does not begin with http:// or https://.
     """
     from filelock import FileLock
     from tqdm import tqdm
@@ -70,8 +84,8 @@ def download(
     urls = [urls] if isinstance(urls, str) else urls
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"an address begins with http:// or https://, got {url!r}")
-    if _is_whole(path, sha256, size):
+            raise ValueError(f"an address must begin with http:// or https://, got {url!r}")
+    if _is_complete(path, sha256, size):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -79,45 +93,48 @@ def download(
         tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar,
         FileLock(path.parent / ".downloads.lock"),
     ):
-        if _is_whole(path, sha256, size):  # whoever had the lock has downloaded it
+        if _is_complete(path, sha256, size):  # another process had the lock and downloaded it
             return path
         for url in urls:
             try:
                 _Transfer(url, path, sha256, size, timeout, bar).run(attempts, sleep)
                 return path
-            except _Refused as refusal:
+            except _PermanentError as refusal:
                 failures.append(f"{url}: {refusal}")
-    raise DownloadError(f"cannot download {path.name} ({'; '.join(failures)}); get it elsewhere and copy it to {path}")
+    raise DownloadError(
+        f"cannot download {path.name} ({'; '.join(failures)}): download it elsewhere and copy it to {path}"
+    )
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: $MYGPT_CACHE, or mygpt in the user's cache directory."""
+    """Return the directory for downloads: $MYGPT_CACHE, or mygpt in the user's cache directory."""
     if "MYGPT_CACHE" in os.environ:
         return Path(os.environ["MYGPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
-    """Where `download` found a file; None if it did not bring it."""
+    """Return the address from which `download` got a file, or None if it was not downloaded."""
     address: str | None = _read_json(_manifest(Path(path))).get(Path(path).name, {}).get("url")
     return address
 
 
-def _is_whole(path: Path, sha256: str | None, size: int | None) -> bool:
+def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
+    """Return whether the file exists and agrees with the arguments and with `.downloads.json`."""
     if not path.is_file():
         return False
-    found, remembered = path.stat(), _read_json(_manifest(path)).get(path.name, {})
-    expected = sha256.lower() if sha256 else remembered.get("sha256")
-    if found.st_size != (remembered.get("size", found.st_size) if size is None else size):
+    found, recorded = path.stat(), _read_json(_manifest(path)).get(path.name, {})
+    expected = sha256.lower() if sha256 else recorded.get("sha256")
+    if found.st_size != (recorded.get("size", found.st_size) if size is None else size):
         return False
-    if expected == remembered.get("sha256") and found.st_mtime_ns == remembered.get("mtime_ns", found.st_mtime_ns):
-        return True  # untouched since it was checked, or nothing is known of it
+    if expected == recorded.get("sha256") and found.st_mtime_ns == recorded.get("mtime_ns", found.st_mtime_ns):
+        return True  # not modified since it was verified, or nothing is known about it
     return sha256_of(path) == expected
 
 
 @dataclass
-class _About:
-    """Whose bytes the part holds."""
+class _PartInfo:
+    """The file and version to which the bytes in a `.part` file belong, from the response headers."""
 
     url: str
     total: int | None
@@ -128,106 +145,110 @@ class _About:
     resumed: bool = False
 
     def contradicts(self, headers: Message, total: int | None) -> bool:
-        """Whether an answer is about another version of the file; not every server heeds If-Range."""
+        """Return whether response headers describe another version of the file. Not every server obeys If-Range."""
         stated = ((self.etag, headers["ETag"]), (self.modified, headers["Last-Modified"]), (self.total, total))
         return any(None not in pair and pair[0] != pair[1] for pair in stated)
 
 
 class _Transfer:
-    """One file from one address."""
+    """The download of one file from one address."""
 
     def __init__(self, url: str, path: Path, sha256: str | None, size: int | None, timeout: float, bar: Any) -> None:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
         self.part = path.with_name(f"{path.name}.part")
-        self.about_path = path.with_name(f"{path.name}.part.json")
-        self.opener = urllib.request.build_opener()  # urlopen would stay with the proxies of its first call
+        self.info_path = path.with_name(f"{path.name}.part.json")
+        self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
         try:
-            self.about: _About | None = _About(**_read_json(self.about_path))
+            self.info: _PartInfo | None = _PartInfo(**_read_json(self.info_path))
         except TypeError:
-            self.about = None
+            self.info = None
 
     def run(self, attempts: int, sleep: Callable[[float], object]) -> None:
-        """Brings the file to its place, or raises _Refused with the reason."""
+        """Download the file to its final place. Raises _PermanentError if this address cannot provide it."""
         failures, furthest = 0, self._position()
         while True:
             try:
                 self._request()
                 return self._finish()
-            except OSError as error:  # of the disk: the network's are _Failed
-                kept = f"{self._position():,} bytes in {self.part.name} are kept for the next call to go on from"
-                raise OSError(error.errno, f"cannot write {self.path}: {_words(error)}; {kept}") from error
-            except _Failed as failure:
+            except OSError as error:  # from the disk; network errors are raised as _TemporaryError
+                kept = f"{self._position():,} bytes are kept in {self.part.name}, where the next call resumes"
+                raise OSError(error.errno, f"cannot write {self.path}: {_reason(error)}; {kept}") from error
+            except _TemporaryError as failure:
                 position = self._position()
                 failures = 1 if position > furthest else failures + 1
                 furthest = max(furthest, position)
                 if failures >= attempts:
-                    raise _Refused(f"{failure}, attempt {failures} of {attempts}") from None
+                    raise _PermanentError(f"{failure}, attempt {failures} of {attempts}") from None
                 backoff = min(LONGEST_WAIT, 2.0 ** (failures - 1)) * random.SystemRandom().uniform(0.5, 1)
                 wait = backoff if failure.wait is None else failure.wait
-                self.bar.set_postfix_str(f"{failure}, again in {wait:.0f} s")
+                self.bar.set_postfix_str(f"{failure}, retrying in {wait:.0f} s")
                 sleep(wait)
                 self.bar.set_postfix_str("")
 
     def _position(self) -> int:
-        """How many bytes there are to go on from: none if they are of another address or cannot be told from a newer file's."""
-        about = self.about
-        if about is None or about.url != self.url or not about.validator or self.size not in (None, about.total):
+        """Return the number of bytes to resume after: 0 if the part is from another address or its version is unknown."""
+        info = self.info
+        if info is None or info.url != self.url or not info.validator or self.size not in (None, info.total):
             return 0
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def _request(self) -> None:
-        """Brings the part to its end by one request."""
-        start, about = self._position(), self.about
+        """Send one request, for the rest of the part or for the whole file, and store the response."""
+        start, info = self._position(), self.info
         headers = {"User-Agent": "MyGPT", "Accept-Encoding": "identity"}
-        if about is not None and start:
-            if start == about.total:
-                return  # a kill came between the last byte and the check
-            headers |= {"Range": f"bytes={start}-", "If-Range": str(about.validator)}
+        if info is not None and start:
+            if start == info.total:
+                return  # the process was killed between the last byte and the verification
+            headers |= {"Range": f"bytes={start}-", "If-Range": str(info.validator)}
         with self._open(headers) as response:
-            if about is None or not start or response.status not in (206, 416):
-                _check_answer(response)
+            if info is None or not start or response.status not in (206, 416):
+                _check_response(response)
                 self._receive(response, self._begin(response))
                 return
             first, total = content_range(response.headers)
-            fits = first == start if response.status == 206 else total == start  # 416: there is nothing after our bytes
-            if not fits or about.contradicts(response.headers, total):
+            fits = first == start if response.status == 206 else total == start  # 416: no bytes follow ours
+            if not fits or info.contradicts(response.headers, total):
                 self._drop()
-                raise _Failed("the file on the server is not the one that was begun")
+                raise _TemporaryError("the file on the server has changed")
             if response.status == 206:
-                about.resumed = True
-                self._write_about(about)
-                self._receive(response, about.total or total)
+                info.resumed = True
+                self._write_info(info)
+                self._receive(response, info.total or total)
 
     def _open(self, headers: Mapping[str, str]) -> Any:
+        """Send the request and return the response, with any status."""
         try:
             return self.opener.open(urllib.request.Request(self.url, headers=dict(headers)), timeout=self.timeout)
         except urllib.error.HTTPError as answer:
             return answer
         except (OSError, HTTPException) as error:
-            raise _Failed(_words(getattr(error, "reason", error))) from None
+            raise _TemporaryError(_reason(getattr(error, "reason", error))) from None
 
     def _begin(self, response: Any) -> int | None:
-        """An empty part for the whole file, which the server is about to send; its length."""
+        """Create an empty part for the whole file and return its length, or None if the length is unknown."""
         headers, total = response.headers, content_length(response.headers)
         if None not in (total, self.size) and total != self.size:
-            raise _Refused(f"it has {total:,} bytes there, expected {self.size:,}")
+            raise _PermanentError(f"the file there has {total:,} bytes, expected {self.size:,}")
         if total is None and self.size is None and self.sha256 is None and not response.chunked:
-            raise _Refused("the server does not say how long it is")
+            raise _PermanentError("the server does not send the length of the file")
         total = self.size if total is None else total
         self.part.write_bytes(b"")
         tag, date = headers["ETag"], headers["Last-Modified"]
-        self._write_about(_About(self.url, total, tag, date, validator(headers), checksums(headers)))
+        self._write_info(_PartInfo(self.url, total, tag, date, validator(headers), checksums(headers)))
         return total
 
-    def _write_about(self, about: _About) -> None:
-        self.about = about
-        with atomic_write(self.about_path) as file:
-            json.dump(asdict(about), file)
+    def _write_info(self, info: _PartInfo) -> None:
+        self.info = info
+        with atomic_write(self.info_path) as file:
+            json.dump(asdict(info), file)
 
     def _receive(self, response: Any, total: int | None) -> None:
+        """Append the body of the response to the part; `total` is the length of the whole file, if known."""
         position = self.part.stat().st_size
         self.bar.total, self.bar.initial, self.bar.n = total, position, position
-        with open(self.part, "ab", buffering=0) as file:  # unbuffered: what came outlives our being killed
+        with open(
+            self.part, "ab", buffering=0
+        ) as file:  # unbuffered, so that received bytes survive if the process is killed
             while (total is None or position <= total) and (block := _read(response)):
                 position += len(block)
                 self.bar.update(len(block))
@@ -236,74 +257,80 @@ class _Transfer:
             os.fsync(file.fileno())
         if total is not None and position > total:
             self._drop()
-            raise _Refused(f"more than the expected {total:,} bytes came")
+            raise _PermanentError(f"the server sent more than the expected {total:,} bytes")
         if total is not None and position < total:
-            raise _Failed(f"the connection ended after {position:,} of {total:,} bytes")
+            raise _TemporaryError(f"the connection ended after {position:,} of {total:,} bytes")
 
     def _finish(self) -> None:
-        """Checks the part, gives it its name and remembers it."""
-        assert self.about is not None
+        """Verify the part, rename it to the final name and record it in `.downloads.json`."""
+        assert self.info is not None
         found = sha256_of(self.part)
         checks = [("sha256", self.sha256.lower(), found)] if self.sha256 else []
-        checks += [(kind, value, _digest(self.part, kind)) for kind, value in self.about.checksums.items()]
+        checks += [(kind, value, _digest(self.part, kind)) for kind, value in self.info.checksums.items()]
         for kind, expected, value in checks:
             if value != expected:
-                # What was glued together from several answers may be wrong where they meet; one answer would come again.
-                failure = _Failed if self.about.resumed else _Refused
+                # A part from several responses may mix two versions, so try again. A single response would only repeat.
+                failure = _TemporaryError if self.info.resumed else _PermanentError
                 self._drop()
-                raise failure(f"what came has the {kind} {value}, expected {expected}")
+                raise failure(f"the downloaded file has the {kind} {value}, expected {expected}")
         os.replace(self.part, self.path)
-        self.about_path.unlink()
+        self.info_path.unlink()
         stat, manifest = self.path.stat(), _read_json(_manifest(self.path))
         entry = {"url": self.url, "size": stat.st_size, "sha256": found, "mtime_ns": stat.st_mtime_ns}
         with atomic_write(_manifest(self.path)) as file:
             json.dump({**manifest, self.path.name: entry}, file, indent=2)
 
     def _drop(self) -> None:
+        """Delete the part."""
         self.part.unlink(missing_ok=True)
-        self.about_path.unlink(missing_ok=True)
-        self.about = None
+        self.info_path.unlink(missing_ok=True)
+        self.info = None
 
 
-def _check_answer(response: Any) -> None:
-    """Raises unless the whole file is about to come."""
+def _check_response(response: Any) -> None:
+    """Raise an error unless the response contains the whole file."""
     status, headers = response.status, response.headers
     reason, wait = f"{status} {response.reason}", retry_after(response.headers)
     if status in (408, 425, 429) or status >= 500:
         if wait is not None and wait > LONGEST_WAIT:
-            raise _Refused(f"{reason}, to be asked again in {wait:.0f} s")
-        raise _Failed(reason, wait)
+            raise _PermanentError(f"{reason}, and the server asks to wait {wait:.0f} s")
+        raise _TemporaryError(reason, wait)
     if status != 200:
-        raise _Refused(reason)
+        raise _PermanentError(reason)
     if headers.get_content_type() == "text/html":
-        raise _Refused("a web page came instead")
+        raise _PermanentError("the server sent a web page instead")
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise _Refused(f"it came packed as {headers['Content-Encoding']}, which was not asked for")
+        raise _PermanentError(
+            f"the server compressed the file with {headers['Content-Encoding']}, which was not requested"
+        )
 
 
 def _read(response: Any) -> bytes:
-    """The next bytes as soon as there are some; none at the end."""
+    """Return the next bytes as soon as some have arrived, or b"" at the end."""
     try:
         return response.read1(BLOCK_BYTES)
     except (OSError, HTTPException) as error:
-        raise _Failed(_words(error)) from None
+        raise _TemporaryError(_reason(error)) from None
 
 
-def _words(error: object) -> str:
+def _reason(error: object) -> str:
+    """Return a short description of an error."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def _digest(path: Path, algorithm: str) -> str:
+    """Return the hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def _manifest(path: Path) -> Path:
+    """Return the list of finished downloads in the directory of `path`."""
     return path.parent / ".downloads.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What we once wrote there; nothing if it is missing or damaged, which costs a download at most."""
+    """Return the object in a JSON file, or {} if the file is missing or damaged: that costs at most another download."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

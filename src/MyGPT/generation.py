@@ -5,6 +5,7 @@ B batch, T time, V vocabulary. sampling.py picks the next token from the logits.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -196,6 +197,42 @@ class TextStream:
         """Return the part of the text that was not returned before."""
         new, self.shown = text[self.shown :], max(self.shown, len(text))
         return new
+
+
+def stream_text(
+    model: nn.Module,
+    tokenizer: Any,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of a prompt in pieces of text, up to a stop text or the end-of-text token.
+
+    Args:
+        model: a GPTModel, or an accelerated copy of one.
+        tokenizer: the model's tokenizer.
+        ids: the ids of the prompt.
+        max_new_tokens: the largest number of tokens to add.
+        sampling: how the tokens are sampled.
+        stop: texts at which generation ends; they are not part of the result.
+        seed: makes the text reproducible.
+    """
+    stream = TextStream(tokenizer, ids, stop)
+    device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
+    for new in generate_stream(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens,
+        **dataclasses.asdict(sampling),
+        eos_id=tokenizer.eot_token,
+        stop=stop or None,
+        seed=seed,
+        tokenizer=tokenizer,
+    ):
+        yield stream.add(int(new))
+    yield stream.end()
 
 
 def _context(model: Any, context_size: int | None) -> int | None:

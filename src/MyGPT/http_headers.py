@@ -1,4 +1,4 @@
-"""What the headers of an HTTP answer say about a file: which version, which part of it, which checksums."""
+"""Parsers for the HTTP response headers that describe a file: its version, byte range, length and checksums."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from email.message import Message
 
 
 def validator(headers: Message) -> str | None:
-    """What If-Range takes, RFC 9110 13.1.5: a strong ETag, else the date of the last change; None if there is neither."""
+    """Return the value for If-Range (RFC 9110, 13.1.5): a strong ETag, else the date of the last change, else None."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified")
 
 
 def content_range(headers: Message) -> tuple[int | None, int | None]:
-    """First byte and total length of the file, each None where it is not stated."""
+    """Return the position of the first byte and the total length of the file; each is None if it is not given."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", headers.get("Content-Range", "").strip())
     if match is None:
         return None, None
@@ -26,29 +26,32 @@ def content_range(headers: Message) -> tuple[int | None, int | None]:
 
 
 def content_length(headers: Message) -> int | None:
-    """Bytes of the body; None if it is sent in chunks or until the connection ends."""
+    """Return the number of bytes of the body, or None if it is sent in chunks or ends with the connection."""
     length = headers.get("Content-Length", "").strip()
     return int(length) if length.isdecimal() and "Transfer-Encoding" not in headers else None
 
 
 def checksums(headers: Message) -> dict[str, str]:
-    """Algorithm to hexadecimal digest of the whole file, in an answer that brings the whole: what Azure, Google and
-    Backblaze state, and the Content-MD5 of RFC 1864."""
-    stated = {}
+    """Return the hexadecimal digests of the whole file, by algorithm.
+
+    Reads the headers of Azure, Google and Backblaze, and the Content-MD5 of RFC 1864. Use them only with a response that
+    contains the whole file.
+    """
+    digests = {}
     google = (item.strip() for header in headers.get_all("x-goog-hash", []) for item in header.split(","))
     md5s = [item.removeprefix("md5=") for item in google if item.startswith("md5=")]
     for md5 in [*md5s, headers.get("x-ms-blob-content-md5", ""), headers.get("Content-MD5", "")]:
         digest = _from_base64(md5)
         if len(digest) == 16:
-            stated["md5"] = digest.hex()
+            digests["md5"] = digest.hex()
     sha1 = headers.get("x-bz-content-sha1", "").lower()  # "none" if the file was uploaded in pieces
     if re.fullmatch(r"[0-9a-f]{40}", sha1):
-        stated["sha1"] = sha1
-    return stated
+        digests["sha1"] = sha1
+    return digests
 
 
 def retry_after(headers: Message) -> float | None:
-    """Seconds to wait before the next request; the header has them, or a date."""
+    """Return the seconds to wait before the next request, from a number or a date; None if neither is given."""
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)
@@ -59,6 +62,7 @@ def retry_after(headers: Message) -> float | None:
 
 
 def _from_base64(value: str) -> bytes:
+    """Return the decoded bytes, or b"" if the value is not base64."""
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):

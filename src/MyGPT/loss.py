@@ -83,7 +83,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     if len(weight) <= VOCAB_CHUNK and len(hidden) * len(weight) <= MAX_LOGITS:
         return token_loss(F.linear(hidden, weight), flat_targets)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, torch.is_grad_enabled())

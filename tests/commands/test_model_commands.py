@@ -1,4 +1,4 @@
-"""What a command takes for a model: names, runs, directories and files of others; chat, download and info."""
+"""The models that commands accept (names, runs, directories, files), and the commands chat, download and info."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from conftest import lively_model
 from http_server import file, serving
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
-from MyGPT.commands import _model
 from MyGPT.commands.chat import Conversation
 from MyGPT.weights import released
 from oracles_layouts import BookGPT, NanoGPT
@@ -38,7 +37,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def continuation(directory: Path, prompt: str, n: int) -> str:
-    """What the model says after a prompt, up to where it would speak for the user."""
+    """Return the model's greedy continuation of a prompt, up to the text "User:"."""
     model, tokenizer = GPTModel.from_pretrained(directory), get_tokenizer(directory)
     ids = tokenizer.encode(prompt)
     eot = tokenizer.eot_token
@@ -65,7 +64,7 @@ def test_chat_forgets_on_request_and_ends(talker: Path, monkeypatch: pytest.Monk
     answer = continuation(talker, "User: hello\nAssistant:", 12)
     captured = capsys.readouterr()
     assert captured.out == f"{answer}\n{answer}\n"
-    assert captured.err.count("/reset forgets") == 2
+    assert captured.err.count("/reset clears") == 2
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
@@ -74,8 +73,8 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
     say(monkeypatch, "hello", "the cat sat by the fire, is it? " * 2, "x" * 200)
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     error = capsys.readouterr().err
-    assert "the oldest 1 of the turns" in error
-    assert "tokens long, beside an answer the model has room for 52" in error
+    assert "the context is full: dropped the oldest 1 of 1 turns" in error
+    assert "tokens, but the context leaves room for 52; shorten the question" in error
 
 
 def test_a_conversation_keeps_as_many_turns_as_fit(talker: Path) -> None:
@@ -87,12 +86,12 @@ def test_a_conversation_keeps_as_many_turns_as_fit(talker: Path) -> None:
     assert conversation.ids("sat?", tokenizer, len(whole) - 1) == shorter
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_ctrl_c_ends_the_answer_but_not_the_chat(talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def interrupted(*_: Any) -> Any:
         yield " the"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_model, "stream_text", interrupted)
+    monkeypatch.setattr("MyGPT.generation.stream_text", interrupted)
     say(monkeypatch, "hello", "hello")
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     assert capsys.readouterr().out == " the\n the\n"
@@ -105,7 +104,7 @@ def test_chat_needs_room_for_a_question(talker: Path, capsys: Any) -> None:
 
 @pytest.fixture
 def gpt2_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """OpenAI's server for one small model, whose name is 124M; and an empty cache."""
+    """A server with OpenAI's files of a small model called 124M, and an empty cache."""
     data = (OPENAI / "model.ckpt.data-00000-of-00001").read_bytes()
     monkeypatch.setitem(released.DATA_BYTES, "124M", len(data))
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
@@ -120,7 +119,7 @@ def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_
     assert capsys.readouterr().out == f"{tmp_path / 'cache/models/124M'}\n"
     n_requests = len(gpt2_server.requests)
     shutil.copy(OPENAI_FILES / "encoder.json", tmp_path)
-    # The fixture's 503 tokens are the first of GPT-2's; "!" is one of them.
+    # The model knows only the first 503 tokens of GPT-2, such as "!".
     assert main(["generate", "--model", "gpt2", "--prompt", "!", "--max_new_tokens", "3", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("!")
     assert len(gpt2_server.requests) == n_requests
@@ -136,13 +135,13 @@ def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> N
     assert "must be written as hf://user/model, got 'hf://gpt2'" in capsys.readouterr().err
 
 
-def test_info_says_whose_a_checkpoint_is(talker: Path, tmp_path: Path, capsys: Any) -> None:
+def test_info_names_the_format_of_a_checkpoint(talker: Path, tmp_path: Path, capsys: Any) -> None:
     torch.save(NanoGPT(67, 16, 24, 3, 2, bias=False).checkpoint(), tmp_path / "ckpt.pt")
     torch.save(BookGPT(67, 16, 64, 4, 2, qkv_bias=False).state_dict(), tmp_path / "model.pth")
     for path, expected in (
         (OPENAI, ["OpenAI's TensorFlow checkpoint", "28 of float32", "2, 3, 24", "27,336"]),
-        (talker, ["a model directory in Hugging Face's layout", "2, 3, 24", "complete               yes"]),
-        (tmp_path / "ckpt.pt", ["nanoGPT's checkpoint", "2, 3, 24", "complete               yes"]),
+        (talker, ["a model directory in Hugging Face's layout", "2, 3, 24", "complete                     yes"]),
+        (tmp_path / "ckpt.pt", ["nanoGPT's checkpoint", "2, 3, 24", "complete                     yes"]),
         (tmp_path / "model.pth", ["a state dict in the book's layout", "64 wide", "2, 1, 64"]),
     ):
         assert main(["info", str(path)]) == 0
@@ -152,7 +151,7 @@ def test_info_says_whose_a_checkpoint_is(talker: Path, tmp_path: Path, capsys: A
 
 
 def test_a_directory_of_downloaded_models_does_not_hide_their_names(in_tmp_path: Path, capsys: Any) -> None:
-    """download_and_load_gpt2("124M", "gpt2") of the book makes one called gpt2."""
+    """The book's call download_and_load_gpt2("124M", "gpt2") makes a directory called gpt2."""
     Path("gpt2/124M").mkdir(parents=True)
     assert main(["info", "gpt2"]) == 0
     assert "124,439,808" in capsys.readouterr().out
@@ -167,7 +166,7 @@ def test_info_lists_what_is_wrong_with_a_checkpoint(tmp_path: Path, capsys: Any)
 
 
 def test_a_file_without_a_tokenizer_gets_gpt2s_only_if_the_vocabulary_is_as_large(tmp_path: Path, capsys: Any) -> None:
-    """nanoGPT rounds 50,257 up to 50,304."""
+    """nanoGPT rounds the vocabulary size of 50,257 up to 50,304."""
     for vocab_size, status in ((50304, 0), (67, 2)):
         torch.save(NanoGPT(vocab_size, 16, 8, 1, 1, bias=True).checkpoint(), tmp_path / "ckpt.pt")
         arguments = ["generate", "--model", str(tmp_path / "ckpt.pt"), "--prompt", "a b", "--max_new_tokens", "1"]

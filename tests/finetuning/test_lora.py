@@ -1,4 +1,4 @@
-"""Our helpers around PEFT, and LoRA as spelled out, against PEFT itself; all in float64."""
+"""The written-out LoRA layers and the helpers around PEFT, compared with PEFT itself in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from MyGPT.finetuning.lora import (
 )
 from oracles_model import transformers_twin
 
-# PEFT asks transformers' models for it, and transformers has renamed it.
+# PEFT uses a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 V = 67
@@ -45,7 +45,7 @@ def random_ids() -> Tensor:
 
 
 def as_if_trained(peft_model: Any) -> Any:
-    """Fresh adapters add nothing."""
+    """Change all trainable weights of an adapted model, because a new adapter adds nothing, and return the model."""
     with torch.no_grad():
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
@@ -54,7 +54,7 @@ def as_if_trained(peft_model: Any) -> Any:
 
 
 def saved_adapter(directory: Path, model: nn.Module | None = None, **options: Any) -> Tensor:
-    """Writes an adapter, and returns the logits of a model with it for ids drawn from seed 5."""
+    """Save an adapter, and return the logits of the adapted model for ids drawn with seed 5."""
     defaults: dict[str, Any] = {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "task_type": "CAUSAL_LM"}
     model = base() if model is None else model
     peft_model = as_if_trained(get_peft_model(model, LoraConfig(**{**defaults, **options})))
@@ -69,7 +69,7 @@ def ids_of_seed_5() -> Tensor:
 
 
 def assert_untouched(model: GPTModel) -> None:
-    """The layers and weights of a model that nobody has adapted, none of them frozen."""
+    """Check that the model has no adapter and no frozen or changed weight."""
     expected = base(tie_weights=model.config.tie_weights)
     assert [(name, type(module)) for name, module in model.named_modules()] == [
         (name, type(module)) for name, module in expected.named_modules()
@@ -82,7 +82,7 @@ def assert_untouched(model: GPTModel) -> None:
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 16), (4, 16), (8, 3)])
 def test_the_spelled_out_lora_has_the_logits_and_gradients_of_peft(rank: int, alpha: int, tie_weights: bool) -> None:
-    """Every linear layer of the model: PEFT's "all-linear", which is the head too where it is not tied."""
+    """All linear layers are adapted, like PEFT's "all-linear", including an untied head."""
     plain, ids = base(tie_weights=tie_weights), random_ids()
     plain.requires_grad_(False)
     replace_linear_with_lora(plain, rank, alpha)
@@ -114,7 +114,7 @@ def test_fresh_lora_layers_change_nothing() -> None:
 
 
 def test_the_spelled_out_a_starts_within_the_bounds_of_peft() -> None:
-    """2000 uniform numbers leave the outer tenth of their range empty once in 10^91."""
+    """The outer tenth of the range contains none of 2000 uniform numbers with probability 10^-91."""
     ours = LoRALayer(100, 7, rank=20, alpha=1).A
     theirs = get_peft_model(nn.Sequential(nn.Linear(100, 7)), LoraConfig(r=20, target_modules=["0"]))
     for A in (ours, theirs.get_base_model()[0].lora_A["default"].weight):
@@ -122,7 +122,7 @@ def test_the_spelled_out_a_starts_within_the_bounds_of_peft() -> None:
 
 
 def test_a_lora_layer_given_alpha_times_rank_is_that_of_the_book() -> None:
-    """The book's, its appendix E: alpha (x A B)."""
+    """The book's layer, from its appendix E: alpha (x A B)."""
     layer, x = LoRALayer(5, 3, rank=2, alpha=7 * 2).double(), torch.randn(4, 5, dtype=torch.float64)
     nn.init.normal_(layer.B)
     torch.testing.assert_close(layer(x), 7 * (x @ layer.A @ layer.B), rtol=0, atol=1e-12)
@@ -219,7 +219,7 @@ def test_an_opened_adapter_gives_the_logits_of_the_saved_one(options: dict[str, 
 def test_an_adapter_of_transformers_gpt2_opens_with_its_logits_and_no_warning(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The warning let through is about training a copy of their tied head."""
+    """The allowed warning is about training a copy of the tied head."""
     expected = saved_adapter(tmp_path, transformers_twin(base()), fan_in_fan_out=True, **options)
     assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["fan_in_fan_out"]
     opened = open_adapter(base(), tmp_path)
@@ -237,7 +237,7 @@ def test_an_adapter_on_an_untied_head_opens_with_the_head_that_peft_saved_beside
 
 
 def test_a_base_model_that_the_adapter_names_is_not_looked_for(tmp_path: Path) -> None:
-    """The name is of the hub; conftest lets nothing reach it."""
+    """The name is a repository on the hub, and conftest blocks the network."""
     expected = saved_adapter(tmp_path)
     path = tmp_path / "adapter_config.json"
     change_json(path, base_model_name_or_path="openai-community/gpt2")
@@ -276,7 +276,9 @@ def test_a_copied_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
         open_adapter(base(), tmp_path)
 
 
-def test_whole_kernels_of_transformers_are_refused_since_a_square_one_would_fit_turned(tmp_path: Path) -> None:
+def test_complete_matrices_of_transformers_are_refused_because_a_square_one_would_fit_transposed(
+    tmp_path: Path,
+) -> None:
     twin = transformers_twin(base())
     saved_adapter(tmp_path, twin, fan_in_fan_out=True, target_modules=["c_attn"], modules_to_save=["h.0.attn.c_proj"])
     model = base()

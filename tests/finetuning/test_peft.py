@@ -19,7 +19,7 @@ from MyGPT import GPTConfig, GPTModel, generate, train_model_simple
 from MyGPT.model import Transformer
 from oracles_model import transformers_twin
 
-# PEFT asks transformers' models for it, and transformers has renamed it.
+# PEFT uses a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 turns_the_flag_off = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but:UserWarning")
 turns_the_flag_on = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but:UserWarning")
@@ -42,13 +42,13 @@ def base(**changes: Any) -> GPTModel:
 
 
 def lora_config(**options: Any) -> LoraConfig:
-    """The README's, but with nothing dropped; each model needs its own, since PEFT writes into it."""
+    """Return the README's config without dropout. PEFT modifies a config, so each model needs its own."""
     defaults = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["c_attn", "c_proj", "c_fc"]}
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **{**defaults, **options})
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
-    """With an adapter as if trained: fresh ones add nothing."""
+    """Return the model with an adapter whose weights are random, because a new adapter adds nothing."""
     peft_model = get_peft_model(model, lora_config(**options)).eval()
     with torch.no_grad():
         for parameter in peft_model.parameters():
@@ -58,7 +58,7 @@ def adapted(model: nn.Module, **options: Any) -> Any:
 
 
 def adapted_pair(model: GPTModel | None = None, **options: Any) -> tuple[Any, Any]:
-    """PEFT on ours and on transformers' GPT-2, equal weights and equal adapters."""
+    """Return PEFT models on MyGPT's and on transformers' GPT-2, with equal weights and equal adapters."""
     model = base() if model is None else model
     twin = transformers_twin(model)
     ours, theirs = adapted(model, **options), get_peft_model(twin, lora_config(fan_in_fan_out=True, **options)).eval()
@@ -104,7 +104,7 @@ def test_logits_and_gradients_are_those_of_peft_on_transformers(options: dict[st
 def test_training_goes_step_by_step_as_on_transformers_and_merges_into_the_same_weights(
     options: dict[str, Any],
 ) -> None:
-    """Ten times the usual learning rate, so that eight steps change the loss in its first digit."""
+    """The learning rate is ten times the usual one, so that eight steps change the first digit of the loss."""
     ours, theirs = adapted_pair(**options)
     optimizers = [torch.optim.AdamW([w for w in m.parameters() if w.requires_grad], lr=1e-2) for m in (ours, theirs)]
     losses = []
@@ -180,7 +180,7 @@ def test_trainable_parameters_are_counted_as_on_transformers(
 ) -> None:
     ours, theirs = adapted_pair(base(tie_weights=tie_weights))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    # r (in + out) for each of the four layers of each of two blocks
+    # r (in + out) for each of four layers in each of two blocks
     assert ours.get_nb_trainable_parameters()[0] == 2 * 4 * (24 + 72 + 24 + 24 + 24 + 96 + 96 + 24)
     assert ours.num_parameters(only_trainable=True) == ours.get_nb_trainable_parameters()[0]
     ours.print_trainable_parameters()
@@ -196,7 +196,7 @@ def test_trainable_parameters_are_counted_as_on_transformers(
 def test_generation_goes_through_the_cache_and_equals_the_one_without(
     options: dict[str, Any], task_type: TaskType | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the context too, and with prompts of unequal length."""
+    """Also beyond the context length, and for prompts of different lengths."""
     lengths = []
     forward = Transformer.forward
 
@@ -267,7 +267,7 @@ def test_merging_leaves_the_logits_as_they_were(options: dict[str, Any]) -> None
 
 
 def test_merging_in_float32_changes_logits_by_less_than_1e_5() -> None:
-    """On a model as GPT-2 begins, with logits below 1 of some hundred roundings of 6e-8 each."""
+    """The model has GPT-2's initial weights: its logits are below 1, with some hundred roundings of 6e-8 each."""
     torch.manual_seed(2)
     model = adapted(GPTModel(GPTConfig(V, CONTEXT, 24, 3, 2, drop_rate=0.0)).eval())
     ids = random_ids()
@@ -293,7 +293,7 @@ def test_several_adapters_take_turns_on_one_model(tmp_path: Path) -> None:
         assert distance(first(ids), expected[name]) < 1e-11
     with first.disable_adapter():
         assert torch.equal(first(ids), base()(ids))
-    mixed = first(ids, adapter_names=["default", "__base__", "second"])  # one for each row
+    mixed = first(ids, adapter_names=["default", "__base__", "second"])  # one adapter per row
     for row, logits in enumerate((expected["default"], base()(ids), expected["second"])):
         assert distance(mixed[row], logits[row]) < 1e-11
     first.set_adapter("default")
@@ -316,7 +316,7 @@ def test_adapters_can_be_merged_together() -> None:
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_all_linear_merges_without_touching_the_token_embedding(tie_weights: bool) -> None:
-    """PEFT's issue 2018: an adapter on a tied head changes the embedding when it is merged."""
+    """Merging an adapter on a tied head would also change the embedding (PEFT issue 2018)."""
     model, ids = adapted(base(tie_weights=tie_weights), target_modules="all-linear"), random_ids()
     before = model(ids).detach()
     merged, untouched = model.merge_and_unload(), base(tie_weights=tie_weights)
@@ -366,7 +366,7 @@ def test_an_adapter_of_ours_loads_onto_transformers_gpt2(options: dict[str, Any]
 
 
 def test_an_adapter_of_a_base_model_with_a_name_can_be_saved_again(tmp_path: Path) -> None:
-    """PEFT then compares the vocabulary with that of the config in the base model's directory."""
+    """PEFT then compares the vocabulary size with the config in the base model's directory."""
     base().save_pretrained(tmp_path / "base")
     model = adapted(base())
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Decay groups, schedules and TrainConfig's bounds."""
+"""Weight-decay groups, learning-rate schedules, Muon, and the limits of TrainConfig."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear
 
 from MyGPT import GPTModel, TrainConfig
 from MyGPT.training import optim
-from MyGPT.training.optim import Muon, make_optimizers, orthogonalised, schedule_factor, set_learning_rate
+from MyGPT.training.optim import Muon, make_optimizers, orthogonalized, schedule_factor, set_learning_rate
 
 
 def oracle_factors(make: Any, **options: Any) -> list[float]:
@@ -25,7 +25,7 @@ def oracle_factors(make: Any, **options: Any) -> list[float]:
     return factors
 
 
-def test_the_cosine_is_that_of_transformers_after_the_warmup() -> None:
+def test_the_cosine_equals_that_of_transformers_after_the_warmup() -> None:
     config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
     theirs = oracle_factors(
         get_cosine_with_min_lr_schedule_with_warmup, num_warmup_steps=10, num_training_steps=100, min_lr=0.1
@@ -34,7 +34,7 @@ def test_the_cosine_is_that_of_transformers_after_the_warmup() -> None:
     assert ours[10:] == pytest.approx(theirs[10:], abs=1e-12)
 
 
-def test_the_line_is_that_of_transformers_after_the_warmup() -> None:
+def test_the_line_equals_that_of_transformers_after_the_warmup() -> None:
     config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.0, schedule="linear")
     theirs = oracle_factors(get_linear_schedule_with_warmup, num_warmup_steps=10, num_training_steps=100)
     assert [schedule_factor(config, step) for step in range(10, 100)] == pytest.approx(theirs[10:], abs=1e-12)
@@ -88,8 +88,10 @@ def matrices(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 @pytest.mark.parametrize("momentum", [0.7, 0.95])
-def test_muon_is_torchs_but_for_its_bf16_and_its_polynomials(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its five steps are in bf16, each with a slope of up to 3.4: a direction is off by some percent, and ten steps add up."""
+def test_muon_equals_torchs_up_to_bf16_when_the_polynomials_are_the_same(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch computes five polynomials in bf16 with slopes up to 3.4, so an update is off by a few percent, over ten steps."""
     monkeypatch.setattr(optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)
     ours, theirs = matrices(torch.float32), matrices(torch.float32)
     optimizers = Muon(ours, 0.1, 0.1, momentum), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=momentum)
@@ -104,34 +106,34 @@ def test_muon_is_torchs_but_for_its_bf16_and_its_polynomials(momentum: float, mo
         assert (one - other).norm() < 0.02 * 10 * 0.1 * one.shape[0] ** 0.5
 
 
-def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths() -> None:
-    """The polynomials of the paper, taken of the singular values by themselves."""
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_lengths() -> None:
+    """The paper's polynomials are applied to the singular values alone for comparison."""
     for shape in ((3, 6, 10), (3, 10, 6)):
         stack = torch.randn(shape, dtype=torch.float64)
         U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
         s = S / S.norm(dim=1, keepdim=True)
         for a, b, c in optim.POLYNOMIALS:
             s = a * s + b * s**3 + c * s**5
-        assert (orthogonalised(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
+        assert (orthogonalized(stack) - U @ s.diag_embed() @ Vh).abs().max() < 1e-12
 
 
-def test_singular_values_come_to_where_the_docstring_says() -> None:
-    """One matrix with singular values from 0.002 of its norm to almost all of it."""
+def test_singular_values_end_in_the_documented_range() -> None:
+    """The singular values of this matrix range from 0.002 of its norm to almost 1."""
     given = torch.cat(
         [torch.logspace(math.log10(0.002), -1, 60, dtype=torch.float64), torch.tensor([0.9, 0.3]).double()]
     )
     U, V = (torch.linalg.qr(torch.randn(62, 62, dtype=torch.float64)).Q for _ in "UV")
-    given[-2] = (1 - given[:-2].square().sum() - given[-1] ** 2).sqrt()  # so that the norm is 1
-    found = torch.linalg.svdvals(orthogonalised((U @ given.diag() @ V.T)[None])[0])
+    given[-2] = (1 - given[:-2].square().sum() - given[-1] ** 2).sqrt()  # makes the norm 1
+    found = torch.linalg.svdvals(orthogonalized((U @ given.diag() @ V.T)[None])[0])
     assert 0.18 < found.min() < found.max() < 1.87
 
 
-def test_muons_momentum_is_the_recipes(tiny_model: GPTModel) -> None:
+def test_muon_uses_the_momentum_of_the_config(tiny_model: GPTModel) -> None:
     muon, _ = make_optimizers(tiny_model, TrainConfig(optimizer="muon", muon_momentum=0.7))
     assert {group["momentum"] for group in muon.param_groups} == {0.7}
 
 
-def test_a_matrix_without_a_gradient_stays() -> None:
+def test_a_matrix_without_a_gradient_does_not_change() -> None:
     still, moved = matrices(torch.float32)[:2]
     before, moved.grad = still.detach().clone(), torch.ones_like(moved)
     Muon([still, moved], 0.1, 0.1).step()

@@ -1,4 +1,4 @@
-"""A run that is stopped or killed, at any moment and any number of times, ends as one that was never touched: bit for bit."""
+"""A run that is stopped or killed, at any moment and any number of times, ends bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The AdamW run as it is when nothing happens to it."""
+    """The AdamW run without interruption."""
     out = tmp_path_factory.mktemp("untouched") / "run"
     assert run(train_command(text, out, *RECIPES["adamw"].split())) == 0
     return out
 
 
 KILLS = [
-    Kill("step", 3),  # before there is a checkpoint
+    Kill("step", 3),  # before the first checkpoint
     Kill("half_file", 2),
     Kill("fsync", 9),
     Kill("rename", 2),
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_untouched_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["--lora.dropout 0.2", "--full --rows packed --gradient_checkpointing", "--merge"])
-def test_a_tuning_that_is_killed_ends_like_an_untouched_one(options: str, tmp_path: Path) -> None:
+def test_a_finetuning_that_is_killed_ends_like_an_untouched_one(options: str, tmp_path: Path) -> None:
     records = [{"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n)} for w in "abcd" for n in range(1, 8)]
     (tmp_path / "records.json").write_text(json.dumps(records))
     texts = [load_template("alpaca").prompt(record) for record in records]
@@ -105,10 +105,10 @@ def test_a_tuning_that_is_killed_ends_like_an_untouched_one(options: str, tmp_pa
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(
+def test_a_signal_saves_a_checkpoint_from_which_the_run_is_resumed(
     number: int, status: int, text: Path, untouched: Path, tmp_path: Path
 ) -> None:
-    """A cluster sends SIGTERM, a user Ctrl-C. The step at which it comes is no step of a checkpoint."""
+    """A cluster sends SIGTERM, a user presses Ctrl-C. The signal comes between two regular checkpoints."""
     command = train_command(text, tmp_path / "run", *RECIPES["adamw"].split())
     assert run(command, prepare=SignalInStep6(number)) == status
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")].count("step-000006") == 1
@@ -117,7 +117,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
 
 
 class SignalInStep6:
-    """A function that can be sent to another process."""
+    """A function that can be pickled for another process: it sends a signal in the sixth step."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -199,7 +199,7 @@ def change(**fields: Any) -> TrainConfig:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each checkpoint is whole before the next step, so that none is put off while a slow disk writes another."""
+    """Make training wait for each checkpoint, so that no checkpoint is postponed while a slow disk writes another."""
     monkeypatch.setattr(CheckpointWriter, "is_busy", property(lambda writer: bool(writer.wait())))
 
 
@@ -209,7 +209,7 @@ def finished(tmp_path: Path, patient: None) -> Path:
     return tmp_path / "run"
 
 
-def test_a_checkpoint_is_tensors_and_json_that_a_manifest_vouches_for(finished: Path) -> None:
+def test_a_checkpoint_holds_tensors_and_json_with_their_hashes_in_a_manifest(finished: Path) -> None:
     path = finished / "checkpoints/step-000008"
     assert {file.name for file in path.iterdir()} == {
         "weights.safetensors",
@@ -233,9 +233,9 @@ def test_a_checkpoint_is_tensors_and_json_that_a_manifest_vouches_for(finished: 
 
 
 def test_a_checkpoint_cannot_change_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer is held up while training goes on; then it must write what was, not what is."""
-    go_on, write = threading.Event(), checkpoint.write_snapshot
-    monkeypatch.setattr(checkpoint, "write_snapshot", lambda *a: (go_on.wait(60), write(*a))[1])
+    """Training continues while the writer waits. The writer must store the weights from before."""
+    may_write, write = threading.Event(), checkpoint.write_snapshot
+    monkeypatch.setattr(checkpoint, "write_snapshot", lambda *a: (may_write.wait(60), write(*a))[1])
     trainer = make_trainer(tmp_path / "run")
     trainer.setup()
     writer = CheckpointWriter(tmp_path, 1, 0)
@@ -245,7 +245,7 @@ def test_a_checkpoint_cannot_change_while_it_is_written(tmp_path: Path, monkeypa
     for _ in range(3):
         trainer.step()
     assert writer.is_busy
-    go_on.set()
+    may_write.set()
     writer.wait()
     for name, tensor in read_snapshot(tmp_path / "step-000001").weights.items():
         assert torch.equal(tensor, before[name])
@@ -273,7 +273,7 @@ def test_a_writer_that_is_busy_is_not_waited_for_and_never_doubled(
 
 
 def test_checkpoints_come_by_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10**6, 40))  # seconds; it is asked more than once a step
+    clock = iter(range(0, 10**6, 40))  # in seconds; read more than once per step
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     trainer = make_trainer(tmp_path / "run", change(checkpoint_every=0, checkpoint_minutes=2.0, keep_last=100))
     trainer.run()
@@ -293,7 +293,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         trainer.state.step = trainer.state.evaluated_step = step
         trainer.state.val_loss = loss
         write_snapshot(tmp_path, trainer.snapshot())
-    (tmp_path / "step-000009").mkdir()  # of a future that a step back has left
+    (tmp_path / "step-000009").mkdir()  # left by a run that was resumed from an earlier step
     remove_old(tmp_path, 6, keep_last=2, keep_best=1)
     kept = sorted(path.name for path in tmp_path.glob("step-*"))
     assert kept == ["step-000002", "step-000005", "step-000006", "step-000009"]
@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(file: str, dam
     assert len(problems) == 1 and "step-000008" in problems[0] and file.partition(".")[0] in problems[0]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
+def test_a_run_resumed_from_the_checkpoint_before_a_damaged_one_ends_the_same(
     finished: Path, tmp_path: Path, capsys: Any
 ) -> None:
     before = remains(finished)
@@ -346,7 +346,7 @@ def test_a_deleted_checkpoint_and_a_lost_or_wrong_pointer_do_not_matter(finished
 
 
 def test_the_clock_may_go_backwards(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the files' times nor the hour decide what is newest."""
+    """Neither the files' times nor the time of day decide which checkpoint is the newest."""
     for age, path in enumerate(sorted((finished / "checkpoints").glob("step-*"))):
         os.utime(path, (10**9 - age, 10**9 - age))
     now = iter(range(2 * 10**9, 0, -1000))
@@ -361,7 +361,7 @@ def test_the_clock_may_go_backwards(finished: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_checkpoint_that_cannot_be_written_is_told_and_those_before_it_stay(
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_earlier_ones_stay(
     code: int, tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     write = checkpoint.write_safetensors
@@ -383,12 +383,12 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_those_before_it_stay(
 
 
 def _no_large_file() -> None:
-    """More than the weights take, less than AdamW's moments do."""
+    """Limit the file size to more than the weights need and less than AdamW's state needs."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 def test_a_quota_that_is_reached_is_one_line_and_harms_nothing(text: Path, tmp_path: Path) -> None:
-    """The system's own limit: the optimizer's file cannot be written to its end, the others can."""
+    """The operating system's limit stops the optimizer's file only."""
     command = train_command(text, tmp_path / "run", "--eval_every", "100", "--sample_every", "0", "--max_steps", "6")
     assert run(command, prepare=_no_large_file, errors=tmp_path / "errors") == 2
     last = (tmp_path / "errors").read_text().strip().splitlines()[-1]
@@ -417,7 +417,7 @@ def test_a_changed_recipe_is_refused_with_what_differs_unless_it_is_allowed(fini
 
 
 def change_state(path: Path, *removed: str, **changed: Any) -> None:
-    """Remove counters from a checkpoint's state.json or change them, and let the manifest vouch for the new file."""
+    """Remove counters from a checkpoint's state.json or change them, and put the new hash into the manifest."""
     state = json.loads((path / "state.json").read_text())
     state = {name: value for name, value in state.items() if name not in removed} | changed
     content = json.dumps(state).encode()
@@ -430,12 +430,15 @@ def change_state(path: Path, *removed: str, **changed: Any) -> None:
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished: Path) -> None:
     place = finished / "checkpoints"
     change_state(place / "step-000008", "mean_grad_norm")
-    with pytest.raises(ValueError, match=r"step-000008 lacks mean_grad_norm: another version of MyGPT wrote it"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-000008.state.json is not usable: it lacks mean_grad_norm, so another version of MyGPT wrote it",
+    ):
         make_trainer(finished, resume=True).run()
 
 
 def test_other_data_are_noticed(finished: Path) -> None:
-    """One letter in the middle, the length the same."""
+    """One letter in the middle is changed; the length stays the same."""
     ids = list(IDS[:1500])
     ids[700] = (ids[700] + 1) % TOKENIZER.n_vocab
     with pytest.raises(ValueError, match="data: the training data differ from those the run began with"):
@@ -464,7 +467,7 @@ def test_the_best_model_on_the_disk_stays_until_a_changed_run_beats_it(
     monkeypatch.setattr(trainer, "evaluate", lambda whole=False: 0.0 if whole else next(losses))
     trainer.run()
     model = (tmp_path / "run/model/model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000008")  # goes on from 6, before the best was found
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000008")  # resumes from step 6, before the best
     changed = make_trainer(tmp_path / "run", change(learning_rate=2e-3), resume=True, allow_changed=["learning_rate"])
     monkeypatch.setattr(changed, "evaluate", lambda whole=False: 2.0)
     changed.run()
@@ -472,7 +475,7 @@ def test_the_best_model_on_the_disk_stays_until_a_changed_run_beats_it(
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
 
 
-def test_another_number_of_threads_is_told(finished: Path, capsys: Any) -> None:
+def test_another_number_of_threads_is_reported(finished: Path, capsys: Any) -> None:
     torch.set_num_threads(2)
     try:
         make_trainer(finished, resume=True).run()
@@ -501,7 +504,7 @@ def test_a_resume_that_cannot_be_is_one_sentence(options: list[str], words: str,
 
 
 def poison(trainer: Trainer, steps: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiplies the loss of some steps."""
+    """Multiply the training loss of some steps by a factor."""
     compute = trainer._token_loss
 
     def poisoned(*batch: Any) -> Any:
@@ -528,7 +531,9 @@ def test_too_many_such_steps_stop_the_run_and_the_last_good_checkpoint_is_named(
 ) -> None:
     trainer = make_trainer(tmp_path / "run", change(max_skipped_steps=2))
     poison(trainer, dict.fromkeys(range(4, 8), float("nan")), monkeypatch)
-    with pytest.raises(FloatingPointError, match=r"at step 6 the loss is nan.*3 steps were not finite") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"at step 6 the loss is nan.*3 steps in all were not finite"
+    ) as caught:
         trainer.run()
     last = read_newest(tmp_path / "run/checkpoints")[0]
     assert f"step-{last.state.step:06d}" in str(caught.value)
@@ -536,9 +541,7 @@ def test_too_many_such_steps_stop_the_run_and_the_last_good_checkpoint_is_named(
     assert [record["skipped_steps"] for record in read_metrics(tmp_path / "run") if "skipped_steps" in record] == [1, 2]
 
 
-def test_a_gradient_much_longer_than_usual_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_an_unusually_large_gradient_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     trainer = make_trainer(tmp_path / "run")
     poison(trainer, {5: 100.0}, monkeypatch)
     trainer.run()

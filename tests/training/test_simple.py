@@ -1,4 +1,4 @@
-"""The book's training helpers against its loop, written out by hand in the oracles."""
+"""The book's training functions, compared with its loop as the oracles write it out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ both_models = pytest.mark.parametrize("make_model", [our_model, foreign_model])
 
 
 def mean_loss(model: nn.Module, batches: Batches) -> float:
-    """Over all tokens of batches of equal size, without dropout."""
+    """Return the mean loss over all tokens of batches of equal size, without dropout."""
     twin = copy.deepcopy(model).eval()
     with torch.no_grad():
         losses = [F.cross_entropy(twin(x).flatten(0, 1), y.flatten()).item() for x, y in batches]
@@ -55,8 +55,8 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
 
 
 @both_models
-def test_every_step_leaves_the_weights_that_the_books_loop_leaves(make_model: Callable[[], nn.Module]) -> None:
-    """With dropout: both draw the same masks from the same seed, so evaluations in between have drawn nothing."""
+def test_every_step_gives_the_weights_of_the_books_loop(make_model: Callable[[], nn.Module]) -> None:
+    """Both loops draw the same dropout masks only if the evaluations in between draw nothing."""
     model, train, val = make_model(), random_batches(3), random_batches(2)
     twin = copy.deepcopy(model)
     torch.manual_seed(5)
@@ -135,7 +135,7 @@ def test_a_loader_without_a_batch_is_refused() -> None:
 
 
 class GoesWrong(nn.Module):
-    """Spoils its logits from the third call on."""
+    """A model that spoils its logits from the third call on."""
 
     def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def test_the_loss_of_a_batch_is_its_cross_entropy_with_gradients(make_model: Cal
 
 @both_models
 def test_the_loss_of_a_loader_is_the_mean_over_its_tokens(make_model: Callable[[], nn.Module]) -> None:
-    """Not the mean of the batches' means: the last batch is smaller, and much of it is ignored."""
+    """The mean of the batches' means would differ: the last batch is smaller, and much of it is ignored."""
     model = make_model().eval()
     batches = [*random_batches(2, B=4), *random_batches(1, B=1)]
     batches[2][1][0, 2:] = -100
@@ -255,8 +255,26 @@ def test_after_every_epoch_a_sample_is_printed_in_the_books_place(
     assert [line[:3] for line in lines] == ["Ep ", "the", "Ep ", "the"]
 
 
+def test_a_tokenizer_that_looks_empty_is_used(chars: CharTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its length is 0, so its truth value is False."""
+
+    class EmptyLooking(CharTokenizer):
+        def __len__(self) -> int:
+            return 0
+
+    empty = EmptyLooking.from_text(TEXT)
+    batches = [(x % chars.n_vocab, y % chars.n_vocab) for x, y in random_batches(1)]
+    for tokenizer in (empty, chars):
+        torch.manual_seed(1)
+        model = ForeignGPT(chars.n_vocab)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_model_simple(model, batches, None, optimizer, "cpu", 1, start_context="the", tokenizer=tokenizer)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == printed[2:]
+
+
 def test_training_on_a_text_learns_it(chars: CharTokenizer) -> None:
-    """The text is one sentence, over and over: its entropy is nearly nothing, a uniform guess pays 2.9 nats."""
+    """The text repeats one sentence, so its entropy is nearly 0; a uniform guess costs 2.9 nats per token."""
     loader = create_dataloader(TEXT * 20, batch_size=4, max_length=16, tokenizer=chars, seed=0)
     model = GPTModel(GPTConfig(chars.n_vocab, context_length=16, emb_dim=32, n_heads=2, n_layers=2, drop_rate=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""The training loop: that it computes what a plain loop computes, and what it leaves on disk whatever happens."""
+"""The Trainer computes what a plain loop computes, and keeps its results on the disk whatever happens."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_a_step_is_plain_adamw_on_the_mean_cross_entropy_with_clipping() -> None
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
-        assert values["loss"] == pytest.approx(loss.item(), abs=1e-6)  # the trainer adds its losses up in float32
+        assert values["loss"] == pytest.approx(loss.item(), abs=1e-6)  # The trainer sums losses in float32.
         assert values["grad_norm"] == pytest.approx(norm.item(), abs=1e-10)
     assert_same_weights(weights(trainer.model), weights(plain), 1e-10)
 
 
-def test_both_loops_of_the_library_walk_the_same_weights() -> None:
+def test_both_training_loops_give_the_same_weights() -> None:
     trainer = make_trainer(change(QUICK, schedule="constant", warmup_steps=0, grad_clip=0.0, weight_decay=0.0))
     trainer.setup()
     batches = [trainer.sampler.batch(step) for step in range(5)]
@@ -105,8 +105,8 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(micro_batch_size: 
     assert_same_weights(weights(whole.model), weights(parts.model), 1e-10)
 
 
-def test_evaluation_and_samples_leave_the_training_as_it_is() -> None:
-    """With dropout, so that any draw from the global generator would show."""
+def test_evaluation_and_samples_do_not_change_the_training() -> None:
+    """With dropout, any additional draw from the global generator would change the weights."""
     busy = make_trainer(change(QUICK, eval_every=1, sample_every=1, sample_tokens=5), model=fresh_model(0.2))
     quiet = make_trainer(change(QUICK, eval_every=100), model=fresh_model(0.2), tokenizer=None)
     busy.run()
@@ -241,12 +241,12 @@ def test_a_directory_that_is_not_empty_is_refused_and_only_a_run_can_be_overwrit
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"8 tokens.*context 8 needs 9"):
+    with pytest.raises(ValueError, match=r"8 tokens.*window of 8 tokens and its targets need 9"):
         Trainer(fresh_model(), QUICK, IDS[:8])
 
 
 def test_float32_and_bfloat16_train_alike() -> None:
-    """bfloat16 has 8 bits of mantissa: losses of some 3 nats agree to about 3 * 2**-8."""
+    """bfloat16 has a mantissa of 8 bits, so losses of about 3 nats agree to about 3 * 2**-8."""
     losses = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(3)
@@ -258,7 +258,7 @@ def test_float32_and_bfloat16_train_alike() -> None:
     assert losses["bf16"] != losses["fp32"]
 
 
-def test_automatic_precision_is_float32_for_narrow_models_on_a_processor() -> None:
+def test_automatic_precision_is_float32_for_narrow_models_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert autocast_dtype(cpu, "auto", 128) is None
     assert autocast_dtype(cpu, "fp32", 768) is None
@@ -277,9 +277,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+@pytest.mark.filterwarnings("ignore")  # The compiler warns about torch's own code.
 def test_compiled_blocks_train_to_the_same_weights() -> None:
-    """float64: compiled code may round differently, by 1e-15 an operation."""
+    """The weights are float64, where compiled code may round differently by 1e-15 per operation."""
     plain, compiled = make_trainer(), make_trainer(change(QUICK, compile=True, sample_every=1, sample_tokens=3))
     plain.run()
     compiled.run()

@@ -1,4 +1,4 @@
-"""Weights of others in our model: OpenAI's, Hugging Face's, the book's and nanoGPT's, all of them or none."""
+"""Loading weights from OpenAI, Hugging Face, the book and nanoGPT, completely or not at all."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ IDS = torch.arange(20).reshape(2, 10) * 3
 SIZES: dict[str, Any] = {"vocab_size": 67, "context_length": 16, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
 CONFIG = GPTConfig(**SIZES, drop_rate=0.1, qkv_bias=True)
 EXACT = 1e-12
-"""Of logits of size 10 in float64, computed by the same products in another order."""
+"""The tolerance for float64 logits of size 10 that are computed by the same products in another order."""
 
 
 def lively(model: nn.Module) -> Any:
-    """All weights random, in float64 and evaluation mode."""
+    """Return the model with random weights, in float64 and evaluation mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.35)
@@ -67,7 +67,7 @@ def difference(ours: nn.Module, theirs: nn.Module, ids: Tensor = IDS) -> float:
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_openais_parameters_give_openais_logits(tie_weights: bool, qkv_bias: bool) -> None:
-    """To the rounding of their float32, as in test_tf_checkpoint.py. A model without qkv biases gets them, and says so."""
+    """The tolerance is float32 rounding, see test_tensorflow.py. A model without qkv biases gets them, also in its config."""
     sizes = {"vocab_size": 503, "context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
     model = GPTModel(GPTConfig(**sizes, qkv_bias=qkv_bias, tie_weights=tie_weights)).eval()
     load_weights_into_gpt(model, openai_params())
@@ -92,7 +92,7 @@ def test_a_shorter_context_takes_the_first_positions() -> None:
 
 
 def test_gpt2_is_downloaded_opened_and_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a server with OpenAI's layout of files; the second time from the disk."""
+    """The first call downloads from a server with OpenAI's files; the second call needs no network."""
     data = (OPENAI / "model.ckpt.data-00000-of-00001").read_bytes()
     monkeypatch.setitem(released.DATA_BYTES, "124M", len(data))
     ids, expected = openai_logits()
@@ -121,7 +121,7 @@ def test_the_books_module_name_gives_the_same_functions() -> None:
     assert gpt_download3.load_gpt2_params_from_tf_ckpt is load_gpt2_params_from_tf_ckpt
 
 
-def test_a_directory_of_the_name_of_a_released_model_goes_before_it(in_tmp_path: Path) -> None:
+def test_a_local_directory_is_preferred_to_a_released_model_of_the_same_name(in_tmp_path: Path) -> None:
     lively_model(CONFIG).save_pretrained("gpt2")
     assert find_model("gpt2") == Path("gpt2")
     assert GPTModel.from_pretrained("gpt2").config == CONFIG
@@ -178,7 +178,7 @@ def test_the_books_head_goes_into_a_tied_model_only_if_it_is_the_embedding() -> 
     assert difference(model, theirs) < EXACT
 
 
-def test_a_state_dict_that_does_not_say_its_heads_is_not_opened_but_tells_how(tmp_path: Path) -> None:
+def test_a_state_dict_without_the_number_of_heads_is_refused_with_advice(tmp_path: Path) -> None:
     theirs = lively(BookGPT(67, 16, 64, 2, 2, qkv_bias=True))
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model\.pth does not say how many heads .* load_weights_into_gpt"):
@@ -203,12 +203,12 @@ def test_nanogpts_checkpoint_opens_with_its_logits(bias: bool, tmp_path: Path) -
     again = fresh(activation="gelu")
     load_weights_into_gpt(again, theirs.checkpoint())
     assert difference(again, theirs) < EXACT
-    (tmp_path / "ckpt.pt").write_bytes(b"")  # as a script that goes on training does, in the file's place
+    (tmp_path / "ckpt.pt").write_bytes(b"")  # a training script overwrites the file in place
     assert difference(model, theirs) < EXACT
 
 
 def test_nanogpts_checkpoint_is_refused_by_a_model_that_computes_something_else() -> None:
-    """Neither shows in the shapes: the number of heads, and GELU without the tanh."""
+    """The tensor shapes show neither the number of heads nor the GELU variant."""
     checkpoint = lively(NanoGPT(67, 16, 24, 3, 2, True)).checkpoint()
     with pytest.raises(ValueError, match="trained with n_heads=3, but the model has 2"):
         load_weights_into_gpt(fresh(n_heads=2, activation="gelu"), checkpoint)
@@ -245,7 +245,7 @@ def test_a_file_of_another_kind_is_no_checkpoint(content: bytes, tmp_path: Path)
 def test_a_damaged_checkpoint_file_is_a_value_error_with_its_name(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Or a model: a zip archive has bytes that mean nothing."""
+    """A damaged file may still open: some bytes of a zip archive have no meaning."""
     directory = tmp_path_factory.mktemp("damaged")
     torch.save(lively(NanoGPT(5, 4, 4, 2, 1, True)).checkpoint(), directory / "ckpt.pt")
     content = bytearray((directory / "ckpt.pt").read_bytes())
@@ -283,7 +283,7 @@ def test_every_mismatch_is_listed_and_the_model_left_untouched(data: st.DataObje
                 spoilt[name] = "is missing"
         elif change == "longer":
             state_dict[name] = torch.cat([tensor, tensor])
-            if not name.endswith("wpe.weight"):  # of a longer table the first positions are taken
+            if not name.endswith("wpe.weight"):  # a longer table is allowed: its first positions are used
                 spoilt[name] = r"is \("
         else:
             state_dict[name] = tensor.int()
@@ -312,7 +312,7 @@ def test_every_mismatch_is_listed_and_the_model_left_untouched(data: st.DataObje
         ({"model": {}, "model_args": {"n_head": 2}}, "model_args lacks vocab_size, block_size, n_embd, n_layer"),
     ],
 )
-def test_what_is_no_gpt2_is_refused(params: Any, words: str) -> None:
+def test_weights_of_another_model_are_refused(params: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load_weights_into_gpt(fresh(), params)
 
@@ -323,7 +323,7 @@ def test_weights_are_loaded_into_our_model_only() -> None:
 
 
 def test_the_model_keeps_its_dtype_its_parameters_and_its_mode(tmp_path: Path) -> None:
-    """An optimizer that was made before goes on with the same parameters."""
+    """The parameters stay the same objects, so an optimizer that was made before still trains them."""
     source = lively_model(CONFIG)
     model = GPTModel(CONFIG).bfloat16().train()
     parameters = list(model.parameters())
@@ -343,7 +343,7 @@ def test_parameters_do_not_share_memory_with_what_they_came_from() -> None:
     assert (model(ids) - expected).abs().max() <= 1e-5
 
 
-# Large ones
+# Shards
 
 
 def test_weights_past_the_limit_are_written_in_shards_that_both_open(
@@ -371,7 +371,7 @@ def test_we_open_the_shards_of_transformers(tmp_path: Path) -> None:
 
 
 def test_old_shards_do_not_stay_beside_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM reads every *.safetensors that it finds."""
+    """vLLM reads every *.safetensors file in the directory."""
     with monkeypatch.context() as context:
         context.setattr(MyGPT.weights.formats.huggingface, "MAX_SHARD_BYTES", 20_000)
         lively_model(CONFIG).save_pretrained(tmp_path)
@@ -391,7 +391,7 @@ def test_an_index_that_leads_out_of_its_directory_is_refused(name: Any, tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 100_000])
-def test_a_damaged_index_is_told_by_its_name(text: str, tmp_path: Path) -> None:
+def test_an_error_about_a_damaged_index_names_the_file(text: str, tmp_path: Path) -> None:
     lively_model(CONFIG).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(text)
@@ -399,7 +399,7 @@ def test_a_damaged_index_is_told_by_its_name(text: str, tmp_path: Path) -> None:
         GPTModel.from_pretrained(tmp_path)
 
 
-def test_a_missing_shard_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_about_a_missing_shard_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MyGPT.weights.formats.huggingface, "MAX_SHARD_BYTES", 20_000)
     lively_model(CONFIG).save_pretrained(tmp_path)
     shard = min(tmp_path.glob("model-00002-of-*"))
@@ -415,14 +415,14 @@ def test_a_model_is_opened_in_the_dtype_that_is_asked_for(dtype: torch.dtype, tm
     opened = GPTModel.from_pretrained(tmp_path, dtype=dtype)
     for name, tensor in opened.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].to(dtype)), name
-        assert tensor.is_contiguous() or dtype == torch.float64, name  # bf16 and fp16 are slow otherwise
+        assert tensor.is_contiguous() or dtype == torch.float64, name  # transposed views are slow in bf16 and fp16
     assert GPTModel.from_pretrained(OPENAI, dtype=dtype).transformer.wte.weight.dtype == dtype
 
 
 # The rest of a directory
 
 
-def test_the_model_card_is_written_anew_but_not_over_the_users(tmp_path: Path) -> None:
+def test_the_model_card_is_rewritten_unless_the_user_changed_it(tmp_path: Path) -> None:
     lively_model(CONFIG).save_pretrained(tmp_path)
     assert f"| parameters | {GPTModel(CONFIG).num_parameters():,} (float32) |" in (tmp_path / "README.md").read_text()
     lively_model(dataclasses.replace(CONFIG, n_layers=1)).save_pretrained(tmp_path)
@@ -433,8 +433,7 @@ def test_the_model_card_is_written_anew_but_not_over_the_users(tmp_path: Path) -
 
 
 def test_ctranslate2_reads_what_we_save_with_equal_logits(tmp_path: Path) -> None:
-    """A converter that is neither ours nor transformers', and an engine in C++ that runs the result. It computes in float32:
-    logits of size 10 agree to 1e-4."""
+    """ctranslate2 has its own converter and its own engine in C++. It computes in float32, so logits of size 10 agree to 1e-4."""
     tokenizer = BPETokenizer.train("the cat sat by the fire " * 5, 280, progress=False)
     model = lively_model(dataclasses.replace(CONFIG, vocab_size=tokenizer.n_vocab))
     model.save_pretrained(tmp_path / "model", tokenizer)

@@ -1,4 +1,4 @@
-"""TensorFlow's own files, a second writer's, and what is left of either when bytes are wrong."""
+"""TensorFlow checkpoints written by TensorFlow and by our own test writer, intact and damaged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPENAI = DATA / "openai_gpt2_tf"
 ODD = DATA / "tf_odd/odd.ckpt"
 SHARD = ".data-00000-of-00001"
 
-# What OpenAI's graph makes for n_vocab 503, n_ctx 32, n_embd 24, n_layer 2; no table of ours is its own proof.
+# The variables of OpenAI's graph for n_vocab 503, n_ctx 32, n_embd 24 and n_layer 2, written out by hand.
 OPENAI_SHAPES = {
     "model/wte": (503, 24),
     "model/wpe": (32, 24),
@@ -72,7 +72,7 @@ OPENAI_SHAPES = {
 
 @pytest.fixture
 def openai(tmp_path: Path) -> Path:
-    """A copy of OpenAI's directory, to be damaged."""
+    """A copy of OpenAI's directory that a test may damage."""
     return Path(shutil.copytree(OPENAI, tmp_path / "gpt2"))
 
 
@@ -82,7 +82,7 @@ def prefix(openai: Path) -> Path:
 
 
 def read_all(bundle: Bundle) -> dict[str, tuple[Any, ...]]:
-    """Everything that can be known of the readable tensors, to be compared with ==."""
+    """Return dtype, shape and contents of all readable tensors, for a comparison with ==."""
     return {name: fingerprint(bundle.read(name)) for name in bundle.names()}
 
 
@@ -90,7 +90,7 @@ def fingerprint(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     return array.dtype.str, array.shape, array.tobytes()
 
 
-# What TensorFlow wrote
+# Written by TensorFlow
 
 
 def test_tensors_of_openais_checkpoint_have_their_names_shapes_and_type() -> None:
@@ -103,9 +103,10 @@ def test_tensors_of_openais_checkpoint_have_their_names_shapes_and_type() -> Non
 
 
 def test_logits_of_openais_checkpoint_are_those_of_openais_graph() -> None:
-    """The graph computed in float32: a logit, of size 3 at most, carries the rounding (2**-24 each) of some hundred sums of up
-    to 96 products, a few 1e-6. In float64 our model shows that alone, in float32 it adds its own. What a mistake makes of it,
-    measured in float64: a kernel the wrong way round 2, a bias left out 0.1, GELU without the tanh 7e-4.
+    """The tolerance follows from rounding: OpenAI's graph computes in float32, and logits of size 3 are off by a few 1e-6.
+
+    Our model adds its own rounding in float32, but not in float64. Measured in float64, mistakes change the logits much more: a
+    transposed matrix by 2, a missing bias by 0.1, GELU without tanh by 7e-4.
     """
     reference = np.load(OPENAI / "reference.npz")
     expected = torch.from_numpy(reference["logits"])
@@ -140,7 +141,7 @@ def model_from(params: dict[str, Any]) -> GPTModel:
 
 
 def test_odd_checkpoint_reads_as_tensorflow_reads_it() -> None:
-    """All number types, bfloat16's special values, a scalar, an empty tensor, odd addresses, slices, text."""
+    """The file has all number types, special bfloat16 values, a scalar, an empty tensor, unaligned data, slices and text."""
     bundle = open_bundle(ODD)
     expected = {name.replace("|", "/"): array for name, array in np.load(ODD.with_name("expected.npz")).items()}
     assert sorted(bundle.names()) == sorted([*expected, "text"])
@@ -157,7 +158,7 @@ def test_partitioned_variable_is_refused_by_name() -> None:
         open_bundle(ODD).read("part/w")
 
 
-def test_type_that_numpy_has_not_is_refused_by_name() -> None:
+def test_type_that_numpy_does_not_have_is_refused_by_name() -> None:
     for look in (Bundle.read, Bundle.dtype):
         with pytest.raises(CheckpointError, match=r"odd\.ckpt\.index: tensor 'text' has TensorFlow's type number 7"):
             look(open_bundle(ODD), "text")
@@ -168,7 +169,7 @@ def test_unknown_name_is_refused() -> None:
         open_bundle(OPENAI / "model.ckpt").read("model/wtf")
 
 
-# Arrays and the file
+# Memory mapping
 
 
 def test_writing_to_an_array_leaves_the_file_alone(prefix: Path) -> None:
@@ -181,7 +182,7 @@ def test_writing_to_an_array_leaves_the_file_alone(prefix: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_shard_is_mapped_once_and_only_while_an_array_lives(prefix: Path) -> None:
-    """Hundreds of arrays may be held at once (macOS allows 256 open files); one at a time must not add up to the whole file."""
+    """Hundreds of arrays may exist at once (macOS allows 256 open files), and arrays that are freed must not use memory."""
 
     def n_mappings() -> int:
         return Path("/proc/self/maps").read_text().count(str(prefix))
@@ -193,7 +194,7 @@ def test_shard_is_mapped_once_and_only_while_an_array_lives(prefix: Path) -> Non
     assert n_mappings() == 0
 
 
-# What the second writer wrote
+# Written by bundle_writer
 
 _part = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 _names = st.one_of(
@@ -222,7 +223,7 @@ def _stored(draw: st.DrawFn) -> Stored:
     restart_interval=st.integers(1, 20),
 )
 @example(tensors={}, n_shards=1, block_bytes=1, restart_interval=1)
-def test_what_the_second_writer_wrote_is_read_back(
+def test_bundles_of_the_test_writer_are_read_back(
     tensors: dict[str, Stored], n_shards: int, block_bytes: int, restart_interval: int
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -239,7 +240,7 @@ def test_what_the_second_writer_wrote_is_read_back(
             else:
                 assert DTYPE_NUMBERS[array.dtype.name] == tensor.dtype
             assert array.tobytes() == tensor.raw.tobytes()
-            del array  # Windows deletes no file that is mapped
+            del array  # Windows cannot delete a mapped file
 
 
 def test_many_tensors_in_many_blocks_are_read_back(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_unknown_fields_of_all_kinds_are_skipped(tmp_path: Path) -> None:
 
 
 def outcome(read: Callable[[], Any]) -> Any:
-    """What was read, or None for a CheckpointError. Any other exception is the test's failure."""
+    """Return the result of `read`, or None if it raises CheckpointError. Any other exception fails the test."""
     try:
         return read()
     except CheckpointError as error:
@@ -269,9 +270,9 @@ def outcome(read: Callable[[], Any]) -> Any:
 
 
 def flips(path: Path) -> Iterator[tuple[int, int]]:
-    """Every byte of the file wrong in turn: each of its bits, and all of them. What was changed, while it is."""
+    """Change each byte of the file in turn, in one bit and in all bits, and yield position and change while it is changed."""
     whole = path.read_bytes()
-    with open(path, "r+b", buffering=0) as file:  # changing bytes in place is much faster than writing files
+    with open(path, "r+b", buffering=0) as file:  # changing bytes in place is much faster than rewriting the file
         for at, byte in enumerate(whole):
             for pattern in (*(1 << bit for bit in range(8)), 0xFF):
                 file.seek(at)
@@ -281,8 +282,8 @@ def flips(path: Path) -> Iterator[tuple[int, int]]:
             file.write(bytes([byte]))
 
 
-def test_no_flipped_byte_of_the_index_goes_unseen(prefix: Path) -> None:
-    """All but one flip are refused. The one: a length in the footer, written 15, becomes the longer way to write the same 15."""
+def test_every_changed_byte_of_the_index_is_detected(prefix: Path) -> None:
+    """All changes but one are refused. That one turns a length in the footer, 15, into a longer varint for the same 15."""
     index = Path(f"{prefix}.index")
     expected = read_all(open_bundle(prefix))
     length_of_index_block = index.read_bytes().rindex(b"\x0f\0\0")
@@ -301,14 +302,14 @@ def test_index_cut_off_anywhere_is_refused(prefix: Path) -> None:
     for shorter in reversed(range(length)):
         os.truncate(index, shorter)
         assert outcome(lambda: open_bundle(prefix)) is None
-        os.truncate(index, length)  # a file system that lost a block fills up with zeros
+        os.truncate(index, length)  # a file system that loses a block fills it with zeros
         assert outcome(lambda: open_bundle(prefix)) is None
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_damage_behind_a_right_checksum_is_refused_or_harmless(data: st.DataObject) -> None:
-    """Whoever makes a file to harm also makes its checksums: the content of a block is changed and the block signed again."""
+    """An attacker also computes the checksum, so a block is changed and its checksum is updated."""
     whole = (OPENAI / "model.ckpt.index").read_bytes()
     size = first_block_size(whole)
     content = bytearray(whole[:size])
@@ -323,13 +324,13 @@ def test_damage_behind_a_right_checksum_is_refused_or_harmless(data: st.DataObje
         tracemalloc.start()
         try:
             outcome(lambda: read_all(open_bundle(prefix)))
-            assert tracemalloc.get_traced_memory()[1] < 4_000_000  # 36 times the data: read_all holds two copies
+            assert tracemalloc.get_traced_memory()[1] < 4_000_000  # 36 times the data; read_all makes two copies
         finally:
             tracemalloc.stop()
 
 
 def first_block_size(index: bytes) -> int:
-    """The fixture's only data block ends where its metaindex block begins: the footer's first number, a varint of two bytes."""
+    """Return the size of the only data block. It ends at the metaindex block, whose offset is the footer's first varint."""
     low, high = index[-48:-46]
     return (low & 127 | high << 7) - 5
 
@@ -338,7 +339,7 @@ def first_block_size(index: bytes) -> int:
 def test_flip_at_either_end_of_a_tensor_is_found_in_that_tensor_alone(prefix: Path, at: str) -> None:
     shard = Path(f"{prefix}{SHARD}")
     whole = shard.read_bytes()
-    names = sorted(OPENAI_SHAPES)  # the order in which TensorFlow's Saver wrote them
+    names = sorted(OPENAI_SHAPES)  # TensorFlow's Saver wrote them in this order
     begin = 0
     for name in names:
         end = begin + 4 * int(np.prod(OPENAI_SHAPES[name]))
@@ -399,11 +400,11 @@ def test_missing_index_is_a_missing_file(tmp_path: Path) -> None:
         open_bundle(tmp_path / "model.ckpt")
 
 
-# Claims that are false, with checksums that are right
+# Invalid contents with valid checksums
 
 
 def write_files(directory: Path, records: dict[bytes, bytes], **options: int) -> None:
-    """A checkpoint x.ckpt with any records and four bytes of data."""
+    """Write a checkpoint x.ckpt with these records and four bytes of data."""
     (directory / "x.ckpt.index").write_bytes(table(records, **options))
     (directory / f"x.ckpt{SHARD}").write_bytes(b"abcd")
 
@@ -447,7 +448,7 @@ def test_false_claim_about_a_tensor_is_refused_before_anything_is_allocated(
     tmp_path: Path, value: bytes, message: str
 ) -> None:
     write_files(tmp_path, {b"": header(1), b"t": value})
-    open_bundle(ODD)  # imports what is imported once
+    open_bundle(ODD)  # so that one-time imports do not count
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -491,12 +492,12 @@ def test_shard_of_many_that_no_tensor_is_in_may_be_missing(tmp_path: Path) -> No
 
 
 def signed(content: bytes) -> bytes:
-    """A block and its trailer."""
+    """Return a block with its trailer."""
     return content + b"\0" + masked_crc(content + b"\0").to_bytes(4, "little")
 
 
 def table_of(data: bytes, index: bytes) -> bytes:
-    """A table of one data block and any index block, both without trailer."""
+    """Return a table with this data block and this index block."""
     blocks = [signed(data), signed(block({}, 1)), signed(index)]
     handles = [varint(len(b"".join(blocks[:i]))) + varint(len(blocks[i]) - 5) for i in (1, 2)]
     return b"".join(blocks) + b"".join(handles).ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
@@ -542,7 +543,7 @@ def test_table_that_contradicts_itself_is_refused(tmp_path: Path, index_bytes: b
 
 
 def test_keys_that_share_without_end_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
-    """A key of 100,000 bytes and 50,000 more that add a byte each to it would be 6 GB from a file of 350 kB."""
+    """A key of 100,000 bytes and 50,000 keys that each extend it by a byte would need 6 GB, from a file of 350 kB."""
     long = varint(0) + varint(100_000) + varint(0) + b"k" * 100_000
     more = b"".join(varint(100_000 + i) + varint(1) + varint(0) + b"k" for i in range(50_000))
     data = long + more + NO_RESTARTS
@@ -577,7 +578,7 @@ def test_latest_checkpoint_is_the_prefix_in_the_directory(openai: Path) -> None:
 
 
 def test_latest_checkpoint_may_be_an_absolute_path_into_the_directory(openai: Path) -> None:
-    """TensorFlow writes such paths when the directory was given by one."""
+    """TensorFlow writes an absolute path if it was given one."""
     name_checkpoint(openai, (openai / "model.ckpt").as_posix())
     assert latest_checkpoint(openai) == openai / "model.ckpt"
 
@@ -631,7 +632,7 @@ def test_directory_without_checkpoint_is_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_no_flipped_byte_of_the_small_files_gives_other_weights(openai: Path) -> None:
-    """The number of heads cannot be seen in the weights, and white space or a changed second line does no harm."""
+    """Exceptions are harmless: white space, and the number of heads, which does not occur in the weights."""
     expected = fingerprints(load(openai))
     for name in ("checkpoint", "hparams.json"):
         for _ in flips(openai / name):
@@ -657,7 +658,7 @@ def fingerprints(params: Any) -> Any:
 
 
 def test_parameters_are_nested_as_in_the_book() -> None:
-    """gpt_download.py of "Build a Large Language Model (From Scratch)": paths without "model/", blocks in a list, squeezed."""
+    """As in the book's gpt_download.py: no prefix "model/", blocks in a list, and no axes of length 1."""
     bundle = open_bundle(OPENAI / "model.ckpt")
 
     def squeezed(name: str) -> tuple[Any, ...]:
@@ -758,4 +759,6 @@ def test_weights_may_be_of_any_floating_point_type(tmp_path: Path, convert: Call
     original = open_bundle(OPENAI / "model.ckpt")
     write_bundle(tmp_path / "model.ckpt", {name: convert(original.read(name)) for name in original.names()}, n_shards=2)
     params = load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", read_settings(OPENAI))
-    np.testing.assert_allclose(params["wte"], original.read("model/wte"), rtol=2**-7)  # bfloat16 cut off: 7 bits
+    np.testing.assert_allclose(
+        params["wte"], original.read("model/wte"), rtol=2**-7
+    )  # bfloat16 has 7 bits after the leading one

@@ -1,12 +1,10 @@
-"""What the commands that run a model share: faster copies of it, and the options' types. opening.py opens models."""
+"""Helpers shared by the commands that run a model. Opening a model is in opening.py."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from MyGPT.config import Precision
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
 
     from MyGPT.acceleration.kernel import Build
     from MyGPT.model import GPTModel
-    from MyGPT.sampling import SamplingConfig
     from MyGPT.tokenizers import Tokenizer
 
 
@@ -55,46 +52,6 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
     elif precision != "auto":
         fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
-
-
-def stream_text(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    stop: list[str] | None = None,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces of text, up to a stop text or the end-of-text token.
-
-    Args:
-        model: a GPTModel, or what `make_fast` returns.
-        tokenizer: the model's tokenizer.
-        ids: the ids of the prompt.
-        max_new_tokens: the largest number of tokens to add.
-        sampling: how the tokens are sampled.
-        stop: texts at which generation ends; they are not part of the result.
-        seed: makes the text reproducible.
-    """
-    import torch
-
-    from MyGPT.generation import TextStream, generate_stream
-
-    stream = TextStream(tokenizer, ids, stop or [])
-    device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
-    for new in generate_stream(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens,
-        **dataclasses.asdict(sampling),
-        eos_id=tokenizer.eot_token,
-        stop=stop or None,
-        seed=seed,
-        tokenizer=tokenizer,
-    ):
-        yield stream.add(int(new))
-    yield stream.end()
 
 
 def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Pa
 def _value(arguments: Sequence[str], name: str) -> str | None:
     """The last value of an option among arguments that are not parsed yet."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == f"--{name}":
             value = following
         elif argument.startswith(f"--{name}="):

@@ -1,13 +1,14 @@
 """Packing: several short fine-tuning examples in one row, with almost no padding.
 
-A packed batch includes segments, the number of the example to which each token belongs. Passed to the model as
-attention_mask, segments restrict attention to each example and start its positions at 0, so the model computes each
-example as if it were alone. B rows, T time.
+A packed batch includes segments: for each token, the number of its example. Passed to the model as attention_mask,
+segments restrict attention to each example and start its positions at 0, so the model computes each example as if it
+were alone. B rows, T time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -67,7 +68,6 @@ def collate_packed(
         pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
         ignore_index: target at padded positions, which the loss ignores
         mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
-        device: the device of the tensors
 
     Raises:
         ValueError: a row has more than max_length tokens, or an example is empty.
@@ -91,48 +91,38 @@ def collate_packed(
     return inputs.to(device), targets.to(device), segments.to(device)
 
 
+@dataclass(eq=False)
 class PackedSampler:
     """An endless sequence of batches of packed rows.
 
     A batch is a pure function of (seed, step). Each epoch uses every example once: it packs the examples from long to
     short, with equal lengths in random order, and shuffles the rows. All epochs have the same number of rows. A batch
-    may contain the last rows of one epoch and the first rows of the next.
-
-    Args:
-        dataset: the examples, none longer than max_length
-        max_length: length of a row
-        batch_size: rows per batch, B
-        pad_token_id: see `collate_packed`
-        mask_prompt: see `collate_packed`
-        seed: seed of the random orders
+    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed to
+    `collate_packed`.
     """
 
-    def __init__(
-        self,
-        dataset: InstructionDataset,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_token_id: int = 50256,
-        mask_prompt: bool = False,
-        seed: int = 0,
-    ) -> None:
-        require_positive(batch_size=batch_size)
-        if dataset.lengths.max() > max_length:
+    dataset: InstructionDataset
+    max_length: int
+    """Length of a row. A longer example raises ValueError."""
+    batch_size: int
+    """Rows per batch, B."""
+    _: KW_ONLY
+    pad_token_id: int = 50256
+    mask_prompt: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(batch_size=self.batch_size)
+        longest = self.dataset.lengths.max()
+        if longest > self.max_length:
             raise ValueError(
-                f"the longest example has {dataset.lengths.max()} tokens, a row has max_length={max_length}: create the "
-                f"InstructionDataset with max_length={max_length}, which leaves longer examples out"
+                f"the longest example has {longest} tokens, a row has max_length={self.max_length}: create the "
+                f"InstructionDataset with max_length={self.max_length}, which leaves longer examples out"
             )
-        self.dataset = dataset
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.pad_token_id = pad_token_id
-        self.mask_prompt = mask_prompt
-        self.seed = seed
         self._epoch = lru_cache(maxsize=2)(self.epoch)
         # First-fit depends only on the sorted lengths, which are the same in every epoch.
         self.rows_per_epoch = len(self._epoch(0))
-        self.batches_per_epoch = -(-self.rows_per_epoch // batch_size)
+        self.batches_per_epoch = -(-self.rows_per_epoch // self.batch_size)
 
     def batch(self, step: int) -> PackedBatch:
         """Return the inputs, targets and segments of a step, each (B, max_length) int64, see `collate_packed`."""

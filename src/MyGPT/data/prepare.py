@@ -46,12 +46,11 @@ def prepare(
     Args:
         paths: text files or .jsonl files, also compressed as .gz
         out: the directory to write
-        tokenizer: a tokenizer of MyGPT
+        tokenizer: encodes the documents
         text_key: the key of the text in each line of a .jsonl file
         workers: number of processes. With more than one, call this function under `if __name__ == "__main__":`, as
             multiprocessing requires.
         overwrite: replace the files in `out` if it is not empty
-        progress: show a progress bar
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is False.
@@ -63,7 +62,6 @@ def prepare(
     if not overwrite and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
     _refuse_split_specials(tokenizer)
-    dtype = id_dtype(tokenizer.n_vocab)
     digest = hashlib.sha256()
     n_tokens = n_documents = n_characters = 0
     with (
@@ -72,9 +70,8 @@ def prepare(
     ):
         with open(directory / "tokens.bin", "wb") as file:
             for ids, documents, characters in _encode_all(paths, tokenizer, text_key, workers, bar):
-                data = ids.tobytes()
-                file.write(data)
-                digest.update(data)
+                file.write(ids.data)
+                digest.update(ids.data)
                 n_tokens, n_documents = n_tokens + len(ids), n_documents + documents
                 n_characters += characters
         if not n_tokens:
@@ -85,7 +82,7 @@ def prepare(
             "n_documents": n_documents,
             "n_characters": n_characters,
             "n_vocab": tokenizer.n_vocab,
-            "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+            "dtype": id_dtype(tokenizer.n_vocab).name,
             "sha256": digest.hexdigest(),
             "sampled_sha256": sampled_sha256(directory / "tokens.bin"),
             "tokenizer": "tokenizer.json",
@@ -142,8 +139,7 @@ def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[
 
 def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[list[Piece]]:
     """Yield lists of pieces of about a million characters, so that small documents do not cost one message each."""
-    task: list[Piece] = []
-    size = 0
+    task, size = [], 0
     for path in paths:
         for piece in read_pieces(path, text_key, bar.update):
             task.append(piece)

@@ -6,6 +6,7 @@ A training batch is a pure function of (seed, step), so a sampler has no state t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,35 +17,32 @@ from MyGPT.data.tokens import TokenArray, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 
 
+@dataclass(eq=False)
 class WindowSampler:
     """An endless sequence of batches, each with `batch_size` windows of a token array.
 
     The order "random" draws each window's start uniformly, with replacement. "shuffled" goes through epochs: each epoch
     cuts the ids into adjacent windows, from a new random offset, and visits them in random order, so each token is seen
     once per epoch. "sequential" visits adjacent windows in order and then starts again.
-
-    Args:
-        ids: token ids, at least max_length + 1
-        max_length: length T of a window
-        batch_size: windows per batch, B
-        order: the order of the windows
-        seed: the seed of the random orders
     """
 
-    def __init__(
-        self, ids: TokenArray, max_length: int, batch_size: int, order: Order = "shuffled", seed: int = 0
-    ) -> None:
-        if len(ids) <= max_length:
+    ids: TokenArray
+    """At least max_length + 1 token ids; fewer raise ValueError."""
+    max_length: int
+    """Length T of a window."""
+    batch_size: int
+    """Windows per batch, B."""
+    order: Order = "shuffled"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        needed = self.max_length + 1
+        if len(self.ids) < needed:
             raise ValueError(
-                f"the text has {len(ids)} tokens, a window of {max_length} tokens and its targets need {max_length + 1}"
+                f"the text has {len(self.ids)} tokens, a window of {self.max_length} tokens and its targets need {needed}"
             )
-        self.ids = ids
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.order = order
-        self.seed = seed
         # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
-        self.windows_per_epoch = max(1, (len(ids) - 1) // max_length - (order == "shuffled"))
+        self.windows_per_epoch = max(1, (len(self.ids) - 1) // self.max_length - (self.order == "shuffled"))
         self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
@@ -74,20 +72,16 @@ class WindowSampler:
         return random.permutation(starts) + int(offset)
 
 
+@dataclass(eq=False)
 class WindowValidation:
-    """Validation batches: the whole text, or `n_windows` fixed windows at equal distances.
+    """Validation batches: the whole text, or `n_windows` fixed windows of length `max_length` at equal distances."""
 
-    Args:
-        ids: token ids of the validation text
-        max_length: length T of a window
-        n_windows: number of windows for an evaluation that does not use the whole text
-    """
+    ids: TokenArray
+    max_length: int
+    n_windows: int
 
-    def __init__(self, ids: TokenArray, max_length: int, n_windows: int) -> None:
-        self.ids = ids
-        self.max_length = max_length
-        self.n_windows = n_windows
-        self.batch_size = max(1, 4096 // max_length)
+    def __post_init__(self) -> None:
+        self.batch_size = max(1, 4096 // self.max_length)
         """Windows per validation batch, about 4,096 tokens. It does not depend on the training batch."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:

@@ -23,13 +23,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
-    """Return the inputs and targets of several windows, each (B, T) int64.
+    """Return the inputs and targets of the windows that start at the positions `starts` (B,), each (B, T) int64.
 
-    Args:
-        ids: token ids
-        starts: positions in `ids` where the windows start, (B,)
-        max_length: length T of a window
-        pad_id: input id after the end of `ids`; the targets there are -100, which every loss ignores
+    After the end of `ids`, the inputs are `pad_id` and the targets -100, which every loss ignores. T is `max_length`.
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from MyGPT.config import require_positive
 from MyGPT.data.tokens import TokenArray, compact_ids
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
@@ -106,7 +107,7 @@ def documents_loss(
     stride = length if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= length:
         raise ValueError(f"stride must be a whole number from 1 to {length}, the length of a window, got {stride!r}")
-    _check_batch_size(batch_size)
+    require_positive(batch_size=batch_size)
     vocab_size = model.config.vocab_size
     if bos_id is not None and not 0 <= bos_id < vocab_size:
         raise ValueError(f"bos_id must be an id of the vocabulary, 0 to {vocab_size - 1}, got {bos_id!r}")
@@ -147,7 +148,7 @@ def continuation_logits(
         batch_size: pairs per forward pass.
         progress: show a progress bar.
     """
-    _check_batch_size(batch_size)
+    require_positive(batch_size=batch_size)
     length, vocab_size = _window_length(model, None), model.config.vocab_size
     for context, continuation in pairs:
         if not len(context) or not 1 <= len(continuation) <= length:
@@ -201,11 +202,6 @@ def _window_length(model: GPTModel, max_length: int | None) -> int:
             f"max_length must be a whole number from 1 to {context}, the model's context, got {max_length!r}"
         )
     return length
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
 
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:

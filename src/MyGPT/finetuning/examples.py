@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
 from MyGPT.data.packing import PackedSampler
 from MyGPT.data.records import kind_of, read_records, split_records
@@ -44,8 +45,7 @@ class ExampleOptions:
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
             raise ValueError(f"rows must be {' or '.join(get_args(Rows))}, got {self.rows!r}")
-        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 1):
-            raise ValueError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
+        require_positive(optional=True, max_length=self.max_length)
 
 
 class Examples:

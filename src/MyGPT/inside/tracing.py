@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 
@@ -285,8 +286,7 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
     n = min(50, half) if length is None else length
     if type(n) is not int or not 2 <= n <= half:
         raise ValueError(f"length must be a whole number from 2 to {half}, half the context, got {n!r}")
-    if type(n_sequences) is not int or n_sequences < 1:
-        raise ValueError(f"n_sequences must be a whole number of at least 1, got {n_sequences!r}")
+    require_positive(n_sequences=n_sequences)
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (n_sequences, n), generator=generator)
     attention = trace(model, torch.cat([once, once], dim=1).to(model.transformer.wte.weight.device)).attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
-    Args:
-        name_or_dir: "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
-            `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`
+    `name_or_dir` is "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
+    `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
@@ -78,7 +78,7 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
         return SimpleTokenizer(model["vocab"])
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
         in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
-        if [model["vocab"][character] for character in in_order] != list(range(len(in_order))):
+        if sorted(model["vocab"].values()) != list(range(len(in_order))):
             raise ValueError("the ids of a character vocabulary must be 0, 1, 2, … without gaps")
         return CharTokenizer(in_order)
     raise ValueError(f"MyGPT does not support a {kind} tokenizer with this pre_tokenizer")
@@ -110,19 +110,13 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    Args:
-        kind: "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`
-        texts: the texts to train on
-        vocab_size: number of tokens of a "bpe" tokenizer
-        progress: show a progress bar while "bpe" learns its merges
+    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only "bpe"
+    uses `vocab_size` and shows `progress`.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))
     if kind == "chars":
-        characters: set[str] = set()
-        for text in texts:
-            characters.update(text)
-        return CharTokenizer(sorted(characters))
+        return CharTokenizer(sorted(set(chain.from_iterable(texts))))
     if kind == "bpe":
         return BPETokenizer.train(texts, vocab_size, progress=progress)
     return get_tokenizer(kind)

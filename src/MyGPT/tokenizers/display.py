@@ -62,8 +62,5 @@ def shorten(labels: Sequence[str], longest: int) -> list[str]:
 
 
 def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
-    """Return a text with visible characters only.
-
-    Characters in `marks` are replaced; other control characters, which could act on a terminal, become escapes.
-    """
+    """Replace the characters in `marks`, and escape other control characters, which could act on a terminal."""
     return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

@@ -49,10 +49,7 @@ def has_gpt2_merges(merges: Iterable[Sequence[str]]) -> bool:
 
 
 def read_openai_vocabulary(directory: Path) -> BPETokenizer:
-    """Return the tokenizer in a directory with OpenAI's files: `encoder.json` (token to id) and `vocab.bpe` (the merges).
-
-    A damaged file raises ValueError with the directory's name.
-    """
+    """Return the tokenizer in a directory with OpenAI's `encoder.json` (token to id) and `vocab.bpe` (the merges)."""
     try:
         vocab = read_json(directory / "encoder.json")
         merges = _read_merges(directory / "vocab.bpe")

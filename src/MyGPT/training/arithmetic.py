@@ -1,4 +1,4 @@
-"""How training computes the model's forward pass: in which number format, by which kernels, compiled or not."""
+"""The arithmetic of training: number format, kernels, compilation and determinism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a Trainer's batches come from: token ids, or any object that makes batches. B batch, T time."""
+"""The training and validation batches of a Trainer: windows of token ids, or a user's own. B batch, T time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class Validation(Protocol):
 
 def make_batches(
     train: Any, val: Any, context_length: int, config: TrainConfig
-) -> tuple[Batches, Validation | None, list[int]]:
-    """Return the training batches, the validation batches or None, and the first ids of the validation text.
+) -> tuple[Batches, Validation | None, list[list[int]]]:
+    """Return the training batches, the validation batches or None, and the default prompts of live samples.
+
+    The default prompt is the beginning of the validation text, or of the training text if there is no other.
 
     Args:
         train: token ids, or an object with a method `batch`, which is returned as it is.
@@ -52,7 +54,7 @@ def make_batches(
     elif val is not None and len(val) >= 2:
         text = compact_ids(val)
         validation = WindowValidation(text, context_length, config.eval_windows)
-    return batches, validation, [int(id_) for id_ in text[:8]]
+    return batches, validation, [[int(id_) for id_ in text[:8]]] if len(text) else []
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:

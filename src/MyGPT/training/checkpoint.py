@@ -70,7 +70,7 @@ def read_snapshot(path: Path) -> Snapshot:
 
     Raises:
         IncompatibleCheckpointError: another version of MyGPT wrote the checkpoint, and something is missing from it.
-        ValueError, OSError: the checkpoint is damaged. The message names the damaged file.
+        ValueError, OSError: the checkpoint is damaged. The message names the file.
     """
     manifest = read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or set(manifest) != {_WEIGHTS, _OPTIMIZER, _STATE}:
@@ -84,13 +84,13 @@ def read_snapshot(path: Path) -> Snapshot:
     content = read_json(path / _STATE)
     if not isinstance(content, dict):
         raise ValueError(f"{path / _STATE} must hold a JSON object, got {content!r:.80}")
+    context = {name: content[name] for name in _CONTEXT if isinstance(content.get(name), dict)}
     try:
         state = RunState.from_json(content)
-        context = {name: _object(content, name) for name in _CONTEXT}
-    except IncompatibleCheckpointError as error:
-        raise IncompatibleCheckpointError(f"{path} {error}") from None
+        if missing := [name for name in _CONTEXT if name not in context]:
+            raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
     except ValueError as error:
-        raise ValueError(f"{path / _STATE}: {error}") from None
+        raise type(error)(f"{path / _STATE} is not usable: {error}") from None
     weights, optimizer = (
         {name: lazy.load().clone() for name, lazy in read_safetensors(path / file)} for file in (_WEIGHTS, _OPTIMIZER)
     )
@@ -303,15 +303,6 @@ def _by_step(directory: Path) -> dict[int, Path]:
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _object(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the JSON object `content[name]`."""
-    if name not in content:
-        raise IncompatibleCheckpointError(f"lacks {name}: another version of MyGPT wrote it")
-    if not isinstance(content[name], dict):
-        raise ValueError(f"{name} must be a JSON object, got {content[name]!r:.80}")
-    return content[name]
 
 
 def _val_loss(path: Path) -> float | None:

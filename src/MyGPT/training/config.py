@@ -1,9 +1,9 @@
-"""How a model is trained, as data: the same object feeds Python, YAML and the command line."""
+"""The options of a training run. Python, YAML files and the command line share this one definition."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from MyGPT.config import TrainingPrecision
@@ -91,34 +91,20 @@ class TrainConfig:
     """Seed of the initial weights, the data order, dropout and the sample texts."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "max_steps",
-            "batch_size",
-            "micro_batch_size",
-            "eval_every",
-            "eval_windows",
-            "early_stop",
-            "log_every",
-            "keep_last",
+        at_least_1 = (
+            "max_steps batch_size micro_batch_size eval_every eval_windows early_stop log_every keep_last".split()
         )
-        natural = (
-            "warmup_steps",
-            "sample_every",
-            "sample_tokens",
-            "checkpoint_every",
-            "keep_best",
-            "max_skipped_steps",
-        )
-        for name in (*positive, *natural, "seed"):
-            value, least = getattr(self, name), 1 if name in positive else 0
+        at_least_0 = "warmup_steps sample_every sample_tokens checkpoint_every keep_best max_skipped_steps seed".split()
+        for name in (*at_least_1, *at_least_0):
+            value, least = getattr(self, name), 1 if name in at_least_1 else 0
             if value is None and name in ("micro_batch_size", "early_stop"):
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name, kind in self.__annotations__.items():
-            value = getattr(self, name)
-            if kind == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
         for name in ("learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
@@ -134,11 +120,7 @@ class TrainConfig:
             raise ValueError(
                 f"min_learning_rate must be at most learning_rate, got {self.min_learning_rate} and {self.learning_rate}"
             )
-        for name, allowed in (
-            ("schedule", Schedule),
-            ("optimizer", OptimizerName),
-            ("precision", TrainingPrecision),
-            ("order", Order),
-        ):
+        choices = {"schedule": Schedule, "optimizer": OptimizerName, "precision": TrainingPrecision, "order": Order}
+        for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -20,13 +20,13 @@ class Console:
         self._is_shown = progress
         self._bar: tqdm[Any] | None = None
 
-    def message(self, text: str) -> None:
-        """Print a line for the reader on stdout."""
-        tqdm.write(text)
+    def message(self, text: str, file: TextIO | None = None) -> None:
+        """Print a line to stdout or to `file`, above the progress bar."""
+        tqdm.write(text, file=file)
 
     def warn(self, text: str) -> None:
-        """Print a line about a problem on stderr."""
-        tqdm.write(text, file=sys.stderr)
+        """Print a line about a problem to stderr."""
+        self.message(text, sys.stderr)
 
     def start(self, step: int, max_steps: int) -> None:
         """Show the progress bar of a run that has taken `step` of `max_steps` steps."""
@@ -80,8 +80,5 @@ class SilentConsole(Console):
     def __init__(self) -> None:
         super().__init__(progress=False)
 
-    def message(self, text: str) -> None:
-        """Discard a message."""
-
-    def warn(self, text: str) -> None:
-        """Discard a warning."""
+    def message(self, text: str, file: TextIO | None = None) -> None:
+        """Discard a line."""

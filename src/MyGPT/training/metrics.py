@@ -1,4 +1,4 @@
-"""The single record of a run: `metrics.jsonl`, a line an event, from which plots and tables are made."""
+"""The measurements of a run in `metrics.jsonl`, one JSON object per line. Plots and tables are made from this file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from MyGPT.files import parse_json, read_text
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` of a run, and to TensorBoard on request."""
+    """Appends records to a run's `metrics.jsonl`, and to TensorBoard's files if requested.
+
+    Args:
+        run: the run's directory.
+        tensorboard: write TensorBoard's event files too.
+        after: the step from which a run is resumed. TensorBoard then ignores the events it has for later steps.
+    """
 
     def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
-        """`after` is the step after which a resumed run goes on; TensorBoard forgets what it was told beyond that."""
         self._path = run / "metrics.jsonl"
         self._writer = _summary_writer(run, after) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
-        """One record: after how many steps, and what was measured."""
+        """Append the values measured after `step` steps."""
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
@@ -27,12 +32,18 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
 
 
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run in order. A last line that a kill cut short is left out; any other damage is a ValueError."""
+    """Return the records of a run in order. An incomplete last line, left by a killed process, is ignored.
+
+    Raises:
+        FileNotFoundError: the directory has no metrics.jsonl.
+        ValueError: a line is damaged.
+    """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no run at {run}: it has no metrics.jsonl")
@@ -48,7 +59,7 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**63:
-            raise ValueError(f"{path}, line {number} has no step: {line[:80]!r}")
+            raise ValueError(f"{path}, line {number} has no valid step: {line[:80]!r}")
         for name in ("loss", "val_loss"):
             if name in record and not _is_loss(record[name]):
                 raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
@@ -57,7 +68,7 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _is_loss(value: object) -> bool:
-    """Any float, infinite or no number too, as a run that diverges writes them."""
+    """Return True for a number, including infinity and NaN, which a diverging run writes."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
@@ -66,6 +77,6 @@ def _summary_writer(run: Path, after: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
-            "tensorboard is not installed: pip install 'mygpt[tensorboard]', or tensorboard=false"
+            "tensorboard is not installed: install it with pip install 'mygpt[tensorboard]', or set tensorboard=false"
         ) from None
     return SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=None if after is None else after + 1)

@@ -1,4 +1,4 @@
-"""What turns gradients into steps: decay groups, AdamW and Muon, and how the learning rate moves."""
+"""Optimizers and learning-rate schedules: AdamW and Muon, with weight decay for matrices only."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from torch.optim import Optimizer
 
 from MyGPT.training.config import TrainConfig
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices for which torch has a fused AdamW."""
+
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """AdamW over all that trains (Loshchilov & Hutter, 2019), or Muon over the blocks' matrices and AdamW over the rest.
+    """Return AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Matrices and embeddings are decayed, vectors are not: shrinking a bias or a LayerNorm regularises nothing.
+    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller values
+    of these vectors do not regularize the model.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        # Muon is for matrices that map activations to activations; embeddings and head stay with AdamW (Jordan, 2024).
+        # Muon is meant for matrices that map activations to activations, not for embeddings or the head (Jordan, 2024).
         matrices = {name: parameter for name, parameter in named.items() if ".h." in name and parameter.dim() == 2}
         named = {name: parameter for name, parameter in named.items() if name not in matrices}
         optimizers.append(
@@ -29,8 +33,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
+    is_fused = all(parameter.device.type in _FUSED for parameter in named.values())
     optimizers.append(
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=is_fused)
     )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -39,22 +44,26 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 POLYNOMIALS = [
-    (a / 1.01, b / 1.01**3, c / 1.01**5)  # a hundredth of room, since what rounding brings above 1 grows
+    (
+        a / 1.01,
+        b / 1.01**3,
+        c / 1.01**5,
+    )  # 1% of headroom, because a singular value that rounding lifts above 1 would grow.
     for a, b, c in (
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     )
 ]
-"""Polar Express (Amsel et al., 2025), its first three: a, b, c of ax + bx³ + cx⁵, each the best after those before it."""
+"""The first three polynomials ax + bx³ + cx⁵ of Polar Express (Amsel et al., 2025), as (a, b, c)."""
 
 
 class Muon(Optimizer):
-    """Momentum whose matrices are orthogonalised before they are added (Jordan et al., 2024): all directions get the same length.
+    """Momentum SGD with orthogonalized updates, so that all directions of a matrix get steps of the same size.
 
-    Equal to torch.optim.Muon but for how it orthogonalises: by three polynomials in place of five, and matrices of one shape
-    together, on a processor in their own precision. torch does it one by one in bf16, which processors without such
-    products take a hundred times as long for.
+    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three polynomials
+    instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own precision, because
+    bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -62,10 +71,10 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; matrices without a gradient stay as they are."""
+        """Update all matrices that have a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            of_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
@@ -73,20 +82,24 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                of_shape.setdefault(matrix.shape, []).append((matrix, matrix.grad.lerp(mean, momentum)))  # Nesterov's
-            for (n_out, n_in), pairs in of_shape.items():
-                directions = orthogonalised(torch.stack([update for _, update in pairs]))
+                by_shape.setdefault(matrix.shape, []).append(
+                    (matrix, matrix.grad.lerp(mean, momentum))
+                )  # Nesterov momentum
+            for (n_out, n_in), pairs in by_shape.items():
+                directions = orthogonalized(torch.stack([update for _, update in pairs]))
                 for (matrix, _), direction in zip(pairs, directions, strict=True):
                     matrix.mul_(1 - lr * group["weight_decay"])
                     matrix.add_(direction, alpha=-lr * math.sqrt(max(1, n_out / n_in)))
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """UVᵀ of each UΣVᵀ in a stack (n, out, in), roughly: singular values above 0.002 of the norm come to 0.18 to 1.87.
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Return an approximation of UVᵀ for each matrix UΣVᵀ in a stack (n, out, in).
 
-    That is as good a step as a closer result: twice as many polynomials made no difference to the loss.
+    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation, with
+    twice as many polynomials, did not improve the training loss.
     """
-    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    has_bf16 = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if has_bf16 else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if is_tall := x.shape[1] > x.shape[2]:
         x = x.mT
@@ -97,7 +110,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
-    """Gives every group its peak rate times the schedule's factor; returns AdamW's rate."""
+    """Set the learning rates of a step in all optimizers, and return that of AdamW."""
     factor = schedule_factor(config, step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -106,7 +119,7 @@ def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: in
 
 
 def schedule_factor(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step (from 0) as a part of its peak: a linear rise, then the schedule down to the minimum."""
+    """Return the learning rate of a step (counted from 0) divided by its peak: a linear warmup, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     lowest = config.min_learning_rate / config.learning_rate

@@ -32,20 +32,10 @@ from MyGPT.training.resume import check_unchanged, plain
 from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
 
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "model",
-    "adapter",
-    CHECKPOINTS,
-    "split.json",
-    "loss.png",
-    "samples.txt",
-    "tensorboard",
-)
+_GROWING = ("metrics.jsonl", "samples.txt")
+RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *_GROWING)
 Identify = Callable[[], dict[str, dict[str, Any]]]
 TakeSnapshot = Callable[[], Snapshot]
-_GROWING = ("metrics.jsonl", "samples.txt")
 _LOCK, _PROCESS = ".lock", ".process"
 _SPIKE = 5.0
 """Gradient norms above this multiple of the running mean are reported."""
@@ -92,19 +82,15 @@ class WholeModel:
 
 
 class Run:
-    """The directory of a training run, locked while it is open, and the console on which the run reports.
+    """The directory of a training run and everything in it. One process at a time can open it.
 
-    `open` locks the directory, `close` releases it; `with` closes it too. Without a directory nothing is written.
+    `open` locks the directory; `close`, or the end of a `with` block, releases it. Whatever is written is also reported on
+    the console. Without a directory nothing is written.
 
     Args:
         directory: the run's directory, or None.
         config: says when checkpoints are written, how many are kept, and whether TensorBoard's files are written.
-        recipe: the content of config.yaml; None for the fields of `config`.
-        best_model: saves and restores the best model.
-        console: prints what happens.
-        overwrite: replace an earlier run in the directory. Files that do not belong to a run stay.
-        resume: continue the run in the directory.
-        allow_changed: recipe keys that may differ from the resumed run's; also "data" and "model".
+        recipe, best_model, console, overwrite, resume, allow_changed: see `Trainer`.
     """
 
     def __init__(
@@ -183,8 +169,8 @@ class Run:
         """
         if self.writer is not None:
             self.writer.wait()
-            self._report_failed_checkpoint(self.writer)
         try:
+            self._report_failed_checkpoint()
             if self._metrics is not None:
                 self._metrics.close()
         finally:
@@ -264,7 +250,7 @@ class Run:
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         waited = time.monotonic() - self._checkpoint_time
         self._is_checkpoint_due |= (every > 0 and step % every == 0) or 0 < 60 * minutes <= waited
-        self._report_failed_checkpoint(self.writer, step)
+        self._report_failed_checkpoint()
         if self._is_checkpoint_due and not self.writer.is_busy:
             self._start_checkpoint(self.writer, take_snapshot)
 
@@ -273,7 +259,7 @@ class Run:
         if self.writer is None:
             return
         self.writer.wait()
-        self._report_failed_checkpoint(self.writer, step)
+        self._report_failed_checkpoint()
         if not self.writer.has_written(step):
             self._checkpoint_now(self.writer, take_snapshot)
         n, seconds = self.writer.n_written, self.checkpoint_seconds
@@ -284,7 +270,7 @@ class Run:
         """Return where a stopped run stands and how to resume it. Saves the model if there is no best one yet."""
         parts = [f"stopped at step {state.step}"]
         if self.writer is not None:
-            parts.append(f"--resume {self.directory} continues from there")
+            parts.append(f"--resume {self.directory} continues the run")
         return "; ".join([*parts, *self._saved_model(state)])
 
     def check_divergence(self, state: RunState, loss: float, grad_norm: float, learning_rate: float) -> None:
@@ -292,8 +278,8 @@ class Run:
         if state.n_skipped <= self.config.max_skipped_steps:
             return
         raise FloatingPointError(
-            f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}: {state.n_skipped} steps were not "
-            f"finite, max_skipped_steps allows {self.config.max_skipped_steps}; lower learning_rate (now "
+            f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps in all "
+            f"were not finite, more than max_skipped_steps={self.config.max_skipped_steps}: lower learning_rate (now "
             f"{learning_rate:.3g}) or raise warmup_steps{self.failure_message(state)}"
         )
 
@@ -318,7 +304,7 @@ class Run:
         return [f"the {which} is in {self.best_model.place(self.directory)}"]
 
     def _rewind(self) -> Snapshot:
-        """Return the newest complete checkpoint, and remove what the files got after it."""
+        """Return the newest complete checkpoint, and cut the logs back to their length at its step."""
         assert self.directory is not None
         snapshot, warnings = read_newest(self.directory / CHECKPOINTS)
         warnings += check_unchanged(snapshot, self.context(), self.allow_changed)
@@ -330,7 +316,8 @@ class Run:
             if losses := [pair for pair in losses if math.isfinite(pair[0])]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(losses)
-        for name, length in snapshot.context["lengths"].items():
+        for name in _GROWING:
+            length = snapshot.context["lengths"].get(name, math.inf)
             if _size(self.directory / name) > length:
                 os.truncate(self.directory / name, length)
         return snapshot
@@ -345,13 +332,13 @@ class Run:
         """Write a checkpoint, wait until it is on the disk, and raise the writer's error if there is one."""
         self._start_checkpoint(writer, take_snapshot)
         writer.wait()
-        if failure := writer.take_failure():
+        if (failure := writer.take_failure()) is not None:
             raise failure
 
-    def _report_failed_checkpoint(self, writer: CheckpointWriter, step: int | None = None) -> None:
-        if failure := writer.take_failure():
-            where = "" if step is None else f"step {step}: "
-            self.console.warn(f"{where}a checkpoint could not be written: {failure}")
+    def _report_failed_checkpoint(self) -> None:
+        failure = None if self.writer is None else self.writer.take_failure()
+        if failure is not None:
+            self.console.warn(f"a checkpoint could not be written: {failure}")
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:

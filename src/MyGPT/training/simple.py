@@ -1,6 +1,6 @@
-"""Training in one screen: the loop of "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 5.
+"""The training loop of "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 5, on one screen.
 
-Works with our model and with any that returns logits (B, T, V). The loop for long runs is in trainer.py.
+It trains any model that returns logits (B, T, V): B batch, T time, V vocabulary. trainer.py has the loop for long runs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,26 @@ def train_model_simple(
     start_context: str | None = None,
     tokenizer: Any = None,
 ) -> tuple[list[float], list[float], list[int]]:
-    """Trains, and returns the training losses, the validation losses and the tokens seen at each evaluation.
+    """Train a model and return the training losses, the validation losses and the tokens seen at each evaluation.
 
-    Evaluates on eval_iter batches of each loader every eval_freq steps; val_loader may be None. With start_context a
-    sample is printed after every epoch (tokenizer: default GPT-2's). A loss that is not finite is a FloatingPointError,
-    before it has touched the weights.
+    Args:
+        model: a model that returns logits (B, T, V).
+        train_loader: batches of input and target ids, each (B, T) int64.
+        val_loader: the same for validation, or None.
+        optimizer: the optimizer of the model's parameters.
+        device: where the model is trained.
+        num_epochs: how often the training data are seen.
+        eval_freq: steps between evaluations.
+        eval_iter: batches of each loader in an evaluation.
+        start_context: the text that a sample continues after every epoch; None prints no samples.
+        tokenizer: encodes start_context. Default: GPT-2's.
+
+    Raises:
+        ValueError: the training loader is empty.
+        FloatingPointError: the loss is not finite. The weights are those before the step.
     """
     if len(train_loader) == 0:
-        raise ValueError("the training loader has no batch: the text is too short for its batch_size and max_length")
+        raise ValueError("the training loader has no batch: lower its batch_size or max_length, or use a longer text")
     train_losses, val_losses, track_tokens_seen = [], [], []
     tokens_seen, global_step = 0, -1
     model.to(device)
@@ -49,7 +61,8 @@ def train_model_simple(
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {global_step + 1}; the weights are as before"
+                    f"the loss is {loss.item()} at step {global_step + 1}: lower the learning rate (the weights are "
+                    "those before this step)"
                 )
             loss.backward()
             optimizer.step()
@@ -65,21 +78,22 @@ def train_model_simple(
                     text += f", Val loss {val_loss:.3f}"
                 print(text)
         if start_context is not None:
-            generate_and_print_sample(model, tokenizer or get_tokenizer("gpt2"), device, start_context)
+            tokenizer = get_tokenizer("gpt2") if tokenizer is None else tokenizer
+            generate_and_print_sample(model, tokenizer, device, start_context)
     return train_losses, val_losses, track_tokens_seen
 
 
 def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device) -> Tensor:
-    """Mean cross-entropy in nats of a batch, ready for backward."""
+    """Return the mean cross-entropy of a batch in nats per token, as a tensor for `backward`."""
     total, count = _loss_sum(input_batch.to(device), target_batch.to(device), model)
     return total / count
 
 
 @torch.no_grad()
 def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Mean cross-entropy in nats over the tokens of the first num_batches batches (default: all); nan without any.
+    """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all of them).
 
-    Leaves the model's mode alone, so dropout acts if it is on.
+    Without a target token the result is NaN. The model keeps its mode: in training mode, dropout is active.
     """
     total, count = 0.0, 0
     for i, (input_batch, target_batch) in enumerate(loader):
@@ -93,7 +107,7 @@ def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches:
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Training and validation loss over eval_iter batches, without dropout; nan for a loader that is None."""
+    """Return the training and the validation loss over eval_iter batches, without dropout; NaN for a loader that is None."""
     with evaluation_mode(model):
         losses = [
             calc_loss_loader(loader, model, device, eval_iter) if loader is not None else float("nan")
@@ -103,15 +117,16 @@ def evaluate_model(
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:
-    """Prints 50 greedy tokens after start_context, on one line."""
+    """Print start_context and the 50 most likely next tokens on one line."""
     ids = torch.tensor([encode_with_specials(tokenizer, start_context)], device=device)
-    positions = getattr(model, "pos_emb", None)  # the book's model has no config
+    positions = getattr(model, "pos_emb", None)  # The book's model has no config.
     context_size = None if positions is None else positions.weight.shape[0]
     text = tokenizer.decode(generate(model, ids, 50, context_size)[0].tolist())
     print(text.replace("\n", " "))
 
 
 def _loss_sum(inputs: Tensor, targets: Tensor, model: Any) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of a batch and the number of its targets."""
     if hasattr(model, "token_loss"):
         return model.token_loss(inputs, targets)
     return token_loss(model(inputs), targets)

@@ -82,7 +82,7 @@ class RunState:
         """
         keys = {field: field.name if field.name in values else _FORMER_KEYS.get(field.name) for field in fields(cls)}
         if missing := [field.name for field, key in keys.items() if key not in values]:
-            raise IncompatibleCheckpointError(f"lacks {', '.join(missing)}: another version of MyGPT wrote it")
+            raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
         counters = {field.name: _from_json(values[key], str(field.type), key) for field, key in keys.items() if key}
         return cls(**counters)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -82,7 +82,7 @@ class Trainer:
         self.device = torch.device(device)
         self.state = RunState()
         self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
-        self.samples = LiveSamples(model, tokenizer, prompts or ([start] if start else []), config)
+        self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         self.console = Console(progress) if console is None else console
         store = WholeModel(model, tokenizer) if best_model is None else best_model
@@ -131,8 +131,7 @@ class Trainer:
         Later calls do nothing. `evaluate` and `save` still work on a closed trainer.
         """
         self._is_ready = False
-        with self._modes:
-            self.console.close()
+        with self._modes, closing(self.console):
             self.files.close()
 
     def __enter__(self) -> Trainer:

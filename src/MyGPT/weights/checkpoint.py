@@ -1,4 +1,4 @@
-"""What every file format is read into: the model's config and its tensors under MyGPT's names."""
+"""The class Checkpoint, into which every file format is read: a config and tensors by MyGPT's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from MyGPT.weights.layout import HEAD, WTE, config_of, fit
 from MyGPT.weights.lazy import LazyTensor
 
 COPY_WEIGHTS = os.name == "nt"
-"""Whether opened weights are copied into memory. Windows can neither replace nor delete a file that is mapped."""
+"""True to copy opened weights into memory. Windows can neither replace nor delete a file that is mapped."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or not a GPT-2's.
     """
     path = Path(path)
-    found = find_format(path)
-    if found is None:
-        raise FileNotFoundError(f"no model at {path}: neither it nor {path / 'model'} has a config.json")
-    return found.read(path)
+    return (find_format(path) or huggingface).read(path)  # raises FileNotFoundError if no format matches

@@ -9,7 +9,7 @@
 
 The values of the index block are handles of the data blocks. Numbers are little-endian. Source: LevelDB's doc/table_format.md.
 The bytes may be damaged or malicious. So every length is checked before it is used, the running time is bounded by the table's
-length, and every error is a ValueError.
+length, and all errors are raised as ValueError.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a block from front to back. Its restart points serve only binary search."""
+    """Yield the keys and values of a block in order. The restart points are ignored: only a binary search needs them."""
     end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")
     if len(block) < 4 or end < 0:
         raise ValueError("the restart points of a block are damaged")

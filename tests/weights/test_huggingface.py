@@ -1,4 +1,4 @@
-"""A model directory and transformers: each opens what the other wrote, and what is damaged or half-written is told."""
+"""Model directories: MyGPT and transformers open each other's, and damaged or incomplete ones give clear errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_transformers_opens_what_we_save_with_equal_logits(
     dtype: torch.dtype, qkv_bias: bool, tie_weights: bool, tmp_path: Path
 ) -> None:
-    """In float32 within 1e-4 for logits of size 10: the two sum in different orders. In float64 that is 1e-10."""
+    """The two sum in different orders: logits of size 10 agree to 1e-4 in float32 and to 1e-10 in float64."""
     model = lively_model(config(qkv_bias=qkv_bias, tie_weights=tie_weights)).to(dtype)
     model.save_pretrained(tmp_path / "model")
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype, output_loading_info=True)
@@ -88,7 +88,7 @@ def test_we_open_what_transformers_saves_with_equal_logits(tie_weights: bool, tm
 
 
 def test_we_open_transformers_model_without_a_head(tmp_path: Path) -> None:
-    """Its names begin without `transformer.`, as those of the released gpt2 do."""
+    """Its tensor names lack the prefix `transformer.`, like those of the released gpt2."""
     theirs = transformers_twin(lively_model(config(qkv_bias=True)).double())
     theirs.transformer.save_pretrained(tmp_path / "theirs")
     ours = GPTModel.from_pretrained(tmp_path / "theirs")
@@ -97,7 +97,7 @@ def test_we_open_transformers_model_without_a_head(tmp_path: Path) -> None:
     assert (ours.lm_head(hidden) - ours(IDS)).abs().max() < 1e-10
 
 
-def test_mask_buffers_of_old_checkpoints_are_passed_over(saved: Path) -> None:
+def test_mask_buffers_of_old_checkpoints_are_ignored(saved: Path) -> None:
     before = GPTModel.from_pretrained(saved)
     change(saved, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}))
     change(saved, lambda tensors: tensors.update({"transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}))
@@ -150,18 +150,18 @@ def test_an_opened_model_is_in_evaluation_mode_and_can_be_trained(saved: Path) -
 
 
 def n_mappings(path: Path) -> int:
-    """How often a file is mapped into this process."""
+    """Return how often a file is mapped into this process."""
     return Path("/proc/self/maps").read_text().count(f" {path.resolve()}")
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists the mapped files")
 
 
 @needs_proc
 def test_weights_are_mapped_once_and_only_while_the_model_lives(saved: Path) -> None:
     model = GPTModel.from_pretrained(saved)
     assert n_mappings(saved / "model.safetensors") == 1
-    assert model.transformer.h[0].mlp.c_fc.weight.T.is_contiguous()  # it lies as in the file
+    assert model.transformer.h[0].mlp.c_fc.weight.T.is_contiguous()  # (in, out), as in the file
     del model
     assert n_mappings(saved / "model.safetensors") == 0
 
@@ -189,28 +189,28 @@ def test_an_opened_model_outlives_its_file(happens: str, saved: Path) -> None:
     assert torch.equal(model(IDS), before)
 
 
-def test_what_is_done_to_an_opened_model_does_not_reach_its_file(saved: Path) -> None:
+def test_changing_an_opened_model_does_not_change_its_file(saved: Path) -> None:
     before = contents(saved)
     model = GPTModel.from_pretrained(saved)
     model(IDS, labels=IDS).loss.backward()
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
     trained = model(IDS)
     assert contents(saved) == before
-    model.save_pretrained(saved)  # over the file that it is mapped from
+    model.save_pretrained(saved)  # replaces the file from which the weights are mapped
     assert (GPTModel.from_pretrained(saved)(IDS) - trained).abs().max() < 1e-4  # float32, logits of size 10
 
 
 def two_steps(model: GPTModel, optimizer: torch.optim.Optimizer) -> None:
-    torch.manual_seed(1)  # of dropout
+    torch.manual_seed(1)  # for dropout
     for _ in range(2):
         optimizer.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
 
 
-def test_an_opened_model_goes_on_training_to_the_last_bit_as_the_one_that_was_saved(saved: Path) -> None:
-    """With an optimizer's states from there. Beside kernels that lie the other way round, torch's fused AdamW would give each
-    number another's moments, and say nothing."""
+def test_an_opened_model_trains_bit_identically_to_the_saved_one(saved: Path) -> None:
+    """The optimizer's state is loaded too. With transposed weights, torch's fused AdamW would silently combine each number with
+    the moments of another."""
     model = GPTModel(config()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     two_steps(model, optimizer)
@@ -230,7 +230,7 @@ def test_a_model_that_trains_keeps_nothing_of_its_file(saved: Path) -> None:
     model = GPTModel.from_pretrained(saved)
     parameters = list(model.parameters())
     assert n_mappings(saved / "model.safetensors") == 1
-    nn.ModuleList([model]).train()  # as a wrapper of PEFT's or torch's does it
+    nn.ModuleList([model]).train()  # as wrappers of PEFT and torch do
     assert n_mappings(saved / "model.safetensors") == 0
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -317,8 +317,8 @@ def test_a_file_in_the_place_of_the_directory_is_refused_and_stays(tmp_path: Pat
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_a_head_that_is_no_longer_tied_is_not_left_out_in_silence(tmp_path: Path) -> None:
-    """A tied head is not saved. One that a user has replaced was lost, and came back as the embedding."""
+def test_a_head_that_is_no_longer_tied_is_not_silently_left_out(tmp_path: Path) -> None:
+    """A tied head is not saved, so a head that the user replaced would be lost without an error."""
     model = lively_model(config())
     model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
     with pytest.raises(ValueError, match=r"lm_head\.weight.*tie_weights"):
@@ -326,7 +326,7 @@ def test_a_head_that_is_no_longer_tied_is_not_left_out_in_silence(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-# Opening what is not whole
+# Opening damaged directories
 
 
 def change(directory: Path, alter: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -341,7 +341,7 @@ def test_every_missing_unknown_and_misshapen_tensor_is_in_one_error(saved: Path)
         tensors["transformer.h.7.ln_1.weight"] = torch.ones(24)
         tensors["transformer.wpe.weight"] = torch.ones(15, 24)
         tensors["transformer.h.0.attn.c_proj.weight"] = torch.ones(24, 23)
-        tensors["transformer.h.0.attn.c_attn.bias"] = torch.ones(72)  # the config says that there is none
+        tensors["transformer.h.0.attn.c_attn.bias"] = torch.ones(72)  # the config has no qkv biases
 
     change(saved, spoil)
     with pytest.raises(ValueError) as caught:
@@ -367,7 +367,7 @@ def test_a_second_head_beside_a_tied_one_is_refused_unless_it_is_the_same(saved:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 1000, -1])
-def test_weights_that_were_cut_off_are_told_by_their_file(keep: int, saved: Path) -> None:
+def test_an_error_about_truncated_weights_names_the_file(keep: int, saved: Path) -> None:
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(ValueError, match=f"{weights} is damaged"):
@@ -393,13 +393,13 @@ def test_weights_that_were_cut_off_are_told_by_their_file(keep: int, saved: Path
         b"[" * 100_000,
     ],
 )
-def test_a_config_that_describes_no_gpt2_is_told_by_its_file(text: bytes, saved: Path) -> None:
+def test_an_error_about_an_invalid_config_names_the_file(text: bytes, saved: Path) -> None:
     (saved / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=f"{saved / 'config.json'} does not describe a GPT-2 model"):
         GPTModel.from_pretrained(saved)
 
 
-def test_what_is_not_there_is_told_by_its_name(saved: Path) -> None:
+def test_an_error_about_a_missing_file_names_the_file(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=f"{saved / 'model.safetensors'} is missing"):
         GPTModel.from_pretrained(saved)
