@@ -208,29 +208,15 @@ def stream_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces of text, up to a stop text or the end-of-text token.
+    """Yield the continuation of the prompt `ids` in pieces of text, up to a stop text or the end-of-text token.
 
-    Args:
-        model: a GPTModel, or an accelerated copy of one.
-        tokenizer: the model's tokenizer.
-        ids: the ids of the prompt.
-        max_new_tokens: the largest number of tokens to add.
-        sampling: how the tokens are sampled.
-        stop: texts at which generation ends; they are not part of the result.
-        seed: makes the text reproducible.
+    The arguments are those of `generate`. The end-of-text token is the tokenizer's, and the stop text is left out.
     """
     stream = TextStream(tokenizer, ids, stop)
     device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
-    for new in generate_stream(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens,
-        **dataclasses.asdict(sampling),
-        eos_id=tokenizer.eot_token,
-        stop=stop or None,
-        seed=seed,
-        tokenizer=tokenizer,
-    ):
+    prompt = torch.tensor([ids], device=device)
+    options = {**dataclasses.asdict(sampling), "stop": stop or None, "seed": seed, "tokenizer": tokenizer}
+    for new in generate_stream(model, prompt, max_new_tokens, eos_id=tokenizer.eot_token, **options):
         yield stream.add(int(new))
     yield stream.end()
 
