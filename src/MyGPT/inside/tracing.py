@@ -40,6 +40,7 @@ Edit = Callable[[Tensor], Tensor]
 
 _IN_LAYER = (".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn", ".ln_2",
              ".mlp.c_fc", ".mlp.activations", ".mlp", "")  # fmt: skip
+# `trace` records these places, but `edit` does not accept them.
 _NOT_EDITABLE = (".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".after_attn", "logits")
 # These places are the input of a module. All other editable places are the output of the module with the same name.
 _INPUT_OF = {
@@ -83,7 +84,8 @@ def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) ->
         ids: token ids, (B, T) int64.
         attention_mask: 1 for tokens and 0 for padding, (B, T), as in `GPTModel.forward`.
     """
-    all_places, activations = places(model), dict[str, Tensor]()
+    all_places = places(model)
+    activations: dict[str, Tensor] = {}
 
     def record(place: str) -> Edit:
         return lambda value: activations.setdefault(place, value)
@@ -105,8 +107,8 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
             ...
 
     The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a cache, an edit sees
-    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between attention
-    and MLP cannot be edited.
+    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between
+    attention and MLP cannot be edited.
 
     Args:
         model: the model. Its weights do not change.
@@ -242,8 +244,8 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
     """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
 
     The model reads n_sequences texts. Each has `length` random tokens (by default half the context, at most 50) twice
-    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022). Random
-    tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
+    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022).
+    Random tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
     attends to a fixed distance also scores high at one length: compare two lengths.
     """
     _require_gpt(model)
@@ -320,7 +322,7 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
 
 
 def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
-    """Return an edit that calls `function`, with outputs of heads as (B, H, T, D), and checks the returned shape."""
+    """Return `function` with a check of the returned shape; it receives the outputs of heads as (B, H, T, D)."""
     by_head = place.endswith(".attn.heads")
 
     def checked(activation: Tensor) -> Tensor:
