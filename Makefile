@@ -5,18 +5,27 @@ BIN     = $(VENV)/bin
 # The text of the benchmarks: downloaded, or a file of yours.
 TEXT   ?= tinyshakespeare
 
-.PHONY: demo test lint bench soak fuzz docs clean
+# Processes that run tests, each on one thread.
+JOBS   ?= 2
+LINTED  = src tests benchmarks docs examples
+
+.PHONY: demo check test lint bench soak fuzz docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
 	$(BIN)/mygpt generate --model runs/demo --prompt "Alice was" --max_new_tokens 300 --seed 1
 
+# While working: format, lint, types and the fast tests, in about a minute.
+check: lint
+	$(BIN)/pytest --numprocesses $(JOBS) -m "not slow"
+
+# Before a change is merged: all tests, and which lines of src they run.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(JOBS) --cov --cov-report term
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/ruff check $(LINTED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -47,4 +56,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist .coverage* src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

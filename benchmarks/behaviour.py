@@ -4,11 +4,11 @@
     python benchmarks/behaviour.py --out after.json --old path/to/the/other/src
     python benchmarks/behaviour.py --compare before.json after.json
 
-The record holds the losses of every recipe and of every way of fine-tuning, generated token ids, hashes of initial weights and of
-written files, the command-line options with their defaults, and the weights of runs that are stopped and resumed. With `--old`,
-the source given there starts the stopped runs and the current source resumes them. The script uses the command line and the
-public names of MyGPT only, so that it runs unchanged on both versions. Everything runs on one CPU thread, because the number
-of threads changes the last bits of a sum.
+The record holds the losses of every recipe and of every way of fine-tuning, generated token ids, hashes of initial
+weights and of written files, the command-line options with their defaults, and the weights of runs that are stopped and
+resumed. With `--old`, the source given there starts the stopped runs and the current source resumes them. The script
+uses the command line and the public names of MyGPT only, so that it runs unchanged on both versions. Everything runs on
+one CPU thread, because the number of threads changes the last bits of a sum.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,14 +124,21 @@ def losses(run: str) -> dict[str, list[list[float]]]:
 
 
 def file_hashes(directory: str) -> dict[str, str]:
-    """Return the hash of every file in a directory that does not depend on times or on the machine."""
+    """Return the hash of every file in a directory, without locks, pictures and model cards, which are prose."""
+    left_out = (".lock", ".process", "manifest.json", "README.md", "loss.png")
     hashes = {}
     for path in sorted(Path(directory).rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if not path.is_file() or path.suffix in (".png", ".lock") or path.name == "manifest.json":
+        if not path.is_file() or path.name in left_out:
             continue
         if path.name == "metrics.jsonl":
             hashes[name] = sha256(json.dumps(metrics(directory)).encode())
+        elif (
+            path.name == "adapter_config.json"
+        ):  # PEFT writes sets in any order, and the absolute path of the base model
+            fields = json.loads(path.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", ""))
+            ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in fields.items()}
+            hashes[name] = sha256(json.dumps(ordered, sort_keys=True).encode())
         elif path.name == "state.json":  # holds file lengths, which depend on the times in metrics.jsonl
             hashes[f"{name}, keys"] = " ".join(sorted(json.loads(path.read_text(encoding="utf-8"))))
         else:
@@ -238,7 +246,7 @@ def record_training() -> dict[str, Any]:
         found[name] = losses(name)
         found[f"{name}, files"] = file_hashes(name)
     measured = mygpt("evaluate", "--model", "bpe", "--data", "alice", "--stride", 16)
-    found["evaluate"] = [line.split()[:2] for line in measured.splitlines()[1:4]]
+    found["evaluate"] = re.findall(r"\d+\.\d+", measured)
     return found
 
 

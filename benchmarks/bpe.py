@@ -1,9 +1,11 @@
-"""Learning byte-level BPE: MyGPT's trainer in Python beside rustbpe and Hugging Face's tokenizers, both in Rust.
+"""Compare byte-level BPE training: MyGPT's trainer in Python, rustbpe and Hugging Face's tokenizers, both in Rust.
 
 Usage: python benchmarks/bpe.py [--text FILE] [--vocab_size 1024] [--repeat 1] [--rounds 5] [--naive] [--out bpe.json]
-The programs take turns; the table shows medians, the spread, and the ratio to MyGPT. --repeat gives each the text so many
-times, one after the other, as an iterator. --naive adds the way of the textbooks, which counts every pair of the whole text
-anew for each merge, once, at 512 tokens and the text as it is (some minutes for 1 MB), and checks that the merges are ours.
+
+The programs run in turn. The table shows the median, the spread and the ratio to MyGPT. --repeat feeds the text several
+times in a row, as an iterator. --naive also times the textbook algorithm, which recounts every pair of the whole text
+for each merge, and checks that both learn the same merges. It runs once, with 512 tokens, and takes some minutes for 1
+MB.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def with_tokenizers(text: str, times: int, vocab_size: int) -> int:
 
 
 def naive_merges(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """The textbook's way: every chunk of the text as a list of ids, all pairs counted anew for each merge."""
+    """Return the merges of the textbook algorithm, which recounts all pairs of the text for each merge."""
     tokens = [bytes([byte]) for byte in range(256)]
     chunks = [list(chunk.encode()) for chunk in regex.findall(GPT2_PATTERN, text)]
     merges = []
@@ -76,14 +78,14 @@ def merged(chunk: list[int], first: int, second: int, new: int) -> list[int]:
 
 
 def compare_naive(text: str) -> dict[str, float]:
-    """Seconds of one run each."""
+    """Return the seconds that MyGPT and the naive trainer take for one run."""
     start = time.perf_counter()
     ours = BPETokenizer.train(text, NAIVE_SIZE, special_tokens=(), progress=False)
     middle = time.perf_counter()
     theirs = naive_merges(text, NAIVE_SIZE)
     seconds = {"MyGPT": middle - start, "naive": time.perf_counter() - middle}
     if theirs != ours.merges:
-        raise SystemExit("the naive trainer learned other merges")
+        raise SystemExit("the naive trainer learned different merges")
     return seconds
 
 
@@ -98,10 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--repeat", type=int, default=1, help="how many times the text is put behind itself")
+    parser.add_argument("--repeat", type=int, default=1, help="how many times the text is used in a row")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--naive", action="store_true", help=f"the textbook's way too, at {NAIVE_SIZE} tokens")
-    parser.add_argument("--out", type=Path, help="where the seconds go, as JSON")
+    parser.add_argument(
+        "--naive", action="store_true", help=f"also time the textbook algorithm, with {NAIVE_SIZE} tokens"
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
     options = parser.parse_args()
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8")
     seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}

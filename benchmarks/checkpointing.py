@@ -1,9 +1,10 @@
-"""What checkpoints cost a training run: the same steps without any and with one every few steps, in turn.
+"""Measure what checkpoints cost a training run: the same steps without checkpoints and with one every few steps.
 
     python benchmarks/checkpointing.py [--every 10] [--steps 30] [--rounds 3]
 
-The model is GPT_CONFIG_SMALL (30 million parameters, 360 MB of weights and moments a checkpoint), 4 x 256 tokens a step. The
-copy is what training waits for; the rest is the writing thread's, which shares the processor and the disk with it.
+The model is GPT_CONFIG_SMALL: 30 million parameters, 360 MB of weights and optimizer state per checkpoint. A step has 4
+x 256 tokens. Training waits while the state is copied. A background thread then writes the copy and competes for the
+CPU and the disk.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def main() -> None:
                     copies.append(trainer.files.writer.blocking_seconds / max(1, trainer.files.writer.n_written))
     without, with_them = (statistics.median(times) for times in seconds.values())
     print(f"{torch.get_num_threads()} threads, medians of {options.rounds}")
-    print(f"a step without checkpoints {without:.3f} s, with one every {options.every} steps {with_them:.3f} s")
+    print(f"seconds per step: {without:.3f} without checkpoints, {with_them:.3f} with one every {options.every} steps")
     copy = statistics.median(copies)
     print(
-        f"ratio {with_them / without:.3f}; training waited {copy:.3f} s for each, {copy / (options.every * without):.2%}"
+        f"ratio {with_them / without:.3f}; training waited {copy:.3f} s per checkpoint, {copy / (options.every * without):.2%}"
     )
 
 

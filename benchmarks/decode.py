@@ -1,10 +1,15 @@
-"""Generation with a GPT-2 of random weights: MyGPT, transformers, CTranslate2, llama.cpp and OpenVINO, as they are installed.
+"""Compare the speed of generation with a random GPT-2: MyGPT, transformers, CTranslate2, llama.cpp and OpenVINO.
 
 Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
-Each program has a process of its own, opened once and asked in turn, so that a slow minute of the machine is shared by all.
-A token's time is that of 1 + n tokens less that of one, which is the prompt; memory is the peak beyond what the libraries took.
-Converted models are kept in the directory. llama.cpp needs llama-cpp-python and gguf; OpenVINO needs openvino-genai, and once
-optimum-cli of optimum-intel[openvino], which wants an older transformers than ours: --optimum names it in another environment.
+
+Each installed program runs in its own process and opens the model once. The programs are measured in turn, so a slow
+minute of the machine affects all of them. The time per token is the time of 1 + n tokens minus the time of one token,
+which is mostly the prompt. Memory is the peak resident memory minus the memory of the imported libraries. Converted
+models are kept in --directory.
+
+llama.cpp needs llama-cpp-python and gguf. OpenVINO needs openvino-genai. Its models are converted once by optimum-cli,
+which requires an older transformers than MyGPT does: install optimum-intel[openvino] in another environment, named by
+--optimum.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import torch
 from memory import Peak
 
 from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
-from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_a_token
+from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_per_token
 from MyGPT.files import atomic_write
 
 PROGRAMS = {
@@ -67,7 +72,7 @@ def open_program(name: str, directory: Path) -> Run:
 def open_ctranslate2(directory: Path, kind: str) -> Run:
     import ctranslate2
 
-    converted = str(directory / "ctranslate2")  # float32; int8 is made of it when it is opened
+    converted = str(directory / "ctranslate2")  # in float32; CTranslate2 quantizes to int8 when it opens the files
     if not Path(converted).exists():
         ctranslate2.converters.TransformersConverter(str(directory / "model")).convert(converted)
     threads = torch.get_num_threads()
@@ -94,7 +99,7 @@ def open_ctranslate2(directory: Path, kind: str) -> Run:
 
 
 def write_gguf(model: GPTModel, path: Path, kind: str) -> None:
-    """llama.cpp's file, without a vocabulary: ids go in and come out."""
+    """Write the model as a GGUF file for llama.cpp, without a vocabulary, because only ids are passed."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -196,7 +201,7 @@ def open_openvino(directory: Path, kind: str) -> Run:
 
 
 def export_openvino(program: str, directory: Path) -> None:
-    """The model as OpenVINO's, in its three precisions."""
+    """Convert the model for OpenVINO in its three precisions."""
     for kind in ("fp32", "fp16", "int8"):
         converted = directory / f"openvino-{kind}"
         if not converted.exists():
@@ -206,7 +211,7 @@ def export_openvino(program: str, directory: Path) -> None:
 
 
 def serve(name: str, directory: Path, n: int) -> None:
-    """Opens a program, then measures whenever a line asks for one: tokens for a batch of that size, or the long prompt."""
+    """Open a program, then answer each line on standard input with one measurement: a batch size, or the long prompt."""
     with Peak() as peak:
         run = open_program(name, directory)
         generator = torch.Generator().manual_seed(1)
@@ -219,7 +224,7 @@ def serve(name: str, directory: Path, n: int) -> None:
                 continue
             kind, batch_size = line.split()
             if kind == "decode":
-                seconds = seconds_a_token(run, short[: int(batch_size)], n)
+                seconds = seconds_per_token(run, short[: int(batch_size)], n)
             else:
                 start = time.perf_counter()
                 run(long, 1)
@@ -257,10 +262,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--directory", type=Path, default=Path("bench-models"))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
-    parser.add_argument("--optimum", help="optimum-cli, to make OpenVINO's models with")
-    parser.add_argument("--convert_only", action="store_true", help="make the models, measure nothing")
+    parser.add_argument("--optimum", help="the path of optimum-cli, which converts the models for OpenVINO")
+    parser.add_argument("--convert_only", action="store_true", help="convert the models and measure nothing")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of a run's --out, measure nothing")
+    parser.add_argument("--show", type=Path, help="print the table of a file written with --out and measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -287,12 +292,12 @@ def main() -> None:
 
 
 def measure(children: dict[str, Child], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every program in every round; written after each, so that a run that is stopped has not been for nothing."""
+    """Return the seconds of every program in every round; --out is written after each round."""
     questions = ["decode 1", "decode 8", "prefill 1"]
     programs: dict[str, dict[str, Any]] = {name: {question: [] for question in questions} for name in children}
     machine: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "bandwidth": []}
     result = {"size": options.size, "machine": machine, "versions": versions(), "programs": programs}
-    for turn in range(options.rounds + 1):  # the first warms up
+    for turn in range(options.rounds + 1):  # the first round warms up
         for question in questions:
             for name, child in children.items():
                 seconds, programs[name]["peak"] = child.ask(question)

@@ -1,10 +1,10 @@
-"""Encoding a text with GPT-2's vocabulary: MyGPT beside tiktoken and Hugging Face's tokenizers, and a file on every core.
+"""Compare encoding with GPT-2's vocabulary: MyGPT, tiktoken and Hugging Face's tokenizers, and files on all cores.
 
     python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5] [--out encoding.json]
 
-The programs take turns, each on one thread; the table shows medians, the spread, and the ratio to MyGPT. All must give the
-same ids. From file to file, as `mygpt prepare`, is measured with one process and with one a core: the time is the whole
-command's but for its imports, the workers' start and the writing of the tokenizer's files with it.
+The programs run in turn, each on one thread. The table shows the median, the spread and the ratio to MyGPT. All
+programs must give the same ids. `mygpt prepare` is measured with one process and with one process per core. Its time
+includes the start of the workers and the writing of the tokenizer's files, but not the imports.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from MyGPT.tokenizers.bpe import GPT2_PATTERN
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
-    parser.add_argument("--repeat", type=int, default=1, help="how many times the text is put behind itself")
+    parser.add_argument("--repeat", type=int, default=1, help="how many times the text is used in a row")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="where the seconds go, as JSON")
+    parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
     options = parser.parse_args()
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8") * options.repeat
     ours = get_tokenizer("gpt2")
@@ -52,7 +52,7 @@ def main() -> None:
 
         def file_to_file(workers: int) -> Any:
             prepare([place / "text.txt"], place / "ids", ours, workers=workers, overwrite=True, progress=False)
-            return open_tokens(place / "ids")[0][:-1]  # without the end of the text
+            return open_tokens(place / "ids")[0][:-1]  # without the end-of-text token
 
         programs: dict[str, Callable[[], Any]] = {
             "MyGPT": lambda: ours.encode(text),
@@ -70,7 +70,7 @@ def main() -> None:
                 ids = encode()
                 seconds[name].append(time.perf_counter() - start)
                 if not np.array_equal(np.asarray(ids), expected):
-                    raise SystemExit(f"{name} gives other ids")
+                    raise SystemExit(f"{name} gives different ids")
     megabytes = len(text.encode()) / 1e6
     print(f"{megabytes:.1f} MB to {len(expected):,} tokens, {options.rounds} rounds")
     median = statistics.median(seconds["MyGPT"])
@@ -81,7 +81,7 @@ def main() -> None:
             f"{median / middle:.2f} times MyGPT's speed"
         )
     if options.out is not None:
-        from decode import processor  # not above: a worker process imports this file, and needs no torch
+        from decode import processor  # imported here, because worker processes import this file and need no torch
 
         result = {"processor": processor(), "cores": n_cores, "megabytes": megabytes, "seconds": seconds}
         with atomic_write(options.out) as file:

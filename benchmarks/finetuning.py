@@ -1,10 +1,11 @@
-"""Tuning a small GPT on instructions: LoRA, all weights, and both with transformers and PEFT from the same weights and batches.
+"""Compare instruction tuning of a small GPT, with LoRA and of all weights, with transformers and PEFT on the same batches.
 
 Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 1] [--out runs/finetuning]
-Without --model a GPT is first pretrained on --text (default: the built-in "Alice in Wonderland") with `mygpt train`. Ours are
-runs of `mygpt finetune` with no dropout, in float32, on the first 85% of the records; the next 10% are for the test, the rest for
-validation. Theirs is a plain loop with torch's AdamW over the same batches at the same learning rates, the adapter drawn from
-the same seed.
+
+Without --model, `mygpt train` first pretrains a GPT on --text, by default the built-in "Alice in Wonderland". MyGPT is
+measured by runs of `mygpt finetune` in float32 without dropout. They train on the first 85% of the records; the next
+10% are test records and the rest validation records. The comparison is a plain loop with torch's AdamW over the same
+batches and learning rates. Its adapter is initialised from the same seed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def pretrain(text: str, run: Path) -> Path:
 
 
 def tune(model: Path, options: argparse.Namespace, way: list[str], run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run of mygpt finetune."""
+    """Run `mygpt finetune` and return its metrics."""
     arguments = ["--model", str(model), "--data", options.data, "--epochs", str(options.epochs), "--seed", "1"]
     arguments += [
         "--precision",
@@ -67,7 +68,7 @@ def tune(model: Path, options: argparse.Namespace, way: list[str], run: Path) ->
 
 
 def tune_theirs(model: Path, run: Path, metrics: list[dict[str, Any]], examples: Examples) -> list[dict[str, Any]]:
-    """Losses of transformers and PEFT on the batches, and at the learning rates, of a run of ours."""
+    """Return the losses of transformers and PEFT on the batches and learning rates of the MyGPT run in `run`."""
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     torch.manual_seed(recipe["seed"])
@@ -77,7 +78,7 @@ def tune_theirs(model: Path, run: Path, metrics: list[dict[str, Any]], examples:
             target_modules=recipe["lora"]["targets"], fan_in_fan_out=True,
         )  # fmt: skip
         theirs = get_peft_model(theirs, lora)
-    if not read_config(model).qkv_bias:  # theirs always has them; here they are zero and would be trained
+    if not read_config(model).qkv_bias:  # transformers always has these biases; here they are zero and must stay so
         for name, parameter in theirs.named_parameters():
             if name.endswith("c_attn.bias"):
                 parameter.requires_grad_(False)
@@ -103,7 +104,7 @@ def tune_theirs(model: Path, run: Path, metrics: list[dict[str, Any]], examples:
 
 
 def evaluate(theirs: Any, validation: ExampleValidation) -> float:
-    """Nats a token of the answers."""
+    """Return the mean loss in nats per token of the answers."""
     theirs.eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -122,7 +123,7 @@ def report(untuned: float, found: dict[str, list[dict[str, Any]]]) -> None:
     losses = {name: {0: untuned, **series(metrics, "val_loss")} for name, metrics in found.items()}
     steps = sorted(next(iter(losses.values())))
     shown = sorted({steps[round(i * (len(steps) - 1) / 4)] for i in range(5)})
-    print("\nloss on the validation records, nats a token of their answers, after so many steps")
+    print("\nvalidation loss in nats per answer token; the columns are optimizer steps")
     print(f"{'':<28}" + "".join(f"{step:>9}" for step in shown))
     for name, values in losses.items():
         print(f"{name:<28}" + "".join(f"{values[step]:>9.4f}" for step in shown))
@@ -140,10 +141,10 @@ def report(untuned: float, found: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--text", default="alice", help="the text to pretrain on, or its name")
-    parser.add_argument("--model", help="the directory of a model that was pretrained already")
+    parser.add_argument("--text", default="alice", help="a text file to pretrain on, or the name of a built-in text")
+    parser.add_argument("--model", help="the directory of a pretrained model")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--out", help="keep the runs here")
+    parser.add_argument("--out", help="the directory in which the runs are kept")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft|transformers")
     with tempfile.TemporaryDirectory() as temporary:

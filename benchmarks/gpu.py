@@ -1,10 +1,11 @@
-"""MyGPT on a GPU beside its peers: training GPT-2 124M, and generating with it, for one and for 64 sequences.
+"""Compare MyGPT on a GPU with a plain loop and transformers: training GPT-2 124M, and generating 1 and 64 sequences.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu.json]
-    python benchmarks/gpu.py --toy          # a small model on whatever there is, to see that the script runs
+    python benchmarks/gpu.py --toy          # a small model on any device, to check that the script runs
 
-The programs take turns within one process; the table shows medians, the spread, and the ratio to MyGPT. Beside them stands what
-the machine can do, measured in the same run: bf16 products a second, and bytes read a second. Model FLOPs are `estimate_flops`'s.
+The programs run in turn within one process. The table shows the median, the spread and the ratio to MyGPT. The limits
+of the machine are measured in the same run: bf16 FLOP/s and bytes read per second. The FLOPs of the model come from
+`estimate_flops`.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ FULL = GPTConfig(drop_rate=0.0, qkv_bias=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences a training step")
-    parser.add_argument("--steps", type=int, default=10, help="training steps a round")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences per training step")
+    parser.add_argument("--steps", type=int, default=10, help="training steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=256)
-    parser.add_argument("--out", help="a file for the table as JSON")
+    parser.add_argument("--out", help="a JSON file for the table")
     options = parser.parse_args()
     if options.toy:
         options.batch_size, options.steps, options.rounds, options.new_tokens = 2, 2, 2, 8
     elif not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here; --toy shows that the script runs")
+        raise SystemExit("no GPU was found; use --toy to check that the script runs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TOY if options.toy else FULL
     ceilings = {"bf16_flops": matmul_flops(device, options.toy), "read_bytes": read_bytes(device, options.toy)}
     rows = [*training(config, device, options), *decoding(config, device, options)]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}, torch {torch.__version__}; {ceilings['bf16_flops'] / 1e12:.1f} TFLOP/s in bf16, ", end="")
-    print(f"{ceilings['read_bytes'] / 1e9:.0f} GB/s read")
+    print(f"{ceilings['read_bytes'] / 1e9:.0f} GB/s read from memory")
     flops = GPTModel(config).estimate_flops(config.context_length)
     n_bytes = 2 * sum(p.numel() for p in GPTModel(config).parameters())
     for row in rows:
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def training(config: GPTConfig, device: torch.device, options: Any) -> list[dict[str, Any]]:
-    """A step of AdamW in bf16 autocast, compiled: MyGPT's Trainer, a plain loop as nanoGPT's, transformers."""
+    """Measure a compiled AdamW step in bf16 autocast: MyGPT's Trainer, a plain loop like nanoGPT's, and transformers."""
     T, B = config.context_length, options.batch_size
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 100 * B * T + 1).astype(np.uint16)
     settings = TrainConfig(
@@ -81,7 +82,7 @@ def training(config: GPTConfig, device: torch.device, options: Any) -> list[dict
 
     programs = {
         "MyGPT": ours,
-        "a plain loop (nanoGPT's)": plain_step(GPTModel(config), lambda model, x: model(x), batch, device),
+        "plain loop like nanoGPT's": plain_step(GPTModel(config), lambda model, x: model(x), batch, device),
         "transformers": plain_step(transformers_model(config), lambda model, x: model(x).logits, batch, device),
     }
     return measure("training", programs, device, options.rounds, options.steps, B * T, B)
@@ -90,7 +91,7 @@ def training(config: GPTConfig, device: torch.device, options: Any) -> list[dict
 def plain_step(
     model: nn.Module, logits_of: Callable[[Any, Tensor], Tensor], batch: list[Tensor], device: torch.device
 ) -> Callable[[], None]:
-    """All logits, cross-entropy, backward, clipping, fused AdamW: what nanoGPT's loop does in a step, the model compiled."""
+    """Return a step like nanoGPT's: a compiled model, cross-entropy of all logits, backward, clipping and fused AdamW."""
     model.to(device).train()
     compiled: Any = torch.compile(model) if device.type == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -108,7 +109,7 @@ def plain_step(
 
 
 def decoding(config: GPTConfig, device: torch.device, options: Any) -> list[dict[str, Any]]:
-    """Greedy tokens after a prompt of 32, in bf16: captured, eager, and transformers' generate."""
+    """Measure greedy generation in bf16 after 32 prompt tokens: captured, eager, and with transformers' generate."""
     model = GPTModel(config).to(device, torch.bfloat16).eval()
     captured, theirs = CapturedModel(model), transformers_model(config).to(device, torch.bfloat16).eval()
     rows = []
@@ -148,7 +149,7 @@ def measure(
     tokens: int,
     B: int,
 ) -> list[dict[str, Any]]:
-    """Tokens a second of each program, in turn, after a warm-up; peak memory of each beyond what lies there already."""
+    """Return rows with the tokens per second and the peak GPU memory of each program, measured in turn after a warm-up."""
     wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else nullcontext
     speeds: dict[str, list[float]] = {name: [] for name in programs}
     peaks = dict.fromkeys(programs, 0)
@@ -184,14 +185,14 @@ def measure(
 
 
 def matmul_flops(device: torch.device, toy: bool) -> float:
-    """The best of ten products of square bf16 matrices."""
+    """Return the FLOP/s of the fastest of ten products of square bf16 matrices."""
     n = 256 if toy else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     return 2 * n**3 / best_seconds(lambda: a @ a, device)
 
 
 def read_bytes(device: torch.device, toy: bool) -> float:
-    """The best of ten sums over more memory than any cache holds."""
+    """Return the bytes per second of the fastest of ten sums over more memory than any cache holds."""
     x = torch.ones((1 << 20) if toy else (1 << 30), device=device, dtype=torch.bfloat16)
     return x.numel() * 2 / best_seconds(lambda: x.sum(), device)
 

@@ -1,13 +1,17 @@
-"""Cost against context, batch, layers and corpus: seconds and peak memory on double logarithmic scales, and where they bend.
+"""Measure how time and peak memory grow with context, batch size, layers and corpus size, and where growth changes.
 
 Usage: python benchmarks/growth.py [--rounds 3] [--quick] [--out growth.json] [--plot growth.svg] [--show growth.json]
-Models of 512 words in float32: with more the head would hide what grows. Training and prompts: 4 layers, 384 wide; a token
-after others, which waits for memory, 8 layers, 512 wide, so that no cache holds the weights. Heads are 64 wide.
-Each point is measured in a process of its own (peak memory beyond what the libraries took), all points in turn, round
-after round. The medians are printed as Markdown, with the slope between neighbours and the predicted one, for which
-operations and bytes are counted and divided by this machine's best, measured in the same run;
-docs/performance/growth.md has the reasons. The text has as many distinct words as a natural one of its length.
---quick tries everything at toy size.
+
+The models are in float32 and have a vocabulary of 512 tokens, because the head of a larger one would hide the growth.
+Training and prompts use 4 layers of width 384. Generation is limited by memory bandwidth, so it uses 8 layers of width
+512, whose weights fit in no cache. Heads are 64 wide. The synthetic text has as many distinct words as natural text of
+its length.
+
+Each point is measured in its own process; its memory is the peak minus the memory of the imported libraries. All points
+are measured in turn, in several rounds. The medians are printed as Markdown tables with the slope between neighbouring
+points on double logarithmic scales, and the predicted slope. A prediction counts operations and bytes and divides them
+by the best rates of this machine, measured in the same run. docs/performance/growth.md explains the results. --quick
+runs everything at toy sizes.
 """
 
 from __future__ import annotations
@@ -46,27 +50,27 @@ from MyGPT.tokenizers import BPETokenizer
 from training import FixedBatches
 
 SECONDS = 0.2
-"""A point that takes less is measured again and again for so long."""
+"""A point that takes less time is repeated until this many seconds have passed."""
 VOCAB = 512
 PASSES = 11
-"""Numbers moved for each weight between backward and the next forward: the gradient is written, read for its norm and
-scaled (4); AdamW reads four and writes three."""
+"""Numbers moved per weight between backward and the next forward pass: four for the gradient, which is written, read for its
+norm, read and scaled; seven for AdamW, which reads four and writes three."""
 HASHED = 64 << 20
-"""Bytes of a prepared corpus that opening it reads at most."""
+"""Largest number of bytes that opening a prepared corpus reads."""
 TOLERANCE = 0.25
-"""A slope that is further from the plain law's is called a bend."""
+"""A slope that differs more than this from the expected one is reported as a bend."""
 
 
 def config(context: int, layers: int, width: int, drop_rate: float = 0.0) -> GPTConfig:
     return GPTConfig(VOCAB, context, width, width // 64, layers, drop_rate, qkv_bias=True)
 
 
-# What is measured. Each function prepares, and gives back what is to be timed.
+# The measured work. Each function prepares its inputs and returns the function to be timed.
 
 
 def training(batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0) -> Callable[[], Any]:
     ids = torch.randint(0, VOCAB, (batch, context + 1), generator=torch.Generator().manual_seed(1))
-    data = FixedBatches(ids.expand(10**9, -1, -1))  # the same at each step
+    data = FixedBatches(ids.expand(10**9, -1, -1))  # the same batch at each step
     settings = TrainConfig(batch_size=batch, precision="fp32", warmup_steps=0, schedule="constant")
     trainer = Trainer(GPTModel(config(context, layers, width, drop_rate)), settings, data, progress=False)
     trainer.setup()
@@ -74,7 +78,7 @@ def training(batch: int, context: int, layers: int, width: int, drop_rate: float
 
 
 def decoding(batch: int, seen: int, context: int, layers: int, width: int, precision: str) -> Callable[[], Any]:
-    """One more token for each of `batch` sequences that have `seen`."""
+    """Return a function that computes the next token of `batch` sequences of `seen` tokens."""
     fast = accelerate(GPTModel(config(context, layers, width)), precision)  # type: ignore[arg-type]
     ids = torch.zeros(batch, 1, dtype=torch.int64)
     kept = fast.new_cache(batch, seen + 1)
@@ -140,8 +144,8 @@ TOY = {"batch": 1, "context": 16, "seen": 8, "length": 8, "layers": 1, "width": 
 
 
 def measure(name: str, arguments: dict[str, Any], warm: bool) -> tuple[float, int]:
-    """Seconds (a median) and bytes, in a new process. What is not warmed up runs once."""
-    if "layers" in arguments:  # the libraries' own pages come into memory before what is measured does
+    """Return the median seconds and the peak bytes of a point, in a new process. Without `warm` the work runs once."""
+    if "layers" in arguments:  # loads the libraries' code into memory before the measurement
         MEASURED[name](**{key: TOY.get(key, value) for key, value in arguments.items()})()
     with Peak() as peak:
         run = MEASURED[name](**arguments)
@@ -156,7 +160,7 @@ def measure(name: str, arguments: dict[str, Any], warm: bool) -> tuple[float, in
 
 
 def ceilings(width: int) -> tuple[float, float]:
-    """Operations a second of the best float32 product, and bytes read a second."""
+    """Return the FLOP/s of the best float32 matrix product, and the bytes read per second."""
     x, weight = torch.randn(2048, width), torch.randn(4 * width, width)
     times = []
     with fast_linear(), torch.no_grad():
@@ -167,7 +171,7 @@ def ceilings(width: int) -> tuple[float, float]:
     return 2 * x.numel() * 4 * width / min(times[2:]), read_bandwidth()
 
 
-# What is predicted: seconds from operations and bytes, or bytes, of which only the shape counts.
+# The predictions, in seconds or bytes. Only the shape of a predicted curve matters.
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def shape(context: int, layers: int, width: int) -> GPTModel:
 def training_seconds(
     best: Ceilings, batch: int, context: int, layers: int, width: int, drop_rate: float = 0.0
 ) -> float:
-    """The products, then the optimizer. Attention looks half of the way back on average; with dropout it computes all."""
+    """Return the seconds of matrix products and optimizer. Attention computes half of the pairs, or all with dropout."""
     model = shape(context, layers, width)
     operations = batch * context * model.estimate_flops(context if drop_rate else context // 2)
     return operations / best.operations + PASSES * 4 * model.num_parameters() / best.bytes_read
@@ -198,7 +202,7 @@ def training_bytes(batch: int, context: int, layers: int, width: int, drop_rate:
 def decoding_seconds(
     best: Ceilings, batch: int, seen: int, context: int, layers: int, width: int, precision: str
 ) -> float:
-    """Weights once and the cache of each sequence, or the operations, whichever takes longer."""
+    """Return the larger of two times: reading the weights and every cache once, and computing the operations."""
     model = shape(context, layers, width)
     weights = model.num_parameters(exclude_embeddings=True) + VOCAB * width
     n_bytes = weights * {"fp32": 4, "int8": 1}[precision] + batch * seen * cache_bytes(model.config)
@@ -214,14 +218,14 @@ def prompting_seconds(best: Ceilings, length: int, context: int, layers: int, wi
 
 @dataclass(frozen=True)
 class Line:
-    """What is measured at each x, and by which law it would be straight."""
+    """One curve: the work at each x, the slope expected at first sight, and the predictions."""
 
     panel: str
     name: str
     points: dict[float, tuple[str, dict[str, Any]]]
-    """x to a function of MEASURED and its arguments."""
+    """Maps x to the name of a function in MEASURED and its arguments."""
     law: float
-    """The slope that a beginner would expect."""
+    """The slope expected at first sight: 1 for linear growth, 0 for none."""
     seconds: Callable[[Ceilings, float], float]
     law_of_bytes: float | None = None
     n_bytes: Callable[[float], float] | None = None
@@ -233,7 +237,7 @@ class Line:
 class Panel:
     axis: str
     lines: list[tuple[str, dict[float, float], dict[float, float], float]] = field(default_factory=list)
-    """Name, measured, predicted, law."""
+    """For each curve its name, the measured values, the predicted values and the expected slope."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ QUICK = Sizes(2, 64, 2, 64, 64, (16, 32, 64), (1, 2, 4), (1, 2, 4), (16, 64), (0
 
 AGAINST_CONTEXT, AGAINST_COUNT = "Training: a step against context", "Training: a step against batch and layers"
 MEMORY = "{}, memory"
-"""The panel of bytes beside one of seconds."""
+"""The title of a memory panel, made from the title of the time panel."""
 
 
 def lines_of(sizes: Sizes, place: Path) -> list[Line]:
@@ -296,10 +300,10 @@ def lines_of(sizes: Sizes, place: Path) -> list[Line]:
 
     def of_corpus(name: str, function: str, predicted: Callable[[float], float], **more: Any) -> Line:
         points = {x / 1e6: (function, {"corpus": str(place / str(x)), **more}) for x in sizes.corpora}
-        panel = "Corpus: to open it, and a batch of 12 x 256"
+        panel = "Corpus: opening, and a batch of 12 x 256"
         return Line(panel, name, points, 0, lambda _, x: predicted(1e6 * x))
 
-    n, window, panel = sizes.tokens, sizes.contexts[1], "Generation: a token against tokens seen"
+    n, window, panel = sizes.tokens, sizes.contexts[1], "Generation: a token against context used"
     many = {T: {"batch": n // T, "context": T} for T in sizes.contexts}
     return [
         trained(f"{n:,} tokens", AGAINST_CONTEXT, many, 0, 0),
@@ -316,8 +320,8 @@ def lines_of(sizes: Sizes, place: Path) -> list[Line]:
                   {B: {"batch": B, "seen": sizes.seen[1], "precision": kind} for B in sizes.batches}, 0)
           for kind in ("fp32", "int8")),
         prompted("accelerate()", fast=True),
-        prompted("the model as it stands", fast=False),
-        of_text("learning 1,024 words of BPE", "learning_merges", 0.6),
+        prompted("the model itself", fast=False),
+        of_text("training BPE with 1,024 tokens", "learning_merges", 0.6),
         of_text("encoding", "encoding", None),
         of_text("mygpt prepare", "preparing", 0),
         of_corpus("opening", "opening", lambda x: min(2 * x, HASHED)),
@@ -327,7 +331,7 @@ def lines_of(sizes: Sizes, place: Path) -> list[Line]:
 
 
 def write_text(path: Path, megabytes: float) -> None:
-    """Words by Zipf's law, n**0.6 of n distinct, as in natural text; the frequent ones are short. Ten to a line."""
+    """Write a text of words drawn by Zipf's law: n words have n**0.6 distinct ones, and frequent words are short."""
     letters, random, size, words = "etaoinshrdlucmfwygpbvkxqjz", np.random.default_rng(1), 0, []
 
     def spell(rank: int) -> str:
@@ -345,7 +349,7 @@ def write_text(path: Path, megabytes: float) -> None:
 
 
 def write_corpus(directory: Path, n_tokens: int) -> None:
-    """A prepared corpus of random ids."""
+    """Write a prepared corpus of random ids."""
     directory.mkdir()
     path, block = directory / "tokens.bin", np.random.default_rng(1).integers(0, VOCAB, 2**20).astype("<u2")
     with open(path, "wb") as file:
@@ -357,7 +361,7 @@ def write_corpus(directory: Path, n_tokens: int) -> None:
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Forked from a process that has imported the libraries and computed nothing."""
+    """Return an executor whose processes are forked from one that has imported the libraries and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["torch._dynamo", "MyGPT.commands.bench", "MyGPT.data.prepare", "MyGPT.training.trainer"]
@@ -367,7 +371,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def run(sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """Every point in every round."""
+    """Measure every point in every round."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         for megabytes in sizes.megabytes:
@@ -416,13 +420,13 @@ def row(
 
 
 def slopes(x: list[float], y: list[float]) -> list[float]:
-    """Between neighbours, on double logarithmic scales."""
+    """Return the slopes between neighbouring points on double logarithmic scales."""
     points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
     return [(d - b) / (c - a) for (a, b), (c, d) in pairwise(points)]
 
 
 def bends(x: list[float], y: list[float], law: float) -> str:
-    """Between which x the slope is not the law's."""
+    """Describe the ranges of x in which the slope is not the expected one."""
     spans: list[list[float]] = []
     for slope, start, end in zip(slopes(x, y), x, x[1:], strict=False):
         if abs(slope - law) <= TOLERANCE:
@@ -436,15 +440,17 @@ def bends(x: list[float], y: list[float], law: float) -> str:
 
 def print_tables(result: dict[str, Any]) -> None:
     print(
-        f"{result['layers']} layers, {result['width']} wide (a token after others: {result['decoding_layers']} layers, "
-        f"{result['decoding_width']} wide), {VOCAB} words, float32, on {result['processor']}, "
-        f"{result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} rounds. Products reach "
+        f"{result['layers']} layers, width {result['width']} (generation: {result['decoding_layers']} layers, "
+        f"width {result['decoding_width']}), vocabulary {VOCAB}, float32, on {result['processor']}, "
+        f"{result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} rounds. Matrix products reach "
         f"{result['operations_a_second'] / 1e9:.0f} GFLOP/s, memory reads {result['bytes_a_second'] / 1e9:.0f} GB/s."
     )
     for panel, rows in result["panels"].items():
         every = sorted({x for line in rows for x in line["x"]})
-        print(f"\n**{panel}** ({rows[0]['unit']}; then the slope from the point before, and the predicted slope)\n")
-        print("| | " + " | ".join(f"{x:,.4g}" for x in every) + " | plain law | bends at | predicted |")
+        print(
+            f"\n**{panel}** ({rows[0]['unit']}; below: the slope from the previous point, in brackets the predicted one)\n"
+        )
+        print("| | " + " | ".join(f"{x:,.4g}" for x in every) + " | expected slope | bends at | predicted bends |")
         print("|---" * (len(every) + 4) + "|")
         for line in rows:
             x, law = line["x"], line["law"]
@@ -456,7 +462,7 @@ def print_tables(result: dict[str, Any]) -> None:
             print(f"| {line['name']} | " + " | ".join([*(cells.get(at, "") for at in every), *about]) + " |")
 
 
-# The word in a panel's title, and what its axis says.
+# Maps a word in a panel's title to the label of its x axis.
 AXES = {
     "open": "corpus (million tokens)",
     "context": "context (tokens)",
@@ -480,7 +486,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, rows) in zip(grid.flat, panels, strict=False):
-        # A line has the same colour in seconds and in bytes.
+        # A curve has the same colour in the time panel and in the memory panel.
         names = [line["name"] for line in result["panels"][title.removesuffix(MEMORY.format(""))]]
         for line in rows:
             colour = COLOURS[names.index(line["name"])]
@@ -494,7 +500,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         every = sorted({x for line in rows for x in line["x"]})
         axes.set_xticks(every, [f"{x:,.4g}" for x in every], fontsize=8)
         low, high = axes.get_ylim()
-        if high < 10 * low:  # so that noise does not look like growth
+        if high < 10 * low:  # keeps noise from looking like growth
             middle = math.sqrt(low * high)
             axes.set_ylim(middle / 4, middle * 4)
         if axes.get_ylim()[1] < 300 * axes.get_ylim()[0]:
@@ -511,10 +517,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="toy sizes, one round")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
-    parser.add_argument("--plot", type=Path, help="where the picture goes (svg, png, pdf)")
-    parser.add_argument("--show", type=Path, help="print and draw a run's --out, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="use toy sizes and one round")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--plot", type=Path, help="a file for the plot (svg, png or pdf)")
+    parser.add_argument("--show", type=Path, help="print and plot a file written with --out, and measure nothing")
     options = parser.parse_args()
     if options.show is not None:
         result = json.loads(options.show.read_text(encoding="utf-8"))

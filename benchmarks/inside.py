@@ -1,10 +1,10 @@
-"""Compare MyGPT.inside with TransformerLens on a GPT-2 124M with random weights: do they agree, and how long do they take?
+"""Compare MyGPT.inside with TransformerLens on a GPT-2 124M with random weights: the largest differences, and the times.
 
     pip install 'transformer-lens<3' && python benchmarks/inside.py
 
-TransformerLens 2 has an implementation of GPT-2 of its own (3 and later wrap transformers'), so its numbers are a second
-opinion. Its weights are ours, without folding and centring, under which the two have the same conventions. In float64 the
-largest difference at every place must be rounding; in float32 both are timed in turn.
+TransformerLens 2 has its own implementation of GPT-2, so its numbers are an independent check; version 3 and later wrap
+transformers. It gets the same weights, without folding and centring, so that both follow the same conventions. In
+float64 the differences must be rounding errors. In float32 both are timed in turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from MyGPT import GPT2_CONFIGS, GPTModel
 from MyGPT.inside.tracing import ablate_heads, induction_scores, logit_lens, patching_effects, trace
 
-# Our place, theirs, and what theirs looks like where the axes differ: (B, T, H, D) there is (B, H, T, D) here.
+# MyGPT's place, TransformerLens's name, and "heads" where it has (B, T, H, D) instead of (B, H, T, D).
 PLACES = {
     "ln_1": ("ln1.hook_normalized", None),
     "attn.q": ("attn.hook_q", "heads"),
@@ -47,7 +47,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     ours = GPTModel(GPT2_CONFIGS["124M"]).eval()
-    with torch.no_grad():  # biases and LayerNorms as random as the rest
+    with torch.no_grad():  # biases and LayerNorms are random too
         for parameter in ours.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -118,7 +118,7 @@ def peer(ours: GPTModel) -> Any:
 
 @torch.no_grad()
 def compare(ours: GPTModel, theirs: Any, ids: Tensor) -> None:
-    """Prints the largest difference of each kind of number, as a part of the largest number there."""
+    """Print the largest difference at each place, relative to the largest value there."""
     traced = trace(ours, ids)
     logits, cache = theirs.run_with_cache(ids)
 
@@ -150,7 +150,9 @@ def compare(ours: GPTModel, theirs: Any, ids: Tensor) -> None:
     from transformer_lens import patching
 
     _, clean = theirs.run_with_cache(short)
-    residual = patching.get_act_patch_resid_pre(theirs, other, clean, metric)  # before layer i is after layer i - 1
+    residual = patching.get_act_patch_resid_pre(
+        theirs, other, clean, metric
+    )  # the stream before layer i is the stream after layer i - 1
     effects = patching_effects(ours, short, other, metric)
     report("patching of the residual stream", effects[:-1], residual[1:].double())
     heads = patching.get_act_patch_attn_head_out_all_pos(theirs, other, clean, metric)
@@ -166,7 +168,7 @@ def compare(ours: GPTModel, theirs: Any, ids: Tensor) -> None:
 
 @torch.no_grad()
 def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, called one after the other in every round, once before to warm up."""
+    """Return the median seconds of each function. They run in turn in every round, after one warm-up call."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():

@@ -1,9 +1,11 @@
-"""Opening a GPT-2 checkpoint: MyGPT beside transformers, and beside TensorFlow if a Python that has it is named.
+"""Compare opening a GPT-2 checkpoint with MyGPT, transformers and, if --tensorflow names its Python, TensorFlow.
 
 Usage: python benchmarks/loading.py [--sizes 124M 1558M] [--rounds 5] [--directory DIR] [--tensorflow PYTHON]
-Writes random checkpoints in OpenAI's format and as model directories (twice 0.5 GB and 6.2 GB), then opens each in a process of
-its own, the programs in turn. Time is from the call to the last weight summed, in the order in which it lies, so that nothing can
-stay unread in a mapped file; imports are not counted. Memory is the process's peak beyond what it had before the call.
+
+The script writes random checkpoints in OpenAI's format and as model directories (0.5 GB and 6.2 GB, each twice). Each
+program opens them in its own process, in turn. The time runs from the call until all weights are summed in memory
+order, so that no memory-mapped page stays unread. Imports are not counted. Memory is the peak of the process minus its
+memory before the call.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from memory import Peak
 
 
 def measure(program: str, path: str) -> list[float]:
-    """Seconds and bytes, in this process."""
+    """Return the seconds and the peak bytes of opening `path` in this process."""
     import time
 
     import torch
@@ -54,7 +56,7 @@ def arrays_of(params: Any) -> list[Any]:
 
 
 def write_checkpoints(size: str, directory: Path) -> None:
-    """Random weights as a model directory and in OpenAI's format, the same in both."""
+    """Write random weights of the given size as a model directory and in OpenAI's format."""
     import torch
 
     from MyGPT import GPT2_CONFIGS, GPTModel
@@ -87,8 +89,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["124M", "1558M"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where there is room for the checkpoints")
-    parser.add_argument("--tensorflow", help="a Python that has TensorFlow")
+    parser.add_argument(
+        "--directory", default=tempfile.gettempdir(), help="a directory with enough space for the checkpoints"
+    )
+    parser.add_argument("--tensorflow", help="the path of a Python that has TensorFlow")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -121,7 +125,7 @@ def compare(size: str, directory: Path, rounds: int, tensorflow: str | None) -> 
         ]
     found: dict[str, list[list[float]]] = {name: [] for name in programs}
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    for turn in range(rounds + 1):  # the first warms the disk's cache
+    for turn in range(rounds + 1):  # the first round fills the page cache
         for name, command in programs.items():
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             if turn:
@@ -132,7 +136,7 @@ def compare(size: str, directory: Path, rounds: int, tensorflow: str | None) -> 
         times, peaks = zip(*results, strict=True)
         print(
             f"{name:<34} {statistics.median(times):7.2f} s ({min(times):.2f} to {max(times):.2f})   "
-            f"peak {statistics.median(peaks) / 1e9:6.2f} GB, {statistics.median(peaks) / n_bytes:.2f} of the float32 size"
+            f"peak {statistics.median(peaks) / 1e9:6.2f} GB, {statistics.median(peaks) / n_bytes:.2f} times the float32 size"
         )
 
 

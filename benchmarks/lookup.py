@@ -1,8 +1,9 @@
-"""How much prompt lookup speeds up text that repeats itself: greedy tokens a second with it and without, in turn.
+"""Measure how much prompt lookup speeds up repetitive text: greedy tokens per second with and without it, in turn.
 
 Usage: python benchmarks/lookup.py [--size 124M] [--tokens 200] [--rounds 5] [--out results.json]
-A GPT-2 of random weights soon writes in circles, and so most of its guesses come true, as in a table, a program's text or a
-quotation; where nothing repeats there is nothing to gain. Both ways must give the same tokens.
+
+A GPT-2 with random weights soon repeats itself, so most guesses are right, as in tables, source code or quotations.
+Text without repetition gains nothing. Both ways must give the same tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
         fast = accelerate(model, precision)  # type: ignore[arg-type]
         ways = {"plain": fast, "lookup": PromptLookup(fast)}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(options.rounds + 1):  # the first warms up
+        for turn in range(options.rounds + 1):  # the first round warms up
             texts = []
             for way, program in ways.items():
                 start = time.perf_counter()

@@ -1,9 +1,11 @@
-"""A LoRA training step on a GPT-2 124M with random weights: MyGPT beside transformers, both through PEFT.
+"""Compare a LoRA training step on a random GPT-2 124M: MyGPT and transformers, both through PEFT.
 
 Usage: python benchmarks/lora.py [--batch_size 4] [--length 256] [--steps 4] [--rounds 3] [--precision fp32 bf16] [--busy]
-The same weights, adapters and batches, no dropout, AdamW, eager mode; each program in a process of its own, in turn. The first
-step of each warms up. The losses of the two are compared step by step; memory is the peak beyond what the libraries took.
---busy is for a machine that does other things too: one thread, and the time that it computed instead of the time that passed.
+
+Both use the same weights, adapters and batches, AdamW, no dropout and eager mode. Each program runs in its own process,
+in turn. The first step of each warms up. The losses are compared step by step. Memory is the peak minus the memory of
+the imported libraries. --busy is for a machine that runs other work: it uses one thread and measures CPU time instead
+of wall time.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TARGETS = ["c_attn", "c_proj", "c_fc"]
 def measure(
     program: str, directory: str, batch_size: int, length: int, steps: int, precision: str, busy: bool
 ) -> dict[str, Any]:
-    """Losses, seconds a step, and bytes, in this process."""
+    """Return the losses, the median seconds per step and the peak bytes of a program in this process."""
     import torch
 
     clock = time.perf_counter
@@ -53,7 +55,7 @@ def measure(
         )  # fmt: skip
         model = get_peft_model(base, lora).train()
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():  # the same A in both; B begins at zero
+        with torch.no_grad():  # both programs get the same A; B starts at zero
             for name, parameter in sorted(model.named_parameters()):
                 if "lora_A" in name:
                     parameter.uniform_(-0.03, 0.03, generator=generator)
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
+    parser.add_argument("--busy", action="store_true", help="use one thread and measure CPU time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -121,7 +123,7 @@ def compare(directory: str, precision: str, options: argparse.Namespace) -> None
                 command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True
             )
             results.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{program}: {results[-1]['seconds']:.2f} s a step", file=sys.stderr)
+            print(f"{program}: {results[-1]['seconds']:.2f} s per step", file=sys.stderr)
     pairs = zip(found["MyGPT"][0]["losses"], found["transformers"][0]["losses"], strict=True)
     differences = [abs(ours - theirs) for ours, theirs in pairs]
     print(
@@ -135,7 +137,7 @@ def compare(directory: str, precision: str, options: argparse.Namespace) -> None
     for program, results in found.items():
         times = [result["seconds"] for result in results]
         print(
-            f"{program:<14} {middle[program]['seconds']:6.2f} s a step ({min(times):.2f} to {max(times):.2f})   "
+            f"{program:<14} {middle[program]['seconds']:6.2f} s per step ({min(times):.2f} to {max(times):.2f})   "
             f"peak {middle[program]['bytes'] / 1e9:5.2f} GB"
         )
     ratios = {key: middle["MyGPT"][key] / middle["transformers"][key] for key in ("seconds", "bytes")}

@@ -1,4 +1,4 @@
-"""The most memory that a process has while something runs, as Linux keeps count of it."""
+"""Measure the peak resident memory of this process, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """`with Peak() as peak: …`; then peak.n_bytes is how far the resident memory rose, mapped files included.
+    """A context manager whose `n_bytes` is the rise of the resident memory inside the block, mapped files included.
 
-    Inside the block it is the rise so far. Nothing runs meanwhile: a thread that looked would take part in what is timed.
+    Inside the block, `n_bytes` is the rise so far. Linux keeps the count, so no sampling thread disturbs a measurement of time.
     """
 
     def __enter__(self) -> Peak:
-        CLEAR.write_text("5")  # the count begins anew (proc(5))
+        CLEAR.write_text("5")  # resets VmHWM, see proc(5)
         self.before, self.most = self.resident("VmRSS"), None
         return self
 

@@ -1,8 +1,9 @@
-"""How close `mygpt info`'s estimates of memory come to what training and generating take.
+"""Compare the memory estimates of `mygpt info` with the memory that training and generation use.
 
-Each case runs twice in processes of its own. "tensors" is the most that the tensors which Python sees hold at one time; "process"
-is how far the resident memory rises, with what the kernels use inside and the allocator keeps besides.
-`python benchmarks/memory_estimates.py`; one case: `… --case "30M, 4 sequences"`.
+    python benchmarks/memory_estimates.py [--case "30M, 4 sequences"]
+
+Each case runs in two new processes. "tensors" is the peak size of all tensors that Python sees. "process" is the rise
+of the resident memory, which includes temporary buffers of the kernels and memory that the allocator keeps.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ TINY = GPTConfig(vocab_size=65, context_length=16, emb_dim=16, n_heads=2, n_laye
 CHARACTERS = GPTConfig(vocab_size=65, context_length=256, emb_dim=384, n_heads=6, n_layers=6, drop_rate=0.0)
 SMALL = GPTConfig(**{**GPT_CONFIG_SMALL, "drop_rate": 0.0})
 GPT2 = GPTConfig(drop_rate=0.0, context_length=256)
-# The model, sequences a step, and options of TrainConfig.
+# The model, the sequences per step, and options of TrainConfig.
 TRAINING: dict[str, tuple[GPTConfig, int, dict[str, Any]]] = {
-    "11M by letters, 8 sequences": (CHARACTERS, 8, {}),
+    "11M, characters, 8 sequences": (CHARACTERS, 8, {}),
     "30M, 4 sequences": (SMALL, 4, {}),
     "30M, 4 sequences, dropout": (GPTConfig(**GPT_CONFIG_SMALL), 4, {}),
     "30M, 4 sequences, 2 at a time": (SMALL, 4, {"micro_batch_size": 2}),
@@ -39,7 +40,7 @@ GENERATION = {"generating, 30M, 256 tokens": SMALL, "generating, 124M, 256 token
 
 
 class TensorPeak(TorchDispatchMode):
-    """The most bytes that the tensors made inside the block hold at one time, each storage once."""
+    """A context manager whose `n_bytes` is the peak size of all tensors made inside the block, each storage counted once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class TensorPeak(TorchDispatchMode):
 
 
 def run(case: str) -> None:
-    """Two steps, or a prompt that fills the context but for two tokens."""
+    """Run two training steps, or generate two tokens after a prompt that leaves room for exactly two."""
     torch.manual_seed(0)
     if case in GENERATION:
         config = GENERATION[case]
@@ -78,7 +79,7 @@ def train(config: GPTConfig, training: TrainConfig) -> None:
 
 
 def estimate(case: str) -> int:
-    """Bytes."""
+    """Return the estimated bytes of a case."""
     if case in GENERATION:
         return generation_bytes(GENERATION[case])
     config, batch_size, options = TRAINING[case]
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--as", dest="way", choices=["tensors", "process"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way is not None:
-        train(TINY, TrainConfig(batch_size=1))  # what torch loads at first use is no model's
+        train(TINY, TrainConfig(batch_size=1))  # torch loads code at first use, which is not part of any model
         with TensorPeak() if options.way == "tensors" else Peak() as peak:
             run(options.case)
         print(json.dumps(peak.n_bytes))

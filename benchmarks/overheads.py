@@ -1,13 +1,17 @@
-"""What a training run spends beside its steps: batches, evaluations, best models, samples, checkpoints, as shares of its time.
+"""Measure the share of a training run's time spent on batches, evaluations, best models, samples and checkpoints.
 
 Usage: python benchmarks/overheads.py [--recipes configs/quickstart.yaml configs/gpt2_small.yaml] [--text alice] [--rounds 3]
        [--busy] [--out overheads.json]
-The model and batch of each recipe, at its own intervals and at TrainConfig's. Each part is timed apart, the parts in turn round
-after round, and its median divided by the steps between two of it; so no long run is needed, and none is extrapolated from its
-first minutes. Every evaluation is taken to be a new best, which is saved; the whole validation text at the end, which
-comes once, is left out. An evaluation reads eval_windows windows forward, a step batch_size of them forward and back, so
-it should take eval_windows / (3 eval_every batch_size) of the time of the steps. --text replaces the recipe's, and is
-repeated if a tenth of it is less than the windows of an evaluation. --busy: one thread's own time.
+
+Each recipe is measured at its own intervals and at the defaults of TrainConfig. The parts are timed separately and in
+turn. The median time of a part is divided by the number of steps between two of its runs, so no long run is needed.
+Every evaluation is assumed to find a new best model and to save it. The evaluation of the whole validation text at the
+end is left out.
+
+The predicted share of evaluations is eval_windows / (3 * eval_every * batch_size), because an evaluation computes
+eval_windows forward passes and a step computes batch_size forward and backward passes. --text replaces the text of the
+recipe; it is repeated if a tenth of it is shorter than the windows of an evaluation. --busy uses one thread and
+measures CPU time.
 """
 
 from __future__ import annotations
@@ -36,15 +40,15 @@ INTERVALS = ("eval_every", "eval_windows", "sample_every", "sample_tokens", "che
 
 
 def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of each part, and the share of the run's time that it takes at the recipe's intervals or at the defaults."""
+    """Return the seconds and the share of each part, at the recipe's own intervals (`own`) or at the defaults."""
     shape, config, plan = read_plan(recipe)
     if config is None:
-        raise SystemExit(f"{recipe} describes no training")
+        raise SystemExit(f"{recipe} has no training options")
     if not own:
         config = dataclasses.replace(config, **{name: getattr(TrainConfig(), name) for name in INTERVALS})
     ids, tokenizer = load_data(text, plan.get("tokenizer", "chars"), 1024)
     needed = 10 * (config.eval_windows * shape.context_length + 1)
-    ids = np.resize(ids, max(len(ids), needed))  # repeats them
+    ids = np.resize(ids, max(len(ids), needed))  # np.resize repeats the ids
     n_train = len(ids) - len(ids) // 10
     model = GPTModel(dataclasses.replace(shape, vocab_size=tokenizer.n_vocab))
     with tempfile.TemporaryDirectory() as directory:
@@ -61,52 +65,52 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
             "checkpoint": trainer.snapshot,
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
-        trainer.step()  # warms up
+        trainer.step()  # warm-up
         for _ in range(rounds):
             for name, part in parts.items():
                 start = clock()
                 part()
                 times[name].append(clock() - start)
-    seconds = {name: statistics.median(of_part) for name, of_part in times.items()}
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     steps_between = {
         "evaluation": config.eval_every,
         "best model": config.eval_every,
         "sample": config.sample_every or math.inf,
         "checkpoint": config.checkpoint_every or math.inf,
     }
-    a_step = {"step": seconds["step"] - seconds["batch"], "batch": seconds["batch"]}
-    a_step |= {name: seconds[name] / steps for name, steps in steps_between.items()}
+    seconds_per_step = {"step": seconds["step"] - seconds["batch"], "batch": seconds["batch"]}
+    seconds_per_step |= {name: seconds[name] / steps for name, steps in steps_between.items()}
     return {
         "name": f"{recipe.stem}, {'its own intervals' if own else 'default intervals'}",
         "batch_size": config.batch_size,
         "intervals": {name: getattr(config, name) for name in INTERVALS},
         "seconds": times,
         "predicted": config.eval_windows / (3 * config.eval_every * config.batch_size),
-        "shares": {name: part / sum(a_step.values()) for name, part in a_step.items()},
+        "shares": {name: part / sum(seconds_per_step.values()) for name, part in seconds_per_step.items()},
     }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     parts = list(rows[0]["shares"])
     print(
-        "| share of a run's time | "
+        "| share of the run's time | "
         + " | ".join(parts)
         + " | evaluation, best model and sample | evaluation, predicted |"
     )
     print("|---" * (len(parts) + 3) + "|")
     for row in rows:
         shares = row["shares"]
-        asked = sum(shares[name] for name in ("evaluation", "best model", "sample"))
+        evaluating = sum(shares[name] for name in ("evaluation", "best model", "sample"))
         print(
             f"| {row['name']} | "
             + " | ".join(f"{shares[name]:.2%}" for name in parts)
-            + f" | {asked:.2%} | {row['predicted']:.1%} |"
+            + f" | {evaluating:.2%} | {row['predicted']:.1%} |"
         )
-    print("\n| seconds, each time | " + " | ".join(parts) + " | intervals |")
+    print("\n| seconds per call | " + " | ".join(parts) + " | intervals |")
     print("|---" * (len(parts) + 2) + "|")
     for row in rows:
         cells = [f"{statistics.median(row['seconds'][name]):.4g}" for name in parts]
-        about = f"{row['batch_size']} sequences a step, " + ", ".join(f"{k} {v}" for k, v in row["intervals"].items())
+        about = f"{row['batch_size']} sequences per step, " + ", ".join(f"{k} {v}" for k, v in row["intervals"].items())
         print(f"| {row['name']} | " + " | ".join([*cells, about]) + " |")
 
 
@@ -117,8 +121,8 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, nargs="+", default=recipes)
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
-    parser.add_argument("--out", type=Path, help="where the seconds go, as JSON")
+    parser.add_argument("--busy", action="store_true", help="use one thread and measure CPU time")
+    parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
     options = parser.parse_args()
     clock = clock_of(options.busy)
     rows = [measure(r, options.text, own, options.rounds, clock) for r in options.recipes for own in (True, False)]

@@ -1,8 +1,10 @@
-"""Training on instructions: rows padded as they come, padded in batches of similar length, and packed.
+"""Compare rows for instruction tuning: padded in any order, padded in batches of similar length, and packed.
 
 Usage: python benchmarks/packing.py --data alpaca.json [--batch_size 8] [--steps 12] [--rounds 3] [--mask_prompt]
-A model of GPT_CONFIG_SMALL with random weights, forward and backward in float32, the three ways in turn. A step of each shows
-about as much text; what counts is examples, or tokens of them, a second. Padding is not counted.
+
+A random model of GPT_CONFIG_SMALL runs forward and backward passes in float32, with the three kinds of rows in turn.
+Steps of all kinds hold about the same amount of text. The results are examples per second and tokens per second,
+without padding.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ def main() -> None:
     }
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     fill: dict[str, float] = {}
-    for turn in range(options.rounds + 1):  # the first warms up
+    for turn in range(options.rounds + 1):  # the first round warms up
         for name, sampler in ways.items():
             steps = range(turn * options.steps, (turn + 1) * options.steps)
-            # In a list: what is measured is the model.
+            # Built in advance, because the model alone is measured.
             batches = [sampler.batch(step) for step in steps]
             if isinstance(sampler, PackedSampler):
                 indices = [index for step in steps for row in sampler.rows(step) for index in row]
@@ -66,7 +68,7 @@ def main() -> None:
         medians = statistics.median(examples), statistics.median(tokens)
         print(
             f"{name:<24} {medians[0]:6.2f} examples/s ({min(examples):.2f} to {max(examples):.2f}), {medians[1]:6.0f} tokens/s; "
-            f"{medians[0] / first[0]:.2f} and {medians[1] / first[1]:.2f} times padded; {fill[name]:.0%} of the rows are tokens"
+            f"{medians[0] / first[0]:.2f} and {medians[1] / first[1]:.2f} times padded; {fill[name]:.0%} tokens, the rest padding"
         )
 
 

@@ -1,8 +1,10 @@
-"""How far MyGPT's logits are from those of OpenAI's code, of transformers and of ctranslate2, with the same weights.
+"""Measure how far MyGPT's logits differ from those of OpenAI's code, transformers and CTranslate2 with the same weights.
 
 Usage: python benchmarks/parity.py [--size 124M] [--directory DIR]
-OpenAI's logits are those that its own model code, under TensorFlow, gave for the small checkpoint in tests/fixtures. The others
-get a random model of the size, saved by MyGPT, whose logits are as large as a trained model's. float32 unless it is said.
+
+OpenAI's logits were computed by its own code, with TensorFlow, for the small checkpoint in tests/fixtures. The other
+programs open a random model of the given size, saved by MyGPT, whose logits are as large as a trained model's. All
+logits are float32 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ OPENAI = Path(__file__).parents[1] / "tests/fixtures/openai_gpt2_tf"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="124M")
-    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where there is room for the model twice")
+    parser.add_argument(
+        "--directory", default=tempfile.gettempdir(), help="a directory with enough space for two copies of the model"
+    )
     options = parser.parse_args()
 
     reference = np.load(OPENAI / "reference.npz")
     ids, theirs = torch.from_numpy(reference["ids"]).long(), torch.from_numpy(reference["logits"])
-    report("OpenAI's code, its small checkpoint", GPTModel.from_pretrained(OPENAI)(ids), theirs)
+    report("OpenAI's code, small checkpoint", GPTModel.from_pretrained(OPENAI)(ids), theirs)
 
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         saved, converted = f"{name}/model", f"{name}/converted"
@@ -46,7 +50,7 @@ def main() -> None:
         report("ctranslate2", ours, torch.from_numpy(found))
         exact = GPTModel.from_pretrained(saved, dtype=torch.float64)(ids)
         report("transformers, both in float64", exact, in_float64(saved, ids))
-        report("(MyGPT's own float32 against its float64)", ours, exact)
+        report("(MyGPT in float32 and in float64)", ours, exact)
 
 
 def in_float64(saved: str, ids: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def write_model(size: str, directory: str) -> None:
     torch.manual_seed(0)
     model = GPTModel(GPT2_CONFIGS[size])
     for parameter in model.parameters():
-        # Biases and gains that are not 0 and 1, so that none can be lost; embeddings that make logits of some size.
+        # Biases and gains other than 0 and 1 reveal a lost tensor, and larger embeddings give larger logits.
         parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(directory, get_tokenizer("gpt2"))
 

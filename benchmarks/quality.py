@@ -1,7 +1,9 @@
-"""What narrow weights cost: the loss of a trained model on a text, in float32, bf16 and int8.
+"""Measure the loss of a trained model on a text with weights in float32, bf16 and int8.
 
 Usage: python benchmarks/quality.py --model runs/demo [--text alice] [--from 0.9]
-The text from that part of it on, in windows as long as the context, is the same to all; the losses are nats a token.
+
+--from selects where in the text the evaluation starts, as a fraction. The text is cut into windows of the context
+length. Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def main() -> None:
             best.append(logits.argmax(-1))
         exact = best if exact is None else exact
         n_same = sum(int((ours == theirs).sum()) for ours, theirs in zip(best, exact, strict=True))
-        print(f"{precision}: {total / n:.5f} nats a token, the likeliest token is float32's in {n_same / n:.2%} of {n}")
+        print(
+            f"{precision}: {total / n:.5f} nats per token, the same most likely token as float32 in {n_same / n:.2%} of {n}"
+        )
 
 
 if __name__ == "__main__":

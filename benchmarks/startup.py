@@ -1,9 +1,10 @@
-"""How long until something happens: imports, help, and the first token of a GPT-2 124M, MyGPT beside torch and transformers.
+"""Measure startup times: imports, --help, and the first token of a GPT-2 124M, for MyGPT, torch and transformers.
 
 Usage: python benchmarks/startup.py [--rounds 9] [--size 124M] [--directory DIR]
-Writes a random model (0.5 GB) once, then starts a new process for each measurement, the programs in turn, after one round that
-is not counted. Time is from the start of the process to its end, for the first token until it stands on the pipe. Whether a
-model's file is in the disk's cache is up to the machine: after the first round it is.
+
+The script writes a random model (0.5 GB) once. Each measurement starts a new process; the programs run in turn, after
+one round that is not counted. The time runs from the start of the process to its end, or until the first token arrives
+on the pipe. The uncounted round also brings the model's file into the page cache.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write_model(size: str, directory: Path) -> None:
 
 
 def seconds(command: list[str], skipped: int | None) -> float:
-    """Until the process ends, or until it has written more than `skipped` bytes."""
+    """Return the seconds until the process ends or, with `skipped`, until it has written more than so many bytes."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     start = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -60,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", default="124M")
-    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where there is room for the model")
+    parser.add_argument(
+        "--directory", default=tempfile.gettempdir(), help="a directory with enough space for the model"
+    )
     parser.add_argument("--out", help="a JSON file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:

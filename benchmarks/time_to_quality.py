@@ -1,13 +1,16 @@
-"""Seconds of training until a loss on tinyshakespeare's characters: nanoGPT's recipe for a processor against a recipe of ours.
+"""Measure the training time until a given loss on tinyshakespeare's characters, for nanoGPT's CPU recipe and one of MyGPT's.
 
 Usage: python benchmarks/time_to_quality.py --text FILE [--seeds 1 2 3] [--recipe shakespeare_char_quick] [--out FILE] [--append]
-nanoGPT's recipe is a program of its own here, apart from MyGPT: 4 layers, 4 heads, 128 wide, no biases, context 64, random
-windows, batch 12, 2,000 steps of AdamW, 1e-3 to 1e-4 along a cosine. Ours is a file in configs/, trained by our Trainer. The
-two take turns, seed by seed, each run in a process of its own. Counted is the time in steps, batches made included; what is
-not, for both alike: starting, reading the text, and the losses, which are over the whole validation set (the last tenth of
-the text) at every tenth of a run. The target is 1.88, which nanoGPT publishes, or the mean of the baseline's last losses here
-if that is lower. A baseline that ends above the target counts as if it had reached it with its last step.
---append adds seeds to those in FILE, so that a long measurement can be made in pieces.
+
+nanoGPT's recipe is reimplemented here without MyGPT: 4 layers, 4 heads, width 128, no biases, context 64, random
+windows, batch size 12, and 2,000 steps of AdamW with a learning rate from 1e-3 to 1e-4 along a cosine. The other recipe
+is a file in configs/, trained by MyGPT's Trainer. The two run in turn, seed by seed, each run in its own process.
+
+The time counts the steps, including making the batches. It does not count starting, reading the text, or the
+evaluations. The loss is measured on the whole validation set (the last tenth of the text) after every tenth of a run.
+The target is 1.88, which nanoGPT publishes, or the mean of the baseline's last losses if that is lower. A baseline that
+ends above the target counts as if its last step had reached it. --append adds seeds to those in FILE, so that a long
+measurement can be split.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ BASELINE = "nanoGPT's recipe"
 
 
 def read_ids(text: str) -> tuple[Any, Any]:
-    """Training and validation ids of the text's characters."""
+    """Return the character ids of the training text and of the validation text."""
     import numpy as np
 
     written = Path(text).read_text(encoding="utf-8")
@@ -42,7 +45,7 @@ def read_ids(text: str) -> tuple[Any, Any]:
 
 
 def nanogpt(train: Any, val: Any, seed: int) -> tuple[int, Callable[[int], None], Callable[[], float]]:
-    """nanoGPT's recipe as published, step for step: how many steps, a step, and the loss on all of `val`."""
+    """Return nanoGPT's published recipe: the number of steps, a function for one step, and one for the loss on all of `val`."""
     import math
 
     import numpy as np
@@ -123,7 +126,7 @@ def nanogpt(train: Any, val: Any, seed: int) -> tuple[int, Callable[[int], None]
 
 
 def mygpt(recipe: str, train: Any, val: Any, seed: int) -> tuple[int, Callable[[int], None], Callable[[], float]]:
-    """The same three of a recipe of ours."""
+    """Return the number of steps, a function for one step, and one for the loss on all of `val`, of a recipe in configs/."""
     import dataclasses
 
     import torch
@@ -142,7 +145,7 @@ def mygpt(recipe: str, train: Any, val: Any, seed: int) -> tuple[int, Callable[[
 
 
 def measure(program: str, text: str, seed: int) -> dict[str, Any]:
-    """The run's evaluations: step, seconds of training until then, loss."""
+    """Return the evaluations of a run: the step, the seconds of training so far, and the loss."""
     train, val = read_ids(text)
     n_steps, step, evaluate = nanogpt(train, val, seed) if program == BASELINE else mygpt(program, train, val, seed)
     seconds, evaluations = 0.0, []
@@ -164,7 +167,7 @@ def in_a_process(program: str, text: str, seed: int) -> dict[str, Any]:
 
 
 def reached(run: dict[str, Any], target: float) -> dict[str, Any] | None:
-    """The first evaluation at or below the target."""
+    """Return the first evaluation at or below the target."""
     return next((evaluation for evaluation in run["evaluations"] if evaluation["loss"] <= target), None)
 
 
@@ -172,7 +175,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
     baselines = {run["seed"]: run for run in runs if run["program"] == BASELINE}
     ours = {run["seed"]: run for run in runs if run["program"] != BASELINE}
     target = min(PUBLISHED, statistics.mean(run["evaluations"][-1]["loss"] for run in baselines.values()))
-    print(f"\ntarget: {target:.4f} nats a character over the whole validation set")
+    print(f"\ntarget: {target:.4f} nats per character over the whole validation set")
     print(f"{'program':<24} {'seed':>4} {'last loss':>9} {'reached at step':>15} {'seconds':>8} {'ratio':>6}")
     ratios = []
     for seed, baseline in sorted(baselines.items()):
@@ -193,11 +196,11 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help="tinyshakespeare's file")
+    parser.add_argument("--text", help="the file of tinyshakespeare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--recipe", default="shakespeare_char_quick", help="a file in configs/, without .yaml")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--append", action="store_true", help="keep the other seeds that are in --out")
+    parser.add_argument("--append", action="store_true", help="keep the other seeds in --out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,7 +1,8 @@
-"""Loss after training on tinyshakespeare's characters: nanoGPT's published recipe for a processor, and our fast one.
+"""Compare the final loss on tinyshakespeare's characters of nanoGPT's published CPU recipe and of MyGPT's fast one.
 
 Usage: python benchmarks/tinyshakespeare.py [--text tinyshakespeare] [--seeds 3] [RECIPE ...]
-The recipes take turns, seed by seed. Losses are nats a character over the whole validation set (the last tenth).
+
+The recipes run in turn, seed by seed. Losses are in nats per character over the whole validation set, the last tenth of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def train(recipe: str, text: str, seed: int, directory: Path) -> tuple[float, float]:
-    """Final validation loss and wall seconds of the whole command, reading and evaluating included."""
+    """Return the final validation loss and the wall time of the whole command in seconds."""
     run = directory / f"{recipe}-{seed}"
     start = time.perf_counter()
     arguments = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--data", text, "--seed", str(seed), "--out", str(run)]
@@ -33,7 +34,9 @@ def train(recipe: str, text: str, seed: int, directory: Path) -> tuple[float, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=["shakespeare_char", "shakespeare_char_fast"])
-    parser.add_argument("--text", default="tinyshakespeare", help="the text's file, or its name to download it")
+    parser.add_argument(
+        "--text", default="tinyshakespeare", help="a text file, or the name of a text, which is downloaded"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     results: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in options.recipes}

@@ -1,17 +1,18 @@
-"""Training steps of MyGPT, of nanoGPT's kind, transformers and LitGPT, in turn: tokens a second, memory, how near the ceiling.
+"""Compare training steps of MyGPT, a loop like nanoGPT's, transformers and LitGPT: tokens per second and peak memory.
 
 Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
        [--busy] [--programs MyGPT transformers] [--litgpt PYTHON] [--out DIR]
-Random tokens and weights, the same batches for all, dropout as the model's, AdamW, gradients clipped to 1. Every program runs in
-a process of its own; its first step warms up, and compiles. The ceiling is the best float32 or bf16 product of the model's own
-sizes that torch reaches through MKL or oneDNN, measured in every round between the programs. Memory is the peak beyond what the
-libraries took. bf16 is measured where the processor has it. --busy is for a machine that does other things too:
-one thread, and the time that it computed instead of the time that passed. Writes training_MODEL.json to --out, by default
-benchmarks/results.
 
-A program that is not installed is left out. LitGPT's requirements exclude ours, so that it wants an environment of its own
-(pip install torch litgpt), whose Python --litgpt names. It has neither dropout nor learned positions, which is less work, and
-pads the words to a multiple of 64.
+All programs train random weights on the same random batches with the model's dropout, AdamW, and gradients clipped to
+norm 1. Each program runs in its own process, in turn. Its first step warms up and compiles. The limit of the machine is
+the FLOP/s of the best matrix product of the model's own sizes that torch reaches through MKL or oneDNN, measured in
+every round. Memory is the peak minus the memory of the imported libraries. bf16 is measured on CPUs with bf16
+instructions. --busy is for a machine that runs other work: it uses one thread and measures CPU time instead of wall
+time. The script writes training_MODEL.json to --out, by default benchmarks/results.
+
+A program that is not installed is left out. LitGPT's requirements conflict with MyGPT's, so it needs its own
+environment (pip install torch litgpt), whose Python --litgpt names. LitGPT has neither dropout nor learned positions,
+which saves work, and pads the vocabulary to a multiple of 64.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and on how much a step."""
+    """The size of a trained model, and of a batch."""
 
     vocab_size: int
     context_length: int
@@ -58,7 +59,7 @@ MODELS = {
 
 
 def ids_for(size: Size, steps: int) -> Any:
-    """(steps, B, T + 1) random tokens."""
+    """Return random tokens (steps, B, T + 1)."""
     import torch
 
     shape = (steps, size.batch_size, size.context_length + 1)
@@ -66,7 +67,7 @@ def ids_for(size: Size, steps: int) -> Any:
 
 
 class FixedBatches:
-    """The tokens as what MyGPT's Trainer asks for."""
+    """The batches that MyGPT's Trainer asks for, from given tokens (steps, B, T + 1)."""
 
     def __init__(self, ids: Any) -> None:
         self.ids = ids
@@ -83,7 +84,7 @@ def mygpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable
         max_steps=len(ids), batch_size=size.batch_size, precision=precision, compile=compiled, warmup_steps=0,
         schedule="constant",
     )  # fmt: skip
-    # The exact GELU, as nanoGPT's kind and LitGPT have it.
+    # The exact GELU, which the loop like nanoGPT's and LitGPT use too.
     model = GPTModel({**fields, "qkv_bias": True, "activation": "gelu"})
     trainer = Trainer(model, config, FixedBatches(ids), progress=False)
     trainer.setup()
@@ -91,7 +92,7 @@ def mygpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable
 
 
 def nanogpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
-    """A step of nanoGPT's kind: all logits at once, plain cross-entropy, torch's default AdamW."""
+    """Return a step like nanoGPT's: all logits at once, plain cross-entropy, torch's default AdamW."""
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -116,7 +117,7 @@ def nanogpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callab
     class PlainGPT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.places = nn.Embedding(size.vocab_size, C), nn.Embedding(size.context_length, C)
+            self.wte, self.wpe = nn.Embedding(size.vocab_size, C), nn.Embedding(size.context_length, C)
             self.blocks = nn.Sequential(*(PlainBlock() for _ in range(size.n_layers)))
             self.norm = nn.LayerNorm(C)
             for parameter in self.parameters():
@@ -124,8 +125,8 @@ def nanogpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callab
                     nn.init.normal_(parameter, std=0.02)
 
         def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-            x = F.dropout(self.words(inputs) + self.places(torch.arange(inputs.shape[1])), p)
-            logits = F.linear(self.norm(self.blocks(x)), self.words.weight)
+            x = F.dropout(self.wte(inputs) + self.wpe(torch.arange(inputs.shape[1])), p)
+            logits = F.linear(self.norm(self.blocks(x)), self.wte.weight)
             return F.cross_entropy(logits.view(-1, size.vocab_size), targets.reshape(-1), ignore_index=-1)
 
     return torch_step(PlainGPT(), ids, precision, compiled)
@@ -145,7 +146,7 @@ def transformers_step(size: Size, ids: Any, precision: str, compiled: bool) -> C
 
 
 def litgpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callable[[int], float]:
-    """The loss is what its own pretraining takes."""
+    """Return a step of LitGPT with the loss of its own pretraining."""
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
@@ -156,12 +157,12 @@ def litgpt_step(size: Size, ids: Any, precision: str, compiled: bool) -> Callabl
     )  # fmt: skip
     model = GPT(config)
     model.apply(model._init_weights)
-    model.transformer.wte.weight = model.lm_head.weight  # as its pretraining ties them
+    model.transformer.wte.weight = model.lm_head.weight  # LitGPT's pretraining ties them too
     return torch_step(lambda x, y: chunked_cross_entropy(model(x), y), ids, precision, compiled, model)
 
 
 def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: Any = None) -> Callable[[int], float]:
-    """A step as it is usually written: autocast, backward, clip, AdamW in two groups."""
+    """Return a step as it is usually written: autocast, backward, clipping, and AdamW with two parameter groups."""
     import torch
 
     model = (forward if model is None else model).train()
@@ -188,11 +189,11 @@ def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: An
 PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step,
             "LitGPT": litgpt_step}  # fmt: skip
 PACKAGES = {"transformers": "transformers", "LitGPT": "litgpt"}
-"""What a program needs, besides torch."""
+"""The package that a program needs besides torch."""
 
 
 def clock_of(busy: bool) -> Callable[[], float]:
-    """Seconds that passed, or that one thread computed."""
+    """Return a clock of wall time or, on a busy machine, of the CPU time of one thread."""
     import torch
 
     if not busy:
@@ -202,7 +203,7 @@ def clock_of(busy: bool) -> Callable[[], float]:
 
 
 def measure(program: str, model: str, precision: str, steps: int, busy: bool) -> dict[str, Any]:
-    """Losses, seconds of each step after the first, and bytes, in this process."""
+    """Return the losses, the seconds of each step, and the peak bytes of a program in this process."""
     import torch
 
     clock = clock_of(busy)
@@ -222,7 +223,7 @@ def measure(program: str, model: str, precision: str, steps: int, busy: bool) ->
 
 
 def ceiling(model: str, precision: str, busy: bool) -> dict[str, float]:
-    """FLOP/s of the best library at the best of the model's own products."""
+    """Return the best FLOP/s of each library over the matrix products of the model."""
     import torch
     import torch.nn.functional as F
 
@@ -231,10 +232,10 @@ def ceiling(model: str, precision: str, busy: bool) -> dict[str, float]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     N, C = size.batch_size * size.context_length, size.emb_dim
     for width in (C, 3 * C, 4 * C):
-        x, weight, across = (torch.randn(shape, dtype=dtype) for shape in ((N, C), (width, C), (C, width)))
+        x, weight, transposed = (torch.randn(shape, dtype=dtype) for shape in ((N, C), (width, C), (C, width)))
         ways: dict[str, Callable[[], Any]] = {
             "linear": lambda x=x, w=weight: F.linear(x, w),
-            "mm": lambda x=x, w=across: x @ w,
+            "mm": lambda x=x, w=transposed: x @ w,
             "oneDNN": lambda x=x, w=weight: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
         }
         for way, product in ways.items():
@@ -258,7 +259,7 @@ def in_a_process(function: str, python: str = sys.executable, **arguments: Any) 
 def compare(
     model: str, precision: str, programs: dict[str, str], rounds: int, steps: int, busy: bool
 ) -> dict[str, Any]:
-    """All rounds, printed as a table; what results/ keeps. programs are names, each with its Python."""
+    """Measure all rounds, print a table, and return the results. `programs` maps names to the Python that runs them."""
     from MyGPT import GPTModel
 
     size = MODELS[model]
@@ -271,26 +272,26 @@ def compare(
                 "measure", python, program=program, model=model, precision=precision, steps=steps, busy=busy
             )
             runs[program].append(run)
-            print(f"{program}: {statistics.median(run['seconds']):.3f} s a step", file=sys.stderr)
+            print(f"{program}: {statistics.median(run['seconds']):.3f} s per step", file=sys.stderr)
     fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
     import torch
 
     with torch.device("meta"):
         flops = GPTModel({**fields, "qkv_bias": True}).estimate_flops()
-    best = statistics.median(max(of_round.values()) for of_round in ceilings)
+    best = statistics.median(max(products.values()) for products in ceilings)
     n_tokens = size.batch_size * size.context_length
     table = {}
-    for program, of_program in runs.items():
-        seconds = [second for run in of_program for second in run["seconds"]]
+    for program, program_runs in runs.items():
+        seconds = [second for run in program_runs for second in run["seconds"]]
         middle = statistics.median(seconds)
         table[program] = {
             "tokens_per_second": n_tokens / middle,
             "fastest": n_tokens / min(seconds),
             "slowest": n_tokens / max(seconds),
             "part_of_ceiling": flops * n_tokens / middle / best,
-            "peak_bytes": statistics.median(run["bytes"] for run in of_program),
-            "first_step_seconds": statistics.median(run["first"] for run in of_program),
-            "losses": of_program[0]["losses"],
+            "peak_bytes": statistics.median(run["bytes"] for run in program_runs),
+            "first_step_seconds": statistics.median(run["first"] for run in program_runs),
+            "losses": program_runs[0]["losses"],
         }
     peers = [row for program, row in table.items() if not program.startswith("MyGPT")]
     fastest = max((row["tokens_per_second"] for row in peers), default=math.nan)
@@ -298,10 +299,10 @@ def compare(
     print(
         f"\n{model}, {precision}: {size.batch_size} x {size.context_length} tokens, {rounds} x {steps} steps, medians"
     )
-    print("ceiling: " + ", ".join(f"{way} {statistics.median(c[way] for c in ceilings) / 1e9:.0f}" for way in ceilings[0])
+    print("best products: " + ", ".join(f"{way} {statistics.median(c[way] for c in ceilings) / 1e9:.0f}" for way in ceilings[0])
           + " GFLOP/s")  # fmt: skip
     print(
-        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of ceiling':>10} {'peak':>9} {'ratio':>6} "
+        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of best':>10} {'peak':>9} {'ratio':>6} "
         f"{'first step':>10}"
     )
     for program, row in table.items():
@@ -330,13 +331,13 @@ def machine() -> dict[str, Any]:
 
 
 def version(package: str) -> dict[str, str | None]:
-    """Of the package, None if it is not there, and of the torch beside it."""
+    """Return the versions of a package and of the torch beside it, or None for both if the package is missing."""
     found = importlib.util.find_spec(package) is not None
     return {name: importlib.metadata.version(name) if found else None for name in (package, "torch")}
 
 
 def installed(names: list[str], litgpt: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The programs that can run, each with its Python, and the versions of what they need. The others are told."""
+    """Return the installed programs with their Pythons, and the versions of their packages. Report the missing ones."""
     programs, versions = {}, {}
     for name in names:
         python = litgpt if name == "LitGPT" else sys.executable
@@ -362,11 +363,11 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--compiled", action="store_true", help="each program also through torch.compile")
+    parser.add_argument("--compiled", action="store_true", help="also measure each program with torch.compile")
     parser.add_argument("--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
-    parser.add_argument("--litgpt", default=sys.executable, help="a Python that has litgpt")
-    parser.add_argument("--busy", action="store_true", help="one thread, and the time that it computed")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the directory of the figures")
+    parser.add_argument("--litgpt", default=sys.executable, help="the path of a Python that has litgpt")
+    parser.add_argument("--busy", action="store_true", help="use one thread and measure CPU time")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the directory for the results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -382,10 +383,10 @@ def main() -> None:
         tables = []
         for precision in options.precision:
             if precision == "bf16" and not has_bf16():
-                print(f"\n{model}, bf16: not measured, this processor has no bf16 instructions")
+                print(f"\n{model}, bf16: not measured, this CPU has no bf16 instructions")
                 continue
             tables.append(compare(model, precision, programs, options.rounds, options.steps, options.busy))
-        from MyGPT.files import atomic_write  # not above: LitGPT's environment has no MyGPT
+        from MyGPT.files import atomic_write  # imported here, because LitGPT's environment has no MyGPT
 
         options.out.mkdir(exist_ok=True, parents=True)
         path = options.out / f"training_{model}.json"

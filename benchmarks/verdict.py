@@ -1,9 +1,11 @@
-"""The training run of chapter 5 of "Build a Large Language Model (From Scratch)" (Raschka, 2024), through our functions.
+"""Repeat the training run of chapter 5 of "Build a Large Language Model (From Scratch)" (Raschka, 2024) with MyGPT.
 
 Usage: python benchmarks/verdict.py --text the-verdict.txt [--eval_freq 89] [--gpt2_init]
-124 million parameters on a short story: context 256, batch 2, AdamW 4e-4 with weight decay 0.1, ten epochs. The model is
-the book's: torch's own initial weights and an untied head. With --gpt2_init it is GPT-2's instead, which in these 90
-steps without a warmup does not get beyond the frequency of words (a loss of about 6).
+
+A model of 124 million parameters trains on a short story: context 256, batch size 2, AdamW with learning rate 4e-4 and
+weight decay 0.1, ten epochs. The model is the book's, with torch's default initial weights and an untied head. With
+--gpt2_init it gets GPT-2's initial weights and tied head. In these 90 steps without a warmup it then learns little more
+than how frequent each token is (a loss of about 6).
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from MyGPT import GPT_CONFIG, GPTModel, create_dataloader, get_tokenizer, train_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="the story's file")
-    parser.add_argument("--gpt2_init", action="store_true", help="GPT-2's initial weights and tied head")
+    parser.add_argument("--text", required=True, help="the file of the story")
+    parser.add_argument("--gpt2_init", action="store_true", help="use GPT-2's initial weights and a tied head")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--eval_freq", type=int, default=5, help="steps between evaluations")
     options = parser.parse_args()

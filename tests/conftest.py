@@ -1,4 +1,4 @@
-"""What all tests share: no network, a clean environment, small models whose answers vary."""
+"""Fixtures for all tests: no network, a clean environment, and small models whose predictions vary."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from places import ALICE
 # transformers, an oracle, would otherwise look for updates and models on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Tensors of a few hundred numbers gain nothing from a second thread, and on a busy machine wait for it ten times as long
-# as they take.
+# Tensors of a few hundred numbers gain nothing from a second thread. On a busy machine, waiting for the second thread
+# takes ten times as long as the computation.
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only this machine can be reached."""
+    """Fail a test that connects to another machine."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: object) -> None:
@@ -70,18 +70,24 @@ def tiny_model(tiny_config: GPTConfig) -> GPTModel:
 
 @pytest.fixture
 def tiny_model64(tiny_config: GPTConfig) -> GPTModel:
-    """The same in float64, where rounding is 1e-15 and cannot decide an argmax."""
+    """The model of `tiny_model` in float64, where rounding errors of 1e-15 cannot decide an argmax."""
     return lively_model(tiny_config).double()
 
 
 def same_weights(one: GPTModel, other: GPTModel) -> bool:
-    """To the last bit. Logits need not be: kernels of an opened model lie the other way round, and so may its products add."""
+    """Return whether two models have bit-identical weights.
+
+    Their logits may still differ in the last bits, because the kernels of an opened model are transposed in memory.
+    """
     first, second = one.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def lively_model(config: GPTConfig) -> GPTModel:
-    """All weights random, biases too: fresh weights give nearly equal logits, in which many mistakes would not show."""
+    """Return a model with large random weights and biases.
+
+    Freshly initialised weights give nearly equal logits, which would hide many mistakes.
+    """
     torch.manual_seed(1)
     model = GPTModel(config)
     with torch.no_grad():
@@ -97,6 +103,6 @@ def alice() -> str:
 
 @pytest.fixture
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The test runs in its own empty directory."""
+    """Run the test in its own empty directory."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path

@@ -177,5 +177,5 @@ class ScriptedModel(nn.Module):
         self.vocab_size = vocab_size
 
     def forward(self, ids: Tensor) -> Tensor:
-        said = self.scripts[:, ids.shape[1] - self.prompt_length]
-        return F.one_hot(said, self.vocab_size).float()[:, None].expand(-1, ids.shape[1], -1)
+        predicted = self.scripts[:, ids.shape[1] - self.prompt_length]
+        return F.one_hot(predicted, self.vocab_size).float()[:, None].expand(-1, ids.shape[1], -1)

@@ -9,6 +9,7 @@ import pytest
 from MyGPT.cli import main
 from places import ROOT
 
+SLOW = ("gpt2_124m", "gpt2_small")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # These options replace what makes a recipe slow. The test uses all other options of the recipe unchanged.
 SMALL = "--data alice --max_steps 2 --batch_size 2 --micro_batch_size 1 --context_length 16 --warmup_steps 1 --eval_windows 2"
@@ -20,7 +21,10 @@ def test_configs_contains_the_recipes() -> None:
     assert {c.stem for c in CONFIGS} >= set(names.split())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else (), id=path.stem) for path in CONFIGS],
+)
 def test_a_recipe_trains(config: Path, tmp_path: Path) -> None:
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), *SMALL.split()]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -828,23 +828,28 @@ def test_a_repository_is_downloaded_once_with_its_shards_and_template(
     assert len(hub.requests) == n_requests
 
 
+@pytest.mark.parametrize("completed", ["by the next call", "by hand"])
 def test_an_interrupted_download_is_not_taken_for_a_complete_one(
-    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    completed: str, hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights arrived, but the template did not."""
+    """The config and the weights arrive, but the template does not."""
     files = {**CONTENT_OF, "model.safetensors": b"weights", "template.json": b"{}"}
     complete, broken = hub_repository(files), status(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
     hub.default = lambda handler: (broken if handler.path.endswith("template.json") else complete)(handler)
+    directory = tmp_path / "gpt2"
     for is_offline in (False, True):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
         with pytest.raises(OSError, match="cannot download user/model"):
-            download_from_hub("user/model", tmp_path / "gpt2")
-        (tmp_path / "gpt2/config.json").write_bytes(files["config.json"])  # files arrive in any order
-        (tmp_path / "gpt2/model.safetensors").write_bytes(files["model.safetensors"])
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub.default = complete
-    download_from_hub("user/model", tmp_path / "gpt2")
-    assert (tmp_path / "gpt2/template.json").read_bytes() == b"{}"
+            download_from_hub("user/model", directory)
+        for name in files.keys() - {"template.json", "a/b.json"}:  # they arrive in any order
+            (directory / name).write_bytes(files[name])
+    if completed == "by hand":  # still offline
+        (directory / "template.json").write_bytes(b"{}")
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        hub.default = complete
+    assert download_from_hub("user/model", directory) == directory
+    assert (directory / "template.json").read_bytes() == b"{}"
 
 
 def test_a_copy_made_by_hand_needs_neither_network_nor_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -856,7 +861,7 @@ def test_a_copy_made_by_hand_needs_neither_network_nor_library(tmp_path: Path, m
 
 def test_a_repository_without_a_model_is_refused(hub: Server, tmp_path: Path) -> None:
     hub.default = hub_repository({"config.json": b"{}", "README.md": b""})
-    with pytest.raises(OSError, match=r"\(it has neither config.json with model.safetensors or pytorch_model.bin"):
+    with pytest.raises(OSError, match=r"\(it does not contain config.json and model.safetensors or pytorch_model.bin"):
         download_from_hub("user/model", tmp_path / "gpt2")
 
 

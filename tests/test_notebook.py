@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and are stored as they ran."""
+"""The notebooks run from the first cell to the last, and are stored with their outputs."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def test_every_exercise_has_a_solution_that_is_folded() -> None:
 
 @pytest.mark.slow
 def test_the_notebooks_run_afresh(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, since the second looks at the model that the first has trained."""
-    (in_tmp_path / "tests").symlink_to(ROOT / "tests")  # where the first finds a checkpoint
-    monkeypatch.setenv("MYGPT_GPT2_URL", "http://127.0.0.1:9/")  # no network: nothing listens there
+    """The notebooks run one after the other, because the second one reads the model that the first one trains."""
+    (in_tmp_path / "tests").symlink_to(ROOT / "tests")  # the first notebook opens a checkpoint in tests/
+    monkeypatch.setenv("MYGPT_GPT2_URL", "http://127.0.0.1:9/")  # nothing listens there, so a download fails at once
     for path in (TOUR, SOLUTIONS):
         notebook = read(path)
         stored = printed(notebook), pictures(notebook)
@@ -73,10 +73,10 @@ def test_the_notebooks_run_afresh(in_tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert pictures(notebook) == stored[1]
         if path == TOUR:
             said = printed(notebook)
-            assert said.count("True") == stored[0].count("True") == 4  # by hand equals the library's
+            assert said.count("True") == stored[0].count("True") == 4  # results by hand equal the library's
             assert "False" not in said
             before, after = (float(word) for word in said.split("validation loss ")[1].split()[:3:2])
-            # Fresh weights pay about what knowing nothing costs; what was learned is far from chance.
+            # Untrained weights have about the loss of a uniform guess; trained ones are far better.
             assert before == pytest.approx(math.log(767), abs=0.3)
             assert after < 4.6
             assert "after:  'A very small GPT.'" in said

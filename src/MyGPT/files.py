@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,12 +31,8 @@ _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exc
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file for writing, and rename it to `path` when the `with` block succeeds.
 
-    If the block raises, the old `path` is unchanged and the temporary file is removed. An existing file keeps its
-    permissions, and a symbolic link keeps its target.
-
-    Args:
-        path: the file to create or to replace
-        mode: "w" for UTF-8 text with `\\n` line ends, "wb" for bytes
+    `mode` is "w" for UTF-8 text with `\\n` line ends, or "wb" for bytes. If the block raises, the old `path` is
+    unchanged and the temporary file is removed. An existing file keeps its permissions, and a symbolic link its target.
     """
     path = _real(path)
     is_new = not path.exists()
@@ -44,12 +41,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     temporary = _temporary(path)
     text_options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(
-            temporary,
-            mode.replace("w", "x"),
-            opener=lambda name, flags: os.open(name, flags, permissions),
-            **text_options,
-        ) as file:
+        opener = partial(os.open, mode=permissions)
+        with open(temporary, mode.replace("w", "x"), opener=opener, **text_options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,12 +63,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     existing directory keeps its permissions, and a symbolic link keeps its target. Between two renames `path` is missing
     for an instant; `restore_directory` repairs the directory if the process is killed at that instant.
 
-    Args:
-        path: the directory to create or to replace
-        replaces: patterns such as "*.safetensors"; old files whose names match are not copied
-
-    Raises:
-        ValueError: `path` contains the current directory.
+    `replaces` are patterns such as "*.safetensors": old files whose names match are not copied. A `path` that contains
+    the current directory raises ValueError.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
@@ -92,7 +81,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(file_permissions)  # safetensors creates files that only their owner can read.
-                _sync_file(file)
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
         _sync_directory(temporary)
         if path.exists():
             _copy_missing(path, temporary, replaces)
@@ -110,24 +100,17 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
 def restore_directory(path: str | os.PathLike[str]) -> None:
     """Repair `path` after a process was killed while `atomic_directory` replaced it."""
     path = _real(path)
-    aside = _aside(path)
-    if not aside.exists():
-        return
     if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # The new directory is complete; only the old one was not yet removed.
-    else:
-        os.rename(aside, path)
+        shutil.rmtree(_aside(path), ignore_errors=True)  # An old directory that was replaced but not yet removed.
+    elif _aside(path).exists():
+        os.rename(_aside(path), path)
 
 
 def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
     """Remove the temporary files that killed calls of `atomic_write` and `atomic_directory` left in a directory.
 
-    A directory that was killed between its two renames is restored. No other process may write to `directory` during
-    the call.
-
-    Args:
-        directory: the directory to clean
-        patterns: patterns for the final names, such as "step-*"; other temporary files stay
+    Only temporary files whose final name matches a pattern, such as "step-*", are removed. A directory whose
+    replacement was interrupted is restored. No other process may write to `directory` during the call.
     """
     for entry in Path(directory).iterdir():
         name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
@@ -140,17 +123,13 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file in hexadecimal. The file is read in blocks, so memory use is bounded."""
+    """Return the SHA-256 of a file in hexadecimal, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a UTF-8 file, with `\\n` line ends.
-
-    Raises:
-        ValueError: the file has more than `max_bytes` bytes (it is then not read), is not UTF-8, or contains NUL.
-    """
+    """Return the text of a UTF-8 file of up to `max_bytes`, with `\\n` line ends. Other files raise ValueError."""
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
@@ -164,11 +143,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        ValueError: the file is a pipe, longer than MAX_JSON_BYTES, not UTF-8, not JSON, or nested too deeply.
-    """
+    """Return the value in a JSON file. A pipe, a damaged, too large or too deeply nested file raises ValueError."""
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
@@ -177,13 +152,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:
     """Return the value of a JSON text.
 
-    Args:
-        text: the content of a file, or of one line
-        path: the file's name for error messages
-        line: the line's number for error messages; None if `text` is the whole file
-
-    Raises:
-        ValueError: the text is not JSON, or is nested more than 100 levels deep.
+    Text that is not JSON, or is nested more than 100 levels deep, raises ValueError. The message contains `path` and,
+    if `text` is one line of the file, its number `line`.
     """
     try:
         value = json.loads(text)
@@ -198,13 +168,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text contains NUL, which most binary files contain and almost no text file does.
-
-    Args:
-        text: the content of a file, or a part of it
-        path: the file's name for the error message
-        offset: the number of characters before `text` in the file
-    """
+    """Raise ValueError if a text has NUL, as most binary files do. `text` starts at `offset` in the file `path`."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
@@ -214,12 +178,8 @@ def _is_deep(value: Any) -> bool:
     """Return True if lists and dicts are nested more than _MAX_NESTING levels deep."""
     level = [value]
     for _ in range(_MAX_NESTING):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [item for outer in containers for item in (outer.values() if isinstance(outer, dict) else outer)]
         if not level:
             return False
     return True
@@ -231,7 +191,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _aside(path: Path) -> Path:
-    """Return the name that the old directory has while `atomic_directory` replaces `path`."""
+    """Return the temporary name of the old directory while `atomic_directory` replaces `path`."""
     return path.parent / f".{path.name}.previous"
 
 
@@ -248,14 +208,7 @@ def _copy_missing(old: Path, new: Path, replaces: Sequence[str]) -> None:
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path with all symbolic links resolved."""
     return Path(os.path.realpath(path))
-
-
-def _sync_file(path: Path) -> None:
-    """Flush a file's content to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -69,7 +69,7 @@ class ModelFiles:
         return open_checkpoint(self.path)
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer saved with the model; without one, GPT-2's if the model has as large a vocabulary."""
+        """Return the tokenizer saved with the model, or GPT-2's if there is none and the vocabulary size fits."""
         directory = self._directory()
         has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
         return get_tokenizer("gpt2" if not has_tokenizer and vocab_size in _GPT2_VOCABULARY_SIZES else directory)
@@ -93,16 +93,14 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
     Raises FileNotFoundError if the model that an adapter was trained on is not where the adapter's config says.
     """
     if adapter is not None:
-        directory = _download_repository(adapter)
-        return ModelFiles(find_model(name_or_path), find_adapter(directory) or directory)
-    path = _download_repository(name_or_path)
-    found = adapter_without_model(path)
+        return ModelFiles(find_model(name_or_path), find_adapter(adapter) or Path(adapter))
+    found = adapter_without_model(name_or_path)
     if found is None:
-        return ModelFiles(find_model(path))
+        return ModelFiles(find_model(name_or_path))
     base = base_of_adapter(found)
     if Path(base).is_absolute() and not Path(base).exists():
         raise FileNotFoundError(
-            f"{found} was trained on {base}, which does not exist: give the model's new place with --model MODEL "
+            f"{found} was trained on {base}, which does not exist: name the model's present path with --model MODEL "
             f"--adapter {found}"
         )
     return ModelFiles(find_model(base), found)
@@ -117,8 +115,3 @@ def find_adapter(path: str | os.PathLike[str]) -> Path | None:
 def adapter_without_model(path: str | os.PathLike[str]) -> Path | None:
     """Return the directory of the LoRA adapter at a path that has no complete model; otherwise None."""
     return find_adapter(path) if find_format(Path(path)) is None else None
-
-
-def _download_repository(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the local directory of a Hugging Face repository written as hf://user/model, and any other path unchanged."""
-    return find_model(name_or_path) if str(name_or_path).startswith("hf://") else Path(name_or_path)

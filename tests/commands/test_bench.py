@@ -1,4 +1,4 @@
-"""mygpt bench, and generate and chat with the fast model."""
+"""`mygpt bench`, and `mygpt generate` and `mygpt chat` with an accelerated model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_bench_prints_a_row_for_each_program(talker: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bench, "read_bandwidth", lambda: 20e9)
     assert main(["bench", "--model", str(talker), "--n_tokens", "2", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "memory reads 20.0 GB/s" in out
+    assert "memory bandwidth 20.0 GB/s" in out
     for name in (*bench.MYGPT, "transformers fp32"):
         assert re.search(rf"^{name} +[0-9.]+ \([0-9.]+ to [0-9.]+\) +[0-9]+% +[0-9.]+ ", out, re.M), name
 
@@ -111,7 +111,7 @@ def test_bench_refuses_what_it_cannot_measure(options: list[str], message: str, 
 
 def test_bench_refuses_more_than_the_context(talker: Path, capsys: Any) -> None:
     assert main(["bench", "--model", str(talker), "--n_tokens", "60"]) == 2
-    assert "must fit the model's context of 64" in capsys.readouterr().err
+    assert "prompt + n_tokens must be below the model's context of 64, got 76" in capsys.readouterr().err
 
 
 def test_the_bandwidth_is_one_that_a_machine_can_have() -> None:

@@ -1,4 +1,4 @@
-"""mygpt doctor: what it finds, what it advises, and how it reckons."""
+"""`mygpt doctor`: its findings, remedies and estimates."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def test_the_page_is_printed_whatever_is_missing(
     (tmp_path / "elsewhere.yaml").write_text(RECIPE.replace("alice", "data/texts"))
     assert main(["doctor", "--recipes", str(tmp_path)]) == 0
     captured = capsys.readouterr()
-    report, advice = captured.out.split("To mend:")
+    report, advice = captured.out.split("To do:")
     assert not captured.err and captured.out.count("\n") < 50
     for expected in (
         "torch.compile   does not work: No working C++ compiler found\n",
         "vocabulary      GPT-2's 50,257 tokens",
         "GPT-2's weights none in ",
         "emb_dim must be divisible by n_heads, got 9 and 2",
-        "more than the",
+        "GB are free",
         "(3 steps of ",
     ):
         assert expected in report, expected
     for expected in (
         "peft: pip install 'mygpt[finetune]'",
-        "torch.compile: it needs a C++ compiler",
+        "torch.compile: install a C++ compiler",
         "mygpt download gpt2",
-        "huge: a smaller micro_batch_size",
-        "elsewhere: its data data/texts is not here",
+        "huge: use a smaller micro_batch_size",
+        "elsewhere: the data data/texts does not exist",
     ):
         assert expected in advice, expected
 
@@ -71,12 +71,12 @@ def test_a_download_that_was_begun_is_to_be_finished(tmp_path: Path, monkeypatch
     (tmp_path / "models/355M").mkdir(parents=True)
     (tmp_path / "models/355M/checkpoint").touch()
     finding = doctor.find_weights()
-    assert "unfinished: 355M" in finding.text and finding.fix == "mygpt download 355M"
+    assert "incomplete: 355M" in finding.text and finding.fix == "mygpt download 355M"
 
 
 def test_too_few_and_too_many_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, advice in ((1, "set OMP_NUM_THREADS=4 or more"), (16, "set OMP_NUM_THREADS=8"), (4, None), (8, None)):
-        monkeypatch.setattr(doctor, "_n_processors", lambda: 8)
+        monkeypatch.setattr(doctor, "_n_cpus", lambda: 8)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         fix = doctor.find_threads(torch.device("cpu")).fix
         assert fix is None if advice is None else advice in str(fix)
@@ -89,7 +89,7 @@ def test_a_directory_without_recipes_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("speed", [1e15, 1.0])
 def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With steps that take a second for a million operations, however large the part that was tried."""
+    """Each step takes a second per million operations, whatever part of the model is measured."""
     tried = []
 
     def seconds(step: Any, *_: Any) -> float:

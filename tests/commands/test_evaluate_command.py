@@ -1,4 +1,4 @@
-"""mygpt evaluate: the table that it prints, and one line for what cannot be measured."""
+"""`mygpt evaluate`: the printed table, and one line for each error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = {"context_length": 16, "emb_dim": 12, "n_heads": 3, "n_layers": 2}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model of each tokenizer and book.txt; shared, so never written to."""
+    """A directory with book.txt and one model per tokenizer. Tests share the directory and must not write to it."""
     directory = tmp_path_factory.mktemp("models")
     tokenizers = {
         "bpe": BPETokenizer.train(TEXT, 290, progress=False),
@@ -51,7 +51,7 @@ def number(pattern: str, printed: str) -> float:
 
 @pytest.mark.parametrize("stride", [None, 5])
 def test_it_prints_what_transformers_loss_amounts_to(stride: int | None, models: Path, capsys: Any) -> None:
-    """The text fits into one window of transformers', whose loss is the mean over all but the first token."""
+    """The text fits into one window, and the loss of transformers is the mean over all tokens except the first."""
     from transformers import AutoModelForCausalLM
 
     (name := models / "short.txt").write_text("It was hot.\n")
@@ -61,12 +61,12 @@ def test_it_prints_what_transformers_loss_amounts_to(stride: int | None, models:
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(models / "chars")(ids, labels=ids).loss.item()
     # Printed with six digits behind the point, of numbers of about 3 in float32: 1e-5 is ten times both.
-    assert number("loss +# nats a token", printed) == pytest.approx(loss, abs=1e-5)
-    assert number("# by token", printed) == pytest.approx(math.exp(loss), rel=1e-4)
-    assert number("# by word", printed) == pytest.approx(math.exp(loss * 11 / 3), rel=1e-4)
+    assert number("loss +# nats per token", printed) == pytest.approx(loss, abs=1e-5)
+    assert number("# per token", printed) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert number("# per word", printed) == pytest.approx(math.exp(loss * 11 / 3), rel=1e-4)
     assert number("bits per byte +#", printed) == pytest.approx(loss * 11 / 12 / math.log(2), abs=1e-5)
     assert "counted          11 tokens, 3 words, 12 bytes\n" in printed
-    expected = f"windows of 16 tokens, stride {stride or 16}; first token not counted; text as it is\n"
+    expected = f"windows of 16 tokens, stride {stride or 16}; first token not counted; text unchanged\n"
     assert f"protocol         {expected}" in printed
 
 
@@ -75,8 +75,8 @@ def test_a_protocol_changes_the_text_and_is_told(models: Path, capsys: Any) -> N
     plain = table(["--model", str(models / "bpe"), "--data", book], capsys)
     by_ptb = table(["--model", str(models / "bpe"), "--data", book, "--protocol", "ptb"], capsys)
     assert plain.splitlines()[1] != by_ptb.splitlines()[1]
-    assert "first token after <|endoftext|>; text as it is" in plain
-    assert "de-tokenized, 0 words of the corpus cannot be told from the text" in by_ptb
+    assert "first token after <|endoftext|>; text unchanged" in plain
+    assert "de-tokenized; 0 words of the corpus have no unique spelling" in by_ptb
     n_words = len(TEXT.split())
     assert f"{n_words} words, {len(TEXT)} bytes" in plain
     assert f"{n_words + 5} words, {len(TEXT)} bytes" in by_ptb
@@ -94,7 +94,7 @@ def test_last_words_have_a_table_of_their_own(models: Path, tmp_path: Path, caps
     arguments = ["--model", str(models / "bpe"), "--data", str(tmp_path / "lambada.jsonl"), "--protocol", "lambada"]
     printed = table(arguments, capsys)
     assert 0 <= number("accuracy +# of last words", printed) <= number("# of last tokens", printed) <= 1
-    assert number("# by last word", printed) > 1
+    assert number("# per last word", printed) > 1
     assert "counted          3 passages" in printed
 
 
@@ -119,14 +119,14 @@ def test_published_figures_stand_beside_a_model_of_that_shape(
 
 def test_a_tokenizer_that_loses_text_is_told(models: Path, capsys: Any) -> None:
     printed = table(["--model", str(models / "words"), "--data", str(models / "book.txt")], capsys)
-    assert "beware           the tokenizer loses part of the text" in printed
+    assert "warning          the tokenizer loses part of the text" in printed
 
 
 def test_the_example_of_the_help_works(models: Path, in_tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as done:
         main(["evaluate", "--help"])
     assert done.value.code == 0
-    match = re.search(r"Example: mygpt (evaluate .*? --stride \d+)", " ".join(capsys.readouterr().out.split()))
+    match = re.search(r"Examples: mygpt (evaluate .*? --stride \d+)", " ".join(capsys.readouterr().out.split()))
     assert match
     (in_tmp_path / "runs").mkdir()
     (in_tmp_path / "runs/book").symlink_to(models / "bpe")
@@ -146,7 +146,10 @@ def test_the_example_of_the_help_works(models: Path, in_tmp_path: Path, capsys: 
         ),
         (["--data", "book.txt", "--stride", "17"], "stride must be a whole number from 1 to 16"),
         (["--data", "book.txt", "--batch_size", "0"], "batch_size must be a whole number of at least 1, got 0"),
-        (["--data", "book.txt", "--protocol", "lambada", "--stride", "4"], "has no stride, got 4"),
+        (
+            ["--data", "book.txt", "--protocol", "lambada", "--stride", "4"],
+            "stride cannot be used with protocol lambada, which predicts one word per passage, got 4",
+        ),
         (["--data", "other.txt"], "character '7' at position 3 is not in the vocabulary"),
         (["--data", "empty.txt"], "there is no text to measure"),
         (["--data", "letter.txt"], "a text needs at least 2 tokens, or 1 after a bos_id, got 1"),

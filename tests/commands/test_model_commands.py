@@ -64,7 +64,7 @@ def test_chat_forgets_on_request_and_ends(talker: Path, monkeypatch: pytest.Monk
     answer = continuation(talker, "User: hello\nAssistant:", 12)
     captured = capsys.readouterr()
     assert captured.out == f"{answer}\n{answer}\n"
-    assert captured.err.count("/reset forgets") == 2
+    assert captured.err.count("/reset clears") == 2
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
@@ -73,8 +73,8 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
     say(monkeypatch, "hello", "the cat sat by the fire, is it? " * 2, "x" * 200)
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     error = capsys.readouterr().err
-    assert "the oldest 1 of the turns" in error
-    assert "tokens long, beside an answer the model has room for 52" in error
+    assert "the context is full: dropped the oldest 1 of 1 turns" in error
+    assert "tokens, but the context leaves room for 52; shorten the question" in error
 
 
 def test_a_conversation_keeps_as_many_turns_as_fit(talker: Path) -> None:
@@ -140,8 +140,8 @@ def test_info_names_the_format_of_a_checkpoint(talker: Path, tmp_path: Path, cap
     torch.save(BookGPT(67, 16, 64, 4, 2, qkv_bias=False).state_dict(), tmp_path / "model.pth")
     for path, expected in (
         (OPENAI, ["OpenAI's TensorFlow checkpoint", "28 of float32", "2, 3, 24", "27,336"]),
-        (talker, ["a model directory in Hugging Face's layout", "2, 3, 24", "complete               yes"]),
-        (tmp_path / "ckpt.pt", ["nanoGPT's checkpoint", "2, 3, 24", "complete               yes"]),
+        (talker, ["a model directory in Hugging Face's layout", "2, 3, 24", "complete                     yes"]),
+        (tmp_path / "ckpt.pt", ["nanoGPT's checkpoint", "2, 3, 24", "complete                     yes"]),
         (tmp_path / "model.pth", ["a state dict in the book's layout", "64 wide", "2, 1, 64"]),
     ):
         assert main(["info", str(path)]) == 0

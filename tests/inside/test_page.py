@@ -120,7 +120,7 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert page == explain_page(model, TOKENIZER, torch.tensor([TOKENIZER.encode("The Cat")]), "model")
     for arguments, words in [
-        (["The Cat", "--out", str(tmp_path / "b.png")], "a page is written as .html"),
+        (["The Cat", "--out", str(tmp_path / "b.png")], "out must end in .html"),
         (["The é", "--out", str(tmp_path / "b.html")], "'é'"),
         (["a" * 129, "--out", str(tmp_path / "b.html")], "129 tokens, a page can hold 128"),
         (["a" * 161, "--out", str(tmp_path / "b.html")], "161 tokens, the model's context is 160"),

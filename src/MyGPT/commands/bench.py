@@ -1,4 +1,7 @@
-"""mygpt bench. benchmarks/decode.py measures with the same functions, in a process for each program, beside more peers."""
+"""`mygpt bench`: the speed of generation on this machine.
+
+`benchmarks/decode.py` uses the same functions to compare more programs, each in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Run = Callable[["Tensor", int], object]
-"""Continues prompts (B, T) by n tokens, greedily."""
+"""A function that continues prompts (B, T) by n tokens with greedy decoding."""
 
 
 def bench(
@@ -25,18 +28,21 @@ def bench(
     rounds: int = 3,
     threads: int = 0,
 ) -> None:
-    """Measure how fast this machine generates, beside transformers if it is installed.
+    """Measure how fast this machine generates text, and compare with transformers if it is installed.
 
-    The programs run in turn. A token's time is that of a long continuation less that of one token; the limit is that of
-    reading all weights once at the speed at which torch sums a long tensor. Example: mygpt bench --size 124M
+    The time per token is the time of a long continuation minus that of a single token. The limit is the speed at which the
+    memory could deliver all weights for every token, measured by summing a long tensor.
+
+    Example:
+        mygpt bench --size 124M
 
     Args:
-        model: a model to measure; without one, random weights
-        size: of the random weights: 124M, 355M, 774M or 1558M
-        n_tokens: how many tokens a measurement generates
-        prompt: how many tokens stand before them
-        rounds: how often each is measured; the table shows medians
-        threads: processor threads; 0 leaves torch's choice
+        model: The name or path of a model; without it, random weights of the given size.
+        size: Size of the random weights: 124M, 355M, 774M or 1558M.
+        n_tokens: Number of tokens to generate per measurement.
+        prompt: Number of tokens in the prompt.
+        rounds: Number of measurements of each program; the table shows medians.
+        threads: Number of CPU threads; 0 keeps torch's default.
     """
     import torch
 
@@ -56,7 +62,10 @@ def bench(
             GPTModel(GPT2_CONFIGS[size]).save_pretrained(directory)
         gpt = GPTModel.from_pretrained(directory if model is None else find_model(model))
         if prompt + n_tokens + 1 > gpt.config.context_length:
-            raise ValueError(f"prompt and n_tokens must fit the model's context of {gpt.config.context_length}")
+            context = gpt.config.context_length
+            raise ValueError(
+                f"prompt + n_tokens must be below the model's context of {context}, got {prompt + n_tokens}"
+            )
         peer = directory if model is None else model
         has_peer = Path(peer, "config.json").is_file() and importlib.util.find_spec("transformers") is not None
         programs = {name: open_mygpt(gpt, kind) for name, kind in MYGPT.items()}
@@ -66,35 +75,44 @@ def bench(
     ids = torch.randint(0, gpt.config.vocab_size, (8, prompt), generator=generator)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     speeds = []
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first round warms up
         speeds.append(read_bandwidth())
         for name, run in programs.items():
-            times = (seconds_a_token(run, ids[:1], n_tokens), seconds_a_token(run, ids, n_tokens))
+            times = (seconds_per_token(run, ids[:1], n_tokens), seconds_per_token(run, ids, n_tokens))
             if turn:
                 found[name].append(times)
     print_table(found, statistics.median(speeds[1:]), gpt)
 
 
 MYGPT = {
-    "the model as it stands": "plain",
+    "GPTModel": "plain",
     "fp32, no compiler": "eager",
     "fp32": "fp32",
     "bf16": "bf16",
     "int8": "int8",
 }
-"""What the table calls each way of running MyGPT, and what `open_mygpt` calls it."""
+"""The rows of the table, and the kind that `open_mygpt` opens for each."""
 
 
 def print_table(found: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:
+    """Print each program's tokens per second for one and for eight sequences.
+
+    Args:
+        found: for each program the seconds per token of one and of eight sequences, in every round
+        bandwidth: bytes per second that the memory delivers
+        gpt: the model
+    """
     import torch
 
     n_bytes = {"int8": 1, "bf16": 2}
-    # The token embedding is a table of which one row is read, unless the head shares it and reads it all.
+    # A token reads one row of the token embedding; an output head that shares the embedding reads all rows.
     n_read = gpt.num_parameters(exclude_embeddings=True)
     n_read += gpt.transformer.wte.weight.numel() if gpt.config.tie_weights else 0
     print(f"{gpt.num_parameters():,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"memory reads {bandwidth / 1e9:.1f} GB/s; medians, lowest and highest of {len(next(iter(found.values())))}")
-    print(f"{'':<24} {'one sequence, tokens/s':>26} {'of the limit':>14} {'eight, tokens/s':>20}")
+    print(
+        f"memory bandwidth {bandwidth / 1e9:.1f} GB/s; median (lowest to highest) of {len(next(iter(found.values())))} rounds"
+    )
+    print(f"{'':<24} {'1 sequence, tokens/s':>26} {'of the limit':>14} {'8 sequences, tokens/s':>24}")
     for name, times in found.items():
         one, eight = ([B / row[i] for row in times] for i, B in ((0, 1), (1, 8)))
         limit = bandwidth / (n_read * n_bytes.get(name, 4))
@@ -105,7 +123,12 @@ def print_table(found: dict[str, list[tuple[float, float]]], bandwidth: float, g
 
 
 def open_mygpt(gpt: Any, kind: str) -> Run:
-    """kind: "plain" (the model itself), "eager" (float32 without a compiler), or a precision."""
+    """Return a function that generates with MyGPT.
+
+    Args:
+        gpt: the model
+        kind: "plain" (the model itself), "eager" (accelerated in float32 without a compiler), or a precision
+    """
     from MyGPT.acceleration.step import accelerate
     from MyGPT.generation import generate
 
@@ -116,7 +139,7 @@ def open_mygpt(gpt: Any, kind: str) -> Run:
 
 
 def open_transformers(directory: str, dtype: str) -> Run:
-    """transformers' own generate, without an end of text."""
+    """Return a function that generates with transformers and does not stop at an end of text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,8 +152,8 @@ def open_transformers(directory: str, dtype: str) -> Run:
     )
 
 
-def seconds_a_token(run: Run, ids: Tensor, n: int) -> float:
-    """Of the n tokens after the first, in which the prompt is."""
+def seconds_per_token(run: Run, ids: Tensor, n: int) -> float:
+    """Return the seconds per token for n tokens. Subtracting a run for one token removes the time of the prompt."""
     start = time.perf_counter()
     run(ids, 1)
     middle = time.perf_counter()
@@ -139,7 +162,7 @@ def seconds_a_token(run: Run, ids: Tensor, n: int) -> float:
 
 
 def read_bandwidth(n_bytes: int = 2**28) -> float:
-    """Bytes a second at which all threads together read a tensor that no cache holds: the best of five sums."""
+    """Return the bytes per second at which all threads read a tensor larger than the caches: the best of five sums."""
     import torch
 
     numbers = torch.ones(n_bytes // 4)

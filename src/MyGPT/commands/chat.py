@@ -1,4 +1,4 @@
-"""mygpt chat"""
+"""`mygpt chat`: a conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from MyGPT.tokenizers import Tokenizer
 
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
+COMMON = (
+    *("model", "adapter", "template", "system", "memory", "max_new_tokens", "temperature", "top_k", "top_p"),
+    *("device", "precision", "seed"),
+)
+HELP = "/reset clears the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 TRANSCRIPT = Template(
     without_input="User: {instruction}\nAssistant:",
     with_input="User: {instruction}\n{input}\nAssistant:",
@@ -23,12 +27,12 @@ TRANSCRIPT = Template(
     turn_end="\n",
     asks="messages",
 )
-"""For a model that was not tuned: it continues a conversation as it would a story."""
+"""The template for a model that was not fine-tuned, which continues the transcript of a conversation."""
 
 
 @dataclass
 class Conversation:
-    """What was said, and how it is put to the model. Without `remembers` each question stands alone."""
+    """The turns of a conversation, and their prompt format. Without `remembers`, each prompt has only the last question."""
 
     template: Template = TRANSCRIPT
     remembers: bool = True
@@ -36,12 +40,12 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def stops(self) -> list[str]:
-        """Texts at which an answer is over, since the model has begun to speak for the user."""
+        """Return the texts that end an answer: the start of the user's next turn."""
         before = self.template.user.partition("{content}")[0].strip()
         return [f"\n{before}"] if before else []
 
     def record(self, question: str) -> dict[str, Any]:
-        """What the template makes the prompt of, of the kind that the model was tuned on."""
+        """Return the question as a record of the kind that the model was trained on."""
         if not self.remembers and self.template.asks == "prompt":
             return {"prompt": f"{self.system}\n\n{question}" if self.system else question}
         if not self.remembers and self.template.asks == "instruction":
@@ -52,17 +56,23 @@ class Conversation:
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
-        """The prompt's ids, at most `room`: the oldest turns are forgotten until it fits. A question too long is a ValueError."""
+        """Return the token ids of the prompt; drop the oldest turns until at most `room` ids are left.
+
+        Raises:
+            ValueError: the question alone has more than `room` ids.
+        """
         from MyGPT.data.instructions import encode_prompt
 
-        # What a template lets every answer begin with need not be left to the model.
+        # The model need not generate the text with which the template starts every answer.
         begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         while True:
             ids = encode_prompt(self.record(question), tokenizer, self.template) + tokenizer.encode(begun)
             if len(ids) <= room:
                 return ids
             if not self.turns or not self.remembers:
-                raise ValueError(f"that is {len(ids)} tokens long, beside an answer the model has room for {room}")
+                raise ValueError(
+                    f"the question has {len(ids)} tokens, but the context leaves room for {room}; shorten the question"
+                )
             del self.turns[0]
 
 
@@ -79,22 +89,27 @@ def chat(
     precision: Precision = "auto",
     lookup: bool = False,
 ) -> None:
-    """Talk with a model, answers appearing as they are made.
+    """Chat with a model in the terminal.
 
-    A tuned model is asked by the template that was saved with it, in the form of the records it was tuned on. One that was
-    not tuned, such as gpt2, continues the transcript of a conversation as it would a story. Example: mygpt chat --model gpt2
+    A fine-tuned model receives each question in the prompt format that it was trained on. Other models, such as gpt2, continue
+    the transcript of a conversation.
+
+    Examples:
+        mygpt chat --model runs/tuned
+        mygpt chat --model gpt2 --temperature 0.9
 
     Args:
-        model: a released model (gpt2), a run's directory, a model's, or a checkpoint file
-        adapter: an adapter's directory, or a run of mygpt finetune
-        template: alpaca, book or a JSON file; default the model's own, or a plain transcript
-        memory: show the model what was said before; default if it was tuned on conversations, or not at all
-        system: a text before the conversation; of a model tuned on instructions, the input of each
-        max_new_tokens: most tokens of an answer; default 200, or half the model's context if that is less
-        seed: makes the conversation repeatable
-        device: auto, cpu, cuda or mps
-        precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
-        lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        template: Prompt template: alpaca, book or a JSON file. Without it, the model's own template or a plain transcript.
+        memory: Show the model the earlier questions and answers. Without it, on for models trained on conversations and for
+            models that were not fine-tuned.
+        system: A text at the start of the conversation. A model trained on instructions receives it as the input.
+        max_new_tokens: Maximum length of an answer in tokens. Without it, 200 or half the model's context.
+        seed: Seed that makes the conversation repeatable.
+        device: Where to compute: auto, cpu, cuda or mps.
+        precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
+        lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
     from MyGPT.commands._model import make_fast, start_build
     from MyGPT.data.templates import load_template
@@ -106,7 +121,7 @@ def chat(
     gpt, tokenizer = open_model(model, device, adapter)
     context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
-    del gpt  # on a processor the fast one has weights of its own
+    del gpt  # on a CPU, `fast` has its own copy of the weights
     own = load_template(template) if template else find_model_files(model, adapter).template()
     asked_by = own or TRANSCRIPT
     conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
@@ -121,20 +136,20 @@ def chat(
         if question == "/reset":
             conversation.turns.clear()
         if question in ("/reset", "/help", ""):
-            print({"/reset": "forgotten", "/help": HELP}.get(question, ""), file=sys.stderr)
+            print({"/reset": "conversation cleared", "/help": HELP}.get(question, ""), file=sys.stderr)
             continue
         answer, n_turns = "", len(conversation.turns)
         try:
             ids = conversation.ids(question, tokenizer, room)
             n_forgotten = n_turns - len(conversation.turns)
             if n_forgotten:
-                print(f"(no longer in the model's sight: the oldest {n_forgotten} of the turns)", file=sys.stderr)
+                print(f"(the context is full: dropped the oldest {n_forgotten} of {n_turns} turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
             for text in stream_text(fast, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):
                 answer += text
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
-            pass  # what there is of the answer stays
+            pass  # keep the part of the answer that was printed
         except ValueError as error:
             print(error, file=sys.stderr)
             continue
@@ -143,7 +158,7 @@ def chat(
 
 
 def ask() -> str | None:
-    """The user's next line, None at its end; without a terminal no prompt is shown."""
+    """Return the user's next line, or None at the end of the input. The prompt "> " is shown only in a terminal."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -1,4 +1,4 @@
-"""mygpt doctor"""
+"""`mygpt doctor`: what works on this machine, how fast it is, and how long each recipe takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from MyGPT.commands._recipe import read_plan
+from MyGPT.commands.info import step_memory
 from MyGPT.config import GPT2_CONFIGS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from MyGPT.config import GPTConfig
     from MyGPT.training.config import TrainConfig
 
-# The package that is imported, what it is for, and the extra that installs it.
+# Package: what it is for, and the extra that installs it.
 OPTIONAL = {
     "peft": ("mygpt finetune", "finetune"),
     "matplotlib": ("pictures", "plots"),
@@ -35,7 +36,7 @@ OPTIONAL = {
 
 @dataclass
 class Finding:
-    """A line of the report; `fix` says what to do about it, if anything is missing."""
+    """A line of the report. `fix` is the remedy if something is missing."""
 
     label: str
     text: str
@@ -43,14 +44,17 @@ class Finding:
 
 
 def doctor(recipes: str = "configs", device: str = "auto") -> None:
-    """Look at this machine: what is installed, what works, how fast it is, and how long each recipe would take.
+    """Check this machine: what is installed, what works, how fast it is, and how long each recipe takes.
 
-    Prints one page, what is missing with its remedy at the end. It compiles one small function and takes a few training
-    steps, which together last about half a minute. Example: mygpt doctor --recipes configs
+    The report ends with a remedy for everything that is missing. The check takes about half a minute, in which it compiles a
+    small function and runs a few training steps.
+
+    Example:
+        mygpt doctor --recipes configs
 
     Args:
-        recipes: a directory of YAML files, or one file
-        device: auto, cpu, cuda or mps
+        recipes: A YAML file, or a directory of YAML files.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
     from MyGPT.devices import pick_device
 
@@ -60,11 +64,11 @@ def doctor(recipes: str = "configs", device: str = "auto") -> None:
         print(f"{finding.label:<16}{finding.text}", flush=True)
         if finding.fix:
             fixes.append(f"{finding.label.strip()}: {finding.fix}")
-    print("\n" + ("\n".join(["To mend:", *(f"  {fix}" for fix in fixes)]) if fixes else "Nothing is missing."))
+    print("\n".join(["\nTo do:", *(f"  {fix}" for fix in fixes)]) if fixes else "\nNothing is missing.")
 
 
 def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
-    """All findings, as they come."""
+    """Yield the lines of the report; each check runs when its line is due."""
     import torch
 
     from MyGPT.costs import matmul_speed
@@ -85,7 +89,7 @@ def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
 
 
 def find_device(place: torch.device) -> Finding:
-    """The device that commands take by themselves, or the one that was asked for."""
+    """Describe the device."""
     import torch
 
     if place.type == "cuda":
@@ -95,33 +99,32 @@ def find_device(place: torch.device) -> Finding:
         return Finding("device", "mps: Apple's GPU")
     fix = None
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        fix = "there is an NVIDIA driver, but this torch cannot use it: install torch for CUDA (pytorch.org says how)"
+        fix = "torch cannot use the NVIDIA driver of this machine: install torch for CUDA (see pytorch.org)"
     return Finding("device", f"cpu: {torch.backends.cpu.get_cpu_capability()}; no GPU that torch can use", fix)
 
 
 def find_threads(place: torch.device) -> Finding:
-    """How many threads torch takes, and how many processors it may use."""
+    """Compare the number of torch's threads with the number of available CPUs."""
     import torch
 
-    n, available = torch.get_num_threads(), _n_processors()
-    fix = None
-    if place.type == "cpu" and n < available // 2:  # two processors are often one core
+    n, available, fix = torch.get_num_threads(), _n_cpus(), None
+    if place.type == "cpu" and n < available // 2:  # two of the system's CPUs are often one core
         source = "OMP_NUM_THREADS is set; " if "OMP_NUM_THREADS" in os.environ else ""
-        fix = f"{source}only {n} of {available} processors work: set OMP_NUM_THREADS={available // 2} or more"
+        fix = f"{source}torch uses only {n} of {available} CPUs: set OMP_NUM_THREADS={available // 2} or more"
     if place.type == "cpu" and n > available:
-        fix = f"{n} threads share {available} processors: set OMP_NUM_THREADS={available}"
-    return Finding("threads", f"torch takes {n}, the process may use {available} processors", fix)
+        fix = f"{n} threads share {available} CPUs: set OMP_NUM_THREADS={available}"
+    return Finding("threads", f"torch uses {n}, {available} CPUs are available", fix)
 
 
 def find_dtypes(speeds: dict[str, float]) -> Finding:
-    """What matrix products reach in each type. bf16 that is slower than float32 is emulated."""
+    """Report the speed of matrix products in each type. A CPU that emulates bfloat16 is slower with it."""
     text = ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds.items())
     slower = speeds["bfloat16"] < speeds["float32"]
-    return Finding("products", f"{text}{' (bfloat16 only saves memory here)' if slower else ''}")
+    return Finding("matrix products", f"{text}{' (here bfloat16 saves only memory)' if slower else ''}")
 
 
 def find_compiler(place: torch.device) -> Finding:
-    """Whether torch.compile works, by compiling something: what it needs differs by version and machine."""
+    """Compile a small function, because the requirements of torch.compile differ by version and machine."""
     import torch
 
     needs = "a C++ compiler (apt install g++, or xcode-select --install)" if place.type == "cpu" else "triton"
@@ -129,115 +132,112 @@ def find_compiler(place: torch.device) -> Finding:
     try:
         compiled = torch.compile(lambda x: (x * x).sum())
         works = compiled(torch.ones(8, device=place)).item() == 8
-    except Exception as error:  # the compilers', the linker's, torch's: whatever it is, it is the finding
+    except Exception as error:  # compilers and linkers fail in many ways, and the report shows them all
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        return Finding("torch.compile", f"does not work: {reason[0][:90]}", f"it needs {needs}; all else works without")
+        return Finding(
+            "torch.compile",
+            f"does not work: {reason[0][:90]}",
+            f"install {needs}; everything except --compile works without it",
+        )
     if not works:
-        return Finding("torch.compile", "gives wrong results", "leave out --compile, or try another version of torch")
-    return Finding("torch.compile", f"works ({time.perf_counter() - start:.0f} s for a first, small function)")
+        return Finding("torch.compile", "gives wrong results", "do not use --compile, or try another version of torch")
+    return Finding("torch.compile", f"works ({time.perf_counter() - start:.0f} s for a small function)")
 
 
 def find_vocabulary() -> Finding:
-    """GPT-2's vocabulary, which comes with the installation."""
+    """Check GPT-2's vocabulary, which is installed with MyGPT."""
     from MyGPT.tokenizers import get_tokenizer
 
     try:
         n = get_tokenizer("gpt2").n_vocab
     except (ValueError, OSError) as error:
-        return Finding("vocabulary", f"GPT-2's is not there: {error}", "pip install --force-reinstall --no-deps mygpt")
-    return Finding("vocabulary", f"GPT-2's {n:,} tokens, checked against OpenAI's hash")
+        return Finding(
+            "vocabulary", f"GPT-2's cannot be opened: {error}", "pip install --force-reinstall --no-deps mygpt"
+        )
+    return Finding("vocabulary", f"GPT-2's {n:,} tokens; the hash equals OpenAI's")
 
 
 def find_weights() -> Finding:
-    """The released models that were downloaded, whole or in part."""
+    """List the released models whose download is complete or incomplete."""
     from MyGPT.download import cache_directory
     from MyGPT.weights.released import FILES
 
     models = cache_directory() / "models"
     sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]
-    whole = [size for size in sizes if all((models / size / name).is_file() for name in FILES)]
-    begun = [size for size in sizes if size not in whole and (models / size).is_dir()]
-    text = f"{', '.join(whole) or 'none'} in {models}"
+    complete = [size for size in sizes if all((models / size / name).is_file() for name in FILES)]
+    begun = [size for size in sizes if size not in complete and (models / size).is_dir()]
+    text = f"{', '.join(complete) or 'none'} in {models}"
     if begun:
-        return Finding("GPT-2's weights", f"{text}; unfinished: {', '.join(begun)}", f"mygpt download {begun[0]}")
-    return Finding(
-        "GPT-2's weights", text, None if whole else "mygpt download gpt2 (0.5 GB, only to use OpenAI's model)"
-    )
+        return Finding("GPT-2's weights", f"{text}; incomplete: {', '.join(begun)}", f"mygpt download {begun[0]}")
+    fix = None if complete else "mygpt download gpt2 (0.5 GB, needed only for OpenAI's model)"
+    return Finding("GPT-2's weights", text, fix)
 
 
 def find_packages() -> Iterator[Finding]:
-    """Optional packages, in one line, and a line for each that is missing."""
-    there = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
-    versions = [f"{name} {importlib.metadata.version(name)}" for name, is_there in there.items() if is_there]
-    yield Finding("packages", ", ".join(versions) or "no optional ones")
-    for name in (name for name, is_there in there.items() if not is_there):
+    """List the optional packages in one line, then each missing package in a line of its own."""
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in OPTIONAL if name not in missing]
+    yield Finding("packages", ", ".join(versions) or "no optional packages")
+    for name in missing:
         purpose, extra = OPTIONAL[name]
-        yield Finding(f"  {name}", f"not installed, for {purpose}", f"pip install 'mygpt[{extra}]'")
+        yield Finding(f"  {name}", f"not installed; needed for {purpose}", f"pip install 'mygpt[{extra}]'")
 
 
 def find_memory(place: torch.device) -> Finding:
-    """What is free now where models are computed."""
+    """Report the free memory of the device."""
     free = free_memory(place)
-    return Finding("memory", "free memory is not known on this system" if free is None else f"{free / 1e9:.1f} GB free")
+    return Finding(
+        "memory", "this system does not report its free memory" if free is None else f"{free / 1e9:.1f} GB free"
+    )
 
 
 def find_disk() -> Finding:
-    """What is free where runs and downloads are written."""
+    """Report the free disk space for runs and downloads."""
     from MyGPT.download import cache_directory
 
-    places = {"here": Path.cwd(), "in the cache": _existing(cache_directory())}
+    places = {"here": Path.cwd(), "in the cache": _nearest_directory(cache_directory())}
     free = {name: shutil.disk_usage(path).free for name, path in places.items()}
-    fix = "make room: a run of 124M takes 0.5 GB, OpenAI's four models 11 GB" if min(free.values()) < 2e9 else None
+    fix = (
+        "free some space: a run of 124M needs 0.5 GB, OpenAI's four models 11 GB" if min(free.values()) < 2e9 else None
+    )
     return Finding("disk", ", ".join(f"{n / 1e9:,.0f} GB free {name}" for name, n in free.items()), fix)
 
 
 def find_recipes(recipes: Path, place: torch.device, speeds: dict[str, float]) -> Iterator[Finding]:
-    """For each recipe its time and memory here, and whether its text is there."""
+    """Yield the time, the memory and the missing data of each recipe."""
     files = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
     files = [file for file in files if file.is_file()]
     if not files:
-        yield Finding("recipes", f"none in {recipes}", "--recipes names a directory of YAML files, such as configs/")
+        yield Finding(
+            "recipes", f"none in {recipes}", "give a directory of YAML files with --recipes, such as configs/"
+        )
         return
-    yield Finding("recipes", f"estimated on {place.type} from a few steps, without compiling and live samples")
+    yield Finding("recipes", f"estimated on {place.type} from a few steps, without compilation and sample texts")
     for file in files:
-        yield judge_recipe(file, place, speeds)
+        yield find_recipe(file, place, speeds)
 
 
-def judge_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> Finding:
-    """A recipe's time, if it fits into memory."""
+def find_recipe(file: Path, place: torch.device, speeds: dict[str, float]) -> Finding:
+    """Estimate the time of a recipe if it fits into memory."""
+    from MyGPT.training.arithmetic import autocast_dtype
+
     label = f"  {file.stem}"
     try:
         config, training, recipe = read_plan(str(file))
     except (ValueError, OSError) as error:
         return Finding(label, f"cannot be read: {error}", f"correct {file}")
     if training is None:
-        return Finding(label, "describes a model, not a training")
-    needed, free = step_memory(config, training, place), free_memory(place)
+        return Finding(label, "describes only a model")
+    bf16 = autocast_dtype(place, training.precision, config.emb_dim) is not None
+    needed, free = step_memory(config, training, bf16, place.type).peak, free_memory(place)
     text = f"{needed / 1e9:.1f} GB"
     if free is not None and needed > free:
-        smaller = "a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
-        return Finding(label, f"{text} a step, more than the {free / 1e9:.1f} GB that are free", smaller)
+        fix = "use a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
+        return Finding(label, f"a step needs {text}, but only {free / 1e9:.1f} GB are free", fix)
     step, whole = training_seconds(config, training, place, speeds["float32"])
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
     return Finding(label, text, missing_data(recipe.get("data", "alice")))
-
-
-def step_memory(config: GPTConfig, training: TrainConfig, place: torch.device) -> int:
-    """Bytes that a step of a recipe takes on the device."""
-    from MyGPT.costs import training_memory
-    from MyGPT.training.arithmetic import autocast_dtype
-
-    micro = training.micro_batch_size or training.batch_size
-    return training_memory(
-        config,
-        micro,
-        bf16=autocast_dtype(place, training.precision, config.emb_dim) is not None,
-        optimizer=training.optimizer,
-        gradient_checkpointing=training.gradient_checkpointing,
-        accumulates=micro < training.batch_size,
-        device=place.type,
-    ).peak
 
 
 def training_seconds(
@@ -245,8 +245,8 @@ def training_seconds(
 ) -> tuple[float, float]:
     """Return the estimated seconds of one step, and of the whole run with its evaluations.
 
-    The estimate comes from a few training steps on random tokens. Reading the text, live samples, compiling and writing
-    files are not part of it.
+    The estimate comes from a few training steps on random tokens. It leaves out reading the text, sample texts, compilation
+    and writing files.
     """
     import torch
 
@@ -270,7 +270,7 @@ def training_seconds(
 
 
 def missing_data(data: str | list[str]) -> str | None:
-    """What to do for a recipe's text, None if it is there."""
+    """Return how to get the data of a recipe, or None if the data is available."""
     from MyGPT.data.sources import BUILT_IN, DOWNLOADS
     from MyGPT.data.tokens import is_prepared
     from MyGPT.download import cache_directory
@@ -278,13 +278,13 @@ def missing_data(data: str | list[str]) -> str | None:
     if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data):
         return None
     if data in DOWNLOADS:
-        there = (cache_directory() / f"{data}.txt").is_file()
-        return None if there else f"the text {data} will be downloaded when it is first used"
-    return f"its data {data} is not here: name another with --data, or make it with mygpt prepare"
+        is_cached = (cache_directory() / f"{data}.txt").is_file()
+        return None if is_cached else f"the text {data} will be downloaded at its first use"
+    return f"the data {data} does not exist: choose other data with --data, or make it with mygpt prepare"
 
 
 def free_memory(place: torch.device) -> int | None:
-    """Bytes that are free on the device; None where the system does not tell."""
+    """Return the free bytes of the device, or None if the system does not report them."""
     import torch
 
     if place.type == "cuda":
@@ -298,7 +298,7 @@ def free_memory(place: torch.device) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Two digits, in the unit that people would use."""
+    """Return a time with about two digits, in the largest unit that fits at least twice."""
     for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size or (unit == "s" and seconds >= 1):
             value = seconds / size
@@ -306,8 +306,8 @@ def duration(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms"
 
 
-def _n_processors() -> int:
-    """Those that this process may use, which in a container are fewer than the machine has."""
+def _n_cpus() -> int:
+    """Return the number of CPUs that this process may use; a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -317,6 +317,6 @@ def _rate(speed: float) -> str:
     return f"{speed / 1e9:.0f} GFLOP/s" if speed >= 2e9 else f"{speed / 1e6:.0f} MFLOP/s"
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
+def _nearest_directory(path: Path) -> Path:
+    """Return the path itself, or the nearest parent directory that exists."""
     return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,19 +1,24 @@
-"""mygpt download"""
+"""`mygpt download`: fetch a released GPT-2."""
 
 from __future__ import annotations
 
 
 def download(*models: str, out: str | None = None, base_url: str | None = None) -> None:
-    """Get a released GPT-2, so that it is there when there is no network.
+    """Download a released GPT-2, which can then be used without a network.
 
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl (or 124M, 355M, 774M, 1558M) are OpenAI's own files, openai-community/gpt2 and the
-    like, or hf://user/model, come from the Hugging Face hub. A download that broke off goes on where it ended, and what is
-    whole is not fetched again. Example: mygpt download gpt2
+    gpt2, gpt2-medium, gpt2-large and gpt2-xl (or 124M, 355M, 774M and 1558M) are OpenAI's original files. Names such as
+    openai-community/gpt2 or hf://user/model come from the Hugging Face hub. An interrupted download resumes, and complete
+    files are not downloaded again.
+
+    Examples:
+        mygpt download gpt2
+        mygpt download 124M 355M --out models
 
     Args:
-        models: what to download
-        out: the directory to put them in; default the cache, where --model gpt2 finds them
-        base_url: a server with OpenAI's files, as URL/124M/hparams.json; also MYGPT_GPT2_URL in the environment
+        models: Names of the models.
+        out: Directory for the files; without it, the cache directory, where --model gpt2 finds them.
+        base_url: A server with OpenAI's files under URL/124M/hparams.json and so on; the environment variable MYGPT_GPT2_URL
+            sets it too.
     """
     from MyGPT.weights.pretrained import download_model
 

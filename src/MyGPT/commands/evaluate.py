@@ -1,4 +1,4 @@
-"""mygpt evaluate"""
+"""`mygpt evaluate`: loss, perplexity and bits per byte on a text."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ def evaluate(
     batch_size: int = 8,
     device: str = "auto",
 ) -> None:
-    """Measure a model on whole texts: loss, perplexity and bits per byte, and how they were measured.
+    """Measure loss, perplexity and bits per byte of a model on whole texts.
 
-    Each text is read through windows as long as the model's context, every token counted once. A protocol is one of the
-    paper's on GPT-2: wikitext2, wikitext103, ptb, 1bw (perplexity by word), enwik8, text8 (bits per byte), lambada (the last
-    word of each passage). docs/evaluation.md says which file each takes.
-    Example: mygpt evaluate --model runs/book --data book.txt --stride 32
+    The model reads each text in windows as long as its context, and every token counts once. A protocol reproduces a
+    measurement of the GPT-2 paper: wikitext2, wikitext103, ptb and 1bw (perplexity per word), enwik8 and text8 (bits per
+    byte), lambada (last words). docs/evaluation.md names the file that each protocol expects.
+
+    Examples:
+        mygpt evaluate --model runs/book --data book.txt --stride 32
+        mygpt evaluate --model gpt2 --data wiki.test.tokens --protocol wikitext2
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        data: text files (.txt, .jsonl, .gz, patterns such as 'texts/*.txt'), or the name of a text: alice (built in),
-            tinyshakespeare (downloaded)
-        adapter: an adapter's directory, or a run of mygpt finetune
-        protocol: how GPT-2 was measured on this data set; without one the text is taken as it is
-        stride: tokens from a window to the next; fewer than the context give every token more context and cost more time
-        batch_size: windows that are computed at a time
-        device: auto, cpu, cuda or mps
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        data: Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), or alice (built in) or
+            tinyshakespeare (downloaded).
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        protocol: The paper's protocol for this data set; without it, the text is used unchanged.
+        stride: Tokens between the starts of two windows. A smaller stride gives each token more context and takes longer;
+            without it, windows do not overlap.
+        batch_size: Windows per forward pass.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
@@ -43,7 +47,9 @@ def evaluate(
 
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
-        raise ValueError(f"protocol {protocol} predicts one word a passage and has no stride, got {stride}")
+        raise ValueError(
+            f"stride cannot be used with protocol {protocol}, which predicts one word per passage, got {stride}"
+        )
     files = find_files(data)
     gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
@@ -61,40 +67,42 @@ def evaluate(
 def text_rows(
     measured: TextMeasurement, protocol: Protocol, context: int, stride: int | None, has_start: bool
 ) -> list[Row]:
-    """The table of a measured text."""
+    """Return the rows of the table for a text."""
     result = measured.result
-    spelling = "text as it is"
+    spelling = "text unchanged"
     if protocol.detokenizer is not None:
-        spelling = f"de-tokenized, {measured.n_ambiguous:,} words of the corpus cannot be told from the text"
+        spelling = f"de-tokenized; {measured.n_ambiguous:,} words of the corpus have no unique spelling"
     first = "first token after <|endoftext|>" if has_start else "first token not counted"
-    by_word = f"{measured.word_perplexity:.4f} by word"
+    per_word = f"{measured.word_perplexity:.4f} per word"
     rows = [
-        ("loss", f"{result.loss:.6f} nats a token"),
-        ("perplexity", f"{result.perplexity:.4f} by token, {by_word}"),
+        ("loss", f"{result.loss:.6f} nats per token"),
+        ("perplexity", f"{result.perplexity:.4f} per token, {per_word}"),
         ("bits per byte", f"{measured.bits_per_byte:.6f}"),
         ("counted", f"{result.n_tokens:,} tokens, {measured.n_words:,} words, {measured.n_bytes:,} bytes"),
         ("protocol", f"windows of {context} tokens, stride {stride or context}; {first}; {spelling}"),
     ]
     if not measured.is_lossless:
-        rows.append(("beware", "the tokenizer loses part of the text, so the figures by word and byte are too low"))
+        rows.append(
+            ("warning", "the tokenizer loses part of the text, so the values per word and per byte are too low")
+        )
     return rows
 
 
 def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
-    """The table of predicted last words."""
+    """Return the rows of the table for predicted last words."""
     n = measured.n_passages
     return [
-        ("perplexity", f"{measured.word_perplexity:.4f} by last word"),
-        ("accuracy", f"{measured.n_correct / n:.4f} of last words, all their tokens"),
-        ("", f"{measured.n_correct_filtered / n:.4f} if stop words are refused"),
+        ("perplexity", f"{measured.word_perplexity:.4f} per last word"),
+        ("accuracy", f"{measured.n_correct / n:.4f} of last words (all of their tokens correct)"),
+        ("", f"{measured.n_correct_filtered / n:.4f} of last words if stop words are not allowed"),
         ("", f"{measured.n_correct_tokens / n:.4f} of last tokens"),
         ("counted", f"{n:,} passages"),
-        ("protocol", "the last word, with the space before it, is predicted greedily from the passage; text as it is"),
+        ("protocol", "the last word and the space before it are predicted greedily from the passage; text unchanged"),
     ]
 
 
 def published_rows(protocol: Protocol, size: str | None) -> list[Row]:
-    """The paper's figures for a model of this size."""
+    """Return the paper's results for a model of this size."""
     if size is None or not protocol.published:
         return []
     figures = ", ".join(f"{name} {of_size[size]:g}" for name, of_size in protocol.published.items())

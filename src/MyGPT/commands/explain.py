@@ -1,4 +1,4 @@
-"""mygpt explain"""
+"""`mygpt explain`: an HTML page that shows how a model reads a text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from pathlib import Path
 def explain(
     *text: str, model: str, adapter: str | None = None, out: str = "explain.html", device: str = "auto"
 ) -> None:
-    """Write a page on how a model reads a text: its tokens, attention, what each layer would say, what comes next.
+    """Write an HTML page that shows how a model reads a text.
 
-    The page is one file that needs no network; open it in a browser.
-    Example: mygpt explain --model runs/book "The wizard entered"
+    The page shows the tokens, the attention of every head, the prediction after every layer, and the most likely next tokens.
+    It is one file that works without a network.
+
+    Example:
+        mygpt explain --model runs/book "The wizard entered"
 
     Args:
-        text: the text, in quotes, at most 128 tokens
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        adapter: an adapter's directory, or a run of mygpt finetune
-        out: the page to write
-        device: auto, cpu, cuda or mps
+        text: The text in quotes, at most 128 tokens.
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        out: The .html file to write.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
     from MyGPT.commands._model import encode_for
     from MyGPT.files import atomic_write
@@ -26,7 +29,7 @@ def explain(
     from MyGPT.opening import open_model
 
     if Path(out).suffix not in (".html", ".htm"):
-        raise ValueError(f"a page is written as .html, got {out}")
+        raise ValueError(f"out must end in .html, got {out}")
     gpt, tokenizer = open_model(model, device, adapter)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)

@@ -1,4 +1,4 @@
-"""mygpt finetune"""
+"""`mygpt finetune`: train a LoRA adapter, or all weights of a model, on instructions."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ DEFAULTS = {
 }
 HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
 NESTED = ("lora",)
+COMMON = (
+    *("model", "data", "template", "out", "resume", "epochs", "batch_size", "learning_rate"),
+    *("full", "merge", "lora.r", "lora.alpha", "eval_every", "device"),
+)
 EXPAND = with_options_of_run
 
 
@@ -46,24 +50,28 @@ def finetune(
     resume: str | None = None,
     allow_changed: str | list[str] | None = None,
 ) -> None:
-    """Tune a model on instructions, conversations or texts: an adapter (LoRA), or all of its weights.
+    """Fine-tune a model on instructions, conversations or texts, with LoRA or on all weights.
 
-    The run's directory gets adapter/ (with --full or --merge model/), config.yaml, metrics.jsonl, split.json, samples.txt
-    and loss.png; mygpt chat, generate and evaluate take it for a model.
-    Example: mygpt finetune --model gpt2 --data alpaca.json --lora.r 8 --merge --out runs/tuned
+    The run directory receives adapter/ (or model/ with --full or --merge), config.yaml, metrics.jsonl, split.json,
+    samples.txt and loss.png. mygpt chat, generate and evaluate open the run directory as a model.
+
+    Examples:
+        mygpt finetune --model gpt2 --data alpaca.json --merge --out runs/tuned
+        mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
+        mygpt finetune --resume runs/tuned
 
     Args:
-        model: a released model (gpt2), a run's directory, a model's, or a checkpoint file
-        full: train all weights instead of an adapter; wants a lower learning rate, such as 2e-5
-        merge: at the end add the adapter to the weights, which gives an ordinary model directory
-        epochs: how often each example is seen
-        frozen_dtype: bf16 halves the memory of the weights that LoRA leaves as they are
-        out: the run's directory; default runs/ and the time
-        device: auto, cpu, cuda or mps
-        overwrite: replace the run that is in the directory
-        resume: the directory of a run that goes on, with the options that it had; "auto" goes on with the run in --out if
-            there is one, and else begins it
-        allow_changed: options that may differ from those of the run that goes on
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        full: Train all weights instead of an adapter; use a lower learning rate, such as 2e-5.
+        merge: Merge the adapter into the weights at the end, and write a complete model directory.
+        epochs: Number of passes over the training examples.
+        frozen_dtype: Type of the weights that LoRA does not train; bf16 halves their memory.
+        out: Directory of the run; without it, runs/ and the current time.
+        device: Where to compute: auto, cpu, cuda or mps.
+        overwrite: Replace a run that is already in the directory.
+        resume: Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no
+            checkpoint.
+        allow_changed: Options that may differ from those of the resumed run.
     """
     import torch
 
@@ -80,7 +88,7 @@ def finetune(
     run, how = choose_run(out, resume, overwrite)
     if adapter_without_model(model) is not None:
         raise ValueError(
-            f"{model} holds an adapter only, and a model is needed: what finetune makes with --merge true is one"
+            f"{model} holds only an adapter, but finetune needs a complete model, such as a run made with --merge"
         )
     files = find_model_files(model)
     torch.manual_seed(training.seed)
@@ -97,7 +105,7 @@ def finetune(
         best_model = adapter
     prompts = data.prompts(5, training.sample_tokens)
     if training.sample_every and not prompts:
-        print(f"no live samples: no held-out prompt leaves room for sample_tokens={training.sample_tokens} after it")
+        print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
     trainer = Trainer(
         gpt,
@@ -125,26 +133,28 @@ def finetune(
     )
     n_trained = gpt.num_parameters(only_trainable=True)
     print(
-        f"{n_trained:,} of {gpt.num_parameters():,} parameters are trained; {max_steps} steps of {training.batch_size}"
+        f"training {n_trained:,} of {gpt.num_parameters():,} parameters: {max_steps} steps of {training.batch_size} sequences"
     )
     run_and_report(trainer, data, run)
     if merge:
         WholeModel(adapter.merge(), tokenizer, data.template).save(run)
-    print(f"the {'model' if full or merge else 'adapter'} is in {run}; try: mygpt chat --model {run}")
+    print(f"{'model' if full or merge else 'adapter'} saved in {run}; try: mygpt chat --model {run}")
 
 
 def check_choices(full: bool, merge: bool, epochs: float, frozen_dtype: str) -> None:
-    """A ValueError for options that do not go together."""
+    """Raise ValueError for options that exclude each other."""
     if not 0 < epochs < math.inf:
         raise ValueError(f"epochs must be a number above 0, got {epochs}")
     if full and merge:
-        raise ValueError("with --full there is nothing to merge: the result is a whole model already")
+        raise ValueError("--merge cannot be used with --full, which has no adapter to merge: leave out --merge")
     if full and frozen_dtype != "fp32":
-        raise ValueError("frozen_dtype is for the weights that LoRA leaves as they are; with --full there are none")
+        raise ValueError(
+            "--frozen_dtype bf16 cannot be used with --full, which trains all weights: leave out --frozen_dtype"
+        )
 
 
 def run_and_report(trainer: Any, data: Any, run: Path) -> None:
-    """Trains; whatever ends it, the split and the losses are in the run's directory."""
+    """Train, then print the losses. The run directory receives split.json and loss.png even after an error."""
     from MyGPT.commands.train import draw_losses
 
     try:
@@ -154,9 +164,9 @@ def run_and_report(trainer: Any, data: Any, run: Path) -> None:
             data.split.save(run / "split.json")
             draw_losses(run)
     if not math.isnan(loss):
-        print(f"validation loss {loss:.4f} nats a token (step {trainer.best_step})")
+        print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")
     if data.test is not None:
         trainer.validation = data.validation(data.test)
         print(
-            f"test loss {trainer.evaluate(whole=True):.4f} nats a token, on {len(data.test):,} examples never looked at before"
+            f"test loss {trainer.evaluate(whole=True):.4f} nats per token on {len(data.test):,} examples kept for this test"
         )

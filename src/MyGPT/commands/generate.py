@@ -1,4 +1,4 @@
-"""mygpt generate"""
+"""`mygpt generate`: continue a prompt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from MyGPT.config import Precision
 from MyGPT.sampling import SamplingConfig
 
 DEFAULTS = {"temperature": 0.8, "top_k": 50}
+COMMON = (
+    *("model", "adapter", "prompt", "max_new_tokens", "n_samples", "stop", "temperature", "top_k", "top_p"),
+    *("device", "precision", "seed"),
+)
 
 
 def generate(
@@ -24,23 +28,25 @@ def generate(
     precision: Precision = "auto",
     lookup: bool = False,
 ) -> None:
-    """Continue a prompt with a trained model, printing as it goes.
+    """Continue a prompt with a trained model, and print the text as it is generated.
 
-    Example: mygpt generate --model runs/book --prompt "The wizard" --temperature 0.7
+    Examples:
+        mygpt generate --model runs/book --prompt "The wizard" --temperature 0.7
+        mygpt generate --model gpt2 --prompt - < prompt.txt
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        adapter: an adapter's directory, or a run of mygpt finetune
-        prompt: the text to continue, - to read it from standard input; without one the model begins on its own, after
-            <|endoftext|> or the first token of its vocabulary
-        max_new_tokens: most tokens to add
-        n_samples: how many continuations
-        stop: texts at which to stop, as '["first", "second"]'
-        slide: allow a prompt longer than the model's context, of which it sees the end only
-        seed: makes the sample repeatable
-        device: auto, cpu, cuda or mps
-        precision: of the weights; auto is that in which they are stored, bf16 and int8 are faster and less exact
-        lookup: guess from what stood after the same words before; faster where a text repeats itself, never another text
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        prompt: The text to continue; - reads it from standard input. Without it, the model starts from <|endoftext|>, or
+            from the first token of its vocabulary.
+        max_new_tokens: Maximum number of tokens to generate.
+        n_samples: Number of texts to generate.
+        stop: Texts that end the generation, as '["first", "second"]'.
+        slide: Allow a prompt longer than the model's context; the model sees only its end.
+        seed: Seed that makes the text repeatable.
+        device: Where to compute: auto, cpu, cuda or mps.
+        precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
+        lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
     from MyGPT.commands._model import make_fast, start_build
 
@@ -54,15 +60,15 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
-        raise ValueError("the prompt is empty; give at least one token")
+        raise ValueError("the prompt is empty; it must have at least one token")
     context = gpt.config.context_length
     if len(ids) > context and not slide:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or let the model see its "
-            f"last {context} tokens only with --slide true"
+            f"the prompt has {len(ids)} tokens, but the model's context is {context}: shorten the prompt, or use --slide "
+            f"to show the model only the last {context} tokens"
         )
     fast = make_fast(gpt, precision, lookup, build)
-    del gpt  # on a processor the fast one has weights of its own
+    del gpt  # on a CPU, `fast` has its own copy of the weights
     for i in range(n_samples):
         if i:
             print("\n---")

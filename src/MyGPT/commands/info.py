@@ -1,34 +1,40 @@
-"""mygpt info"""
+"""`mygpt info`: the size and cost of a model, a checkpoint or a recipe."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from MyGPT.commands._recipe import read_plan
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from MyGPT.costs import TrainingMemory
+
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
-"""Bytes a number. Training in bf16 keeps weights, gradients and moments in fp32."""
+"""Bytes per number. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
 
 
 def info(*models: str) -> None:
-    """Say what a model is and costs: parameters, operations a token, memory; of a checkpoint also whose it is.
+    """Show the size and cost of models: parameters, operations per token and memory.
 
-    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with a model's fields, or a checkpoint: the
-    directory of a model, a run or OpenAI's files, or a file of nanoGPT's, the book's or safetensors.
-    Example: mygpt info gpt2 runs/book configs/gpt2_small.yaml
+    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with the options of a model or training, or a
+    checkpoint: the directory of a run, a model or OpenAI's files, or a file of nanoGPT, the book or safetensors.
+
+    Example:
+        mygpt info gpt2 runs/book configs/gpt2_small.yaml
 
     Args:
-        models: what to describe
+        models: Names or paths of the models.
     """
     print("\n\n".join(explain(name) for name in models))
 
 
 def explain(name: str) -> str:
-    """All that can be said of a name, a checkpoint or a recipe."""
+    """Return the description of a released model, a checkpoint or a recipe."""
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
         return describe(name, config, training=training)
@@ -47,7 +53,7 @@ def explain(name: str) -> str:
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]
     if checkpoint.config is None:
-        rows.append(("heads", "not in the file; 64 wide, as in GPT-2, if nothing else is known"))
+        rows.append(("heads", "not in the file; each is assumed to be 64 wide, as in GPT-2"))
     try:
         fit(checkpoint.tensors, config)
         rows.append(("complete", "yes"))
@@ -59,7 +65,7 @@ def explain(name: str) -> str:
 def describe(
     name: str, config: GPTConfig, rows: Sequence[tuple[str, str]] = (), training: TrainConfig | None = None
 ) -> str:
-    """A table of a model's size and cost, and of what a step of its training takes."""
+    """Return a table of a model's size, its operations per token, and the memory of generation and training."""
     import torch
 
     from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part
@@ -73,61 +79,65 @@ def describe(
         ("vocabulary, context", f"{config.vocab_size:,}, {config.context_length:,}"),
         ("parameters", f"{n:,} ({model.num_parameters(exclude_embeddings=True):,} without the embeddings)"),
         *((f"  {part}", f"{count:>13,}  {count / n:6.1%}") for part, count in parts.items() if count),
-        ("", "the token embedding is the output head too" if config.tie_weights else ""),
+        ("", "the output head shares the token embedding" if config.tie_weights else ""),
         (
-            "operations a token",
+            "FLOPs per token",
             f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training",
         ),
     ]
     context = config.context_length
     costs = [
         ("weights", [n * itemsize for itemsize in ITEM_SIZES.values()]),
-        ("KV cache of a token", [cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
-        (f"KV cache of {context:,}", [context * cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
-        ("generating, in all", [generation_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        ("KV cache per token", [cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        (
+            f"KV cache, {context:,} tokens",
+            [context * cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()],
+        ),
+        ("generation, total", [generation_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
         *training_rows(config, training),
     ]
     text = [(label, value) for label, value in [*rows, *sizes] if value]
     text.append(("memory", "".join(f"{precision:>13}" for precision in ITEM_SIZES)))
     text += [(f"  {label}", "".join(f"{_bytes(size):>13}" for size in of_precision)) for label, of_precision in costs]
     if config.drop_rate:
-        text.append(("", f"dropout of {config.drop_rate:g} keeps all attention weights on a processor: 0 does not"))
-    return "\n".join([name, *(f"  {label:<22} {value}" for label, value in text)])
+        text.append(("", f"on a CPU, dropout {config.drop_rate:g} stores all attention weights; drop_rate 0 does not"))
+    return "\n".join([name, *(f"  {label:<28} {value}" for label, value in text)])
 
 
 def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple[str, list[int]]]:
-    """The memory of a step: the recipe's, or of one sequence as long as the context."""
+    """Return the memory of a training step: the recipe's batch, or one sequence as long as the context."""
+    training = training or TrainConfig(batch_size=1)
+    gpu, cpu = (
+        [step_memory(config, training, precision == "bf16", device) for precision in ITEM_SIZES]
+        for device in ("cuda", "cpu")
+    )
+    sequences = training.micro_batch_size or training.batch_size
+    rows = [
+        ("training state", [step.weights + step.gradients + step.moments for step in gpu]),
+        (f"  activations, {sequences} x {config.context_length:,}", [step.activations for step in gpu]),
+        ("  total on a GPU", [step.peak for step in gpu]),
+    ]
+    return [*rows, ("  total on a CPU", [step.peak for step in cpu])] if config.drop_rate else rows
+
+
+def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
+    """Return the memory of a training step on "cuda" or "cpu", with or without bf16 arithmetic."""
     from MyGPT.costs import training_memory
 
-    training = training or TrainConfig(batch_size=1)
-    micro = training.micro_batch_size or training.batch_size
-    steps = {
-        device: [
-            training_memory(
-                config,
-                micro,
-                bf16=precision == "bf16",
-                optimizer=training.optimizer,
-                gradient_checkpointing=training.gradient_checkpointing,
-                accumulates=micro < training.batch_size,
-                device=device,
-            )
-            for precision in ITEM_SIZES
-        ]
-        for device in ("cuda", "cpu")
-    }
-    rows = [
-        ("training, weights etc.", [step.weights + step.gradients + step.moments for step in steps["cuda"]]),
-        (f"  {micro} x {config.context_length:,} tokens", [step.activations for step in steps["cuda"]]),
-        ("  in all", [step.peak for step in steps["cuda"]]),
-    ]
-    if config.drop_rate:
-        rows.append(("  the same, processor", [step.peak for step in steps["cpu"]]))
-    return rows
+    micro_batch_size = training.micro_batch_size or training.batch_size
+    return training_memory(
+        config,
+        micro_batch_size,
+        bf16=bf16,
+        optimizer=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+        accumulates=micro_batch_size < training.batch_size,
+        device=device,
+    )
 
 
 def _bytes(n: int) -> str:
-    """Three digits are what an estimate is worth."""
+    """Return a number of bytes with three digits and its unit."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
             return f"{n / size:,.{max(0, 2 - len(str(n // size)) + 1)}f} {unit}"

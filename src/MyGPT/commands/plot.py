@@ -1,4 +1,4 @@
-"""mygpt plot, and mygpt plot KIND: each kind of picture is a function of its own, with its own options."""
+"""`mygpt plot`, and `mygpt plot KIND` for other pictures: each kind is a function with its own options."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from MyGPT.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,15 +17,21 @@ if TYPE_CHECKING:
     from MyGPT.tokenizers import Tokenizer
 
 
-def plot(*runs: str, out: str = "loss.png") -> None:
-    """Draw the loss curves of one or several runs into one picture; other pictures have a word of their own.
+DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 
-    mygpt plot attention, lens, sampling, neighbours, schedule or tokens: see mygpt plot attention --help and so on (a run
-    of such a name is ./attention). Example: mygpt plot runs/a runs/b --out compared.png
+
+def plot(*runs: str, out: str = "loss.png") -> None:
+    """Plot the loss curves of one or more runs in one picture.
+
+    The other kinds of pictures are mygpt plot attention, lens, sampling, neighbours, schedule and tokens; mygpt plot attention
+    --help shows the options of the first. Write a run with such a name as ./attention.
+
+    Example:
+        mygpt plot runs/a runs/b --out compared.png
 
     Args:
-        runs: the runs' directories
-        out: the picture to write: .png, .svg or .pdf
+        runs: Directories of the runs.
+        out: The picture to write: a .png, .svg or .pdf file.
     """
     _require_matplotlib()
     from MyGPT.inside.plots import plot_losses
@@ -40,20 +48,20 @@ def attention(
     out: str = "attention.png",
     device: str = "auto",
 ) -> None:
-    """Draw how much each token of a text takes from each: a map a head, for one layer.
+    """Plot how much each token attends to every other token, with one map per head of a layer.
 
-    Example: mygpt plot attention --model runs/book --text "The wizard entered" --layer 1
+    Example:
+        mygpt plot attention --model runs/book --text "The wizard entered" --layer 1
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        text: the text; as many tokens as the picture can hold are readable, about forty for a single head
-        layer: which layer, counted from 0
-        head: draw this head only, counted from 0
-        adapter: an adapter's directory, or a run of mygpt finetune
-        out: the picture to write: .png, .svg or .pdf
-        device: auto, cpu, cuda or mps
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        text: The text. The labels of a single head are readable up to about forty tokens.
+        layer: Layer, counted from 0.
+        head: Plot only this head, counted from 0.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        out: The picture to write: a .png, .svg or .pdf file.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_attention, token_labels
     from MyGPT.inside.tracing import trace
 
@@ -68,18 +76,18 @@ def attention(
 
 
 def lens(model: str, text: str, adapter: str | None = None, out: str = "lens.png", device: str = "auto") -> None:
-    """Draw what the model would say next after each layer, if it ended there (the logit lens).
+    """Plot the prediction if the model stopped after each layer (the logit lens).
 
-    Example: mygpt plot lens --model runs/book --text "The wizard entered"
+    Example:
+        mygpt plot lens --model runs/book --text "The wizard entered"
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        text: the text; the words in the cells are readable up to about thirty tokens
-        adapter: an adapter's directory, or a run of mygpt finetune
-        out: the picture to write: .png, .svg or .pdf
-        device: auto, cpu, cuda or mps
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        text: The text. The words in the cells are readable up to about thirty tokens.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        out: The picture to write: a .png, .svg or .pdf file.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_logit_lens, token_labels
     from MyGPT.inside.tracing import logit_lens, trace
 
@@ -91,38 +99,27 @@ def lens(model: str, text: str, adapter: str | None = None, out: str = "lens.png
 def sampling(
     model: str,
     text: str,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = 0.95,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
+    config: SamplingConfig,
     adapter: str | None = None,
     out: str = "sampling.png",
     device: str = "auto",
 ) -> None:
-    """Draw what may come after a text, and how likely, before and after each sampling filter.
+    """Plot the probabilities of the next token before and after each sampling filter.
 
-    Example: mygpt plot sampling --model runs/book --text "The wizard" --temperature 0.7 --top_k 20
+    Example:
+        mygpt plot sampling --model runs/book --text "The wizard" --temperature 0.7 --top_k 20
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        text: the text that is continued
-        temperature: divides the logits; 0 always takes the likeliest token
-        top_k: keep the k likeliest tokens; null for all
-        top_p: keep the fewest likeliest tokens whose probabilities sum to at least p; null for all
-        min_p: keep tokens at least this many times as probable as the likeliest
-        repetition_penalty: above 1, makes tokens of the text less likely
-        adapter: an adapter's directory, or a run of mygpt finetune
-        out: the picture to write: .png, .svg or .pdf
-        device: auto, cpu, cuda or mps
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        text: The text before the next token.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        out: The picture to write: a .png, .svg or .pdf file.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     import torch
 
     from MyGPT.inside.plots import plot_sampling
-    from MyGPT.sampling import SamplingConfig
 
-    config = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
     gpt, tokenizer, ids = _open(model, text, adapter, device)
     with torch.no_grad():
         logits = gpt(ids, last_only=True)[0, -1]
@@ -137,36 +134,37 @@ def neighbours(
     out: str = "neighbours.png",
     device: str = "auto",
 ) -> None:
-    """Draw, for each token of a text, the tokens whose embeddings are most like its own.
+    """Plot the nearest tokens of each token in a text, by the similarity of their embeddings.
 
-    Example: mygpt plot neighbours --model runs/book --text "The wizard entered"
+    Example:
+        mygpt plot neighbours --model runs/book --text "The wizard entered"
 
     Args:
-        model: a released model (gpt2, downloaded once), a run's directory, a model's, or a checkpoint file
-        text: the tokens to look at, at most 16 different ones
-        k: neighbours of each
-        adapter: an adapter's directory, or a run of mygpt finetune
-        out: the picture to write: .png, .svg or .pdf
-        device: auto, cpu, cuda or mps
+        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
+        text: The text, with at most 16 different tokens.
+        k: Number of neighbours per token.
+        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
+        out: The picture to write: a .png, .svg or .pdf file.
+        device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_neighbours
 
     gpt, tokenizer, ids = _open(model, text, adapter, device)
     different = list(dict.fromkeys(ids[0].tolist()))
     if len(different) > 16:
-        raise ValueError(f"the text has {len(different)} different tokens, the picture has room for 16")
+        raise ValueError(f"the text has {len(different)} different tokens, but the picture shows at most 16")
     _write(plot_neighbours(gpt, tokenizer, different, k), out)
 
 
 def schedule(*recipes: str, out: str = "schedule.png") -> None:
-    """Draw the learning rate of each step of one or several trainings.
+    """Plot the learning rate of one or more trainings at every step.
 
-    Example: mygpt plot schedule configs/quickstart.yaml runs/book --out schedule.png
+    Example:
+        mygpt plot schedule configs/quickstart.yaml runs/book --out schedule.png
 
     Args:
-        recipes: YAML files with a training's options, or runs
-        out: the picture to write: .png, .svg or .pdf
+        recipes: YAML files with training options, or directories of runs.
+        out: The picture to write: a .png, .svg or .pdf file.
     """
     _require_matplotlib()
     from MyGPT.inside.plots import plot_schedule
@@ -175,15 +173,17 @@ def schedule(*recipes: str, out: str = "schedule.png") -> None:
 
 
 def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
-    """Show a text with its token boundaries in colour, in the terminal or as an HTML file.
+    """Show the tokens of a text in colour, in the terminal or as an HTML file.
 
-    Where the output is no terminal, or NO_COLOR is set, | stands between tokens.
-    Example: mygpt plot tokens --text "The wizard entered" --tokenizer gpt2
+    If the output is not a terminal, or NO_COLOR is set, the character | separates tokens.
+
+    Example:
+        mygpt plot tokens --text "The wizard entered" --tokenizer gpt2
 
     Args:
-        text: the text, - to read it from standard input
-        tokenizer: gpt2, a run's or a model's directory, or one with a tokenizer
-        out: an .html file to write instead
+        text: The text; - reads it from standard input.
+        tokenizer: gpt2, or the directory of a run, a model or a tokenizer.
+        out: The .html file to write instead.
     """
     from MyGPT.files import atomic_write
     from MyGPT.inside.plots import tokens_to_html, tokens_to_terminal
@@ -196,7 +196,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
         print(tokens_to_terminal(coder, text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
         return
     if Path(out).suffix not in (".html", ".htm"):
-        raise ValueError(f"coloured tokens are written as .html, got {out}")
+        raise ValueError(f"out must end in .html, got {out}")
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Tokens</title>\n'
     with atomic_write(out) as file:
         file.write(f"{head}{tokens_to_html(coder, text)}\n</html>\n")
@@ -211,7 +211,7 @@ KINDS = {
     "schedule": schedule,
     "tokens": tokens,
 }
-"""What `mygpt plot` takes as its first word; anything else is a run."""
+"""The kinds that the first argument of `mygpt plot` can name; any other argument is a run."""
 
 
 def _require_matplotlib() -> None:
@@ -222,7 +222,8 @@ def _require_matplotlib() -> None:
 
 
 def _open(model: str, text: str, adapter: str | None, device: str) -> tuple[GPTModel, Tokenizer, Tensor]:
-    """A model, its tokenizer, and the text's ids, (1, T)."""
+    """Return a model, its tokenizer, and the token ids (1, T) of the text. Fail first if matplotlib is missing."""
+    _require_matplotlib()
     from MyGPT.commands._model import encode_for
     from MyGPT.opening import open_model
 
@@ -236,19 +237,19 @@ def _check_count(name: str, value: int, count: int) -> None:
 
 
 def _name_of(recipe: str) -> str:
-    """A recipe by its file's name, a run by its directory's."""
+    """Return the name of a recipe's file or of a run's directory."""
     path = Path(recipe)
     return path.resolve().name if path.is_dir() else path.stem
 
 
 def _read_training(recipe: str) -> Any:
-    """The TrainConfig in a YAML file or in a run's config.yaml."""
+    """Return the TrainConfig in a YAML file, or in the config.yaml of a run."""
     from MyGPT.commands._recipe import fields_of, read_recipe
     from MyGPT.training.config import TrainConfig
 
     path = Path(recipe, "config.yaml") if Path(recipe).is_dir() else Path(recipe)
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {recipe}: there is no {path}")
+        raise FileNotFoundError(f"no recipe at {recipe}: {path} does not exist")
     options = fields_of(TrainConfig, read_recipe(path))
     try:
         return TrainConfig(**options)

@@ -1,4 +1,4 @@
-"""mygpt prepare"""
+"""`mygpt prepare`: tokenize text files for training on large data sets."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn text files into a memory-mapped token file, for texts too long to tokenize anew for every run.
+    """Tokenize text files once and store the tokens in a file that training maps into memory.
 
-    The directory gets tokens.bin, tokens.json (counts, SHA-256) and the tokenizer; mygpt train --data takes it.
-    Example: mygpt prepare 'texts/*.txt' more.jsonl.gz --out data/mine --tokenizer gpt2
+    The directory receives tokens.bin, tokens.json (counts and SHA-256) and the tokenizer. mygpt train --data opens it.
+
+    Example:
+        mygpt prepare 'texts/*.txt' more.jsonl.gz --out data/mine --tokenizer gpt2
 
     Args:
-        files: text files, .jsonl files with a text a line, either also as .gz, patterns, names of built-in texts
-        out: the directory to write
-        tokenizer: gpt2, chars, words, bpe (the last three learned from the text), or a directory with a tokenizer
-        tokenizer_size: number of tokens that bpe learns
-        text_key: key of the text in a .jsonl record
-        workers: processes; default one a core
-        overwrite: replace the data set that is in the directory
+        files: Text files, .jsonl files with one text per line, either also as .gz, patterns, or the names of built-in texts.
+        out: Directory for the tokens.
+        tokenizer: The tokenizer: gpt2, chars, words or bpe (the last three learned from the text), or a directory with a
+            tokenizer.
+        tokenizer_size: Number of tokens that bpe learns.
+        text_key: Key of the text in a .jsonl record.
+        workers: Number of processes; without it, one per CPU core.
+        overwrite: Replace a data set that is already in the directory.
     """
     from MyGPT.data.prepare import prepare as prepare_files
     from MyGPT.data.sources import find_files, read_documents

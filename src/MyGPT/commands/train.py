@@ -1,4 +1,4 @@
-"""mygpt train"""
+"""`mygpt train`: train a GPT on text files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from MyGPT.commands._resume import choose_run, with_options_of_run
 from MyGPT.config import GPTConfig
 from MyGPT.training.config import TrainConfig
 
-# A model that a laptop trains in minutes; the released sizes are in configs/.
+# A laptop trains a model of this size in minutes; configs/ has the released sizes.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
 HIDDEN = ("vocab_size",)
+COMMON = (
+    *("data", "tokenizer", "out", "resume", "max_steps", "batch_size", "learning_rate"),
+    *("context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "eval_every", "sample_every", "device"),
+)
 EXPAND = with_options_of_run
 
 
@@ -31,25 +35,27 @@ def train(
     resume: str | None = None,
     allow_changed: str | list[str] | None = None,
 ) -> None:
-    """Train a GPT on a text, from text files to a model directory.
+    """Train a GPT on text files.
 
-    The run's directory gets config.yaml, metrics.jsonl, model/ (the best model), checkpoints/, loss.png and samples.txt.
-    Ctrl-C and SIGTERM save a checkpoint and say how to go on.
-    Example: mygpt train --data book.txt --max_steps 500 --out runs/book
-    A run that was stopped, killed too: mygpt train --resume runs/book
+    The run directory receives config.yaml, metrics.jsonl, samples.txt, loss.png, checkpoints/ and model/ (the model with the
+    lowest validation loss). Ctrl-C and SIGTERM save a checkpoint and print how to resume.
+
+    Examples:
+        mygpt train --data book.txt --max_steps 500 --out runs/book
+        mygpt train --resume runs/book
 
     Args:
-        data: text files (.txt, .jsonl, .gz, patterns such as 'texts/*.txt'), a directory made by mygpt prepare, or the
-            name of a text: alice (built in), tinyshakespeare (downloaded)
-        tokenizer: chars, words, bpe (learned from the text), gpt2, or a directory with a tokenizer
-        tokenizer_size: number of tokens that bpe learns
-        val_fraction: part of the text, at its end, that is kept for validation
-        out: the run's directory; default runs/ and the time
-        device: auto, cpu, cuda or mps
-        overwrite: replace the run that is in the directory
-        resume: the directory of a run that goes on, with the options that it had; "auto" goes on with the run in --out if
-            there is one, and else begins it, so that the same command can be given again and again
-        allow_changed: options that may differ from those of the run that goes on
+        data: Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), a directory made by mygpt prepare,
+            or alice (built in) or tinyshakespeare (downloaded).
+        tokenizer: The tokenizer: chars, words or bpe (learned from the text), gpt2, or a directory with a tokenizer.
+        tokenizer_size: Number of tokens that bpe learns.
+        val_fraction: Fraction of the text, taken from its end, for validation.
+        out: Directory of the run; without it, runs/ and the current time.
+        device: Where to compute: auto, cpu, cuda or mps.
+        overwrite: Replace a run that is already in the directory.
+        resume: Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no
+            checkpoint.
+        allow_changed: Options that may differ from those of the resumed run.
     """
     import torch
 
@@ -58,7 +64,7 @@ def train(
     from MyGPT.training.trainer import Trainer
 
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be from 0 up to but not including 1, got {val_fraction}")
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
     place = pick_device(device)
     run, how = choose_run(out, resume, overwrite)
     ids, coder = load_data(data, tokenizer, tokenizer_size)
@@ -96,17 +102,17 @@ def train(
     )
     try:
         loss = trainer.run()
-    except (KeyboardInterrupt, FloatingPointError):  # a run that was stopped or diverged is worth a look too
+    except (KeyboardInterrupt, FloatingPointError):  # the curve of a stopped or diverged run is useful too
         draw_losses(run)
         raise
     draw_losses(run)
     if not math.isnan(loss):
-        print(f"validation loss {loss:.4f} nats a token over the whole validation text (step {trainer.best_step})")
-    print(f"the model is in {run / 'model'}; try: mygpt generate --model {run}")
+        print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
+    print(f"model saved in {run / 'model'}; try: mygpt generate --model {run}")
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
-    """The token ids of a prepared directory or of texts, and their tokenizer."""
+    """Return the token ids of a prepared directory or of text files, and their tokenizer."""
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
@@ -116,13 +122,13 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
         return open_tokens(data)[0], load_tokenizer(data)
     files = find_files(data)
     if not any(next(read_documents([file]), "") for file in files):
-        raise ValueError(f"there is no text in {', '.join(map(str, files))}")
+        raise ValueError(f"the files hold no text: {', '.join(map(str, files))}")
     coder = make_tokenizer(tokenizer, read_documents(files), tokenizer_size)
     return tokenize(files, coder), coder
 
 
 def draw_losses(run: Path) -> None:
-    """loss.png, if matplotlib is there and the run got as far as a loss."""
+    """Write loss.png, if matplotlib is installed and the run has recorded a loss."""
     if not (run / "metrics.jsonl").is_file():
         return
     try:
@@ -130,4 +136,6 @@ def draw_losses(run: Path) -> None:
 
         save_figure(plot_losses([run]), run / "loss.png")
     except ImportError:
-        print("no loss.png, since matplotlib is not installed: pip install 'mygpt[plots]'", file=sys.stderr)
+        print(
+            "loss.png was not drawn, because matplotlib is not installed: pip install 'mygpt[plots]'", file=sys.stderr
+        )

@@ -7,12 +7,14 @@ examples into one row instead of padding. B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from MyGPT.config import require_positive
@@ -25,7 +27,7 @@ from MyGPT.tokenizers.base import encode_with_specials
 
 
 class Example(list[int]):
-    """The token ids of an example, as a list that also knows which ids belong to an answer."""
+    """The token ids of an example, as a list with one more attribute, `is_answer`."""
 
     def __init__(self, ids: Iterable[int], is_answer: Iterable[bool]) -> None:
         super().__init__(ids)
@@ -37,7 +39,7 @@ class InstructionDataset(Dataset[Example]):
     """Fine-tuning examples, encoded once: item i is the ids of a record's prompt and answer.
 
     Prompt and answer are encoded separately, so the model is trained with the same prompt ids that it gets later.
-    Examples are never truncated.
+    Examples are never truncated. An invalid or empty record, or a data set without examples, raises ValueError.
 
     Args:
         records: instruction records, conversations, prompts with completions, or texts, see records.py
@@ -46,9 +48,6 @@ class InstructionDataset(Dataset[Example]):
         max_length: maximum number of tokens per example; None for no limit
         too_long: "drop" leaves longer examples out and counts them in `n_too_long`, "raise" raises ValueError
         names: a name for each record in error messages; None for "record 1", "record 2" and so on
-
-    Raises:
-        ValueError: a record is invalid or has no tokens, or no example remains.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class InstructionDataset(Dataset[Example]):
             raise ValueError(f"too_long must be 'drop' or 'raise', got {too_long!r}")
         self.max_length = max_length
         self.n_too_long = 0
-        """Number of records that are left out because they are longer than max_length."""
         self.longest = 0
         """Number of tokens of the longest record, including the records that are left out."""
         ids: list[npt.NDArray[np.uint32]] = []
@@ -83,10 +81,9 @@ class InstructionDataset(Dataset[Example]):
             ids.append(np.array(example, np.uint32))
             is_answer.append(np.array(example.is_answer))
         if not ids:
-            raise ValueError(
-                f"there are no examples to learn from: {len(records)} records, {self.n_too_long} too long"
-                + (f" for max_length={max_length} (the longest has {self.longest} tokens)" if len(records) else "")
-            )
+            limit = f" for max_length={max_length} (the longest has {self.longest} tokens)" if len(records) else ""
+            counts = f"{len(records)} records, {self.n_too_long} too long{limit}"
+            raise ValueError(f"there are no examples to learn from: {counts}")
         self.lengths = np.array([len(part) for part in ids])
         """Number of tokens of each example, (n_examples,). It is also the length of the example's row in a batch."""
         self._ends = self.lengths.cumsum()
@@ -109,10 +106,8 @@ class InstructionDataset(Dataset[Example]):
         """Return one line with the number of examples and tokens, and the number of records that were left out."""
         text = f"{len(self):,} examples with {len(self._ids):,} tokens, the longest has {self.lengths.max():,}"
         if self.n_too_long:
-            text += (
-                f"; {self.n_too_long:,} more left out because they are longer than {self.max_length:,} tokens, "
-                f"the longest has {self.longest:,}"
-            )
+            text += f"; {self.n_too_long:,} more left out because they are longer than {self.max_length:,} tokens"
+            text += f", the longest has {self.longest:,}"
         return text
 
 
@@ -122,7 +117,7 @@ def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> 
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
-    """Return a checked record's ids; an error message starts with `where`."""
+    """Return the ids of a record. An invalid record raises ValueError; the message starts with `where`."""
     check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
@@ -165,19 +160,15 @@ def collate_instructions(
         ignore_index: target at padded positions, which the loss ignores
         allowed_max_length: maximum of T; the rest of longer items is cut off
         mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
-        device: the device of both tensors
     """
     if len(batch) == 0 or not all(len(item) for item in batch):
         raise ValueError(f"a batch needs items of at least one token, got lengths {[len(item) for item in batch]}")
     require_positive(optional=True, allowed_max_length=allowed_max_length)
-    T = max(len(item) for item in batch)
-    inputs, targets = [], []
-    for item in batch:
-        padding = T - len(item)
-        inputs.append([*item] + [pad_token_id] * padding)
-        targets.append(item_targets(item, pad_token_id, ignore_index, mask_prompt) + [ignore_index] * padding)
-    x, y = torch.tensor(inputs, device=device), torch.tensor(targets, device=device)  # each (B, T)
-    return x[:, :allowed_max_length], y[:, :allowed_max_length]
+    items = [torch.tensor([*item]) for item in batch]
+    answers = [torch.tensor(item_targets(item, pad_token_id, ignore_index, mask_prompt)) for item in batch]
+    inputs = pad_sequence(items, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    targets = pad_sequence(answers, batch_first=True, padding_value=ignore_index)  # (B, T)
+    return inputs[:, :allowed_max_length].to(device), targets[:, :allowed_max_length].to(device)
 
 
 def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_prompt: bool) -> list[int]:
@@ -186,55 +177,40 @@ def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_promp
     With mask_prompt, targets that belong to a prompt are ignore_index; `item` must then be an `Example`.
     """
     if type(end_id) is not int or end_id < 0:
-        raise ValueError(
-            f"the id of <|endoftext|>, the last target, must be a whole number of at least 0, got {end_id!r}"
-        )
+        allowed = "a whole number of at least 0"
+        raise ValueError(f"the id of <|endoftext|>, the last target, must be {allowed}, got {end_id!r}")
     targets = [*item[1:], end_id]
     if not mask_prompt:
         return targets
     if not isinstance(item, Example):
-        raise ValueError(
-            f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {type(item).__name__}"
-        )
+        kind = type(item).__name__
+        raise ValueError(f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {kind}")
     is_answer = [*item.is_answer[1:], True]
     return [target if counts else ignore_index for target, counts in zip(targets, is_answer, strict=True)]
 
 
+@dataclass(eq=False)
 class LengthGroupedSampler:
     """An endless sequence of batches of examples with similar lengths, which keeps padding short.
 
     A batch is a pure function of (seed, step). Each epoch shuffles the examples, sorts each group of `pool_batches`
     batches by length, and visits all batches in random order. Each example is used once per epoch; one batch per epoch
-    may be smaller.
-
-    Args:
-        dataset: the examples
-        batch_size: examples per batch, B
-        pad_token_id: see `collate_instructions`
-        mask_prompt: see `collate_instructions`
-        seed: seed of the random orders
-        pool_batches: number of batches that are sorted together. 1 is plain shuffling; a larger number means less
-            padding and less randomness.
+    may be smaller. `pad_token_id` and `mask_prompt` are passed to `collate_instructions`.
     """
 
-    def __init__(
-        self,
-        dataset: InstructionDataset,
-        batch_size: int,
-        *,
-        pad_token_id: int = 50256,
-        mask_prompt: bool = False,
-        seed: int = 0,
-        pool_batches: int = 50,
-    ) -> None:
-        require_positive(batch_size=batch_size, pool_batches=pool_batches)
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.pad_token_id = pad_token_id
-        self.mask_prompt = mask_prompt
-        self.seed = seed
-        self.pool_batches = pool_batches
-        self.batches_per_epoch = -(-len(dataset) // batch_size)
+    dataset: InstructionDataset
+    batch_size: int
+    """Examples per batch, B."""
+    _: KW_ONLY
+    pad_token_id: int = 50256
+    mask_prompt: bool = False
+    seed: int = 0
+    pool_batches: int = 50
+    """Batches that are sorted together. 1 is plain shuffling; more batches mean less padding and less randomness."""
+
+    def __post_init__(self) -> None:
+        require_positive(batch_size=self.batch_size, pool_batches=self.pool_batches)
+        self.batches_per_epoch = -(-len(self.dataset) // self.batch_size)
         self._epoch = lru_cache(maxsize=2)(self.epoch)
 
     def batch(self, step: int) -> Batch:

@@ -29,16 +29,13 @@ Kind = Literal["instruction", "messages", "prompt", "text"]
 
 _ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
 """The four kinds of records, and the key of the answer in each kind. A record has the first kind whose key it contains."""
-_BETWEEN = re.compile(r"[\s,]*")
-"""The characters between two records of a JSON array."""
+_BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON array
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records in a file: a JSON array, or one JSON object per line. The kinds may be mixed.
 
-    Raises:
-        ValueError: the file is not UTF-8 or not JSON, it has no records, or a key is missing or has a wrong type. The
-            message contains the file, the line, the key and, for an array, the number of the record.
+    A damaged or empty file, or an invalid record, raises ValueError with the file and, for a record, its line.
     """
     return read_json_records(path, check_record)
 
@@ -46,9 +43,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
     """Return the values in a JSON array, or on the lines of a file.
 
-    Args:
-        path: the file
-        check: called with each value and its place, such as "a.json, line 3"; raises ValueError to refuse the value
+    `check` gets each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
     """
     text = read_text(path)
     records = []
@@ -93,20 +88,15 @@ def kind_of(record: Record) -> Kind:
 
 
 def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
-    """Raise ValueError if a value is not a record of one of the four kinds.
+    """Raise ValueError if a value is not a record of one of the four kinds. The message starts with its place, `where`.
 
-    Args:
-        record: the value to check
-        where: the place of the record; the error message starts with it
-        needs_answer: False also accepts a record without output, completion, or final message of the assistant
+    With needs_answer=False, a record may lack the output, the completion, or the final message of the assistant.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
     if not any(kind in record for kind in _ANSWER_KEY):
-        raise ValueError(
-            f"{where}: a record needs the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or "
-            f"'text', got {_short(list(record))}"
-        )
+        keys = "the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or 'text'"
+        raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
     kind = kind_of(record)
     if kind == "messages":
         _check_messages(record["messages"], where, needs_answer)
@@ -135,11 +125,10 @@ def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
             _check_text(message, key, place)
         if message["role"] not in ROLES:
             raise ValueError(f"{place}: 'role' must be one of {', '.join(ROLES)}, got {message['role']!r}")
-    if needs_answer and messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: the last of 'messages' must have the role 'assistant', which is the answer to learn, "
-            f"got {messages[-1]['role']!r}"
-        )
+    last = messages[-1]["role"]
+    if needs_answer and last != "assistant":
+        allowed = "the role 'assistant', which is the answer to learn"
+        raise ValueError(f"{where}: the last of 'messages' must have {allowed}, got {last!r}")
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
@@ -148,10 +137,7 @@ def _check_text(record: Record, key: str, where: str) -> None:
         raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
     if not isinstance(record[key], str):
         raise ValueError(f"{where}: {key!r} must be a string, got {_short(record[key])}")
-    try:
-        refuse_surrogates(record[key])
-    except ValueError as error:
-        raise ValueError(f"{where}: {key!r}: {error}") from None
+    refuse_surrogates(record[key], f"{where}: {key!r}: ")
 
 
 def _short(value: object) -> str:
@@ -162,23 +148,22 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three."""
+    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three.
+
+    Validation serves to choose settings and the best checkpoint, test to measure the final model.
+    """
 
     train: tuple[int, ...]
-    """Records that the model is trained on."""
     val: tuple[int, ...]
-    """Records for choosing settings and the best checkpoint."""
     test: tuple[int, ...]
-    """Records for the final test of the model."""
 
     def __post_init__(self) -> None:
         indices = [*self.train, *self.val, *self.test]
         if any(type(index) is not int for index in indices):
             raise ValueError("train, val and test must be lists of whole numbers")
         if sorted(indices) != list(range(len(indices))):
-            raise ValueError(
-                f"train, val and test together must contain each of the numbers 0 to {len(indices) - 1} once"
-            )
+            largest = len(indices) - 1
+            raise ValueError(f"train, val and test together must contain each of the numbers 0 to {largest} once")
         if not self.train:
             raise ValueError("train is empty: a split needs at least one record to train on")
 
@@ -198,45 +183,31 @@ def split_records(
 ) -> Split:
     """Split `n_records` records; the records that are neither for training nor for test are for validation.
 
-    The defaults give the split of the 1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the
-    first 935 for training, the next 110 for test and the last 55 for validation.
-
-    Args:
-        n_records: number of records
-        train_fraction: fraction for training, from 0 to 1
-        test_fraction: fraction for test, from 0 to 1
-        seed: seed of a random order; None keeps the order of the file
+    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of
+    the 1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next
+    110 for test and the last 55 for validation.
     """
     for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
-    if (
-        train_fraction + test_fraction > 1 + 1e-9
-    ):  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
-        raise ValueError(
-            f"train_fraction and test_fraction must add up to at most 1, got {train_fraction + test_fraction}"
-        )
+    total = train_fraction + test_fraction
+    if total > 1 + 1e-9:  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
+        raise ValueError(f"train_fraction and test_fraction must add up to at most 1, got {total}")
     n_train, n_test = int(n_records * train_fraction), int(n_records * test_fraction)
     if not n_train:
         raise ValueError(f"train_fraction={train_fraction} of {n_records} records leaves no record to train on")
     order = range(n_records) if seed is None else np.random.default_rng(seed).permutation(n_records).tolist()
-    return Split(
-        train=tuple(order[:n_train]),
-        val=tuple(order[n_train + n_test :]),
-        test=tuple(order[n_train : n_train + n_test]),
-    )
+    train, test, val = order[:n_train], order[n_train : n_train + n_test], order[n_train + n_test :]
+    return Split(tuple(train), tuple(val), tuple(test))
 
 
 def load_split(path: str | os.PathLike[str]) -> Split:
     """Return the split that `Split.save` wrote. Any other file raises ValueError with the path."""
+    names = [field.name for field in fields(Split)]
     try:
         data = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a split: {error}") from None
-    names = [field.name for field in fields(Split)]
-    if not isinstance(data, dict) or sorted(data) != sorted(names) or not all(isinstance(data[n], list) for n in names):
-        raise ValueError(f"{path} is not a split: it must contain the lists {', '.join(names)} and nothing else")
-    try:
+        if not isinstance(data, dict) or {*data} != {*names} or not all(isinstance(data[name], list) for name in names):
+            raise ValueError(f"it must contain the lists {', '.join(names)} and nothing else")
         return Split(**{name: tuple(data[name]) for name in names})
     except ValueError as error:
         raise ValueError(f"{path} is not a split: {error}") from None

@@ -6,6 +6,7 @@ A training batch is a pure function of (seed, step), so a sampler has no state t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,35 +17,30 @@ from MyGPT.data.tokens import TokenArray, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 
 
+@dataclass(eq=False)
 class WindowSampler:
     """An endless sequence of batches, each with `batch_size` windows of a token array.
 
     The order "random" draws each window's start uniformly, with replacement. "shuffled" goes through epochs: each epoch
     cuts the ids into adjacent windows, from a new random offset, and visits them in random order, so each token is seen
     once per epoch. "sequential" visits adjacent windows in order and then starts again.
-
-    Args:
-        ids: token ids, at least max_length + 1
-        max_length: length T of a window
-        batch_size: windows per batch, B
-        order: the order of the windows
-        seed: the seed of the random orders
     """
 
-    def __init__(
-        self, ids: TokenArray, max_length: int, batch_size: int, order: Order = "shuffled", seed: int = 0
-    ) -> None:
-        if len(ids) <= max_length:
-            raise ValueError(
-                f"the text has {len(ids)} tokens, a window of {max_length} tokens and its targets need {max_length + 1}"
-            )
-        self.ids = ids
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.order = order
-        self.seed = seed
+    ids: TokenArray
+    """At least max_length + 1 token ids; fewer raise ValueError."""
+    max_length: int
+    """Length T of a window."""
+    batch_size: int
+    """Windows per batch, B."""
+    order: Order = "shuffled"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        n, T = len(self.ids), self.max_length
+        if n <= T:
+            raise ValueError(f"the text has {n} tokens, a window of {T} tokens and its targets need {T + 1}")
         # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
-        self.windows_per_epoch = max(1, (len(ids) - 1) // max_length - (order == "shuffled"))
+        self.windows_per_epoch = max(1, (n - 1) // T - (self.order == "shuffled"))
         self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
@@ -74,27 +70,22 @@ class WindowSampler:
         return random.permutation(starts) + int(offset)
 
 
+@dataclass(eq=False)
 class WindowValidation:
-    """Validation batches: the whole text, or `n_windows` fixed windows at equal distances.
+    """Validation batches: the whole text, or `n_windows` fixed windows of length `max_length` at equal distances."""
 
-    Args:
-        ids: token ids of the validation text
-        max_length: length T of a window
-        n_windows: number of windows for an evaluation that does not use the whole text
-    """
+    ids: TokenArray
+    max_length: int
+    n_windows: int
 
-    def __init__(self, ids: TokenArray, max_length: int, n_windows: int) -> None:
-        self.ids = ids
-        self.max_length = max_length
-        self.n_windows = n_windows
-        self.batch_size = max(1, 4096 // max_length)
+    def __post_init__(self) -> None:
+        self.batch_size = max(1, 4096 // self.max_length)
         """Windows per validation batch, about 4,096 tokens. It does not depend on the training batch."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:
-        """Yield inputs and targets, each (B, T) int64.
+        """Yield inputs and targets, each (B, T) int64, for the same `n_windows` windows in each call.
 
-        With `whole`, or if the text is short, the batches cover the whole text. Otherwise each call yields the same
-        `n_windows` windows.
+        With `whole`, or if the text is short, the batches cover the whole text.
         """
         if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
             yield from walk_windows(self.ids, self.max_length, self.batch_size)
@@ -109,10 +100,7 @@ class WindowValidation:
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of adjacent windows over all ids, each (B, T) int64; the last window is padded.
-
-    Every id except the first is a target exactly once.
-    """
+    """Yield batches of adjacent windows, (B, T) int64, the last padded. Every id except the first is a target once."""
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):
         yield gather_windows(ids, starts[first : first + batch_size], max_length)

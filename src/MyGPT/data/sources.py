@@ -13,7 +13,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -38,8 +37,7 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-@dataclass(frozen=True)
-class Download:
+class Download(NamedTuple):
     """The address of a text, and the SHA-256 that the text must have."""
 
     url: str
@@ -88,16 +86,10 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a file; long documents come in pieces of some megabytes.
+    """Yield the documents of a text file or a .jsonl file, also compressed as .gz, in pieces of at most some megabytes.
 
-    Args:
-        path: a text file or a .jsonl file, also compressed as .gz
-        text_key: the key of the text in each line of a .jsonl file
-        advance: called after each piece with the number of bytes read since the last call, for a progress bar
-
-    Raises:
-        ValueError: the text is not UTF-8, the file is binary, the archive is damaged, or a line is not a JSON object
-            with a text. The message contains the file and the position.
+    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the
+    number of bytes read since the last call. A damaged or binary file raises ValueError with the file and the position.
     """
     with open(path, "rb") as raw:
         inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -106,9 +98,8 @@ def read_pieces(
         try:
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
                 if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
-                    raise ValueError(
-                        f"{path} unpacks to more than {MAX_UNPACKING} times its size, which no text file does"
-                    )
+                    limit = f"{MAX_UNPACKING} times its size"
+                    raise ValueError(f"{path} unpacks to more than {limit}, which no text file does")
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()
@@ -118,10 +109,8 @@ def read_pieces(
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
-    """Yield the texts of all pieces of the files, for training a tokenizer."""
-    for path in paths:
-        for piece in read_pieces(path, text_key):
-            yield piece.text
+    """Return an iterator over the texts of all pieces of the files, for training a tokenizer."""
+    return (piece.text for path in paths for piece in read_pieces(path, text_key))
 
 
 # In every tokenizer of MyGPT, a token ends between a visible character and the space or line end after it.
@@ -137,10 +126,8 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            position = offset + len(block) - len(error.object) + error.start
-            raise ValueError(
-                f"{path} is not UTF-8 text: byte {position} is 0x{error.object[error.start]:02x}"
-            ) from None
+            position, byte = offset + len(block) - len(error.object) + error.start, error.object[error.start]
+            raise ValueError(f"{path} is not UTF-8 text: byte {position} is 0x{byte:02x}") from None
         refuse_binary(text, path, n_characters)
         offset += len(block)
         pending += text
@@ -167,9 +154,6 @@ def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
         record = parse_json(line, path, number)
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
-        try:
-            refuse_surrogates(record[text_key])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+        refuse_surrogates(record[text_key], f"{path}, line {number}: ")
         if record[text_key]:
             yield Piece(record[text_key], True)

@@ -10,8 +10,9 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
 from MyGPT.files import atomic_write, read_json
@@ -72,9 +73,9 @@ class Template:
         return "".join(part.text for part in self.parts(record, with_answer=False))
 
     def parts(self, record: Record, with_answer: bool = True) -> list[Part]:
-        """Return the whole text of a record as non-empty parts, which alternate between prompt and answer.
+        """Return the text of a record as non-empty parts that alternate between prompt and answer.
 
-        Without `with_answer`, the last answer is left out. An invalid record raises ValueError.
+        With with_answer=False, the last answer is left out. An invalid record raises ValueError.
         """
         check_record(record, "the record", needs_answer=with_answer)
         kind = kind_of(record)
@@ -162,25 +163,19 @@ def load_template(name_or_path: str | os.PathLike[str]) -> Template:
         return TEMPLATES[name]
     path = Path(name) / TEMPLATE_FILE if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise ValueError(
-            f"there is no template {name!r}: give {', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
-        )
+        known = f"{', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
+        raise ValueError(f"there is no template {name!r}: give {known}")
     try:
-        return _from_json(read_json(path))
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"a template must be a JSON object, got {type(data).__name__}")
+        problems = [f"the key {key!r} is unknown" for key in sorted(data.keys() - _PLACEHOLDERS.keys())]
+        problems += [f"the key {key!r} is missing" for key in ("without_input", "with_input") if key not in data]
+        if problems:
+            raise ValueError(f"{problems[0]}, the keys are {', '.join(_PLACEHOLDERS)}")
+        return Template(**data)
     except ValueError as error:
         raise ValueError(f"{path} is not a template: {error}") from None
-
-
-def _from_json(data: Any) -> Template:
-    """Return the template that a JSON value describes, or raise ValueError."""
-    if not isinstance(data, dict):
-        raise ValueError(f"a template must be a JSON object, got {type(data).__name__}")
-    unknown = sorted(data.keys() - _PLACEHOLDERS.keys())
-    missing = [name for name in ("without_input", "with_input") if name not in data]
-    if unknown or missing:
-        problem = f"the key {unknown[0]!r} is unknown" if unknown else f"the key {missing[0]!r} is missing"
-        raise ValueError(f"{problem}, the keys are {', '.join(_PLACEHOLDERS)}")
-    return Template(**data)
 
 
 def _fill(text: str, **values: str) -> str:
@@ -190,12 +185,5 @@ def _fill(text: str, **values: str) -> str:
 
 def _merge(parts: list[Part]) -> list[Part]:
     """Join adjacent parts of the same kind, and drop empty parts, so that a tokenizer sees each stretch as a whole."""
-    merged: list[Part] = []
-    for part in parts:
-        if not part.text:
-            continue
-        if merged and merged[-1].is_answer == part.is_answer:
-            merged[-1] = Part(merged[-1].text + part.text, part.is_answer)
-        else:
-            merged.append(part)
-    return merged
+    groups = groupby((part for part in parts if part.text), key=lambda part: part.is_answer)
+    return [Part("".join(part.text for part in group), is_answer) for is_answer, group in groups]

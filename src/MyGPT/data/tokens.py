@@ -26,10 +26,9 @@ def id_dtype(n_vocab: int) -> np.dtype[Any]:
 
 
 def compact_ids(ids: Any) -> TokenArray:
-    """Return token ids (a list, array or tensor) as a uint16 or uint32 array.
+    """Return token ids (a list, array or tensor) as a uint16 or uint32 array; an array of these types is not copied.
 
-    An array that already has one of the two types is not copied. Ids that are not one sequence of whole numbers from 0
-    to 2**32 - 1 raise ValueError.
+    Ids that are not one sequence of whole numbers from 0 to 2**32 - 1 raise ValueError.
     """
     array = np.asarray(ids)
     if array.ndim != 1:
@@ -55,39 +54,32 @@ def is_prepared(directory: str | os.PathLike[str]) -> bool:
 def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str, Any]]:
     """Return the memory-mapped ids of a prepared data set and the content of its `tokens.json`.
 
-    The check takes about 0.1 seconds for any size. Up to 64 MB, every byte is checked. In a longer file, 64 blocks are
-    checked: this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole
-    file, for a complete check. Early versions of MyGPT wrote no hash of blocks; for their long files, only the length
-    is checked.
-
-    Raises:
-        ValueError: `tokens.json` is damaged, or `tokens.bin` or `tokenizer.json` is not the file that it describes.
+    A damaged `tokens.json`, or another `tokens.bin` or `tokenizer.json` than it describes, raises ValueError. The check
+    takes about 0.1 seconds for any size. Up to 64 MiB, every byte is checked. In a longer file, 64 blocks are checked:
+    this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole file.
+    Early versions of MyGPT wrote no hash of blocks; for their long files, only the length is checked.
     """
-    directory = Path(directory)
     restore_directory(directory)
-    description = read_json(directory / "tokens.json")
+    path, json_path, tokenizer_path = (
+        Path(directory, name) for name in ("tokens.bin", "tokens.json", "tokenizer.json")
+    )
+    description = read_json(json_path)
     try:
         n_tokens, dtype, whole = description["n_tokens"], description["dtype"], description["sha256"]
         sampled, tokenizer = description.get("sampled_sha256"), description.get("tokenizer_sha256")
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'tokens.json'} is damaged: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{json_path} is damaged: {type(error).__name__}: {error}") from None
     if dtype not in ("uint16", "uint32") or type(n_tokens) is not int or n_tokens < 1:
-        raise ValueError(
-            f"{directory / 'tokens.json'} describes {n_tokens!r} tokens of type {dtype!r}, which is not valid"
-        )
-    path = directory / "tokens.bin"
+        raise ValueError(f"{json_path} describes {n_tokens!r} tokens of type {dtype!r}, which is not valid")
     expected, n_bytes = n_tokens * np.dtype(dtype).itemsize, path.stat().st_size
     if n_bytes != expected:
         raise ValueError(f"{path} has {n_bytes} bytes, tokens.json requires {expected}: run mygpt prepare again")
     known = whole if n_bytes <= _N_SAMPLES * _SAMPLE_BYTES else sampled
+    differs = "its SHA-256 differs: run mygpt prepare again"
     if known is not None and sampled_sha256(path) != known:
-        raise ValueError(
-            f"{path} is not the file that tokens.json describes, its SHA-256 differs: run mygpt prepare again"
-        )
-    if tokenizer is not None and sha256_of(directory / "tokenizer.json") != tokenizer:
-        raise ValueError(
-            f"{directory / 'tokenizer.json'} is not the tokenizer of these tokens, its SHA-256 differs: run mygpt prepare again"
-        )
+        raise ValueError(f"{path} is not the file that tokens.json describes, {differs}")
+    if tokenizer is not None and sha256_of(tokenizer_path) != tokenizer:
+        raise ValueError(f"{tokenizer_path} is not the tokenizer of these tokens, {differs}")
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"), description
 
 

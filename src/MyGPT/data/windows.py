@@ -23,13 +23,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
-    """Return the inputs and targets of several windows, each (B, T) int64.
+    """Return the inputs and targets of the windows that start at the positions `starts` (B,), each (B, T) int64.
 
-    Args:
-        ids: token ids
-        starts: positions in `ids` where the windows start, (B,)
-        max_length: length T of a window
-        pad_id: input id after the end of `ids`; the targets there are -100, which every loss ignores
+    After the end of `ids`, the inputs are `pad_id` and the targets -100, which every loss ignores. T is `max_length`.
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)
@@ -43,7 +39,7 @@ def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: i
 class GPTDataset(Dataset[Batch]):
     """Windows over a text: pairs of inputs and targets, each (T,) int64.
 
-    The ids are stored once, as uint16 or uint32, so memory does not depend on how much the windows overlap.
+    The ids are stored once, so memory does not depend on the overlap. Too few ids for one window raise ValueError.
 
     Args:
         text_or_ids: a text, or token ids as a list, array, tensor or memory map
@@ -51,9 +47,6 @@ class GPTDataset(Dataset[Batch]):
         max_length: length T of a window
         stride: distance between the starts of two windows
         pad_last: add a padded window for the targets at the end that no full window contains
-
-    Raises:
-        ValueError: max_length or stride is below 1, or there are too few tokens for one window.
     """
 
     def __init__(
@@ -94,12 +87,10 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over windows of a text. Each batch is inputs and targets, each (B, T) int64.
+    """Return a DataLoader over windows of a text. It yields inputs and targets, each (batch_size, max_length) int64.
 
     Args:
         text: a text, or token ids
-        batch_size: windows per batch, B
-        max_length: length T of a window
         stride: distance between the starts of two windows; None for max_length
         shuffle: visit the windows in a new random order in each epoch
         drop_last: leave out a last incomplete batch. False keeps it, and also pads a last incomplete window
@@ -116,9 +107,8 @@ def create_dataloader(
     stride = max_length if stride is None else stride
     dataset = GPTDataset(text, tokenizer, max_length, stride, pad_last=not drop_last)
     if drop_last and len(dataset) < batch_size:
-        raise ValueError(
-            f"the text has {len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}, fewer "
-            f"than one batch of {batch_size}: lower batch_size, max_length or stride, or set drop_last=False"
-        )
+        windows = f"{len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}"
+        way_out = "lower batch_size, max_length or stride, or set drop_last=False"
+        raise ValueError(f"the text has {windows}, fewer than one batch of {batch_size}: {way_out}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(dataset, batch_size, shuffle, num_workers=num_workers, drop_last=drop_last, generator=generator)

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from MyGPT.files import read_json
 from MyGPT.tokenizers import chars, words
-from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
-from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
-from MyGPT.tokenizers.chars import CharTokenizer
+from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
+from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
+from MyGPT.tokenizers.base import Tokenizer as Tokenizer
+from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
+from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
-from MyGPT.tokenizers.words import SimpleTokenizer
-
-__all__ = [
-    "ENDOFTEXT",
-    "UNKNOWN",
-    "BPETokenizer",
-    "CharTokenizer",
-    "SimpleTokenizer",
-    "Tokenizer",
-    "get_tokenizer",
-    "load_tokenizer",
-    "make_tokenizer",
-]
+from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -33,9 +25,8 @@ _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
-    Args:
-        name_or_dir: "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
-            `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`
+    `name_or_dir` is "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
+    `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
@@ -44,17 +35,14 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
         return load_tokenizer(directory)
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
-    raise ValueError(
-        f"there is no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
-        "or with encoder.json and vocab.bpe"
-    )
+    known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
+    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer that `save` wrote to a directory.
+    """Return the tokenizer in a directory's `tokenizer.json`. An unsupported tokenizer raises ValueError with the path.
 
-    Any other `tokenizer.json` is also accepted if it is a byte-level BPE that splits text by GPT-2's pattern. Everything
-    else raises ValueError with the path.
+    Supported are the tokenizers that `save` writes, and every byte-level BPE that splits text by GPT-2's pattern.
     """
     path = Path(directory) / "tokenizer.json"
     try:
@@ -78,7 +66,7 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
         return SimpleTokenizer(model["vocab"])
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
         in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
-        if [model["vocab"][character] for character in in_order] != list(range(len(in_order))):
+        if sorted(model["vocab"].values()) != list(range(len(in_order))):
             raise ValueError("the ids of a character vocabulary must be 0, 1, 2, … without gaps")
         return CharTokenizer(in_order)
     raise ValueError(f"MyGPT does not support a {kind} tokenizer with this pre_tokenizer")
@@ -110,19 +98,13 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    Args:
-        kind: "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`
-        texts: the texts to train on
-        vocab_size: number of tokens of a "bpe" tokenizer
-        progress: show a progress bar while "bpe" learns its merges
+    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only
+    "bpe" uses `vocab_size` and shows `progress`.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))
     if kind == "chars":
-        characters: set[str] = set()
-        for text in texts:
-            characters.update(text)
-        return CharTokenizer(sorted(characters))
+        return CharTokenizer(sorted(set(chain.from_iterable(texts))))
     if kind == "bpe":
         return BPETokenizer.train(texts, vocab_size, progress=progress)
     return get_tokenizer(kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,15 +54,21 @@ class Tokenizer(ABC):
         """Write `tokenizer.json` to a directory, and the `tokenizer_config.json` that transformers needs to open it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        content = self.to_json()
         with atomic_write(directory / "tokenizer.json") as file:
-            described = self.to_json()
-            json.dump(described, file, ensure_ascii=False, indent=1)
+            json.dump(content, file, ensure_ascii=False, indent=1)
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot_token is not None:
-            unknown = described["model"].get("unk_token") or ENDOFTEXT  # transformers requires an unknown token.
+            unknown = content["model"].get("unk_token") or ENDOFTEXT  # transformers requires an unknown token.
             settings |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": unknown}
         with atomic_write(directory / "tokenizer_config.json") as file:
             json.dump(settings, file, indent=1)
+
+
+def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern whose `split` puts special tokens at odd indices. Longer tokens match first."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
@@ -80,15 +87,14 @@ def require_text(text: object) -> None:
         raise TypeError(f"a tokenizer encodes a str, got {type(text).__name__}")
 
 
-def refuse_surrogates(text: str) -> None:
-    """Raise ValueError if a text contains a lone surrogate: half of a character, which UTF-8 cannot represent."""
+def refuse_surrogates(text: str, prefix: str = "") -> None:
+    """Raise ValueError if a text contains a lone surrogate, half of a character. The message starts with `prefix`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text contains the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
-            "half of a character, which UTF-8 cannot represent"
-        ) from None
+        found = f"the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        reason = "half of a character, which UTF-8 cannot represent"
+        raise ValueError(f"{prefix}the text contains {found}, {reason}") from None
 
 
 def whole_numbers(ids: Iterable[int]) -> list[int]:
@@ -108,12 +114,7 @@ def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: i
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
-    """Return the token of each id, given the id of each token.
-
-    Raises:
-        ValueError: the vocabulary is empty, two tokens have the same id, a token is not a str, or an id is not a whole
-            number from 0 to MAX_ID.
-    """
+    """Return the token of each id, given the id of each token. An empty or invalid vocabulary raises ValueError."""
     if not vocab:
         raise ValueError("the vocabulary is empty: a tokenizer needs at least one token")
     for token, id_ in vocab.items():
@@ -132,22 +133,10 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
 def hugging_face_json(model: dict[str, Any], special_tokens: Mapping[str, int], **parts: Any) -> dict[str, Any]:
     """Return the content of a `tokenizer.json`.
 
-    Args:
-        model: the value of the key "model"
-        special_tokens: special tokens and their ids
-        parts: values of other keys, such as pre_tokenizer and decoder; the keys that are not given are null
+    `parts` are the values of other keys, such as pre_tokenizer and decoder; keys that are not given are null.
     """
-    added = [
-        {
-            "id": id_,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token, id_ in sorted(special_tokens.items(), key=lambda item: item[1])
-    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    in_order = sorted(special_tokens.items(), key=lambda item: item[1])
+    added = [{"id": id_, "content": token, **flags} for token, id_ in in_order]
     empty = {"truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None, "post_processor": None}
     return {"version": "1.0", "added_tokens": added, **empty, "decoder": None, **parts, "model": model}

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
@@ -22,14 +22,14 @@ from MyGPT.tokenizers.base import (
     hugging_face_json,
     refuse_surrogates,
     require_text,
+    special_pattern,
     whole_numbers,
 )
 
-if TYPE_CHECKING:
-    import tiktoken
-
 Pair = tuple[int, int]
 """The ids of two adjacent tokens."""
+Merge = tuple[bytes, bytes]
+"""The bytes of two tokens that become one token."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # This pattern has the same matches, with possessive repeats: the regex engine then never runs out of stack in long words.
@@ -42,29 +42,32 @@ class BPETokenizer(Tokenizer):
     """A byte-level BPE tokenizer.
 
     Args:
-        vocab: the id of each token, given as bytes
+        vocab: the id of each token, given as bytes: exactly the 256 bytes and the results of `merges`
         merges: pairs of tokens, in the order in which they are merged
         special_tokens: the id of each special token, given as text. Where two special tokens match, the longer one wins.
         known: skip the check of the merges, which takes half a second for GPT-2's
-
-    Raises:
-        ValueError: the tokens of `vocab` are not exactly the 256 bytes and the results of `merges`.
     """
 
     def __init__(
         self,
         vocab: Mapping[bytes, int],
-        merges: Sequence[tuple[bytes, bytes]],
+        merges: Sequence[Merge],
         special_tokens: Mapping[str, int],
         known: bool = False,
     ) -> None:
+        import tiktoken
+
         _check(vocab, merges, special_tokens)
         if not known:
             _check_merge_order(vocab, merges)
         self._vocab = dict(vocab)
-        self._merges = list(merges)
-        self._special_tokens = dict(special_tokens)
-        self._encoding = _encoding(self._vocab, self._special_tokens)
+        self.merges = list(merges)
+        """The merges, in the order in which they are applied."""
+        self.special_tokens = dict(special_tokens)
+        """The id of each special token."""
+        self._encoding = tiktoken.Encoding(
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self.special_tokens
+        )
 
     @classmethod
     def train(
@@ -88,17 +91,14 @@ class BPETokenizer(Tokenizer):
             text: a text, or an iterable of texts; merges never cross from one text to the next
             vocab_size: number of tokens, at least 256 plus the number of special tokens
             special_tokens: tokens that are removed from the text before training
-            progress: show a progress bar
         """
         if isinstance(special_tokens, str):
             raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}")
         special_tokens = list(dict.fromkeys(special_tokens))
         smallest = 256 + len(special_tokens)
         if type(vocab_size) is not int or vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size must be a whole number of at least {smallest} (256 bytes and {len(special_tokens)} special "
-                f"tokens), got {vocab_size!r}"
-            )
+            reason = f"256 bytes and {len(special_tokens)} special tokens"
+            raise ValueError(f"vocab_size must be a whole number of at least {smallest} ({reason}), got {vocab_size!r}")
         chunk_counts = count_chunks([text] if isinstance(text, str) else text, special_tokens)
         pairs = learn_merges(chunk_counts, vocab_size - smallest, progress)
         tokens = [bytes([byte]) for byte in range(256)]
@@ -116,17 +116,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def eot_token(self) -> int | None:
-        return self._special_tokens.get(ENDOFTEXT)
-
-    @property
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merges, in the order in which they are applied."""
-        return list(self._merges)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
-        return dict(self._special_tokens)
+        return self.special_tokens.get(ENDOFTEXT)
 
     def encode(
         self,
@@ -141,25 +131,23 @@ class BPETokenizer(Tokenizer):
         A special token that is in neither set is encoded as ordinary text.
 
         Args:
-            text: any text that UTF-8 can represent
             allowed_special: special tokens that become their ids; "all" for all special tokens
             disallowed_special: special tokens that raise ValueError; "all" for all that are not in `allowed_special`
         """
         require_text(text)
-        allowed = set(self._special_tokens) if allowed_special == "all" else set(allowed_special)
+        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         if disallowed_special == "all":
-            disallowed_special = set(self._special_tokens) - allowed
+            disallowed_special = set(self.special_tokens) - allowed
         for token in disallowed_special:
             if token in text:
-                raise ValueError(
-                    f"the text contains the special token {token!r}: allow it with allowed_special={{{token!r}}}, or encode it "
-                    f"as ordinary text with disallowed_special=()"
-                )
+                allow = f"allow it with allowed_special={{{token!r}}}"
+                encode = "encode it as ordinary text with disallowed_special=()"
+                raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
-        for i, part in enumerate(_special_pattern(allowed & set(self._special_tokens)).split(text)):
+        for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
             if i % 2:
-                ids.append(self._special_tokens[part])
+                ids.append(self.special_tokens[part])
             else:
                 for stretch in _cut_long_white_space(part):
                     ids += self._encoding.encode_ordinary(stretch)
@@ -183,26 +171,19 @@ class BPETokenizer(Tokenizer):
         try:
             return self._encoding.decode_tokens_bytes(ids)
         except (KeyError, OverflowError):
-            known = {*self._vocab.values(), *self._special_tokens.values()}
+            known = {*self._vocab.values(), *self.special_tokens.values()}
             unknown = next(id_ for id_ in ids if id_ not in known)
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab} tokens") from None
 
     def to_json(self) -> dict[str, Any]:
         visible = {token: "".join(BYTE_TO_CHARACTER[byte] for byte in token) for token in self._vocab}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {visible[token]: id_ for token, id_ in self._vocab.items()},
-            "merges": [[visible[first], visible[second]] for first, second in self._merges],
-        }
+        empty = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+        flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+        vocab = {visible[token]: id_ for token, id_ in self._vocab.items()}
+        merges = [[visible[first], visible[second]] for first, second in self.merges]
+        model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return hugging_face_json(model, self._special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+        return hugging_face_json(model, self.special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
@@ -210,7 +191,7 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
     import regex
 
     pattern = regex.compile(GPT2_PATTERN)
-    special = _special_pattern(special_tokens)
+    special = special_pattern(special_tokens)
     counts: Counter[str] = Counter()
     for text in texts:
         require_text(text)
@@ -223,16 +204,12 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
     """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
 
-    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i.
+    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned
+    if no pair is left.
 
     The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
     the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can
     only fall. So a heap entry can be too high, but never too low; an outdated entry is pushed again with the true count.
-
-    Args:
-        chunk_counts: number of occurrences of each chunk
-        n_merges: number of merges to learn; fewer are returned if no pair is left
-        progress: show a progress bar
     """
     from tqdm import tqdm
 
@@ -244,9 +221,8 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
         for pair in pairwise(ids):
             pair_counts[pair] += count
             chunks_with[pair].add(i)
-    heap = [
-        (-count, pair) for pair, count in pair_counts.items()
-    ]  # The smallest entry has the largest count, then the smallest ids.
+    # The smallest entry of the heap has the largest count, then the smallest ids.
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
     merges: list[Pair] = []
@@ -278,43 +254,27 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
 
 def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
     """Replace every occurrence of `pair` in `ids` by `new_id`, from left to right, and return the new list."""
+    first, second = pair
     merged: list[int] = []
-    i = 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            merged.append(new_id)
-            i += 2
+    for id_ in ids:
+        if id_ == second and merged and merged[-1] == first:
+            merged[-1] = new_id
         else:
-            merged.append(ids[i])
-            i += 1
+            merged.append(id_)
     return merged
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """Return the visible character that GPT-2's files use for each byte.
-
-    A visible byte is its own character; the others get the characters from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {**{byte: chr(byte) for byte in visible}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
-
-
-BYTE_TO_CHARACTER = _byte_alphabet()
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
+"""The visible character that GPT-2's files use for each byte: the byte's own, or one from U+0100 on."""
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
 def from_visible(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
 ) -> BPETokenizer:
-    """Return a tokenizer, given its tokens in GPT-2's visible characters, as in `tokenizer.json` and `vocab.bpe`.
-
-    Args:
-        vocab: the id of each token; may include the special tokens
-        merges: pairs of tokens, in order
-        special: the id of each special token
-        known: skip the check of the merges, see `BPETokenizer`
-    """
+    """Return a BPETokenizer for tokens in GPT-2's visible characters. `vocab` may include the special tokens."""
 
     @cache  # Nearly every token occurs three times.
     def to_bytes(token: str) -> bytes:
@@ -323,24 +283,11 @@ def from_visible(
         except KeyError as error:
             raise ValueError(f"token {token!r} contains {error.args[0]!r}, which does not represent a byte") from None
 
-    return BPETokenizer(
-        {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special},
-        [(to_bytes(first), to_bytes(second)) for first, second in merges],
-        special,
-        known,
-    )
+    vocab_bytes = {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special}
+    return BPETokenizer(vocab_bytes, [(to_bytes(first), to_bytes(second)) for first, second in merges], special, known)
 
 
-def _encoding(vocab: dict[bytes, int], special_tokens: dict[str, int]) -> tiktoken.Encoding:
-    """Return tiktoken's encoder for a vocabulary."""
-    import tiktoken
-
-    return tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=vocab, special_tokens=special_tokens)
-
-
-def _check(
-    vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Mapping[str, int]
-) -> None:
+def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: Mapping[str, int]) -> None:
     """Raise ValueError if the vocabulary is not exactly the 256 bytes and the results of the merges, with rising ids."""
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
@@ -357,17 +304,15 @@ def _check(
         if made is None or first not in vocab or second not in vocab:
             raise ValueError(f"the merge of {first!r} and {second!r} needs tokens that the vocabulary lacks")
         if made <= last:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} creates id {made} after id {last}: ids must increase"
-            )
+            order = f"id {made} after id {last}: ids must increase"
+            raise ValueError(f"the merge of {first!r} and {second!r} creates {order}")
         last = made
-    if len(vocab) != 256 + len(merges):
-        raise ValueError(
-            f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {256 + len(merges)}"
-        )
+    needed = 256 + len(merges)
+    if len(vocab) != needed:
+        raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
-def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]) -> None:
+def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> None:
     """Raise ValueError if tiktoken would not apply exactly these merges.
 
     tiktoken knows ids but no merges: it joins any two adjacent parts whose bytes are a token. This equals the merge list
@@ -376,9 +321,8 @@ def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[tuple[bytes,
     for first, second in merges:
         parts = _parts_before_last_merge(first + second, vocab)
         if parts != [first, second]:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} never happens: the merges before it turn its bytes into {parts}"
-            )
+            reason = f"the merges before it turn its bytes into {parts}"
+            raise ValueError(f"the merge of {first!r} and {second!r} never happens: {reason}")
 
 
 def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
@@ -412,15 +356,6 @@ def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[b
         push(start)
         push(before[start])
     return [part_at[i] for i in sorted(part_at)]
-
-
-def _special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that splits a text into ordinary text (even indices) and special tokens (odd indices).
-
-    Where several special tokens match, the longest one is chosen.
-    """
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def _cut_long_white_space(text: str) -> Iterable[str]:

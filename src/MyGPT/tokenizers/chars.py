@@ -1,7 +1,4 @@
-"""A tokenizer whose tokens are single characters.
-
-It needs no training and suits small models, but its sequences are long.
-"""
+"""A tokenizer whose tokens are single characters: it needs no training and suits small models; sequences are long."""
 
 from __future__ import annotations
 
@@ -46,17 +43,14 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._id_of[character] for character in text]
         except KeyError as error:
-            character = error.args[0]
-            raise ValueError(
-                f"character {character!r} at position {text.index(character)} is not in the vocabulary of "
-                f"{self.n_vocab} characters"
-            ) from None
+            place = f"{error.args[0]!r} at position {text.index(error.args[0])}"
+            raise ValueError(f"character {place} is not in the vocabulary of {self.n_vocab} characters") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
-        # A WordLevel model must name an unknown token. Because "<|none|>" is not in the vocabulary, other readers also raise
+        # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise
         # an error for an unknown character.
         model = {"type": "WordLevel", "vocab": self._id_of, "unk_token": "<|none|>"}
         return hugging_face_json(model, {}, pre_tokenizer=PRE_TOKENIZER, decoder={"type": "Fuse"})

@@ -17,10 +17,7 @@ _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return a short visible label for each id.
-
-    A space is shown as ·, a line end as ↵, and a byte that is only a part of a character as \\xe2.
-    """
+    """Return a visible label per id: · for a space, ↵ for a line end, \\xe2 for a part of a character."""
     return [_visible(text) for text in token_texts(tokenizer, ids)]
 
 
@@ -62,8 +59,5 @@ def shorten(labels: Sequence[str], longest: int) -> list[str]:
 
 
 def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
-    """Return a text with visible characters only.
-
-    Characters in `marks` are replaced; other control characters, which could act on a terminal, become escapes.
-    """
+    """Replace the characters in `marks`, and escape other control characters, which could act on a terminal."""
     return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

@@ -29,10 +29,8 @@ def gpt2_tokenizer() -> BPETokenizer:
     path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
     merges = _read_merges(path)
     if not has_gpt2_merges(merges):
-        raise ValueError(
-            f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: "
-            "install mygpt again with pip install --force-reinstall --no-deps mygpt"
-        )
+        way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
+        raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
     return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
 
 
@@ -49,10 +47,7 @@ def has_gpt2_merges(merges: Iterable[Sequence[str]]) -> bool:
 
 
 def read_openai_vocabulary(directory: Path) -> BPETokenizer:
-    """Return the tokenizer in a directory with OpenAI's files: `encoder.json` (token to id) and `vocab.bpe` (the merges).
-
-    A damaged file raises ValueError with the directory's name.
-    """
+    """Return the tokenizer in a directory with OpenAI's `encoder.json` (token to id) and `vocab.bpe` (the merges)."""
     try:
         vocab = read_json(directory / "encoder.json")
         merges = _read_merges(directory / "vocab.bpe")

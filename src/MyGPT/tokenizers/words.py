@@ -18,6 +18,7 @@ from MyGPT.tokenizers.base import (
     invert_vocabulary,
     lookup_tokens,
     require_text,
+    special_pattern,
 )
 
 _PUNCTUATION = r"""[,.:;?_!"()']|--"""
@@ -40,8 +41,8 @@ class SimpleTokenizer(Tokenizer):
     def __init__(self, vocab: Mapping[str, int]) -> None:
         self.int_to_str = invert_vocabulary(vocab)
         self.str_to_int = dict(vocab)
-        specials = [token for token in (ENDOFTEXT, UNKNOWN) if token in self.str_to_int]
-        self._special = re.compile("(" + "|".join(map(re.escape, specials)) + ")") if specials else None
+        self._special_tokens = {token: vocab[token] for token in (ENDOFTEXT, UNKNOWN) if token in vocab}
+        self._special = special_pattern(self._special_tokens)
 
     @classmethod
     def from_text(cls, text: str) -> SimpleTokenizer:
@@ -65,8 +66,11 @@ class SimpleTokenizer(Tokenizer):
         """
         require_text(text)
         unknown = self.str_to_int.get(UNKNOWN)
+        words: list[str] = []
+        for i, part in enumerate(self._special.split(text)):
+            words += [part] if i % 2 else _words(part)
         ids = []
-        for word in self._split(text):
+        for word in words:
             id_ = self.str_to_int.get(word, unknown)
             if id_ is None:
                 raise ValueError(f"{word!r} is not in the vocabulary of {self.n_vocab} tokens, which has no {UNKNOWN}")
@@ -79,17 +83,8 @@ class SimpleTokenizer(Tokenizer):
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
 
     def to_json(self) -> dict[str, Any]:
-        specials = {token: id_ for token, id_ in self.str_to_int.items() if token in (ENDOFTEXT, UNKNOWN)}
         model = {"type": "WordLevel", "vocab": self.str_to_int, "unk_token": UNKNOWN}
-        return hugging_face_json(model, specials, pre_tokenizer=PRE_TOKENIZER)
-
-    def _split(self, text: str) -> Iterable[str]:
-        """Yield the words, punctuation marks and special tokens of a text."""
-        for part in self._special.split(text) if self._special else [text]:
-            if part in (ENDOFTEXT, UNKNOWN) and part in self.str_to_int:
-                yield part
-            else:
-                yield from _words(part)
+        return hugging_face_json(model, self._special_tokens, pre_tokenizer=PRE_TOKENIZER)
 
 
 def _words(text: str) -> list[str]:

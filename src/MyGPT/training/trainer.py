@@ -23,15 +23,14 @@ from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
-from MyGPT.training.batches import make_batches, to_device
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
 from MyGPT.training.run import BestModelStore, Run, WholeModel
-from MyGPT.training.samples import LiveSamples
 from MyGPT.training.snapshot import Snapshot, identify, restore_snapshot, seed_everything, take_snapshot
 from MyGPT.training.state import RunState
+from MyGPT.training.texts import LiveSamples, make_batches, to_device
 
 
 class Trainer:
@@ -91,9 +90,9 @@ class Trainer:
             WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
-            overwrite,
-            resume,
-            [allow_changed] if isinstance(allow_changed, str) else allow_changed,
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._modes, self._is_ready = ExitStack(), False
 
@@ -105,7 +104,7 @@ class Trainer:
     def setup(self) -> None:
         """Seed all generators, open the run's directory, move the model and make the optimizers.
 
-        Does nothing if the trainer is set up already. If an error occurs, everything is closed again.
+        The second call does nothing. An error closes everything again.
         """
         if self._is_ready:
             return
@@ -143,8 +142,8 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its loss, gradient norm and learning rate.
 
-        A step whose loss or gradient is not finite leaves the weights unchanged. After more than max_skipped_steps such
-        steps, FloatingPointError is raised.
+        A step whose loss or gradient is not finite leaves the weights unchanged; more than max_skipped_steps such steps
+        raise FloatingPointError.
         """
         if not self._is_ready:
             raise RuntimeError("the trainer is not set up: call setup(), or use `with Trainer(...) as trainer:`")
@@ -164,7 +163,7 @@ class Trainer:
         for optimizer in self.optimizers:
             if is_finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         state.n_skipped += not is_finite
         self.files.check_divergence(state, **values)
         state.tokens_seen += batch[0].numel()

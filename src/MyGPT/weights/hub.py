@@ -12,16 +12,14 @@ from pathlib import Path
 
 from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weights
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json
     merges.txt encoder.json vocab.bpe template.json""".split()
 _UNFINISHED = ".mygpt-unfinished-download"
-"""An empty file that exists in the directory until every file has been downloaded."""
+"""The list of the files of a download, which exists until all of them have arrived."""
 
 
 def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
-    """Download the model or LoRA adapter in a repository such as openai-community/gpt2, and return `directory`.
+    """Download the model in a repository such as openai-community/gpt2, and return `directory`.
 
     A directory that is already complete, downloaded or copied by hand, needs no network.
 
@@ -30,12 +28,11 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
         directory: where the files are stored.
 
     Raises:
-        OSError: the repository cannot be downloaded, or contains neither a model nor an adapter.
+        OSError: the repository cannot be downloaded or contains no model.
         ValueError: huggingface_hub is not installed, or `repo_id` is not a valid name.
     """
     directory = Path(directory)
-    unfinished = directory / _UNFINISHED
-    if not unfinished.exists() and _is_complete(directory):
+    if _is_complete(directory):
         return directory
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -49,25 +46,25 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
         info = HfApi().model_info(repo_id)
         files = _choose_files([file.rfilename for file in info.siblings or []])
         directory.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
+        (directory / _UNFINISHED).write_text("\n".join(files), encoding="utf-8")
         snapshot_download(repo_id, revision=info.sha, allow_patterns=files, local_dir=directory)
-        missing = [name for name in files if not (directory / name).is_file()]  # it only warns if the connection fails
-        if missing:
-            raise OSError(f"{', '.join(missing)} could not be downloaded")
+        if not _is_complete(directory):  # snapshot_download only warns if the connection fails
+            raise OSError("not all files could be downloaded")
     except HFValidationError:
         raise
     except Exception as error:  # raised by huggingface_hub, requests or httpx, depending on the version
         raise OSError(
             f"cannot download {repo_id} ({error}): try again, or copy the repository's files to {directory}"
         ) from error
-    unfinished.unlink(missing_ok=True)
+    (directory / _UNFINISHED).unlink(missing_ok=True)
     return directory
 
 
 def _is_complete(directory: Path) -> bool:
-    """Return whether the directory contains a config and all weights, of a model or of an adapter."""
-    if (directory / ADAPTER_CONFIG).is_file() and any((directory / name).is_file() for name in _ADAPTER_WEIGHTS):
-        return True
+    """Return whether the directory contains all files of the last download, or a config and all weights."""
+    unfinished = directory / _UNFINISHED
+    if unfinished.is_file():
+        return all((directory / name).is_file() for name in unfinished.read_text(encoding="utf-8").split())
     try:
         return (directory / "config.json").is_file() and find_weights(directory).is_file()
     except FileNotFoundError:
@@ -77,18 +74,11 @@ def _is_complete(directory: Path) -> bool:
 def _choose_files(names: list[str]) -> list[str]:
     """Return the files of a repository that MyGPT or transformers needs, with the weights in one format only."""
     names = [name for name in names if re.fullmatch(r"[\w.-]+", name)]  # not in subdirectories
-    weights: list[str] = []
-    for name in WEIGHTS if "config.json" in names else ():
-        if name in names:
-            weights = [name]
-        elif f"{name}{INDEX_SUFFIX}" in names:
-            shards = "-*-of-*".join(os.path.splitext(name))
-            weights = [f"{name}{INDEX_SUFFIX}", *(file for file in names if fnmatch(file, shards))]
-        if weights:
-            break
-    adapter = [name for name in _ADAPTER_WEIGHTS if name in names][:1] if ADAPTER_CONFIG in names else []
-    if not weights and not adapter:
-        raise OSError(f"it has neither config.json with {' or '.join(WEIGHTS)} nor {ADAPTER_CONFIG} with an adapter")
-    if adapter and not weights:
-        weights = [ADAPTER_CONFIG, *adapter]
-    return [*weights, *(name for name in _OTHER_FILES if name in names)]
+    other_files = [name for name in _OTHER_FILES if name in names]
+    for weights in WEIGHTS if "config.json" in names else ():
+        index, shards = f"{weights}{INDEX_SUFFIX}", "-*-of-*".join(os.path.splitext(weights))
+        if weights in names:
+            return [weights, *other_files]
+        if index in names:
+            return [index, *(name for name in names if fnmatch(name, shards)), *other_files]
+    raise OSError(f"it does not contain config.json and {' or '.join(WEIGHTS)}")

@@ -211,11 +211,13 @@ def _openai_names(n_layers: int) -> dict[str, str]:
 
 
 def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
+    """Return OpenAI's weights by MyGPT's names; unknown names are kept."""
     ours = _openai_names(len({name.partition("/")[0] for name in tensors if re.match(r"h\d+/", name)}))
     return {ours.get(path, path): _transposed(ours.get(path, path), tensor) for path, tensor in tensors.items()}
 
 
 def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
+    """Return the book's weights by MyGPT's names, with queries, keys and values joined; unknown names are kept."""
     parts_of = {ours: [theirs] for ours, _, theirs in TOP}
     for i in _block_numbers(tensors):
         parts_of |= {

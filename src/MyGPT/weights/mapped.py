@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 class MappedFile:
     """A file that is mapped at the first `read` and unmapped when the last array of it is deleted.
 
-    So tensors that are read and freed one after another do not add up in memory, and no file stays open (macOS allows
-    256 open files). The mapping is private: writing to an array changes memory only, never the file. The arrays stay
+    Tensors that are read and freed one after another therefore do not add up in memory, and no file stays open (macOS
+    allows 256 open files). The mapping is private: writing to an array changes memory only, never the file. The arrays stay
     valid if the file is deleted or replaced. They do not stay valid if it is truncated in place: reading past the new
     end kills the process.
     """

@@ -113,6 +113,7 @@ def write_directory(
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:
+    """Return the directory that contains config.json. Raises FileNotFoundError if there is none."""
     directory = find_directory(path)
     if directory is None:
         raise FileNotFoundError(f"no model at {path}: neither it nor {Path(path, 'model')} has a config.json")
@@ -120,6 +121,7 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_file(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of one weights file under the names they have there."""
     return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_torch_file(path)[0]
 
 

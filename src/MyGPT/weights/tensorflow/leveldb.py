@@ -94,7 +94,7 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a block from front to back. Its restart points serve only binary search."""
+    """Yield the keys and values of a block in order. The restart points are ignored: only a binary search needs them."""
     end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")
     if len(block) < 4 or end < 0:
         raise ValueError("the restart points of a block are damaged")

@@ -1,0 +1,115 @@
+"""How --help and --help-all look: which options stand under which heading, and how an option is described.
+
+`--help` shows the options that the command's module lists in `COMMON`, `--help-all` shows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+GROUPS = {
+    "Model": "model adapter context_length emb_dim n_heads n_layers drop_rate qkv_bias tie_weights layer_norm_eps init_std "
+    "activation init",
+    "LoRA": "full merge frozen_dtype lora lora.r lora.alpha lora.dropout lora.targets lora.dora lora.rslora",
+    "Data": "data text tokenizer tokenizer_size val_fraction max_length rows train_fraction test_fraction split_seed",
+    "Prompt": "prompt template mask_prompt system memory slide",
+    "Training": "max_steps epochs batch_size micro_batch_size order early_stop max_skipped_steps",
+    "Optimizer": "optimizer learning_rate min_learning_rate warmup_steps schedule decay_fraction weight_decay grad_clip beta1 "
+    "beta2 muon_learning_rate muon_momentum",
+    "Evaluation and samples": "eval_every eval_windows sample_every sample_tokens sample_temperature sample_prompt "
+    "sample_to_end",
+    "Sampling": "max_new_tokens n_samples stop temperature top_k top_p min_p repetition_penalty",
+    "Output": "out overwrite resume allow_changed log_every tensorboard checkpoint_every checkpoint_minutes keep_last "
+    "keep_best",
+    "Execution": "device precision compile gradient_checkpointing lookup seed deterministic",
+    "Configuration": "config print_config help help_all",
+}
+"""The headings of a long help page, and the options under each, in the order in which they are shown."""
+
+MAX_UNGROUPED = 10
+"""A command with at most this many options of its own lists them under the single heading "Options"."""
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """A help page with short descriptions: `--max_steps INT  Number of optimizer steps. (default: 2000)`."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 28, **options})
+
+    def format_help(self) -> str:
+        """Return the page. The non-breaking spaces, which keep "(default: 8)" on one line, become plain spaces."""
+        return super().format_help().replace("\u00a0", " ")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap each paragraph; keep the lines of examples."""
+        fill = super()._fill_text
+        return "\n\n".join(p if p.startswith("Example") else fill(p, width, indent) for p in text.split("\n\n"))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if not name.endswith("+")]  # --data+ appends to a list
+        return f"{', '.join(names)} {value_name(action)}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Return the description and the default. A default of null, or of a switch that is off, is not shown."""
+        text, default = action.help or "", action.default
+        if action.required:
+            return f"{text} (required)" if action.option_strings else text
+        if default is None or default is False or default in (argparse.SUPPRESS, ""):
+            return text
+        plain = f"[{', '.join(default)}]" if isinstance(default, list) else str(default).replace("True", "true")
+        return f"{text} (default:\u00a0{plain})"
+
+
+class HelpAllAction(argparse._HelpAction):
+    """The option --help-all."""
+
+    def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
+        """Print every option and exit."""
+        show_options(parser)
+        parser.print_help()
+        parser.exit()
+
+
+def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
+    """Choose the options that a parser's help page shows, and the headings above them.
+
+    Args:
+        parser: a parser with all of its options, --help-all among them
+        common: names of the options to show, in this order; if empty, the page shows all options under the headings of `GROUPS`
+    """
+    actions = {action.dest: action for action in parser._actions}
+    configuration = GROUPS["Configuration"].split()
+    own = [name for name in actions if name not in configuration]
+    groups = {title: names.split() for title, names in GROUPS.items()}
+    if common:
+        groups = {"Most used options": list(common), "Configuration": configuration}
+    elif len(own) <= MAX_UNGROUPED:
+        groups = {"Options": own, "Configuration": configuration}
+    else:
+        listed = {name for names in groups.values() for name in names}
+        groups["Other"] = [name for name in own if name not in listed]
+    parser.epilog = f"{parser.prog} --help-all shows all {len(own)} options." if common else None
+    parser._action_groups = []
+    for title, names in groups.items():
+        parser.add_argument_group(title)._group_actions = [actions[name] for name in names if name in actions]
+
+
+def value_name(action: argparse.Action) -> str:
+    """Return what a help page shows as the option's value: INT, FLOAT, the choices, or the last word of the option's name."""
+    if action.nargs == 0 or action.dest == "print_config":
+        return ""
+    if isinstance(action.metavar, str):
+        return action.metavar
+    kind: Any = getattr(action, "_typehint", None)
+    kind = kind if typing.get_origin(kind) is Literal else next(iter(typing.get_args(kind)), kind)
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
+    if kind is bool:
+        return "" if action.default is False else "{true,false}"
+    name = {int: "INT", float: "FLOAT"}.get(kind) or action.dest.replace("_", ".").rpartition(".")[2].upper()
+    return name if action.option_strings else f"{name}..."

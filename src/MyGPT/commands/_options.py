@@ -1,0 +1,175 @@
+"""From a command's function to its options: build the parser, and call the function with the parsed values.
+
+The parameters of the function are the options. A command's module may also set:
+    COMMON    names of the options that --help shows; --help-all shows all of them
+    DEFAULTS  default values that differ from those of the function and its dataclasses
+    HIDDEN    fields of dataclasses that are not options
+    NESTED    parameters whose fields are options behind the parameter's name, such as --lora.r
+    KINDS     functions that the command's first argument selects, such as mygpt plot attention
+    EXPAND    a function that changes the arguments before they are parsed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import typing
+from argparse import SUPPRESS
+from collections.abc import Callable
+from typing import Any, Literal
+
+import docstring_parser
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from MyGPT.commands._help import HelpAllAction, HelpFormatter, show_options, value_name
+from MyGPT.commands._recipe import read_recipe
+
+Command = Callable[..., Any]
+
+
+class CommandParser(ArgumentParser):
+    """A parser that raises ValueError with one plain sentence for every error."""
+
+    example = ""
+    recipe: str | os.PathLike[str] | None = None
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        """Raise ValueError with the message in plain words."""
+        source = f"options from {self.recipe} and the command line; " if self.recipe else ""
+        raise ValueError(f"{self._plain(message)} ({source}see {self.prog} --help)") from ex
+
+    def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        """Parse a YAML file; `read_recipe` first refuses files that are harmful to read."""
+        self.recipe = path
+        read_recipe(path)
+        return super().parse_path(path, *arguments, **options)
+
+    def _plain(self, message: str) -> str:
+        """Return jsonargparse's message in one line and in the words of a user."""
+        message = " ".join(message.split())
+        if found := re.fullmatch("the following arguments are required: (.*)", message):
+            options = self._option_string_actions
+            names = [f"--{n}" if f"--{n}" in options else n.upper() for n in found[1].split(", ")]
+            return f"missing {' and '.join(names)}; for example: {self.example}"
+        if found := re.fullmatch("unrecognized arguments: (.*)", message):
+            words = found[1].split()
+            option = next((word for word in words if word.startswith("-")), None)
+            return self._unknown(option) if option else f"unexpected argument {words[0]!r}"
+        if found := re.fullmatch("Option '(.*)' is not accepted", message):
+            return self._unknown(f"--{found[1]}")
+        if found := re.fullmatch("argument (--.*): expected one argument", message):
+            return f"{found[1]} needs a value"
+        if found := re.fullmatch('Parser key "(.*?)":.* (?:Got|Given) value: (.*)', message):
+            action = next((action for action in self._actions if action.dest == found[1]), None)
+            if action is not None and hasattr(action, "_typehint"):
+                *most, last = _allowed(action._typehint)
+                allowed = f"{', '.join(most)} or {last}" if most else last
+                return f"{found[1]} must be {allowed}, got {found[2]!r}"
+        return message.replace('Parser key "', 'option "')
+
+    def _unknown(self, option: str) -> str:
+        """Return the message for an unknown option, with the most similar name."""
+        names = [name.removeprefix("--") for name in self._option_string_actions]
+        near = difflib.get_close_matches(option.partition("=")[0].strip("-").replace("-", "_"), names, 1, cutoff=0.7)
+        return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "")
+
+
+def make_parser(name: str, command: Command) -> CommandParser:
+    """Return a parser whose options are the function's parameters.
+
+    A parameter that is a dataclass gives an option for each of its fields. A `*names: str` parameter takes one or more
+    values without an option's name. The function's docstring is the help text.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    module = sys.modules[command.__module__]
+    common = getattr(module, "COMMON", ())
+    description = inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0]
+    parameters = inspect.signature(command).parameters.values()
+    listed = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    groups = _dataclasses_of(command)
+    parser = CommandParser(prog=f"mygpt {name}", description=description, formatter_class=HelpFormatter, add_help=False)
+    example = re.search(r"^ +(mygpt .*)", description, re.M)
+    parser.example = example[1] if example else f"{parser.prog} --help"
+    for parameter in listed:
+        parser.add_argument(parameter, nargs="+", type=str, help=_help_of(command, parameter))
+    parser.add_function_arguments(command, as_group=False, skip={*listed, *groups})
+    for parameter, kind in groups.items():
+        nested = parameter if parameter in getattr(module, "NESTED", ()) else None
+        parser.add_class_arguments(kind, nested, skip=set(getattr(module, "HIDDEN", ())))
+    parser.add_argument("--config", action="config", help="Read options from a YAML file; options given after it win.")
+    which = "the most used" if common else "all"
+    parser.add_argument("-h", "--help", action="help", help=f"Show {which} options and exit.")
+    parser.add_argument("--help-all", action=HelpAllAction, help="Show all options and exit." if common else SUPPRESS)
+    names = {action.dest for action in parser._actions}
+    parser.set_defaults({name: value for name, value in getattr(module, "DEFAULTS", {}).items() if name in names})
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --overwrite alone means true
+            action.nargs, action.const = "?", True
+        if action.dest in getattr(module, "NESTED", ()):
+            action.help = f"Read the options of {action.dest} from a YAML file."
+        if action.dest == "print_config":
+            action.help = "Print all options as YAML and exit."
+    required = [f"--{a.dest} {value_name(a)}" for a in parser._actions if a.required and a.option_strings]
+    parser.usage = " ".join([parser.prog, *(f"{name.upper()}..." for name in listed), *required, "[options]"])
+    show_options(parser, common)
+    return parser
+
+
+def underscored(argument: str, parser: CommandParser) -> str:
+    """Return an option that is written with hyphens, such as --max-steps, as --max_steps; return other arguments unchanged."""
+    option, equals, value = argument.partition("=")
+    name = "--" + option[2:].replace("-", "_")
+    return f"{name}{equals}{value}" if option.startswith("--") and name in parser._option_string_actions else argument
+
+
+def call(command: Command, options: Any) -> None:
+    """Call the function with the parsed options, after building its dataclasses from their fields."""
+    values = {name: value for name, value in options.as_dict().items() if name != "config"}
+    keywords = {}
+    for parameter, kind in _dataclasses_of(command).items():
+        if parameter in values:  # a nested parameter, such as lora
+            if not isinstance(values[parameter], dict):
+                raise ValueError(f"{parameter} must be a mapping of options to values, got {values[parameter]!r}")
+            keywords[parameter] = kind(**values[parameter])
+        else:
+            fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
+            keywords[parameter] = kind(**{field: values[field] for field in fields})
+    positional: list[Any] = []
+    for name, described in inspect.signature(command).parameters.items():
+        if described.kind is described.VAR_POSITIONAL:
+            positional = values[name]
+        elif name not in keywords:
+            keywords[name] = values[name]
+    command(*positional, **keywords)
+
+
+def _dataclasses_of(command: Command) -> dict[str, Any]:
+    """Return the parameters whose type is a dataclass, with that type."""
+    hints = typing.get_type_hints(command)
+    return {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
+
+
+def _help_of(command: Command, parameter: str) -> str:
+    """Return the parameter's entry under "Args:" in the function's docstring."""
+    described = docstring_parser.parse(command.__doc__ or "").params
+    return next((entry.description or "" for entry in described if entry.arg_name == parameter), "")
+
+
+def _allowed(kind: Any) -> list[str]:
+    """Return the values that an option of this type accepts, in words."""
+    if typing.get_origin(kind) is Literal:
+        return [str(choice) for choice in typing.get_args(kind)]
+    if typing.get_origin(kind) is list:
+        return ['a list such as ["a", "b"]']
+    words = {
+        int: ["a whole number"],
+        float: ["a number"],
+        bool: ["true", "false"],
+        str: ["a text"],
+        type(None): ["null"],
+    }
+    return words.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member)]

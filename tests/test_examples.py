@@ -1,0 +1,51 @@
+"""Every script of examples/ runs offline as a user would run it, and stays short."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from MyGPT import GPTModel, get_tokenizer
+from places import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What each script prints or writes if it did its work.
+PRINTED = {
+    "look_inside": "without head 0 of layer 0",
+    "lora_finetuning": "step 40: loss",
+    "open_in_transformers": "the same greedy continuation: True",
+    "sampling_options": "--- top_p 0.9",
+    "train_from_scratch": "Alice was ",
+    "train_tokenizer": "bytes per token",
+}
+TAKES_A_MODEL = ("look_inside", "sampling_options")
+
+
+def test_the_examples_are_the_ones_listed_here() -> None:
+    assert [path.stem for path in EXAMPLES] == list(PRINTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_shorter_than_forty_lines_and_runs(
+    path: Path, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+    arguments = []
+    if path.stem in TAKES_A_MODEL:  # without an argument they download GPT-2
+        tokenizer = get_tokenizer("gpt2")
+        sizes = {"context_length": 48, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "qkv_bias": True}
+        GPTModel({"vocab_size": tokenizer.n_vocab, **sizes}).save_pretrained("model", tokenizer)
+        arguments = ["model"]
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    names = runpy.run_path(str(path), run_name="__main__")
+    assert PRINTED[path.stem] in capsys.readouterr().out
+    if path.stem == "lora_finetuning":
+        with torch.no_grad():
+            logits = GPTModel.from_pretrained("runs/spelling").eval()(names["inputs"])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), names["targets"].flatten()).item()
+        assert loss < 2.5  # the saved model is the tuned one; the loss of a uniform guess is log(512) = 6.2
