@@ -2,8 +2,8 @@
 
 `checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer state of
 each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and manifest.json (size
-and SHA-256 of the other files). `checkpoints/latest` names the newest checkpoint. None of the files is a pickle.
-A process may be killed at any moment: a checkpoint gets its name when it is complete, and only then are old ones removed.
+and SHA-256 of the other files); `checkpoints/latest` names the newest. None of the files is a pickle. A checkpoint gets its
+name when it is complete, and only then are old ones removed, so a process may be killed at any moment.
 """
 
 from __future__ import annotations

@@ -37,9 +37,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     ]
     is_fused, betas = all(p.device.type in _FUSED for p in named.values()), (config.beta1, config.beta2)
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=is_fused))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -108,9 +107,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
     """Set the learning rates of a step in all optimizers, and return that of AdamW."""
     factor = schedule_factor(config, step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * factor
     return config.learning_rate * factor
 
 
@@ -118,10 +116,9 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
     """Return the learning rate of a step (counted from 0) divided by its peak: a linear warmup, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    lowest = config.min_learning_rate / config.learning_rate
     if config.schedule == "constant":
         return 1.0
-    start = config.warmup_steps
+    start, lowest = config.warmup_steps, config.min_learning_rate / config.learning_rate
     if config.schedule == "wsd":
         start = max(start, round(config.max_steps * (1 - config.decay_fraction)))
     done = min(1.0, max(0, step - start) / max(1, config.max_steps - start))

@@ -92,10 +92,10 @@ def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module,
 def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
     """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all of them).
 
-    Without a target token the result is NaN. The model keeps its mode: in training mode, dropout is active.
+    Without a target token, or if `loader` is None, the result is NaN. In training mode, dropout stays active.
     """
     total, count = 0.0, 0
-    for i, (input_batch, target_batch) in enumerate(loader):
+    for i, (input_batch, target_batch) in enumerate(() if loader is None else loader):
         if num_batches is not None and i >= num_batches:
             break
         batch_total, batch_count = _loss_sum(input_batch.to(device), target_batch.to(device), model)
@@ -108,9 +108,8 @@ def evaluate_model(
 ) -> tuple[float, float]:
     """Return the training and the validation loss over eval_iter batches, without dropout; NaN for a loader that is None."""
     with evaluation_mode(model):
-        train_loss = math.nan if train_loader is None else calc_loss_loader(train_loader, model, device, eval_iter)
-        val_loss = math.nan if val_loader is None else calc_loss_loader(val_loader, model, device, eval_iter)
-    return train_loss, val_loss
+        train_loss = calc_loss_loader(train_loader, model, device, eval_iter)
+        return train_loss, calc_loss_loader(val_loader, model, device, eval_iter)
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 _RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
 """Names of counters in checkpoints of version 0.1, and their names now."""
-_NON_FINITE = ("inf", "-inf", "nan")
 
 
 class IncompatibleCheckpointError(ValueError):
@@ -71,10 +70,8 @@ class RunState:
         current step was evaluated, because checkpoints are compared by the `val_loss` of their own step.
         """
         values = vars(self) if self.evaluated_step == self.step else {**vars(self), "val_loss": None}
-        return {
-            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        non_finite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        return {**values, **non_finite}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
@@ -94,6 +91,6 @@ def _from_json(value: Any, kind: str, name: str) -> Any:
         return math.inf if name == "best_loss" else None  # Earlier versions wrote null for an infinite best_loss.
     if type(value) is int and 0 <= value < 2**63:
         return value if kind.startswith("int") else float(value)
-    if kind.startswith("float") and (isinstance(value, float) or value in _NON_FINITE):
+    if kind.startswith("float") and (isinstance(value, float) or value in ("inf", "-inf", "nan")):
         return float(value)
     raise ValueError(f"{name} must be of type {kind}, got {value!r:.80}")
