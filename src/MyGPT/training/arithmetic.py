@@ -16,8 +16,8 @@ from MyGPT.training.config import TrainConfig
 def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
     """Return torch.bfloat16 if matrix products should run in bfloat16, or None for float32.
 
-    "auto" chooses bfloat16 where the hardware gains from it: on GPUs with native bfloat16, and on CPUs with AVX-512 BF16
-    or AMX if emb_dim is at least 256. In a narrower model, a CPU loses more time in conversions than it saves.
+    "auto" chooses bfloat16 where the hardware gains from it: on GPUs with native bfloat16, and on CPUs with AVX-512
+    BF16 or AMX if emb_dim is at least 256. In a narrower model, a CPU loses more time in conversions than it saves.
     """
     is_bf16 = precision == "bf16"
     if precision == "auto" and device.type == "cuda":
@@ -53,7 +53,7 @@ def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype |
 
 
 def uncompiled(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return a context that runs compiled blocks without the compiler, which would compile them anew for other shapes."""
+    """Return a context that runs compiled blocks without the compiler, which would recompile them for other shapes."""
     # Without config.compile, torch's compiler need not be installed.
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 

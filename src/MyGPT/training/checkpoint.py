@@ -1,9 +1,9 @@
 """Checkpoints: snapshots of a run on the disk, each stored completely or not at all.
 
-`checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer state of
-each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and manifest.json (size
-and SHA-256 of the other files); `checkpoints/latest` names the newest. None of the files is a pickle. A checkpoint gets its
-name when it is complete, and only then are old ones removed, so a process may be killed at any moment.
+`checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer
+state of each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and
+manifest.json (size and SHA-256 of the others); `checkpoints/latest` names the newest. None of the files is a pickle. A
+process may be killed at any moment: a checkpoint gets its name when it is complete, and only then are old ones removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
 def read_snapshot(path: Path) -> Snapshot:
     """Read a checkpoint and verify every byte of it. A damaged one raises ValueError or OSError with the file's name.
 
-    Raises IncompatibleCheckpointError if another version of MyGPT wrote the checkpoint, and something is missing from it.
+    A checkpoint of another version of MyGPT that lacks something raises IncompatibleCheckpointError.
     """
     manifest = read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.keys() != set(_FILES):
@@ -97,7 +97,7 @@ def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
 
 
 def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> None:
-    """Remove checkpoints up to `step`, except the newest `keep_last` and the `keep_best` with the lowest validation loss.
+    """Remove checkpoints up to `step`, except the newest `keep_last` and the `keep_best` of lowest validation loss.
 
     Checkpoints after `step` remain: a run that was resumed from an earlier step will overwrite them.
     """

@@ -31,7 +31,7 @@ class TrainConfig:
     batch_size: int = 12
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; their gradients are summed over the batch. Without it, one pass takes the whole batch."""
+    """Sequences per forward pass; gradients are summed over the batch. Without it, one pass takes the whole batch."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 1e-4
@@ -93,7 +93,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """Number of steps that may be skipped for a loss or gradient that is not finite; one more stops the run."""
     deterministic: bool = False
-    """Use only torch's deterministic algorithms. On a GPU, some are slower and some are missing; a CPU always uses them."""
+    """Use only torch's deterministic algorithms. On a GPU, some are slower or missing; a CPU always uses them."""
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = 1337
@@ -111,9 +111,8 @@ class TrainConfig:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
                     raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate must be at most learning_rate, got {self.min_learning_rate} and {self.learning_rate}"
-            )
+            rates = f"{self.min_learning_rate} and {self.learning_rate}"
+            raise ValueError(f"min_learning_rate must be at most learning_rate, got {rates}")
         kinds = {"schedule": Schedule, "optimizer": OptimizerName, "precision": TrainingPrecision, "order": Order}
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:

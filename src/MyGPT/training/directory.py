@@ -51,12 +51,10 @@ def lock_directory(run: Path) -> FileLock:
         with contextlib.suppress(OSError):
             holder = (run / _PROCESS).read_text(encoding="utf-8").strip()
         if holder == this_process:
-            raise ValueError(
-                f"this process already holds the lock of {run}: close the Trainer that uses it, or choose another run_dir"
-            ) from None
-        raise ValueError(
-            f"another process{f' ({holder})' if holder else ''} is training in {run}: wait for it, or choose another --out"
-        ) from None
+            way_out = "close the Trainer that uses it, or choose another run_dir"
+            raise ValueError(f"this process already holds the lock of {run}: {way_out}") from None
+        process = f"another process ({holder})" if holder else "another process"
+        raise ValueError(f"{process} is training in {run}: wait for it, or choose another --out") from None
     (run / _PROCESS).write_text(f"{this_process}\n", encoding="utf-8")
     return lock
 

@@ -22,8 +22,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """Return AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller values
-    of these vectors do not regularize the model.
+    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller
+    values of these vectors do not regularize the model.
     """
     named = trained_parameters(model)
     optimizers: list[Optimizer] = []
@@ -57,9 +57,9 @@ POLYNOMIALS = [
 class Muon(Optimizer):
     """Momentum SGD with orthogonalized updates, so that all directions of a matrix get steps of the same size.
 
-    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three polynomials
-    instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own precision, because
-    bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
+    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three
+    polynomials instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own
+    precision, because bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
     """
 
     def __init__(self, matrices: Sequence[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -90,8 +90,8 @@ class Muon(Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return an approximation of UVᵀ for each matrix UΣVᵀ in a stack (n, out, in).
 
-    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation, with
-    twice as many polynomials, did not improve the training loss.
+    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation,
+    with twice as many polynomials, did not improve the training loss.
     """
     has_bf16 = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.bfloat16() if has_bf16 else matrices

@@ -1,7 +1,7 @@
 """The files of a training run: one directory, used by one process at a time.
 
-`config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the best model), `checkpoints/`
-(for `--resume`), `samples.txt`, and `loss.png`, which the commands draw.
+`config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the best model),
+`checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, which the commands draw.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Run:
     best_model: BestModelStore
     console: Console
     identify: Callable[[], dict[str, dict[str, Any]]]
-    """Returns `data` hashes and the `machine`. May take long, and is called when a checkpoint is first read or written."""
+    """Returns the `data` and the `machine` of `Snapshot.context`. It may take long, so only checkpoints call it."""
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
@@ -100,8 +100,9 @@ class Run:
     def open(self) -> Snapshot | None:
         """Lock the directory and begin a run in it, or return the snapshot from which the run is resumed.
 
-        Files change only after all checks have passed. Raises FileExistsError for a directory that may not be overwritten,
-        and ValueError if it is locked, has no complete checkpoint, or holds a run with another recipe or other data.
+        Files change only after all checks have passed. Raises FileExistsError for a directory that may not be
+        overwritten, and ValueError if it is locked, has no complete checkpoint, or holds a run with another recipe or
+        other data.
         """
         directory, config = self.directory, self.config
         if directory is None:
@@ -172,7 +173,7 @@ class Run:
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model, unless it is the current one. Raises FloatingPointError if no validation loss was finite."""
+        """Load the best model, if it is not the current one; FloatingPointError if no validation loss was finite."""
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
@@ -185,9 +186,9 @@ class Run:
         """Raise FloatingPointError if too many steps were skipped. The three values are those of the last step."""
         if state.n_skipped > self.config.max_skipped_steps:
             raise FloatingPointError(
-                f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps in "
-                f"all were not finite, more than max_skipped_steps={self.config.max_skipped_steps}: lower learning_rate "
-                f"(now {learning_rate:.3g}) or raise warmup_steps{self._what_is_saved(state)}"
+                f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps "
+                f"in all were not finite, more than max_skipped_steps={self.config.max_skipped_steps}: lower "
+                f"learning_rate (now {learning_rate:.3g}) or raise warmup_steps{self._what_is_saved(state)}"
             )
 
     def stop_message(self, state: RunState) -> str:
@@ -230,7 +231,7 @@ class Run:
         self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
 
     def _what_is_saved(self, state: RunState) -> str:
-        """Return where the model and the last checkpoint are, for the end of a message; save a model if there is none."""
+        """Return where the model and the last checkpoint are, to end a message; save a model if there is none."""
         if self.directory is None:
             return ""
         if state.best_step is None:

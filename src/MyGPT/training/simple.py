@@ -106,7 +106,7 @@ def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches:
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Return the training and the validation loss over eval_iter batches, without dropout; NaN for a loader that is None."""
+    """Return the training and validation loss over eval_iter batches, without dropout; NaN for a loader of None."""
     with evaluation_mode(model):
         train_loss = calc_loss_loader(train_loader, model, device, eval_iter)
         return train_loss, calc_loss_loader(val_loader, model, device, eval_iter)

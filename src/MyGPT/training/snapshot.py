@@ -1,7 +1,7 @@
 """Snapshots: everything the next training step depends on, copied, restored, and compared with a run that is to resume.
 
-The weights, optimizer state, counters and random states are restored. The recipe, the data and the frozen weights must be
-the same; another machine gives a warning.
+The weights, optimizer state, counters and random states are restored. The recipe, the data and the frozen weights must
+be the same; another machine gives a warning.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
 def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> list[str]:
     """Raise ValueError with all differences between a snapshot and a run, and return warnings about the machine.
 
-    `context` is the `Snapshot.context` of the run as it is now. `allowed` names the recipe keys that may differ; "data" and
-    "model" allow other data and other frozen weights.
+    `context` is the `Snapshot.context` of the run as it is now. `allowed` names the recipe keys that may differ; "data"
+    and "model" allow other data and other frozen weights.
     """
     before, now = snapshot.context["recipe"], context["recipe"]
     differences = [

@@ -21,8 +21,9 @@ from MyGPT.training.config import TrainConfig
 def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig) -> tuple[Any, Any, list[list[int]]]:
     """Return the training batches, the validation batches or None, and the default prompts of live samples.
 
-    Token ids become windows of context_length tokens; other sources are returned as they are (see `Trainer`). Fewer than
-    two validation ids count as None. The default prompt is the beginning of the validation text, or of the training text.
+    Token ids become windows of context_length tokens; other sources are returned as they are (see `Trainer`). Fewer
+    than two validation ids count as None. The default prompt is the beginning of the validation text, or of the
+    training text.
     """
     text: Any = []
     if not hasattr(train, "batch"):

@@ -1,7 +1,7 @@
 """The training loop behind `mygpt train` and `mygpt finetune`: the step, the loop around it, and the evaluation.
 
-A step depends on the weights, the optimizers, the random states and the step number, and on nothing else. A checkpoint stores
-these (checkpoint.py), so a resumed run gives bit-identical results. state.py counts, run.py writes, console.py prints.
+A step depends on the weights, the optimizers, the random states and the step number, and on nothing else. A checkpoint
+stores these, so a resumed run gives bit-identical results. state.py counts, run.py writes, console.py prints.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from MyGPT.training.texts import LiveSamples, make_batches, to_device
 class Trainer:
     """Trains a model. `run` does everything; `setup`, `step`, `evaluate`, `save` and `close` serve loops of your own.
 
-    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run continues from its newest complete checkpoint
-    with the results of an uninterrupted run: bit-identical on the same machine with the same thread count and versions.
+    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run continues from its newest complete
+    checkpoint with the results of an uninterrupted run: bit-identical on the same machine with the same thread count
+    and versions.
 
     Args:
         model: the model to train.
         config: how to train it.
         train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (B, T) int64, and
             optionally an attention mask (B, T). With a method `fingerprint()`, a resumed run notices changed data.
-        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few every
-            time. None trains without evaluation.
+        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few
+            every time. None trains without evaluation.
         tokenizer: decodes live samples and is saved with the model.
-        prompts: token ids that live samples continue in turn. Default: config.sample_prompt, or the first validation tokens.
+        prompts: token ids that live samples continue in turn. Default: config.sample_prompt or the validation text's start.
         best_model: saves the best model of the run. Default: a model directory, `model/`.
         run_dir: the run's directory. None writes no files.
         recipe: the content of config.yaml. Default: `config`.
@@ -171,7 +172,7 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the mean validation loss in nats per token, over a fixed part of the data or the whole; NaN without data."""
+        """Return the mean validation loss in nats per token, on a fixed part of the data or all of it; NaN without data."""
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
@@ -191,8 +192,9 @@ class Trainer:
         """Train to the last step, to early_stop or to a signal; then close the trainer.
 
         Returns the loss on all validation data of the best model (NaN without such data). The trainer and `model/` then
-        hold this model; without a run_dir, the last model takes its place. SIGINT (Ctrl-C) and SIGTERM save a checkpoint and
-        raise Stopped. FloatingPointError is raised if too many steps, or all validation losses, are not finite.
+        hold this model; without a run_dir, the last model takes its place. SIGINT (Ctrl-C) and SIGTERM save a
+        checkpoint and raise Stopped. FloatingPointError is raised if too many steps, or all validation losses, are not
+        finite.
         """
         with self:
             self.console.start(self.state.step, self.config.max_steps)
@@ -224,7 +226,7 @@ class Trainer:
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
         if loss < self.best_loss:
-            self.save()  # Before the loss is recorded, so that metrics.jsonl never names a best model that was not saved.
+            self.save()  # before the loss is recorded: metrics.jsonl never names a best model that was not saved
         self.files.record_evaluation(self.state, loss)
 
     def _finish(self) -> float:
