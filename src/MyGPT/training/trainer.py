@@ -48,7 +48,7 @@ class Trainer:
         val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few
             every time. None trains without evaluation.
         tokenizer: decodes live samples and is saved with the model.
-        prompts: token ids that live samples continue in turn. Default: config.sample_prompt or the validation text's start.
+        prompts: token ids that live samples continue. Default: config.sample_prompt or the validation text's start.
         best_model: saves the best model of the run. Default: a model directory, `model/`.
         run_dir: the run's directory. None writes no files.
         recipe: the content of config.yaml. Default: `config`.
@@ -172,7 +172,7 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the mean validation loss in nats per token, on a fixed part of the data or all of it; NaN without data."""
+        """Return the mean validation loss in nats per token, on a fixed part of the data or all; NaN without data."""
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
