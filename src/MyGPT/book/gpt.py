@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from MyGPT.book.attention import MultiHeadAttention
 from MyGPT.cache import KVCache
 from MyGPT.config import GPTConfig, as_config
-from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.loss import head_loss
 
 Config = GPTConfig | Mapping[str, Any]
 
@@ -116,10 +116,7 @@ class GPTModel(nn.Module):
 
     def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy in nats and the number of targets that are not -100."""
-        hidden = self._hidden_states(in_idx)
-        if type(self.out_head) is nn.Linear and getattr(self.out_head, "bias", None) is None:
-            return linear_token_loss(hidden, self.out_head.weight, targets)
-        return token_loss(self.out_head(hidden), targets)
+        return head_loss(self.out_head, self._hidden_states(in_idx), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
         """Return an empty cache for generation, or None if a block or its attention was replaced by another class."""

@@ -87,7 +87,7 @@ class HelpAllAction(argparse._HelpAction):
 
 
 def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
-    """Let the help page of a parser show the options named in `common`, or all options under the headings of `GROUPS`."""
+    """Let the help page show the options named in `common`, or all options under the headings of `GROUPS`."""
     actions = {action.dest: action for action in parser._actions}
     configuration = GROUPS["Configuration"].split()
     own = [name for name in actions if name not in configuration]

@@ -18,7 +18,7 @@ from MyGPT.files import read_text
 from MyGPT.training.config import TrainConfig
 
 VOCABULARY_SIZES = {"gpt2": 50257, "chars": 100, "words": 10_000}
-"""GPT-2's size, and typical sizes of vocabularies that are learned from a text, for estimates that do not read the text."""
+"""GPT-2's size, and typical sizes of vocabularies that are learned from a text."""
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 
@@ -54,8 +54,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any]]:
     """Return the model, the training (None if the file describes only a model), and all options of a recipe.
 
-    Missing options have the defaults of mygpt train. The text is not read; the size of a vocabulary learned from it is an
-    estimate.
+    Missing options have the defaults of mygpt train. The text is not read, so the size of a vocabulary that would be
+    learned from it is an estimate.
     """
     recipe = read_recipe(path)
     if "model" in recipe:

@@ -20,14 +20,15 @@ class RunOptions:
     overwrite: bool = False
     """Replace a run that is already in the directory."""
     resume: str | None = None
-    """Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no checkpoint."""
+    """Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no
+    checkpoint."""
     allow_changed: str | list[str] | None = None
     """Options that may differ from those of the resumed run."""
 
     def for_trainer(self) -> dict[str, Any]:
         """Return arguments of Trainer. The device and the directory are checked here, before the data is read."""
         from MyGPT.devices import pick_device
-        from MyGPT.training.run import check_run_directory, is_empty_run
+        from MyGPT.training.directory import check_run_directory, is_empty_run
 
         options = {"device": pick_device(self.device), "allow_changed": self.allow_changed or ()}
         resumed = run_to_resume(self.resume, self.out)

@@ -13,7 +13,7 @@ import torch
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands.train import draw_losses
 from MyGPT.finetuning.examples import ExampleOptions, Examples
-from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora
+from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
 from MyGPT.model import GPTModel
 from MyGPT.opening import adapter_without_model, find_model_files
 from MyGPT.training.config import TrainConfig
@@ -21,12 +21,15 @@ from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
 
 DEFAULTS = {
-    "batch_size": 8, "learning_rate": 2e-4, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0, "beta2": 0.999,
-    "eval_every": 50, "sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0, "sample_to_end": True, "log_every": 1,
+    "batch_size": 8, "learning_rate": 2e-4, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0,
+    "beta2": 0.999, "eval_every": 50, "sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0,
+    "sample_to_end": True, "log_every": 1,
 }  # fmt: skip
 HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
 NESTED = ("lora",)
-COMMON = "model data template out resume epochs batch_size learning_rate full merge lora.r lora.alpha eval_every device".split()
+COMMON = (
+    "model data template out resume epochs batch_size learning_rate full merge lora.r lora.alpha eval_every device"
+).split()
 EXPAND = with_options_of_run
 
 
@@ -104,7 +107,7 @@ def finetune(
     print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
     run_and_report(trainer, data, directory)
     if tuning.merge:
-        WholeModel(best_model.merge(), tokenizer, data.template).save(directory)
+        WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)
     saved = "model" if tuning.full or tuning.merge else "adapter"
     print(f"{saved} saved in {directory}; try: mygpt chat --model {directory}")
 

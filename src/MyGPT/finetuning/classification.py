@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from MyGPT.cache import check_inputs
 from MyGPT.data.records import read_json_records
 from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
@@ -91,7 +92,9 @@ class GPTForClassification(nn.Module):
             raise ValueError(
                 "inputs_embeds, output_attentions and output_hidden_states are not supported; leave them unset"
             )
-        scores = self.score(self.gpt.last_hidden(input_ids, attention_mask))
+        check_inputs(self.config, input_ids, attention_mask)
+        hidden = self.gpt.transformer(input_ids, attention_mask)  # (B, T, C)
+        scores = self.score(_last_tokens(hidden, attention_mask))
         return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
@@ -133,6 +136,15 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         model.score.load_state_dict({"weight": score.load()})
         return model.eval()
+
+
+def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the hidden states (B, C) of the last token of each row that is not padding, from all of them, (B, T, C)."""
+    if attention_mask is None:
+        return hidden[:, -1]
+    B, T, _ = hidden.shape
+    last = (attention_mask.ne(0) * torch.arange(T, device=hidden.device)).argmax(1)  # (B,)
+    return hidden[torch.arange(B, device=hidden.device), last]
 
 
 def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label") -> list[Example]:

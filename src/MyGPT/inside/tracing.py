@@ -21,6 +21,7 @@ D = C // H, V vocabulary, L layers. Each activation has a place, named after its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
-from MyGPT.model import GPTModel, plain_attention
+from MyGPT.model import GPTModel
 
 Edit = Callable[[Tensor], Tensor]
 """A function from an activation to its replacement of the same shape."""
@@ -286,6 +287,19 @@ def _hook(model: GPTModel, place: str, function: Edit) -> RemovableHandle:
             module = model.transformer.get_submodule(place.removesuffix(suffix) + name)
             return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
     return model.transformer.get_submodule(place).register_forward_hook(lambda _, args, output: function(output))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(QKᵀ/√D + mask)V, (..., T, D), written as in the paper (Vaswani et al., 2017).
+
+    q (..., T, D); k and v (..., S, D); mask (..., T, S) is True where a query may see a key. Without a mask the queries
+    belong to the last T of the S tokens, and each sees the keys up to its own.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v  # (..., T, D)
 
 
 @contextmanager
