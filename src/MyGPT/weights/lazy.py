@@ -26,9 +26,11 @@ class LazyTensor:
         """Wrap a torch tensor or a numpy array that is already in memory."""
         if isinstance(array, Tensor):
             return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: array)
-        if not array.flags.writeable:  # torch warns if it shares a read-only array
-            return cls(array.shape, torch_float_type(array.dtype), lambda: torch.from_numpy(array.copy()))
-        return cls(array.shape, torch_float_type(array.dtype), lambda: torch.from_numpy(array))
+
+        def load() -> Tensor:
+            return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch cannot protect a view
+
+        return cls(array.shape, torch_float_type(array.dtype), load)
 
     def map(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return a lazy tensor of this shape that applies `change` when it is loaded."""
@@ -51,26 +53,23 @@ def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:
     The keys of nested parameters, which `download_and_load_gpt2` returns, become OpenAI's variable names:
     h0/attn/c_attn/w, ln_f/g, wte. Raises ValueError for a value that is not a tensor or an array.
     """
+    if isinstance(params.get("blocks"), (list, tuple)):
+        blocks = {f"h{i}": block for i, block in enumerate(params["blocks"])}
+        top = {f"ln_f/{key}" if key in ("g", "b") else key: params[key] for key in params if key != "blocks"}
+        params = {**top, **blocks}
     flat: dict[str, LazyTensor] = {}
 
-    def walk(value: Any, path: str) -> None:
+    def add(path: str, value: Any) -> None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
-                walk(inner, f"{path}/{key}")
-        elif isinstance(value, LazyTensor):
-            flat[path] = value
+                add(f"{path}/{key}", inner)
         elif isinstance(value, (Tensor, np.ndarray)):
             flat[path] = LazyTensor.of(value)
         else:
             raise ValueError(f"{path} is {type(value).__name__}, but weights must be tensors or arrays")
 
-    is_nested = isinstance(params.get("blocks"), (list, tuple))
     for key, value in params.items():
-        if is_nested and key == "blocks":
-            for i, block in enumerate(value):
-                walk(block, f"h{i}")
-        else:
-            walk(value, f"ln_f/{key}" if is_nested and key in ("g", "b") else str(key))
+        add(str(key), value)
     return flat
 
 

@@ -14,9 +14,8 @@ class MappedFile:
     """A file that is mapped at the first `read` and unmapped when the last array of it is deleted.
 
     Tensors that are read and freed one after another therefore do not add up in memory, and no file stays open (macOS
-    allows 256 open files). The mapping is private: writing to an array changes memory only, never the file. The arrays stay
-    valid if the file is deleted or replaced. They do not stay valid if it is truncated in place: reading past the new
-    end kills the process.
+    allows 256 open files). Writing to an array changes memory only, never the file. The arrays stay valid if the file
+    is deleted or replaced, but not if it is truncated in place: reading past the new end kills the process.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
