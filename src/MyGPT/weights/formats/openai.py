@@ -22,7 +22,7 @@ from MyGPT.weights.layout import openai_shapes
 from MyGPT.weights.lazy import LazyTensor, torch_float_type
 from MyGPT.weights.tensorflow.bundle import BundleTensor, CheckpointError, latest_checkpoint, open_bundle
 
-_SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")  # in the order of GPTConfig's fields
+_SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
@@ -89,7 +89,8 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
 
 def _config(settings: Mapping[str, Any]) -> GPTConfig:
     """Return the config for the sizes in hparams.json. OpenAI's models have biases everywhere and a tied output head."""
-    return GPTConfig(*(settings[name] for name in _SIZES), qkv_bias=True)
+    vocab, context, width, heads, layers = (settings[name] for name in _SIZES)
+    return GPTConfig(vocab, context, width, heads, layers, qkv_bias=True)
 
 
 def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, BundleTensor]:
@@ -101,7 +102,7 @@ def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) 
     problems = _differences(tensors, settings)
     if problems:
         raise CheckpointError(
-            f"{os.fspath(ckpt_path)} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
+            f"{ckpt_path} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
         )
     return tensors
 

@@ -20,7 +20,7 @@ from MyGPT.weights.lazy import LazyTensor, flatten
 
 # The keys under which training scripts (nanoGPT, the book, Lightning) save the weights.
 _STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")
-_NANOGPT_SIZES = ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")  # in the order of GPTConfig's fields
+_NANOGPT_SIZES = ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
@@ -55,8 +55,9 @@ def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPT
     missing = [name for name in _NANOGPT_SIZES if name not in arguments]
     if missing:
         raise ValueError(f"model_args lacks {', '.join(missing)}")
-    sizes = (arguments[name] for name in _NANOGPT_SIZES)
-    return weights, GPTConfig(*sizes, drop_rate=arguments.get("dropout", 0.0), qkv_bias=True, activation="gelu")
+    vocab, context, width, heads, layers = (arguments[name] for name in _NANOGPT_SIZES)
+    drop_rate = arguments.get("dropout", 0.0)
+    return weights, GPTConfig(vocab, context, width, heads, layers, drop_rate, qkv_bias=True, activation="gelu")
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -44,9 +44,9 @@ class CheckpointError(ValueError):
 class BundleTensor:
     """A tensor of a TensorFlow checkpoint: its index entry, and `read` for its values."""
 
-    index: str
-    """The path of the index, for errors."""
     name: str
+    label: str
+    """The path of the index and the name, for errors."""
     type_number: int
     shape: tuple[int, ...]
     file: MappedFile
@@ -59,9 +59,7 @@ class BundleTensor:
     def dtype(self) -> np.dtype[Any]:
         """Return the dtype of the array that `read` returns: float32 for bfloat16, otherwise the tensor's own."""
         if self.type_number not in _DTYPES:
-            raise CheckpointError(
-                f"{self.index}: tensor {self.name!r} has TensorFlow's type number {self.type_number}, which numpy lacks"
-            )
+            raise CheckpointError(f"{self.label} has TensorFlow's type number {self.type_number}, which numpy lacks")
         return np.dtype(_DTYPES[self.type_number])
 
     def read(self) -> NDArray[Any]:
@@ -70,7 +68,7 @@ class BundleTensor:
         The array is a view of the mapped file (see `MappedFile`), or a copy for bfloat16 and for unaligned data.
         """
         if self.is_partitioned:
-            raise CheckpointError(f"{self.index}: tensor {self.name!r} is a partitioned variable: not supported")
+            raise CheckpointError(f"{self.label} is a partitioned variable, which is not supported")
         dtype, where = self.dtype(), f"{self.file.path}: tensor {self.name!r}"
         try:
             raw = self.file.read(self.offset, self.size)
@@ -89,14 +87,11 @@ class BundleTensor:
             raise CheckpointError(f"{path} is missing, but it contains tensor {self.name!r}")
         n_bytes = os.path.getsize(path)
         if self.offset + self.size > n_bytes:
-            raise CheckpointError(
-                f"{path} has {n_bytes} bytes, too few for tensor {self.name!r}: {self.size} at offset {self.offset}"
-            )
+            needed = f"{self.size} at offset {self.offset}"
+            raise CheckpointError(f"{path} has {n_bytes} bytes, too few for tensor {self.name!r}: {needed}")
         itemsize = 2 if self.type_number == _BFLOAT16 else np.dtype(_DTYPES.get(self.type_number, "V0")).itemsize
         if itemsize and math.prod(self.shape) * itemsize != self.size:
-            raise CheckpointError(
-                f"{self.index}: tensor {self.name!r} of shape {self.shape} cannot be {self.size} bytes long"
-            )
+            raise CheckpointError(f"{self.label} of shape {self.shape} cannot be {self.size} bytes long")
 
 
 def open_bundle(prefix: str | os.PathLike[str]) -> dict[str, BundleTensor]:
@@ -141,7 +136,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
         raise CheckpointError(str(error)) from None  # the file is not text
     if len(found) != 1:
         raise CheckpointError(
-            f'{state} does not name a checkpoint: it needs one line such as model_checkpoint_path: "model.ckpt"'
+            f'{state} does not name a checkpoint: it needs one line model_checkpoint_path: "model.ckpt"'
         )
     prefix = Path(directory, found[0])
     if not prefix.resolve().is_relative_to(Path(directory).resolve()):
@@ -179,7 +174,8 @@ def _read_entry(index: str, key: bytes, value: bytes, shard: Callable[[int], Map
         if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
             raise ValueError(f"the shape {shape} is too large for a tensor")
         dtype, number, offset, size, crc = (_last(entry, field, 0) for field in (1, 3, 4, 5, 6))
-        return BundleTensor(index, name, dtype, shape, shard(number), offset, size, crc, is_partitioned=7 in entry)
+        label = f"{index}: tensor {name!r}"
+        return BundleTensor(name, label, dtype, shape, shard(number), offset, size, crc, is_partitioned=7 in entry)
     except ValueError as error:
         raise ValueError(f"tensor {name!r}: {error}") from None
 
