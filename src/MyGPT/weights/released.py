@@ -26,11 +26,7 @@ DATA_BYTES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320,
 
 
 def download_gpt2(
-    size: str,
-    models_dir: str | os.PathLike[str],
-    base_url: str | None = None,
-    *,
-    progress: bool = True,
+    size: str, models_dir: str | os.PathLike[str], base_url: str | None = None, *, progress: bool = True
 ) -> Path:
     """Download OpenAI's files of one model that are missing or incomplete, and return their directory.
 

@@ -166,30 +166,6 @@ def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:
     names = [name for name in state_dict if not (config.tie_weights and name == "lm_head.weight")]
     n_parameters = sum(state_dict[name].numel() for name in names)
     dtype = str(state_dict[names[0]].dtype).removeprefix("torch.")
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, mygpt]
----
-{_CARD_MARK}
-# A GPT-2 model
-
-| | |
-|---|---|
-| parameters | {n_parameters:,} ({dtype}) |
-| layers, heads, width | {config.n_layers}, {config.n_heads}, {config.emb_dim} |
-| vocabulary, context | {config.vocab_size:,}, {config.context_length:,} |
-| output head | {"the token embedding (tied)" if config.tie_weights else "its own"} |
-
-MyGPT and transformers open this directory and compute equal logits:
-
-```python
-from MyGPT import GPTModel
-model = GPTModel.from_pretrained("this-directory")
-
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("this-directory")
-```
-
-Describe the training data and the intended use of the model here.
-"""
+    card = (Path(__file__).parents[2] / "assets" / "model_card.md").read_text(encoding="utf-8")
+    head = "the token embedding (tied)" if config.tie_weights else "its own"
+    return card.format(config=config, n_parameters=n_parameters, dtype=dtype, head=head)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from MyGPT.config import read_config_json
 from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.lazy import LazyTensor
-from MyGPT.weights.mapped import MappedFile
+from MyGPT.weights.lazy import LazyTensor, MappedFile
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

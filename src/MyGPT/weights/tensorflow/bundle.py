@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from MyGPT.files import read_text
-from MyGPT.weights.mapped import MappedFile
+from MyGPT.weights.lazy import MappedFile
 from MyGPT.weights.tensorflow.leveldb import masked_crc, read_table, read_varint
 
 _FORMAT_VERSION = 1
