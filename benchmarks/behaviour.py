@@ -133,6 +133,12 @@ def file_hashes(directory: str) -> dict[str, str]:
             continue
         if path.name == "metrics.jsonl":
             hashes[name] = sha256(json.dumps(metrics(directory)).encode())
+        elif (
+            path.name == "adapter_config.json"
+        ):  # PEFT writes sets in any order, and the absolute path of the base model
+            fields = json.loads(path.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", ""))
+            ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in fields.items()}
+            hashes[name] = sha256(json.dumps(ordered, sort_keys=True).encode())
         elif path.name == "state.json":  # holds file lengths, which depend on the times in metrics.jsonl
             hashes[f"{name}, keys"] = " ".join(sorted(json.loads(path.read_text(encoding="utf-8"))))
         else:

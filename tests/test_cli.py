@@ -194,7 +194,7 @@ def test_ctrl_c_saves_the_model_and_says_where(tmp_path: Path) -> None:
         (["--max_steps"], ["--max_steps needs a value"]),
         (["--tie_weights", "maybe"], ["tie_weights must be true or false, got 'maybe'"]),
         (["--config", "{tmp}/wrong.yaml"], ["unknown option --max_stepz; did you mean --max_steps?", "wrong.yaml"]),
-        (["--config", "{tmp}/list.yaml"], ["list.yaml", "holds no keys"]),
+        (["--config", "{tmp}/list.yaml"], ["list.yaml is not a recipe: it has no keys"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--device", "cuda"], ["'cuda' is not available"]),
         (["--device", "toaster"], ["'toaster' is not available", "cpu"]),

@@ -109,8 +109,8 @@ def test_the_parts_add_up_to_the_model(tie_weights: bool) -> None:
 def test_info_tells_the_cost_of_every_released_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "124M", "355M", "774M", "1558M"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("KV cache of a token") == 4
-    assert "KV cache of a token        73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
+    assert printed.count("KV cache per token") == 4
+    assert "KV cache per token               73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
     with torch.device("meta"):
         total = GPTModel(GPT2_CONFIGS["1558M"]).num_parameters()
     assert f"{total:,}" in printed and "6.23 GB      3.12 GB" in printed
@@ -122,10 +122,10 @@ def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.Captu
     assert main(["info", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"vocabulary, context +300, 64\n", printed)  # the default context of the command
-    assert "6 x 64 tokens" in printed
+    assert "activations, 6 x 64" in printed
     recipe.write_text("data: records.json\nmodel: gpt2\n")
     assert main(["info", str(recipe)]) == 2
-    assert "it tunes the model 'gpt2'" in capsys.readouterr().err
+    assert "its model is 'gpt2'" in capsys.readouterr().err
     recipe.write_text("batch_size: [\n")
     assert main(["info", str(recipe)]) == 2
     assert "is not YAML" in capsys.readouterr().err

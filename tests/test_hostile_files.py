@@ -381,9 +381,9 @@ def test_files_that_demand_terabytes_are_refused_within_a_few_gigabytes(tmp_path
 def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str) -> None:
     """jsonargparse uses libyaml where it is installed, and libyaml crashed with a segmentation fault."""
     (tmp_path / "run.yaml").write_text(deep)
-    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
+    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 levels deep"):
         parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
-    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 deep"):
+    with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 levels deep"):
         explain(str(tmp_path / "run.yaml"))
 
 

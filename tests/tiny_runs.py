@@ -1,8 +1,16 @@
-"""Commands of training runs that take seconds. test_resume.py stops and kills them, and soak.py does so fifty times."""
+"""Tiny training runs: `make_trainer` for Trainers that run in this process, `train_command` for the command line.
+
+test_resume.py stops and kills the commands, and soak.py does so fifty times.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 SIZES = "--context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --drop_rate 0.2 --batch_size 4 --warmup_steps 3"
@@ -17,3 +25,37 @@ RECIPES = {
 def train_command(text: Path, out: Path, *options: str) -> list[str]:
     """Return the arguments of `mygpt` for a tiny run on the text file `text` in the directory `out`."""
     return ["train", "--data", str(text), *f"{SIZES} {EVENTS}".split(), *options, "--device", "cpu", "--out", str(out)]
+
+
+TOKENIZER = CharTokenizer.from_text(TEXT)
+IDS = TOKENIZER.encode(TEXT)
+CONFIG = GPTConfig(TOKENIZER.n_vocab, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0)
+QUICK = TrainConfig(
+    max_steps=8,
+    batch_size=4,
+    checkpoint_every=2,
+    eval_every=4,
+    eval_windows=10,
+    sample_every=0,
+    keep_last=3,
+    log_every=1,
+    warmup_steps=0,
+)
+
+
+def change(config: TrainConfig = QUICK, **fields: Any) -> TrainConfig:
+    """Return a config with some fields replaced."""
+    return TrainConfig(**{**vars(config), **fields})
+
+
+def make_model(drop_rate: float = 0.3) -> GPTModel:
+    """Return the model of CONFIG with this dropout. Its initial weights are always the same."""
+    torch.manual_seed(3)
+    return GPTModel({**vars(CONFIG), "drop_rate": drop_rate})
+
+
+def make_trainer(run_dir: Path | None = None, config: TrainConfig = QUICK, **options: Any) -> Trainer:
+    """Return a Trainer on 1,500 characters with 500 for validation; `options` replace its arguments."""
+    model = options.pop("model", None) or make_model()
+    train, val = options.pop("train", IDS[:1500]), options.pop("val", IDS[1500:2000])
+    return Trainer(model, config, train, val, run_dir=run_dir, **{"progress": False, **options})

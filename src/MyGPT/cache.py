@@ -16,27 +16,19 @@ from MyGPT.loss import IGNORED
 class KVCache:
     """The keys and values of all tokens seen so far, so that a forward pass computes only the new tokens.
 
-    Every forward pass with the cache appends its T new tokens. The cache keeps no gradients: use it under
-    `torch.no_grad()`.
+    Every forward pass with the cache appends its T new tokens. The cache keeps no gradients: use it under `torch.no_grad()`.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None, like: Tensor) -> None:
-        """Allocate the memory for batch_size sequences of up to `length` tokens.
+        """Allocate memory for batch_size sequences of up to `length` tokens (None: the context).
 
-        Args:
-            config: sizes of the model.
-            batch_size: number of sequences.
-            length: largest number of tokens of a sequence; None means config.context_length.
-            like: a tensor whose dtype and device the cache gets.
-
-        Raises:
-            ValueError: length is not a whole number from 1 to config.context_length.
+        The memory gets the dtype and the device of `like`. Raises ValueError for a length outside 1 to the context.
         """
         context = config.context_length
         length = context if length is None else length
         if type(length) is not int or not 1 <= length <= context:
             raise ValueError(
-                f"a cache's length must be a whole number from 1 to {context} (the context), got {length!r}"
+                f"the cache's length must be a whole number from 1 to {context} (the context), got {length!r}"
             )
         D = config.emb_dim // config.n_heads
         self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
@@ -70,18 +62,11 @@ class KVCache:
 def positions_and_mask(
     attention_mask: Tensor | None, T: int, S: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the positions of the T new tokens and the mask of the keys that each of them may see.
+    """Return the positions, (T,) or (B, T), of the last T of S tokens, and the mask of the keys that they may see.
 
-    Args:
-        attention_mask: (B, S), 1 for tokens and 0 for padding. Several texts in one row are numbered 1, 2, …. None
-            means that all S are tokens of one text.
-        T: number of new tokens, which are the last of the S.
-        S: number of tokens in all.
-        device: device of the results when attention_mask is None.
-
-    Returns:
-        Positions, (T,) or (B, T) int64, and a boolean mask (1 or B, 1, T, S) that is True where a query may see a key.
-        The mask is None where no explicit one is needed: without padding, for the first tokens or for one new token.
+    The mask (1 or B, 1, T, S) is True where a query may see a key. It is None where none is needed: without padding, for
+    the first tokens or for one new token. attention_mask (B, S) is that of `GPTModel.forward`; without one, all S are
+    tokens of one text, and the results are on `device`.
     """
     if attention_mask is None:
         positions = torch.arange(S - T, S, device=device)
@@ -106,27 +91,18 @@ def check_inputs(
     labels: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> None:
-    """Raise an error for inputs that the model cannot compute, before any layer runs and before the cache changes.
-
-    Args:
-        config: sizes of the model.
-        input_ids: (B, T) int64, or None if inputs_embeds is given.
-        attention_mask: (B, S), or None.
-        inputs_embeds: (B, T, C), or None if input_ids is given.
-        labels: (B, T) int64, or None.
-        cache: the tokens seen before, or None.
+    """Raise an error for wrong arguments of `GPTModel.forward`, before any layer runs or the cache changes.
 
     Raises:
         ValueError: a wrong shape or dtype, or more tokens than the model or the cache can hold.
         IndexError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds")
-    if input_ids is not None:
+    if input_ids is not None and inputs_embeds is None:
         B, T = _check_ids(input_ids, config.vocab_size)
-    else:
-        assert inputs_embeds is not None
+    elif inputs_embeds is not None and input_ids is None:
         B, T = _check_embeddings(inputs_embeds, config.emb_dim)
+    else:
+        raise ValueError("give either input_ids or inputs_embeds")
     if labels is not None:
         _check_labels(labels, (B, T), config.vocab_size)
     S = T if cache is None else cache.length + T
@@ -144,9 +120,12 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[int, int]:
         raise ValueError(f"input_ids must be (batch, time) with at least one token, got {tuple(input_ids.shape)}")
     if input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be int64, got {input_ids.dtype}")
-    if _can_read(input_ids) and not _all_within(input_ids, 0, vocab_size):
-        wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
-        raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
+    # aminmax is faster than comparing every id, but fails for a batch without rows.
+    if _can_read(input_ids) and len(input_ids):
+        smallest, largest = map(int, input_ids.aminmax())
+        if smallest < 0 or largest >= vocab_size:
+            wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+            raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
     return input_ids.shape[0], input_ids.shape[1]
 
 
@@ -166,23 +145,10 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int) -> No
     if _can_read(labels):
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)]
         if len(wrong):
-            raise IndexError(
-                f"label {int(wrong[0])} is outside the vocabulary; labels are 0 to {vocab_size - 1}, or {IGNORED} for "
-                "positions that the loss ignores"
-            )
+            allowed = f"0 to {vocab_size - 1}, or {IGNORED} for positions that the loss ignores"
+            raise IndexError(f"label {int(wrong[0])} is outside the vocabulary; labels are {allowed}")
 
 
 def _can_read(ids: Tensor) -> bool:
-    """Return whether the values of `ids` can be checked at no cost.
-
-    Reading values from a GPU makes the CPU wait for it, and a graph that torch.compile traces holds no values.
-    """
+    """Return whether `ids` can be checked: reading them from a GPU makes the CPU wait, and torch.compile traces no values."""
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _all_within(ids: Tensor, start: int, end: int) -> bool:
-    """Return whether all ids are at least `start` and below `end`."""
-    if ids.numel() == 0:
-        return True
-    smallest, largest = ids.aminmax()
-    return start <= int(smallest) and int(largest) < end

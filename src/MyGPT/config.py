@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 
-# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field here,
-# because the released models have equal rates.
+# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
+# here, because the released models have equal rates.
 _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -65,8 +65,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
-    tie_weights=False."""
+    """Standard deviation of initial weights. None keeps PyTorch's default, as in the book (needs tie_weights=False)."""
     activation: Activation = "gelu_new"
     """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
     init: Init = "gpt2"
@@ -95,23 +94,17 @@ class GPTConfig:
             if not is_unset and not (_is_number(value) and 0 < value < 1):
                 raise ValueError(f"{name} must be a number between 0 and 1, both excluded, got {value!r}")
         if self.init_std is None and self.tie_weights:
-            raise ValueError(
-                "init_std=None needs tie_weights=False: torch's default embeddings are 50 times too large for an output head"
-            )
+            reason = "torch's default embeddings are 50 times too large for an output head"
+            raise ValueError(f"init_std=None needs tie_weights=False: {reason}")
         if self.init == "local" and (self.init_std is None or self.emb_dim % 2):
-            raise ValueError(
-                f"init='local' needs an init_std and an even emb_dim, got {self.init_std} and {self.emb_dim}"
-            )
+            given = f"{self.init_std} and {self.emb_dim}"
+            raise ValueError(f"init='local' needs an init_std and an even emb_dim, got {given}")
         if self.emb_dim % self.n_heads:
-            raise ValueError(
-                f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
-                f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
-            )
-        n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
-        if n_parameters > _MAX_PARAMETERS:
-            raise ValueError(
-                f"these sizes give a model of {n_parameters:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}"
-            )
+            given, nearest = f"{self.emb_dim} and {self.n_heads}", self.n_heads * (self.emb_dim // self.n_heads + 1)
+            raise ValueError(f"emb_dim must be divisible by n_heads, got {given} (try emb_dim={nearest})")
+        n = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
+        if n > _MAX_PARAMETERS:
+            raise ValueError(f"these sizes give a model of {n:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}")
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -128,10 +121,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
-        """Return the config for the content of a Hugging Face `config.json`.
-
-        A setting that MyGPT's model does not have, such as another activation function, raises ValueError.
-        """
+        """Return the config for a Hugging Face `config.json`. An unsupported setting raises ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
             ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
@@ -144,9 +134,8 @@ class GPTConfig:
                 raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {only[0]!r}")
         dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
         if len(dropouts) > 1:
-            raise ValueError(
-                f"config.json has different dropout rates {sorted(dropouts)}, MyGPT supports only equal rates"
-            )
+            rates = sorted(dropouts)
+            raise ValueError(f"config.json has different dropout rates {rates}, MyGPT supports only equal rates")
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
         if ours.get("activation") == "gelu_pytorch_tanh":  # the same function under another name
             ours["activation"] = "gelu_new"
@@ -171,10 +160,7 @@ def read_config_json(path: Path) -> GPTConfig:
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:
-    """Raise ValueError if an argument, given as name=value, is not a whole number of at least 1.
-
-    With `optional`, an argument may also be None.
-    """
+    """Raise ValueError if a value, passed by name, is not a whole number of at least 1 (or None, if `optional`)."""
     for name, value in values.items():
         if (type(value) is not int or value < 1) and not (optional and value is None):
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
@@ -185,21 +171,16 @@ def _is_number(value: object) -> bool:
 
 
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
-    """Return a GPTConfig unchanged, or create one from a dict of its fields.
-
-    A dict must have the five sizes; the other fields have defaults. An unknown key, a missing size or a value out of
-    range raises ValueError.
-    """
+    """Return a GPTConfig unchanged, or create one from a dict with the five sizes. A wrong dict raises ValueError."""
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):
         raise ValueError(f"a model config must be a GPTConfig or a dict, got {type(config).__name__}")
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
-    for key in config:
+    for key, value in config.items():
         if key not in fields:
-            raise ValueError(
-                f"unknown key {key!r} (value {config[key]!r}) in the model config; the known keys are {', '.join(fields)}"
-            )
+            known = ", ".join(fields)
+            raise ValueError(f"unknown key {key!r} (value {value!r}) in the model config; the known keys are {known}")
     missing = [key for key in _MAX_SIZES if key not in config]
     if missing:
         raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_MAX_SIZES)}")

@@ -2,25 +2,23 @@
 
 Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
 Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
-`benchmarks/memory_estimates.py` measures the error of the estimates.
-B sequences, T tokens per sequence, C embedding width, H heads, L layers, V vocabulary.
+`benchmarks/memory_estimates.py` measures the error of the estimates. T tokens, C embedding width, H heads, L layers,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from MyGPT.config import GPTConfig
 from MyGPT.loss import MAX_LOGITS
-
-# --- parameters
 
 
 def parameters_by_part(config: GPTConfig) -> dict[str, int]:
@@ -36,31 +34,12 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
     }
 
 
-def count_parameters(model: nn.Module, only_trainable: bool = False, exclude: Iterable[Tensor] = ()) -> int:
-    """Return the number of parameters of a model without those in `exclude`. A shared parameter counts once."""
-    excluded = {id(parameter) for parameter in exclude}
-    return sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if (parameter.requires_grad or not only_trainable) and id(parameter) not in excluded
-    )
-
-
 def count_matrix_weights(model: nn.Module) -> int:
-    """Return the number of weights with which every token is multiplied.
-
-    These are all matrices but the embeddings, which are look-ups. A head multiplies even if its weight is the embedding's.
-    """
-    return sum(
-        parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 2
-    )
-
-
-# --- operations and time
+    """Return the number of weights with which every token is multiplied: all matrices but the embeddings' look-up tables."""
+    # A tied head multiplies too; its weight is found in the head.
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    return sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
 def flops_per_token(
@@ -100,37 +79,24 @@ def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> 
 
 
 def estimate_step_seconds(
-    config: GPTConfig,
-    batch_size: int,
-    measure_step: Callable[[GPTConfig, int], float],
-    flops_per_second: float,
-    max_seconds: float = 1.0,
+    config: GPTConfig, batch_size: int, measure_step: Callable[[GPTConfig, int], float], flops_per_second: float
 ) -> float:
     """Return the estimated seconds of a training step on batch_size sequences of the context's length.
 
-    If the step would take too long to try, fewer sequences and then fewer layers are measured, and the time is scaled by the
-    number of operations.
-
-    Args:
-        config: sizes of the model.
-        batch_size: sequences per micro-batch.
-        measure_step: returns the seconds of a training step of a model of some config on some number of sequences.
-        flops_per_second: speed of matrix products, as `matmul_speed` returns it.
-        max_seconds: the measured step should take at most so long if training reaches half of flops_per_second.
+    `measure_step` returns the seconds of a step for a config and a number of sequences. If a step would take over
+    one second at half of flops_per_second (see `matmul_speed`), fewer sequences and then fewer layers are measured, and the
+    time is scaled by the number of operations.
     """
 
     def flops(part: GPTConfig, n_sequences: int) -> int:
         return flops_per_token(part) * n_sequences * config.context_length
 
-    part, n_sequences, most = config, batch_size, max_seconds * flops_per_second / 2
+    part, n_sequences, most = config, batch_size, flops_per_second / 2
     while n_sequences > 1 and flops(part, n_sequences) > most:
         n_sequences = (n_sequences + 1) // 2
     while part.n_layers > 1 and flops(part, n_sequences) > most:
         part = dataclasses.replace(part, n_layers=(part.n_layers + 1) // 2)
     return measure_step(part, n_sequences) * flops(config, batch_size) / flops(part, n_sequences)
-
-
-# --- memory
 
 
 def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
@@ -142,13 +108,8 @@ def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, 
     """Return the peak memory of generating, in bytes.
 
     The estimate is the sum of the weights, the cache, and the activations of the prompt where they are largest, which is
-    in the MLP: its input, and its hidden layer before and after GELU.
-
-    Args:
-        config: sizes of the model.
-        itemsize: bytes per number.
-        batch_size: number of sequences.
-        length: tokens of prompt and answer together (default: the context).
+    in the MLP: its input, and its hidden layer before and after GELU. `itemsize` is the bytes per number, and `length` the
+    tokens of prompt and answer together (default: the context).
     """
     T = config.context_length if length is None else length
     largest_activations = 10 * config.emb_dim * itemsize * T
@@ -179,10 +140,8 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes in use at one time.
-
-        The backward pass frees activations while it makes gradients, so only the larger of the two counts.
-        """
+        """Largest number of bytes in use at one time."""
+        # The backward pass frees activations while it makes gradients, so only the larger of the two counts.
         forward = self.activations + self.head + self.copies
         backward = self.gradients + self.tying
         passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)

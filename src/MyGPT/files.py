@@ -31,8 +31,8 @@ _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exc
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file for writing, and rename it to `path` when the `with` block succeeds.
 
-    `mode` is "w" for UTF-8 text with `\\n` line ends, or "wb" for bytes. If the block raises, the old `path` is unchanged
-    and the temporary file is removed. An existing file keeps its permissions, and a symbolic link keeps its target.
+    `mode` is "w" for UTF-8 text with `\\n` line ends, or "wb" for bytes. If the block raises, the old `path` is
+    unchanged and the temporary file is removed. An existing file keeps its permissions, and a symbolic link its target.
     """
     path = _real(path)
     is_new = not path.exists()
@@ -63,8 +63,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     existing directory keeps its permissions, and a symbolic link keeps its target. Between two renames `path` is missing
     for an instant; `restore_directory` repairs the directory if the process is killed at that instant.
 
-    `replaces` are patterns such as "*.safetensors": old files whose names match are not copied. A `path` that contains the
-    current directory raises ValueError.
+    `replaces` are patterns such as "*.safetensors": old files whose names match are not copied. A `path` that contains
+    the current directory raises ValueError.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
@@ -109,8 +109,8 @@ def restore_directory(path: str | os.PathLike[str]) -> None:
 def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
     """Remove the temporary files that killed calls of `atomic_write` and `atomic_directory` left in a directory.
 
-    Only temporary files whose final name matches a pattern, such as "step-*", are removed. A directory whose replacement
-    was interrupted is restored. No other process may write to `directory` during the call.
+    Only temporary files whose final name matches a pattern, such as "step-*", are removed. A directory whose
+    replacement was interrupted is restored. No other process may write to `directory` during the call.
     """
     for entry in Path(directory).iterdir():
         name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
@@ -129,11 +129,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a UTF-8 file, with `\\n` line ends.
-
-    Raises:
-        ValueError: the file has more than `max_bytes` bytes (it is then not read), is not UTF-8, or contains NUL.
-    """
+    """Return the text of a UTF-8 file of up to `max_bytes`, with `\\n` line ends. Other files raise ValueError."""
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
@@ -147,11 +143,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        ValueError: the file is a pipe, longer than MAX_JSON_BYTES, not UTF-8, not JSON, or nested too deeply.
-    """
+    """Return the value in a JSON file. A pipe, a damaged, too large or too deeply nested file raises ValueError."""
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
@@ -160,8 +152,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:
     """Return the value of a JSON text.
 
-    Text that is not JSON, or is nested more than 100 levels deep, raises ValueError. The message contains `path` and, if
-    `text` is one line of the file, its number `line`.
+    Text that is not JSON, or is nested more than 100 levels deep, raises ValueError. The message contains `path` and,
+    if `text` is one line of the file, its number `line`.
     """
     try:
         value = json.loads(text)
@@ -176,10 +168,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text contains NUL, which most binary files contain and almost no text file does.
-
-    `offset` is the number of characters before `text` in the file `path`.
-    """
+    """Raise ValueError if a text has NUL, as most binary files do. `text` starts at `offset` in the file `path`."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")

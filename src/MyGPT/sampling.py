@@ -34,7 +34,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
-        require_positive(optional=True, top_k=self.top_k)
+        require_positive(top_k=self.top_k, optional=True)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             self._refuse("top_p", "a number above 0 and at most 1")
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
@@ -100,13 +100,10 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
 def pick_next(
     logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """Return the next token of each row, (B,) int64.
+    """Return the next token of each row, (B,) int64, for the logits of the last position, (B, V).
 
-    Args:
-        logits: logits of the last position, (B, V).
-        config: the sampling options.
-        generator: source of random numbers; None for torch's global one.
-        seen: (B, V), True for tokens that already occurred; needed for the repetition penalty.
+    Random numbers come from `generator`, or without one from torch's global generator. seen (B, V) is True for tokens that
+    already occurred; the repetition penalty needs it.
     """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:

@@ -89,7 +89,7 @@ def test_a_directory_without_recipes_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("speed", [1e15, 1.0])
 def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With steps that take a second for a million operations, however large the part that was tried."""
+    """Each step takes a second per million operations, whatever part of the model is measured."""
     tried = []
 
     def seconds(step: Any, *_: Any) -> float:

@@ -1,4 +1,4 @@
-"""mygpt evaluate: the table that it prints, and one line for what cannot be measured."""
+"""`mygpt evaluate`: the printed table, and one line for each error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = {"context_length": 16, "emb_dim": 12, "n_heads": 3, "n_layers": 2}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model of each tokenizer and book.txt; shared, so never written to."""
+    """A directory with book.txt and one model per tokenizer. Tests share the directory and must not write to it."""
     directory = tmp_path_factory.mktemp("models")
     tokenizers = {
         "bpe": BPETokenizer.train(TEXT, 290, progress=False),
@@ -51,7 +51,7 @@ def number(pattern: str, printed: str) -> float:
 
 @pytest.mark.parametrize("stride", [None, 5])
 def test_it_prints_what_transformers_loss_amounts_to(stride: int | None, models: Path, capsys: Any) -> None:
-    """The text fits into one window of transformers', whose loss is the mean over all but the first token."""
+    """The text fits into one window, and the loss of transformers is the mean over all tokens except the first."""
     from transformers import AutoModelForCausalLM
 
     (name := models / "short.txt").write_text("It was hot.\n")

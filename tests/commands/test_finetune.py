@@ -1,4 +1,4 @@
-"""From a model and records to a tuned model, by the command and by its parts."""
+"""`mygpt finetune`, and the functions that the command calls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IDS = torch.arange(20).reshape(2, 10) * 3
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model, its tokenizer, and records beside it."""
+    """A directory with a small model, its tokenizer and a file of records."""
     directory = tmp_path_factory.mktemp("base")
     texts = [load_template("alpaca").prompt(record) + record["output"] for record in RECORDS]
     tokenizer = BPETokenizer.train(texts, 400, progress=False)
@@ -55,7 +55,7 @@ def finetune(base: Path, run: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that kept an adapter."""
+    """The directory of a run that trained an adapter."""
     run = tmp_path_factory.mktemp("runs") / "lora"
     assert finetune(base, run, "--lora.r", "4", "--lora.dropout", "0.1") == 0
     return run
@@ -66,7 +66,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 def all_losses_of(run: Path) -> list[tuple[str, int, float]]:
-    """Those of training, of validation and the last, with their steps."""
+    """Return the training, validation and final losses of a run with their steps."""
     return [(key, record["step"], record[key]) for record in read_metrics(run) for key in record if "loss" in key]
 
 
@@ -84,7 +84,7 @@ def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path,
 def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
-    """What a command opens is the same. float32: logits of size 10 agree to 1e-4."""
+    """The commands open the same adapted model. In float32, logits of size 10 agree to 1e-4."""
     from MyGPT import open_model
 
     ours, tokenizer = open_model(str(tuned), "cpu")
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: Path) -> None:
 
 
 def test_packed_and_padded_rows_give_the_same_loss(base: Path) -> None:
-    """All examples once, in float64: sums of products in another order."""
+    """Both kinds of rows see each example once. In float64 only the order of summation differs."""
     model = GPTModel.from_pretrained(base / "base", dtype=torch.float64)
     totals = []
     for rows in ("padded", "packed"):
@@ -309,7 +309,7 @@ KINDS = {
 def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model tuned on conversations, or on plain prompts, never saw the introduction of Alpaca's."""
+    """A model trained on conversations or plain prompts has never seen Alpaca's introduction."""
     import io
 
     record, expected = KINDS[kind]
@@ -375,7 +375,7 @@ def test_an_adapter_alone_cannot_be_tuned(tuned: Path, base: Path, tmp_path: Pat
 
 
 def test_an_empty_record_is_told_by_its_number_in_the_file(base: Path, tmp_path: Path, capsys: Any) -> None:
-    """The number was once that within its part, here the second of validation."""
+    """The error once gave the number within the validation part instead of the number in the file."""
     template = {"without_input": "{instruction}", "with_input": "{instruction} {input}"}
     (tmp_path / "bare.json").write_text(json.dumps(template))
     records = [*RECORDS[:26], {"instruction": "", "output": ""}, RECORDS[27]]

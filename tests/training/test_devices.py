@@ -12,11 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from MyGPT import (
-    CharTokenizer,
-    GPTConfig,
     GPTModel,
     TrainConfig,
-    Trainer,
     calc_loss_loader,
     create_dataloader,
     generate,
@@ -25,11 +22,7 @@ from MyGPT.costs import median_seconds
 from MyGPT.evaluation.perplexity import strided_loss
 from MyGPT.training.batches import to_device
 from MyGPT.training.optim import make_optimizers
-from tiny_runs import TEXT
-
-TOKENIZER = CharTokenizer.from_text(TEXT)
-IDS = TOKENIZER.encode(TEXT)
-CONFIG = GPTConfig(TOKENIZER.n_vocab, context_length=8, emb_dim=8, n_heads=2, n_layers=2)
+from tiny_runs import CONFIG, IDS, TEXT, TOKENIZER, make_model, make_trainer
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -55,7 +48,7 @@ def test_a_run_needs_no_float64(options: dict[str, Any]) -> None:
         max_steps=4, batch_size=4, micro_batch_size=2, eval_every=2, sample_every=2, sample_tokens=3, **options
     )
     with WithoutFloat64():
-        loss = Trainer(GPTModel(CONFIG), config, IDS[:1500], IDS[1500:2000], tokenizer=TOKENIZER, progress=False).run()
+        loss = make_trainer(config=config, tokenizer=TOKENIZER).run()
     assert 0 < loss < 10
 
 
@@ -72,7 +65,7 @@ def measure(model: GPTModel) -> None:
 
 @pytest.mark.parametrize("work", [sample, measure])
 def test_the_library_needs_no_float64(work: Callable[[GPTModel], None]) -> None:
-    model = GPTModel(CONFIG)
+    model = make_model()
     with WithoutFloat64():
         work(model)
 
@@ -90,19 +83,19 @@ def test_only_cuda_gets_batches_by_non_blocking_copies() -> None:
 def test_a_device_without_a_fused_adamw_gets_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device is one. A step of its optimizer has to work."""
     with torch.device("meta"):
-        model = GPTModel(CONFIG)
+        model = make_model()
     (optimizer,) = make_optimizers(model, TrainConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert not optimizer.defaults["fused"]
-    assert make_optimizers(GPTModel(CONFIG), TrainConfig())[0].defaults["fused"]
+    assert make_optimizers(make_model(), TrainConfig())[0].defaults["fused"]
 
 
 def test_evaluation_needs_no_compiler_unless_the_run_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: pytest.fail("the compiler was asked"))
     config = TrainConfig(max_steps=1, batch_size=2, sample_every=1, sample_tokens=2)
-    Trainer(GPTModel(CONFIG), config, IDS[:100], IDS[100:200], tokenizer=TOKENIZER, progress=False).run()
+    make_trainer(config=config, tokenizer=TOKENIZER).run()
 
 
 def test_a_device_without_autocast_has_a_loss() -> None:

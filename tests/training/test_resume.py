@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from conftest import lively_model
 from killing import Kill, differences, leftovers, remains, run, run_with_kills, start
-from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
+from MyGPT import BPETokenizer, GPTConfig, GPTModel, Trainer
 from MyGPT.cli import main
 from MyGPT.data.templates import load_template
 from MyGPT.training import checkpoint
@@ -32,7 +32,7 @@ from MyGPT.training.checkpoint import (
     write_snapshot,
 )
 from MyGPT.training.metrics import read_metrics
-from tiny_runs import RECIPES, TEXT, train_command
+from tiny_runs import IDS, RECIPES, TEXT, TOKENIZER, change, make_trainer, train_command
 
 
 @pytest.fixture(scope="module")
@@ -171,32 +171,6 @@ def _steps(run_dir: Path) -> int:
 # What a checkpoint is
 
 
-CONFIG = GPTConfig(vocab_size=30, context_length=8, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.3)
-TOKENIZER = CharTokenizer.from_text(TEXT)
-IDS = TOKENIZER.encode(TEXT)
-QUICK = TrainConfig(
-    max_steps=8,
-    batch_size=4,
-    checkpoint_every=2,
-    eval_every=4,
-    sample_every=0,
-    keep_last=3,
-    log_every=1,
-    warmup_steps=0,
-)
-
-
-def make_trainer(run_dir: Path | None, config: TrainConfig = QUICK, **more: Any) -> Trainer:
-    torch.manual_seed(3)
-    return Trainer(
-        GPTModel(CONFIG), config, more.pop("ids", IDS[:1500]), IDS[1500:2000], run_dir=run_dir, progress=False, **more
-    )
-
-
-def change(**fields: Any) -> TrainConfig:
-    return TrainConfig(**{**vars(QUICK), **fields})
-
-
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make training wait for each checkpoint, so that no checkpoint is postponed while a slow disk writes another."""
@@ -287,7 +261,7 @@ def test_no_checkpoints_on_request(tmp_path: Path) -> None:
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
-    trainer = make_trainer(None)
+    trainer = make_trainer()
     trainer.setup()
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0, None], start=1):
         trainer.state.step = trainer.state.evaluated_step = step
@@ -442,8 +416,8 @@ def test_other_data_are_noticed(finished: Path) -> None:
     ids = list(IDS[:1500])
     ids[700] = (ids[700] + 1) % TOKENIZER.n_vocab
     with pytest.raises(ValueError, match="data: the training data differ from those the run began with"):
-        make_trainer(finished, resume=True, ids=ids).run()
-    make_trainer(finished, resume=True, ids=ids, allow_changed=["data"]).run()
+        make_trainer(finished, resume=True, train=ids).run()
+    make_trainer(finished, resume=True, train=ids, allow_changed=["data"]).run()
 
 
 def test_other_frozen_weights_are_noticed(tmp_path: Path) -> None:
@@ -489,7 +463,7 @@ def test_another_number_of_threads_is_reported(finished: Path, capsys: Any) -> N
     [
         (["--resume", "{tmp}/none"], "no run to resume at"),
         (["--resume", "auto"], "--resume auto needs --out"),
-        (["--resume", "{tmp}/a", "--out", "{tmp}/b"], "a run goes on in its own directory"),
+        (["--resume", "{tmp}/a", "--out", "{tmp}/b"], "continues in the directory of that run: leave out --out"),
     ],
 )
 def test_a_resume_that_cannot_be_is_one_sentence(options: list[str], words: str, tmp_path: Path, capsys: Any) -> None:

@@ -14,29 +14,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
+from MyGPT import GPTModel, Trainer
 from MyGPT.training import checkpoint
 from MyGPT.training.checkpoint import random_states, read_newest
 from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.metrics import read_metrics
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from places import FIXTURES
-from tiny_runs import TEXT
-
-TOKENIZER = CharTokenizer.from_text(TEXT)
-IDS = TOKENIZER.encode(TEXT)
-QUICK = TrainConfig(max_steps=6, batch_size=2, checkpoint_every=2, eval_every=2, sample_every=0, warmup_steps=0)
-
-
-def make_trainer(run_dir: Path | None = None, config: TrainConfig = QUICK, **more: Any) -> Trainer:
-    torch.manual_seed(3)
-    model = GPTModel(GPTConfig(TOKENIZER.n_vocab, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
-    train, val = more.pop("train", IDS[:1500]), more.pop("val", IDS[1500:2000])
-    return Trainer(model, config, train, val, run_dir=run_dir, progress=False, **more)
-
-
-def change(**fields: Any) -> TrainConfig:
-    return TrainConfig(**{**vars(QUICK), **fields})
+from tiny_runs import CONFIG, IDS, TOKENIZER, change, make_trainer
 
 
 def strict_json(path: Path) -> Any:
@@ -158,7 +143,7 @@ def test_run_continues_a_loop_that_was_begun_by_hand() -> None:
     begun.setup()
     begun.step()
     begun.run()
-    assert begun.step_number == 6
+    assert begun.step_number == 8
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, begun.model.state_dict()[name])
 
@@ -236,9 +221,10 @@ def test_counters_of_an_old_run_are_read(tmp_path: Path) -> None:
 
 def test_an_old_run_is_resumed(tmp_path: Path) -> None:
     """With version 0.1 its loss was 3.3343946; another processor may round differently."""
-    config = change(max_steps=8, eval_every=3, keep_last=1, schedule="constant", log_every=1)
+    config = change(batch_size=2, eval_every=3, eval_windows=200, keep_last=1, schedule="constant")
+    model = GPTModel({**vars(CONFIG), "emb_dim": 8, "n_layers": 1, "drop_rate": 0.1})
     recipe = {"text": "a quick brown fox"}
-    trainer = make_trainer(old_run(tmp_path / "run"), config, recipe=recipe, resume=True)
+    trainer = make_trainer(old_run(tmp_path / "run"), config, model=model, recipe=recipe, resume=True)
     assert trainer.run() == pytest.approx(3.3343946, abs=1e-5)
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert steps == list(range(1, 9))
@@ -329,7 +315,7 @@ def test_a_console_of_ones_own_gets_every_event(tmp_path: Path, capsys: pytest.C
 
     console = Collecting()
     make_trainer(tmp_path / "run", console=console).run()
-    assert console.steps == 6
+    assert console.steps == 8
     records = [(r["step"], r["val_loss"]) for r in read_metrics(tmp_path / "run") if "val_loss" in r]
     assert console.losses == records
     assert "validation loss" not in capsys.readouterr().out

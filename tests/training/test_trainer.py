@@ -15,40 +15,27 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer, train_model_simple
+import tiny_runs
+from MyGPT import GPTModel, TrainConfig, Trainer, train_model_simple
 from MyGPT.data.sampler import WindowSampler, walk_windows
 from MyGPT.training.arithmetic import autocast_dtype
 from MyGPT.training.run import check_run_directory
+from tiny_runs import IDS, TOKENIZER, change, make_model
 
-TEXT = "the quick brown fox jumps over the lazy dog; " * 40
-TOKENIZER = CharTokenizer.from_text(TEXT)
-IDS = np.array(TOKENIZER.encode(TEXT), dtype=np.uint16)
-CONFIG = GPTConfig(vocab_size=TOKENIZER.n_vocab, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0)
-QUICK = TrainConfig(
-    max_steps=6,
-    batch_size=8,
-    warmup_steps=2,
-    eval_every=2,
-    eval_windows=10,
-    sample_every=0,
-    log_every=1,
-    learning_rate=1e-2,
+QUICK = tiny_runs.change(
+    max_steps=6, batch_size=8, warmup_steps=2, eval_every=2, learning_rate=1e-2, checkpoint_every=250, keep_last=2
 )
 
 
-def change(config: TrainConfig, **fields: Any) -> TrainConfig:
-    return TrainConfig(**{**vars(config), **fields})
-
-
 def fresh_model(drop_rate: float = 0.0) -> GPTModel:
-    torch.manual_seed(3)
-    return GPTModel({**vars(CONFIG), "drop_rate": drop_rate}).double()
+    """Return the tiny model in float64."""
+    return make_model(drop_rate).double()
 
 
-def make_trainer(config: TrainConfig = QUICK, run_dir: Path | None = None, **more: Any) -> Trainer:
-    options = {"tokenizer": TOKENIZER, "progress": False, **more}
-    model = options.pop("model", None) or fresh_model()
-    return Trainer(model, config, IDS[:1500], options.pop("val_ids", IDS[1500:]), run_dir=run_dir, **options)
+def make_trainer(config: TrainConfig = QUICK, run_dir: Path | None = None, **options: Any) -> Trainer:
+    """Return a Trainer of the tiny model in float64 without dropout."""
+    options = {"model": fresh_model(), "tokenizer": TOKENIZER, **options}
+    return tiny_runs.make_trainer(run_dir, config, **options)
 
 
 def weights(model: GPTModel) -> dict[str, Tensor]:
@@ -135,7 +122,7 @@ def test_evaluate_is_the_mean_over_every_validation_token() -> None:
         logits = torch.cat([logits, model.eval()(x).detach().flatten(0, 1)])
         targets = torch.cat([targets, y.flatten()])
     expected = F.cross_entropy(logits, targets.long(), ignore_index=-100).item()
-    assert (targets != -100).sum() == len(IDS) - 1500 - 1
+    assert (targets != -100).sum() == 500 - 1
     assert trainer.evaluate(whole=True) == pytest.approx(expected, abs=1e-12)
 
 
@@ -144,8 +131,8 @@ def test_the_fixed_windows_are_the_same_every_time_and_spread_over_the_text() ->
     first, second = (torch.cat([x for x, _ in trainer.validation.batches(whole=False)]) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (7, 8)
-    assert first[0].tolist() == IDS[1500:1508].tolist()
-    assert first[-1].tolist() == IDS[-9:-1].tolist()
+    assert first[0].tolist() == IDS[1500:1508]
+    assert first[-1].tolist() == IDS[1991:1999]
 
 
 def test_a_run_leaves_all_its_files_and_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +208,7 @@ def test_a_full_disk_leaves_the_last_best_model_whole(tmp_path: Path, monkeypatc
 
 
 def test_without_a_validation_text_the_last_model_is_kept(tmp_path: Path) -> None:
-    trainer = make_trainer(run_dir=tmp_path / "run", val_ids=None)
+    trainer = make_trainer(run_dir=tmp_path / "run", val=None)
     assert math.isnan(trainer.run())
     assert_same_weights(weights(trainer.model), GPTModel.from_pretrained(tmp_path / "run").state_dict())
 
@@ -250,7 +237,7 @@ def test_float32_and_bfloat16_train_alike() -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(3)
-        trainer = make_trainer(change(QUICK, precision=precision), model=GPTModel(CONFIG))
+        trainer = make_trainer(change(QUICK, precision=precision), model=make_model(0.0))
         trainer.setup()
         losses[precision] = [trainer.step()["loss"] for _ in range(5)]
         assert next(trainer.model.parameters()).dtype == torch.float32
@@ -289,5 +276,5 @@ def test_compiled_blocks_train_to_the_same_weights() -> None:
 def test_the_sampler_is_what_the_trainer_sees() -> None:
     trainer = make_trainer(change(QUICK, order="shuffled", seed=5))
     x, y = trainer.sampler.batch(3)
-    x2, y2 = WindowSampler(IDS[:1500], 8, 8, "shuffled", seed=5).batch(3)
+    x2, y2 = WindowSampler(np.array(IDS[:1500], np.uint16), 8, 8, "shuffled", seed=5).batch(3)
     assert torch.equal(x, x2) and torch.equal(y, y2)

@@ -31,10 +31,7 @@ class StaticCache(KVCache):
         self.is_stepping = False
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H, T, D) of a layer, and return all of that layer's.
-
-        A captured step stores one token at `column` and gets the whole memory, each (B, H, L, D).
-        """
+        """Store new keys and values as KVCache does. A captured step gets the whole memory, each (B, H, L, D)."""
         if not self.is_stepping:
             return super().append(layer, k, v)
         keys, values = self.storage[layer]
@@ -48,8 +45,7 @@ class CapturedModel(nn.Module):
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
-        self.model = model
-        self.config = model.config
+        self.model, self.config = model, model.config
         self.train(False)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> StaticCache:
@@ -65,10 +61,8 @@ class CapturedModel(nn.Module):
         cache: StaticCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V), or only the last position's (B, 1, V) with last_only=True.
-
-        The arguments are those of GPTModel.forward. Only a single new token after others uses the captured step.
-        """
+        """Return the logits (B, T, V). The arguments are those of GPTModel.forward."""
+        # Only a single new token after others uses the captured step.
         if input_ids.shape[-1] != 1 or cache is None or cache.length == 0:
             return self.model(input_ids, attention_mask=attention_mask, cache=cache, last_only=last_only)
         check_inputs(self.config, input_ids, attention_mask, cache=cache)

@@ -7,7 +7,6 @@ headers, and takes half a minute. Without a compiler, packed.py uses torch's ope
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -15,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,52 +37,48 @@ FLAGS = (
 )
 
 
-class LinearStruct(ctypes.Structure):
+class LinearStruct(Structure):
     """`struct Linear` of kernel.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")] + [
-        (name, ctypes.c_int32) for name in ("N", "K")
-    ]
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
 
 
-class NormStruct(ctypes.Structure):
+class NormStruct(Structure):
     """`struct Norm` of kernel.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
 
 
-class BlockStruct(ctypes.Structure):
+class BlockStruct(Structure):
     """`struct Block` of kernel.cpp."""
 
-    _fields_ = [(name, NormStruct) for name in ("ln_1", "ln_2")] + [
-        (name, LinearStruct) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")
-    ]
+    _fields_ = [
+        ("ln_1", NormStruct), ("ln_2", NormStruct),
+        ("c_attn", LinearStruct), ("attn_proj", LinearStruct), ("c_fc", LinearStruct), ("mlp_proj", LinearStruct),
+    ]  # fmt: skip
 
 
-class ModelStruct(ctypes.Structure):
+class ModelStruct(Structure):
     """`struct Model` of kernel.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("wte", "wpe")),
-        ("blocks", ctypes.POINTER(BlockStruct)),
-        ("ln_f", NormStruct),
-        ("head", LinearStruct),
-        *((name, ctypes.c_int32) for name in ("n_layers", "n_heads", "weight_bytes", "exact_gelu")),
-        ("eps", ctypes.c_float),
-    ]
+        ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
+        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("weight_bytes", c_int32),
+        ("exact_gelu", c_int32), ("eps", c_float),
+    ]  # fmt: skip
 
 
 class Build:
-    """The compilation of the kernel, which runs in its own process while the caller loads a model.
+    """A compilation of the kernel in its own process, which runs while the caller loads a model.
 
-    A kernel that was compiled before is found in the cache directory and not compiled again.
+    A kernel that is already in the cache directory is not compiled again.
     """
 
     def __init__(self) -> None:
         self.library = cache_directory() / f"gpt2-{_cache_key()}.so"
         self.unfinished = self.library.with_name(f"{self.library.name}.{os.getpid()}")
         self.compiler: subprocess.Popen[str] | None = None
-        self._messages: str | None = None
+        self._errors: str | None = None
         program = find_compiler()
         if program is not None and not self.library.exists():
             self.library.parent.mkdir(parents=True, exist_ok=True)
@@ -92,27 +88,24 @@ class Build:
 
     def wait(self) -> Kernel:
         """Return the compiled kernel; may be called again. Raises OSError if there is no compiler or it fails."""
-        if self.compiler is not None:
-            self._finish(self.compiler)
-        if not self.library.exists():
-            raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
-        return Kernel(ctypes.CDLL(str(self.library)))
-
-    def _finish(self, compiler: subprocess.Popen[str]) -> None:
-        """Wait for the compiler and move its output into place. Raises OSError if the compiler failed."""
-        if self._messages is None:
+        compiler = self.compiler
+        if compiler is not None and self._errors is None:
             if compiler.poll() is None:
                 print("compiling a fast kernel for this CPU, once (3 s) …", file=sys.stderr)
-            self._messages = compiler.communicate()[1]
+            self._errors = compiler.communicate()[1]
             if compiler.returncode == 0:
                 os.replace(self.unfinished, self.library)
-        if compiler.returncode != 0:
-            errors = [line for line in self._messages.splitlines() if "error" in line] or [self._messages.strip()]
-            raise OSError(f"{find_compiler()} could not compile the kernel: {errors[0]}")
+        if compiler is not None and compiler.returncode != 0:
+            errors = self._errors or ""
+            first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
+            raise OSError(f"{find_compiler()} could not compile the kernel: {first}")
+        if not self.library.exists():
+            raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
+        return Kernel(CDLL(str(self.library)))
 
 
 def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
-    """Stop a compiler that nobody waits for any more, and delete its output. Does nothing if it has finished."""
+    """Stop a compiler whose result is no longer needed, and delete its unfinished output."""
     compiler.kill()
     compiler.wait()
     if compiler.stderr is not None:
@@ -127,10 +120,8 @@ def find_compiler() -> str | None:
 
 
 def _cache_key() -> str:
-    """Return the cache key of the compiled kernel, a hash of the source, the flags, the compiler and the CPU's features.
-
-    The CPU is part of the key because several machines may share one home directory.
-    """
+    """Return the cache key of the compiled kernel: a hash of the source, the flags, the compiler and the CPU's features."""
+    # Several machines with different CPUs may share one home directory.
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(" ".join((*FLAGS, find_compiler() or "", platform.machine(), platform.processor())).encode())
     with contextlib.suppress(FileNotFoundError):
@@ -140,49 +131,40 @@ def _cache_key() -> str:
 
 
 class Kernel:
-    """The functions of the compiled kernel.
+    """The functions of the compiled kernel. Tensors are contiguous and on the CPU; all but ids and weights are float32."""
 
-    All tensors must be contiguous, on the CPU and in float32, except ids and packed weights.
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: CDLL) -> None:
         self._library = library
         self.panel: int = library.gpt2_panel()
         """Number of outputs per panel, P in kernel.cpp. It depends on the CPU."""
 
     def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
         """Write the weight (N, K), divided by linear's scales if it has any, into linear's panels."""
-        self._library.gpt2_pack(address(weight), ctypes.byref(linear), weight_bytes)
+        self._library.gpt2_pack(address(weight), byref(linear), weight_bytes)
 
     def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
         """Write the matrix's rows for int64 ids into y, (*ids.shape, K)."""
-        self._library.gpt2_rows(ctypes.byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
+        self._library.gpt2_rows(byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
 
     def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
         """Write the product of x (M, K) with the matrix into y (M, N). `then` is an `enum Then` of kernel.cpp."""
-        self._library.gpt2_linear(ctypes.byref(linear), weight_bytes, address(x), len(x), address(y), then)
+        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
     def forward(
         self, model: ModelStruct, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
     ) -> None:
-        """Compute the logits of the last n of T new tokens.
+        """Write the logits of the last n of T new tokens, with int64 ids (B, T) in the vocabulary, into logits (B, n, V).
 
-        Args:
-            model: addresses of all weights.
-            ids: (B, T) int64, all in the vocabulary.
-            past: number of tokens in the cache.
-            first: (B) int32, the column at which each sequence begins after its left padding.
-            cache: (n_layers, 2, B, H, length, D), to which the T tokens are appended.
-            logits: (B, n, V), the result.
-            scratch: memory for 6 B T C numbers.
+        cache (n_layers, 2, B, H, length, D) has `past` tokens, and the T new ones are appended; first (B) int32 is the
+        column at which each sequence begins after its left padding; scratch is memory for 6 B T C numbers.
         """
         B, T = ids.shape
         self._library.gpt2_forward(
-            ctypes.byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
+            byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
             logits.shape[1], address(logits), address(scratch),
         )  # fmt: skip
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
+def address(tensor: Tensor | None) -> c_void_p:
     """Return the address of a tensor's memory for the kernel; None becomes a null pointer."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return c_void_p(None if tensor is None else tensor.data_ptr())

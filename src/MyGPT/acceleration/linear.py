@@ -27,9 +27,8 @@ MIN_MULTIPLICATIONS = 1 << 27
 def fast_linear() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which large float32 products of `F.linear` on the CPU use oneDNN, forward and backward.
 
-    The context does nothing where MKL is as fast. The choice depends only on the CPU and not on a measurement, so results
-    are reproducible. Do not combine the context with gradient checkpointing: torch leaves the context before the backward
-    pass, recomputes with MKL, and reports that the recomputed tensors differ.
+    The context does nothing where MKL is as fast; this depends only on the CPU, so results are reproducible. The context does
+    not support gradient checkpointing: torch would recompute outside of it, with MKL, and report that the tensors differ.
     """
     return OneDNNLinear() if onednn_is_faster() else contextlib.nullcontext()
 

@@ -1,10 +1,10 @@
 """Prompt-lookup decoding (Saxena, 2023): guess the next tokens from what followed the same tokens earlier in the text.
 
-A forward pass over a few guessed tokens takes hardly longer than one over a single token, because reading the weights takes most
-of the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed tokens,
-the logits that were computed ahead are used; otherwise the remaining guesses are dropped. Every token is picked from the model's
-own logits, so greedy text is unchanged. Sampled text has the same distribution: this is speculative sampling (Leviathan et
-al., 2023) with a draft model that gives its guess a probability of 1.
+A forward pass over a few tokens takes hardly longer than one over a single token, because reading the weights takes most
+of the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed
+tokens, the logits that were computed ahead are used; after a wrong guess the others are dropped. Greedy text is unchanged,
+and sampled text has the same distribution: this is speculative sampling (Leviathan et al., 2023) with a draft model that is
+certain of its guess.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ class LookupCache:
     """The model's cache together with the ids so far, the current guesses and the logits computed ahead."""
 
     def __init__(self, inner: Any, n_match: int) -> None:
-        self.inner = inner
-        self.n_match = n_match
+        self.inner, self.n_match = inner, n_match
         self.ids: list[int] = []
         self.continuations: dict[tuple[int, ...], int] = {}
         """For each run of n_match ids, the index of the id that followed its last occurrence."""
@@ -45,10 +44,7 @@ class LookupCache:
             self.source, self.continuations[run] = self.continuations.get(run), len(self.ids)
 
     def guess(self, n: int) -> list[int]:
-        """Return the n ids that followed the earlier occurrence, or none without one.
-
-        If fewer than n ids followed, the guesses themselves are repeated.
-        """
+        """Return n guesses: the ids that followed the earlier occurrence, repeated if they are fewer; none without one."""
         if self.source is None:
             return []
         text = list(self.ids)
@@ -67,10 +63,8 @@ class PromptLookup(nn.Module):
     def __init__(self, model: Any, n_guesses: int = 7, n_match: int = 3) -> None:
         super().__init__()
         require_positive(n_guesses=n_guesses, n_match=n_match)
-        self.model = model
-        self.config = model.config
-        self.n_guesses = n_guesses
-        self.n_match = n_match
+        self.model, self.config = model, model.config
+        self.n_guesses, self.n_match = n_guesses, n_match
         self.train(model.training)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> Any:

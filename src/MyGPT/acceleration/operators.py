@@ -15,10 +15,8 @@ from torch import Tensor
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b in float32, (..., N), computed by oneDNN if possible and otherwise by F.linear.
-
-    torch.compile uses this operator of oneDNN; in eager mode, F.linear never calls oneDNN for float32.
-    """
+    """Return x Wᵀ + b in float32, (..., N), computed by oneDNN if possible and otherwise by F.linear."""
+    # torch.compile uses this operator of oneDNN; in eager mode, F.linear never calls oneDNN for float32.
     return _onednn(x, weight, bias) if has_onednn_linear() else F.linear(x, weight, bias)
 
 

@@ -3,8 +3,7 @@
 Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
 row. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
 activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128. torch's operators for bf16 and int8
-weights round the activations to bf16.
-N outputs, K inputs.
+weights round the activations to bf16. N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -29,28 +28,21 @@ _THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in k
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """Return the scale of each row of an int8 matrix, (N,) float32, with which the row's largest magnitude becomes 127.
-
-    The scale of a row with a NaN is NaN, so that the outputs of the row are NaN too.
-    """
+    """Return the int8 scale of each row, (N,) float32: the row's largest magnitude / 127, and NaN for a row with a NaN."""
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
     return torch.where(largest == 0, torch.ones_like(largest), largest / 127)
 
 
 class HugePages:
-    """Memory for all matrices of a model, in pages of 2 MB where Linux offers them.
-
-    The kernel reads such pages about a fifth faster than pages of 4 KB.
-    """
+    """Memory for all matrices of a model, in pages of 2 MB where Linux has them, which are read about a fifth faster."""
 
     def __init__(self, n_bytes: int) -> None:
         self.used = 0
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory = mmap.mmap(-1, n_bytes)
             return
-        self.memory = mmap.mmap(
-            -1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # shared memory has no huge pages
+        # The memory is private, because shared memory has no huge pages.
+        self.memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a system without huge pages is slower, not wrong
             self.memory.madvise(mmap.MADV_HUGEPAGE)
 
@@ -62,10 +54,7 @@ class HugePages:
 
 
 def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, int, int, int]:
-    """Return the shape of a matrix (N, K) in the kernel's panels, rounded up to whole panels.
-
-    The shape is (N / P, K, P, 1) for float32 and (N / P, K / 2, P, 2) for bf16 and int8, with P = kernel.panel.
-    """
+    """Return a matrix's shape in whole panels of P outputs: (N / P, K, P, 1) in float32, else (N / P, K / 2, P, 2)."""
     N, K = weight.shape
     interleave = 1 if precision == "fp32" else 2
     return -(-N // kernel.panel), -(-K // interleave), kernel.panel, interleave

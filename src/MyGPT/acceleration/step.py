@@ -18,7 +18,8 @@ from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
 from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import Precision
-from MyGPT.model import Block, GPTModel, TiedHead
+from MyGPT.loss import TiedHead
+from MyGPT.model import Block, GPTModel
 
 MAX_KERNEL_TOKENS = 32
 """Largest number of new tokens that the kernel computes in one call. For more, torch's attention is faster."""
@@ -27,10 +28,9 @@ MAX_KERNEL_TOKENS = 32
 def accelerate(
     model: GPTModel, precision: Precision = "fp32", *, build: c.Build | None = None, compiled: bool | None = None
 ) -> FastModel:
-    """Return a copy of `model` that generates faster on this CPU.
+    """Return a copy of `model` that generates faster on this CPU, and takes the model's place in `generate`.
 
-    The result takes the place of the model in `generate`. All weights are copied, so later changes of `model` do not affect
-    the result.
+    All weights are copied, so later changes of `model` do not affect the result.
 
     Args:
         model: a GPTModel on the CPU in float32, bfloat16 or float16. Merge adapters first.
@@ -64,11 +64,9 @@ def _check_model(model: GPTModel, precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     if not isinstance(model, GPTModel):
         raise ValueError(f"accelerate takes a GPTModel, got a {type(model).__name__}: merge an adapter first")
+    names = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
     for name, module in model.named_modules():
-        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead)
-        if not is_plain and name.endswith(
-            ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
-        ):
+        if name.endswith(names) and type(module) not in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead):
             raise ValueError(f"{name} is a {type(module).__name__}, not GPT-2's own layer: merge an adapter first")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -102,7 +100,6 @@ class FastModel(nn.Module):
         self.config = model.config
         self.precision = precision
         self.kernel = kernel
-        self.gelu = self.config.activation
         head, transformer = model.lm_head, model.transformer
         layers: Any = transformer.h
         weights = [linear.weight for linear in (head, *(linear for layer in layers for linear in _linears(layer)))]
@@ -136,7 +133,7 @@ class FastModel(nn.Module):
             )
         return c.ModelStruct(
             c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
-            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.gelu == "gelu",
+            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.config.activation == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 
@@ -153,27 +150,15 @@ class FastModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V) in float32, or only the last position's (B, 1, V) with last_only=True.
-
-        input_ids, attention_mask and cache are those of GPTModel.forward.
-        """
+        """Return the logits (B, T, V) in float32. The arguments are those of GPTModel.forward."""
         if input_ids.device.type != "cpu":
             raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
         B, T = input_ids.shape
         first = _first_tokens(attention_mask, B)
-        if self.ctypes_struct is not None and cache is not None and first is not None and T <= MAX_KERNEL_TOKENS:
-            return self._kernel_forward(input_ids, first, cache, 1 if last_only else T)
-        return self._torch_forward(input_ids, attention_mask, cache, last_only)
-
-    def _kernel_forward(self, input_ids: Tensor, first: Tensor, cache: KVCache, n: int) -> Tensor:
-        """Return the logits of the last n tokens, (B, n, V), computed by the kernel.
-
-        first (B) is the column at which each row begins after its left padding.
-        """
-        assert self.kernel is not None and self.ctypes_struct is not None
-        B, T = input_ids.shape
-        logits = torch.empty(B, n, self.config.vocab_size)
+        if self.kernel is None or self.ctypes_struct is None or cache is None or first is None or T > MAX_KERNEL_TOKENS:
+            return self._torch_forward(input_ids, attention_mask, cache, last_only)
+        logits = torch.empty(B, 1 if last_only else T, self.config.vocab_size)
         scratch = torch.empty(6 * B * T * self.config.emb_dim)
         self.kernel.forward(
             self.ctypes_struct, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
@@ -197,7 +182,7 @@ class FastModel(nn.Module):
                 k, v = cache.append(layer, k, v)  # (B, H, S, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
             x = attn_proj(y.transpose(1, 2).reshape(B, T, -1), "add", x)
-            x = mlp_proj(c_fc(ln_2(x), self.gelu), "add", x)
+            x = mlp_proj(c_fc(ln_2(x), self.config.activation), "add", x)
         if cache is not None:
             cache.length = S
         return self.head(self.ln_f(x[:, -1:] if last_only else x))

@@ -1,12 +1,9 @@
-"""Provide the names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
+"""The names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
 
-`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same argument
-order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions and their reasons.
-
-The layers are separate modules and not a wrapper of `MyGPT.GPTModel`, which has one matrix for queries, keys and values, a
-tied head and other initial weights. Therefore a seed gives the book's model, its `model.pth` loads, and its code can read and
-assign `trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Behind these names MyGPT's own code does the work: fused
-attention, the cache, the loss without full logits, and the decoding loop.
+`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same
+argument order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions. The layers
+also have the book's structure: a seed gives the book's weights, its `model.pth` loads, and its code can read and assign
+`trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Attention kernel, cache, loss and decoding loop are MyGPT's own.
 """
 
 from MyGPT.book.attention import (
@@ -21,14 +18,7 @@ from MyGPT.book.figures import plot_losses, plot_values
 from MyGPT.book.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
 from MyGPT.book.lora import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from MyGPT.book.pretrained import assign, load_weights_into_gpt
-from MyGPT.book.pretraining import (
-    calc_loss_batch,
-    calc_loss_loader,
-    evaluate_model,
-    generate_and_print_sample,
-    train_model,
-    train_model_simple,
-)
+from MyGPT.book.pretraining import calc_loss_loader, train_model
 from MyGPT.book.texts import (
     GPTDatasetV1,
     InstructionDataset,
@@ -42,6 +32,7 @@ from MyGPT.book.texts import (
     token_ids_to_text,
 )
 from MyGPT.generation import generate
+from MyGPT.training.simple import calc_loss_batch, evaluate_model, generate_and_print_sample, train_model_simple
 from MyGPT.weights.formats.openai import load_gpt2_params_from_tf_ckpt
 from MyGPT.weights.released import download_and_load_gpt2
 

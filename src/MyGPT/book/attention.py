@@ -1,4 +1,4 @@
-"""Implement chapter 3: attention, from one head without a mask to several heads in one product.
+"""Attention (chapter 3), from one head without a mask to several heads in one product.
 
 torch's fused kernel replaces the book's softmax. On a CPU it draws the same random numbers for dropout in the same order.
 B batch, T time (new tokens), S time seen so far, H heads, D = d_out // H.
@@ -52,8 +52,16 @@ class CausalAttention(SelfAttention_v2):
         self.register_buffer("mask", torch.ones(context_length, context_length).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_length(x.shape[1], self.mask)
-        return _attend(self.W_query(x), self.W_key(x), self.W_value(x), self.dropout)
+        return self._attend(self.W_query(x), self.W_key(x), self.W_value(x))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return causal attention of the queries of the last T tokens over the keys and values of all S tokens."""
+        T, S = q.shape[-2], k.shape[-2]
+        if len(self.mask) < T:
+            raise ValueError(f"the sequence has {T} tokens, the context_length is {len(self.mask)}")
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        drop_rate = self.dropout.p if self.dropout.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=1 < T == S)
 
 
 class MultiHeadAttentionWrapper(nn.Module):
@@ -86,25 +94,10 @@ class MultiHeadAttention(CausalAttention):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, _ = x.shape
-        _check_length(T, self.mask)
         heads = (B, T, self.num_heads, self.head_dim)
         q = self.W_query(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         k = self.W_key(x).view(heads).transpose(1, 2)
         v = self.W_value(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-        y = _attend(q, k, v, self.dropout)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, self.d_out))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
-    """Return causal attention of the queries of the last T tokens over the keys and values of all S tokens."""
-    T, S = q.shape[-2], k.shape[-2]
-    mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    drop_rate = dropout.p if dropout.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=1 < T == S)
-
-
-def _check_length(T: int, mask: Tensor) -> None:
-    if len(mask) < T:
-        raise ValueError(f"the sequence has {T} tokens, the context_length is {len(mask)}")
+        return self.out_proj(self._attend(q, k, v).transpose(1, 2).reshape(B, T, self.d_out))

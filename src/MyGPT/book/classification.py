@@ -1,13 +1,11 @@
-"""Implement chapter 6: a GPT that detects spam from the logits of the last token, the only one that attends to all others.
-
-B batch, T time.
-"""
+"""Spam detection (chapter 6): the logits of the last token, which attends to all other tokens, classify a text."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,30 +13,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from MyGPT.book.pretraining import evaluate_model, train_step
+from MyGPT.book.pretraining import train_step
 from MyGPT.data.windows import Batch
 from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers.base import encode_with_specials
-from MyGPT.training.simple import Device
+from MyGPT.training.simple import Device, evaluate_model
 
 
 class SpamDataset(Dataset[Batch]):
-    """The messages of a CSV file as pairs of ids (max_length,), padded or cut, and a label.
+    """The messages of a CSV file with the columns Label (0 or 1) and Text, as pairs of ids (max_length,) and a label.
 
-    Args:
-        csv_file: a file with the columns Label (0 or 1) and Text.
-        tokenizer: any tokenizer with `encode`.
-        max_length: number of ids for each message. The default is the length of the longest message.
-        pad_token_id: the id that pads shorter messages.
+    Messages are cut to max_length or padded with pad_token_id. The default max_length is that of the longest message.
     """
 
     def __init__(
-        self,
-        csv_file: str | os.PathLike[str],
-        tokenizer: Any,
-        max_length: int | None = None,
-        pad_token_id: int = 50256,
+        self, csv_file: str | os.PathLike[str], tokenizer: Any, max_length: int | None = None, pad_token_id: int = 50256
     ) -> None:
         self.data = _read_examples(csv_file)
         encoded = [encode_with_specials(tokenizer, text) for _, text in self.data]
@@ -74,12 +64,10 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the accuracy on the first num_batches batches (default: all), or nan if there is no batch."""
+    """Return the accuracy on the first num_batches batches (default: all batches), or NaN if there is no batch."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
-        for i, (input_batch, target_batch) in enumerate(data_loader):
-            if num_batches is not None and i >= num_batches:
-                break
+        for input_batch, target_batch in islice(data_loader, num_batches):
             predicted = model(input_batch.to(device))[:, -1].argmax(-1)  # (B,)
             correct += int((predicted == target_batch.to(device)).sum())
             n_examples += len(target_batch)
@@ -96,11 +84,11 @@ def train_classifier_simple(
     eval_freq: int,
     eval_iter: int,
 ) -> tuple[list[float], list[float], list[float], list[float], int]:
-    """Train a classifier.
+    """Train a classifier, evaluated on eval_iter batches of each loader.
 
     Returns:
-        Training losses and validation losses at each evaluation, training accuracies and validation accuracies after each
-        epoch, and the number of examples seen.
+        Training losses and validation losses (every eval_freq steps), training accuracies and validation accuracies
+        (after each epoch), and the number of examples seen.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
@@ -129,7 +117,7 @@ def classify_review(
     max_length: int | None = None,
     pad_token_id: int = 50256,
 ) -> str:
-    """Return "spam" or "not spam" for a text, which is padded or cut to max_length, the length used in training."""
+    """Return "spam" or "not spam" for a text. The text is padded or cut to max_length, the length used in training."""
     positions: Any = model.pos_emb
     context: int = positions.weight.shape[0]
     ids = encode_with_specials(tokenizer, text)[:context]

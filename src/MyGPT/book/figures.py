@@ -1,4 +1,4 @@
-"""Draw the figures of chapters 5 and 6: two curves over epochs, with a second axis for tokens or examples."""
+"""The figures of chapters 5 and 6: two curves over epochs, with a second axis for tokens or examples."""
 
 from __future__ import annotations
 
@@ -6,36 +6,22 @@ from collections.abc import Sequence
 
 from MyGPT.files import atomic_write
 
+Values = Sequence[float]
 
-def plot_losses(
-    epochs_seen: Sequence[float],
-    tokens_seen: Sequence[float],
-    train_losses: Sequence[float],
-    val_losses: Sequence[float],
-) -> None:
+
+def plot_losses(epochs_seen: Values, tokens_seen: Values, train_losses: Values, val_losses: Values) -> None:
     """Show training and validation loss over epochs and tokens, and save the figure as loss-plot.pdf."""
     _plot(epochs_seen, tokens_seen, "Tokens seen", train_losses, val_losses, "loss")
 
 
 def plot_values(
-    epochs_seen: Sequence[float],
-    examples_seen: Sequence[float],
-    train_values: Sequence[float],
-    val_values: Sequence[float],
-    label: str = "loss",
+    epochs_seen: Values, examples_seen: Values, train_values: Values, val_values: Values, label: str = "loss"
 ) -> None:
     """Show training and validation values over epochs and examples, and save the figure as {label}-plot.pdf."""
     _plot(epochs_seen, examples_seen, "Examples seen", train_values, val_values, label)
 
 
-def _plot(
-    epochs: Sequence[float],
-    seen: Sequence[float],
-    seen_label: str,
-    train: Sequence[float],
-    val: Sequence[float],
-    label: str,
-) -> None:
+def _plot(epochs: Values, seen: Values, seen_label: str, train: Values, val: Values, label: str) -> None:
     """Draw two curves over epochs, with a second axis for `seen`; save the figure as {label}-plot.pdf and show it."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Implement chapter 4: a GPT with the book's names and order of layers, so that a seed gives the book's weights.
+"""The GPT model of chapter 4. Names and order of the layers are the book's, so a seed gives the book's weights.
 
 B batch, T time (new tokens), C embedding width, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from MyGPT.book.attention import MultiHeadAttention
 from MyGPT.cache import KVCache
 from MyGPT.config import GPTConfig, as_config
-from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.loss import head_loss
 
 Config = GPTConfig | Mapping[str, Any]
 
@@ -78,10 +78,8 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """The GPT model of the book: maps ids (B, T) to logits (B, T, V).
 
-    The output head is never tied to the token embedding. Every part can be replaced, as the book does with `out_head`.
-
-    Args:
-        cfg: a dict with the book's seven keys, or a GPTConfig.
+    `cfg` is a dict with the book's seven keys, or a GPTConfig. The output head is never tied to the token embedding.
+    Every part can be replaced, as the book does with `out_head`.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -108,7 +106,7 @@ class GPTModel(nn.Module):
         Args:
             in_idx: token ids, (B, T) int64. With a cache these are the tokens after those in the cache.
             attention_mask: must be None, because the book's model does not support padding.
-            cache: keys and values of earlier tokens, from `new_cache`; updated in place.
+            cache: keys and values of earlier tokens, from `new_cache`; changed in place.
             last_only: compute the logits of the last position only.
         """
         if attention_mask is not None:
@@ -117,14 +115,8 @@ class GPTModel(nn.Module):
         return self.out_head(hidden[:, -1:] if last_only else hidden)
 
     def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy in nats and the number of counted targets.
-
-        A standard head without bias does not need to hold the full logits (B, T, V).
-        """
-        hidden = self._hidden_states(in_idx)
-        if type(self.out_head) is nn.Linear and getattr(self.out_head, "bias", None) is None:
-            return linear_token_loss(hidden, self.out_head.weight, targets)
-        return token_loss(self.out_head(hidden), targets)
+        """Return the summed cross-entropy in nats and the number of targets that are not -100."""
+        return head_loss(self.out_head, self._hidden_states(in_idx), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
         """Return an empty cache for generation, or None if a block or its attention was replaced by another class."""

@@ -1,4 +1,4 @@
-"""Implement appendix E: LoRA with the book's initial weights and its scale, alpha.
+"""LoRA with the book's initial weights and its scale, alpha (appendix E).
 
 `MyGPT.finetuning.lora` has LoRA with the scale of the paper, alpha / rank, and saves adapters with PEFT.
 """

@@ -1,4 +1,4 @@
-"""Load OpenAI's weights into the book's model (chapter 5). weights/layout.py maps the names and shapes."""
+"""OpenAI's weights in the book's model (chapter 5). weights/layout.py maps the names and shapes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from MyGPT.weights.lazy import LazyTensor, flatten
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
-    """Return a parameter with the values of `right` and the device and dtype of `left`.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Return a parameter with the values of `right`, and the device and dtype of `left`; their shapes must be equal."""
     if left.shape != right.shape:
         raise ValueError(f"the weights are {tuple(right.shape)}, the parameter is {tuple(left.shape)}")
     values = right.detach().clone() if isinstance(right, Tensor) else torch.tensor(right)
@@ -31,12 +27,8 @@ def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
 def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
     """Load the weights that `download_and_load_gpt2` returned into a model with the book's names.
 
-    Weights are aligned as by `MyGPT.load_weights_into_gpt`: a model made with qkv_bias=False gets the biases, and a model
-    with a shorter context gets the first positions.
-
-    Args:
-        gpt: a model with the book's names, or a `MyGPT.GPTModel`.
-        params: weights in any layout that `MyGPT.load_weights_into_gpt` accepts.
+    A model made with qkv_bias=False gets the biases, and a model with a shorter context gets the first positions. Like
+    `MyGPT.load_weights_into_gpt`, the function accepts a `MyGPT.GPTModel` and all layouts of weights.
 
     Raises:
         ValueError: weights do not fit. The message lists every mismatch, and the model is unchanged.

@@ -1,7 +1,7 @@
-"""Implement chapter 5 and appendix D: losses, evaluation, and training with warmup, cosine decay and gradient clipping.
+"""Losses, evaluation and training (chapters 5 and 6, appendix D).
 
-Chapters 5 and 6 of the book use the same function names for two losses. Here the shape of the targets decides: (B, T) are next
-tokens (chapter 5), (B,) are classes (chapter 6). B batch, T time.
+Chapters 5 and 6 use the same function names for two losses. Here the shape of the targets decides: (B, T) are next
+tokens (chapter 5), (B,) are classes that the last token predicts (chapter 6). B batch, T time.
 """
 
 from __future__ import annotations
@@ -13,51 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from MyGPT.loss import token_loss
 from MyGPT.training import simple
-from MyGPT.training.simple import Device, generate_and_print_sample, train_model_simple
-
-__all__ = [
-    "calc_loss_batch",
-    "calc_loss_loader",
-    "evaluate_model",
-    "generate_and_print_sample",
-    "train_model",
-    "train_model_simple",
-    "train_step",
-]
-
-
-class _Task(nn.Module):
-    """A wrapper that gives any model a `token_loss` method for both shapes of targets."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def token_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy and the number of targets; the last token predicts classes (B,)."""
-        model: Any = self.model
-        if targets.dim() == 1:
-            return token_loss(model(inputs)[:, -1], targets)
-        return model.token_loss(inputs, targets) if hasattr(model, "token_loss") else token_loss(model(inputs), targets)
-
-
-def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device) -> Tensor:
-    """Return the mean cross-entropy of a batch in nats, ready for `backward`."""
-    return simple.calc_loss_batch(input_batch, target_batch, _Task(model), device)
+from MyGPT.training.simple import Device, calc_loss_batch, evaluate_model, generate_and_print_sample
 
 
 def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the mean cross-entropy in nats over the first num_batches batches (default: all), or nan without targets."""
-    return simple.calc_loss_loader(data_loader, _Task(model), device, num_batches)
-
-
-def evaluate_model(
-    model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
-) -> tuple[float, float]:
-    """Return training and validation loss over eval_iter batches each, without dropout."""
-    return simple.evaluate_model(_Task(model), train_loader, val_loader, device, eval_iter)
+    """Return the mean cross-entropy in nats over num_batches batches (default: all), or NaN without targets."""
+    return simple.calc_loss_loader(data_loader, model, device, num_batches)
 
 
 def train_model(
@@ -77,8 +39,8 @@ def train_model(
 ) -> tuple[list[float], list[float], list[int], list[float]]:
     """Train a model with learning-rate warmup, cosine decay and gradient clipping (appendix D).
 
-    The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps and then falls on a cosine to
-    min_lr. After the warmup, gradient norms are clipped to 1.
+    The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps steps, and then falls along
+    a cosine to min_lr. After the warmup, gradient norms are clipped to 1.
 
     Returns:
         Training losses, validation losses and tokens seen at each evaluation, and the learning rate of every step.
@@ -115,11 +77,7 @@ def train_step(
     device: Device,
     max_norm: float | None = None,
 ) -> None:
-    """Take one optimizer step; gradients are clipped to max_norm if it is given.
-
-    Raises:
-        FloatingPointError: the loss is not finite. The weights are unchanged.
-    """
+    """Take one optimizer step, gradients clipped to max_norm; raise FloatingPointError if the loss is not finite."""
     optimizer.zero_grad()
     loss = calc_loss_batch(inputs, targets, model, device)
     if not torch.isfinite(loss):

@@ -1,4 +1,4 @@
-"""Implement the text functions of chapters 2, 4, 5 and 7: encode texts, form batches, generate and decode."""
+"""The text functions of chapters 2, 4, 5 and 7: encode texts, form batches, generate and decode."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import SimpleTokenizer, get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
 
-# The two versions differ only in their vocabulary: unknown words become <|unk|> if it has this token, else they raise an error.
-SimpleTokenizerV1 = SimpleTokenizer
-SimpleTokenizerV2 = SimpleTokenizer
+# The book's versions differ for unknown words. Here these become <|unk|> if the vocabulary has it, or raise ValueError.
+SimpleTokenizerV1 = SimpleTokenizerV2 = SimpleTokenizer
 
 
 class GPTDatasetV1(GPTDataset):
@@ -67,7 +66,7 @@ def custom_collate_fn(
     allowed_max_length: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """Return padded inputs and targets, each (B, T); see `MyGPT.collate_instructions`."""
+    """Return padded inputs and targets, each (B, T). See `MyGPT.collate_instructions`."""
     return instructions.collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
 
 

@@ -1,5 +1,8 @@
-"""A recipe, the YAML file that holds a command's options or a model's fields: read as something that others may have made, and
-what model and training it describes, without touching the data."""
+"""Recipes: YAML files with the options of a command, or the fields of a model.
+
+Recipes may come from strangers, so `read_recipe` refuses files that would exhaust memory or crash the reader. `read_plan`
+returns the model and the training that a recipe describes, without reading its data.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,19 @@ from MyGPT.files import read_text
 from MyGPT.training.config import TrainConfig
 
 GPT2_VOCABULARY = 50257
-# What a text's own letters and words usually come to; only the text itself tells.
+# Typical sizes of vocabularies that are learned from a text, for estimates that do not read the text.
 USUAL_VOCABULARY = {"chars": 100, "words": 10_000}
 
 MAX_RECIPE_BYTES = 1 << 20
-_MAX_NESTING = 20  # libyaml's reader crashes at some ten thousand
+_MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and plain values of a recipe, numbers as jsonargparse has them (1e-3 is one).
+    """Return the keys and values of a recipe. Numbers are read as on the command line, so that 1e-3 is a number.
 
-    Not YAML, no keys, nested deeper than any recipe is, or an alias (a few lines of them stand for terabytes): a ValueError
-    that names the file.
+    Raises:
+        ValueError: the file is not YAML, has no keys, is nested too deeply, or uses an alias. A few lines of aliases can
+            expand to terabytes.
     """
     from jsonargparse import get_loader
 
@@ -36,31 +40,31 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"it has the alias *{event.anchor}: write the value out")
+                raise ValueError(f"the alias *{event.anchor} is not allowed: write out the value")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_NESTING:
-                raise ValueError(f"nested more than {_MAX_NESTING} deep")
+                raise ValueError(f"it is nested more than {_MAX_NESTING} levels deep")
         recipe = get_loader("yaml")(text)
-    # A tag may ask for what its text is not, on which PyYAML fails in many ways.
+    # A tag that does not fit its text makes PyYAML raise many types of errors.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is not YAML for a recipe: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML that MyGPT reads as a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is no recipe: it holds no keys")
+        raise ValueError(f"{path} is not a recipe: it has no keys")
     for key in recipe:
         if not isinstance(key, str):
-            raise ValueError(f"{path} is no recipe: the key {key!r} is not a text")
+            raise ValueError(f"{path} is not a recipe: the key {key!r} is not a string")
     return recipe
 
 
 def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any]]:
-    """The model, the training (None if the file describes a model only), and all that a recipe says.
+    """Return the model, the training (None if the file describes only a model), and all options of a recipe.
 
-    What is not said is the command's default. The vocabulary of a text that has not been read is a usual one.
+    Missing options have the defaults of mygpt train. If the vocabulary is learned from the text, its size is an estimate.
     """
     recipe = read_recipe(path)
     if "model" in recipe:
         raise ValueError(
-            f"{path} is for mygpt finetune: it tunes the model {recipe['model']!r}, which has its own size"
+            f"{path} is a recipe for mygpt finetune and does not describe a model: its model is {recipe['model']!r}"
         )
     is_training = "data" in recipe or "max_steps" in recipe
     try:
@@ -72,6 +76,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
 
 
 def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
+    """Return the vocabulary size of the recipe's tokenizer, or an estimate."""
     from MyGPT.data.tokens import is_prepared
     from MyGPT.tokenizers import load_tokenizer
 

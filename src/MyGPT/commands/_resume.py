@@ -1,4 +1,4 @@
-"""What --resume means: the options of the run that goes on are those it began with."""
+"""The option --resume of train and finetune: a resumed run keeps the options that it started with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def with_options_of_run(arguments: Sequence[str]) -> list[str]:
-    """The arguments, after those of the config.yaml of the run that they resume; the later ones win."""
+    """Return the arguments, preceded by the config.yaml of the run that they resume. Later options override earlier ones."""
     run = run_to_resume(_value(arguments, "resume"), _value(arguments, "out"))
     if run is None:
         return list(arguments)
@@ -21,30 +21,33 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:
-    """The run that --resume names; with "auto" the one in --out, if it has got as far as a checkpoint; else None."""
+    """Return the directory of the run to resume, or None for a new run.
+
+    resume="auto" selects the run in `out` if it has a checkpoint.
+    """
     if resume is None:
         return None
     if resume != "auto":
         if out is not None and Path(out).resolve() != Path(resume).resolve():
-            raise ValueError(f"a run goes on in its own directory, {resume}: leave out --out {out}")
+            raise ValueError(f"--resume {resume} continues in the directory of that run: leave out --out {out}")
         return Path(resume)
     if out is None:
-        raise ValueError("--resume auto needs --out, the directory of the run that it begins or goes on with")
+        raise ValueError("--resume auto needs --out, the directory of the run to start or resume")
     from MyGPT.training.checkpoint import has_checkpoint
 
     return Path(out) if has_checkpoint(Path(out)) else None
 
 
 def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Path, dict[str, Any]]:
-    """The run's directory (default runs/ and the time), and whether the Trainer is to resume it or may write over it.
+    """Return the run directory, and the Trainer's arguments that resume or overwrite the run in it.
 
-    A directory that can be neither is an error now, before the work of reading the data.
+    The default directory is runs/ and the current time. The directory is checked here, before the data is read.
     """
     from MyGPT.training.run import check_run_directory, is_empty_run
 
-    going_on = run_to_resume(resume, out)
-    if going_on is not None:
-        return going_on, {"resume": True}
+    resumed = run_to_resume(resume, out)
+    if resumed is not None:
+        return resumed, {"resume": True}
     run = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
     overwrite = overwrite or (resume == "auto" and is_empty_run(run))
     check_run_directory(run, overwrite)
@@ -52,7 +55,7 @@ def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Pa
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of an option among arguments that are not parsed yet."""
+    """Return the last value of an option in arguments that are not parsed yet."""
     value = None
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == f"--{name}":

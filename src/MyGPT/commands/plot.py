@@ -62,7 +62,6 @@ def attention(
         out: The picture to write: a .png, .svg or .pdf file.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_attention, token_labels
     from MyGPT.inside.tracing import trace
 
@@ -89,7 +88,6 @@ def lens(model: str, text: str, adapter: str | None = None, out: str = "lens.png
         out: The picture to write: a .png, .svg or .pdf file.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_logit_lens, token_labels
     from MyGPT.inside.tracing import logit_lens, trace
 
@@ -118,7 +116,6 @@ def sampling(
         out: The picture to write: a .png, .svg or .pdf file.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     import torch
 
     from MyGPT.inside.plots import plot_sampling
@@ -150,7 +147,6 @@ def neighbours(
         out: The picture to write: a .png, .svg or .pdf file.
         device: Where to compute: auto, cpu, cuda or mps.
     """
-    _require_matplotlib()
     from MyGPT.inside.plots import plot_neighbours
 
     gpt, tokenizer, ids = _open(model, text, adapter, device)
@@ -226,7 +222,8 @@ def _require_matplotlib() -> None:
 
 
 def _open(model: str, text: str, adapter: str | None, device: str) -> tuple[GPTModel, Tokenizer, Tensor]:
-    """Return a model, its tokenizer, and the token ids (1, T) of the text."""
+    """Return a model, its tokenizer, and the token ids (1, T) of the text. Fail first if matplotlib is missing."""
+    _require_matplotlib()
     from MyGPT.commands._model import encode_for
     from MyGPT.opening import open_model
 

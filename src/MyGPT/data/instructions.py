@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from MyGPT.config import require_positive
@@ -38,7 +39,7 @@ class InstructionDataset(Dataset[Example]):
     """Fine-tuning examples, encoded once: item i is the ids of a record's prompt and answer.
 
     Prompt and answer are encoded separately, so the model is trained with the same prompt ids that it gets later.
-    Examples are never truncated.
+    Examples are never truncated. An invalid or empty record, or a data set without examples, raises ValueError.
 
     Args:
         records: instruction records, conversations, prompts with completions, or texts, see records.py
@@ -47,9 +48,6 @@ class InstructionDataset(Dataset[Example]):
         max_length: maximum number of tokens per example; None for no limit
         too_long: "drop" leaves longer examples out and counts them in `n_too_long`, "raise" raises ValueError
         names: a name for each record in error messages; None for "record 1", "record 2" and so on
-
-    Raises:
-        ValueError: a record is invalid or has no tokens, or no example remains.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class InstructionDataset(Dataset[Example]):
             raise ValueError(f"too_long must be 'drop' or 'raise', got {too_long!r}")
         self.max_length = max_length
         self.n_too_long = 0
-        """Number of records that are left out because they are longer than max_length."""
         self.longest = 0
         """Number of tokens of the longest record, including the records that are left out."""
         ids: list[npt.NDArray[np.uint32]] = []
@@ -167,14 +164,11 @@ def collate_instructions(
     if len(batch) == 0 or not all(len(item) for item in batch):
         raise ValueError(f"a batch needs items of at least one token, got lengths {[len(item) for item in batch]}")
     require_positive(optional=True, allowed_max_length=allowed_max_length)
-    T = max(len(item) for item in batch)
-    inputs, targets = [], []
-    for item in batch:
-        padding = T - len(item)
-        inputs.append([*item] + [pad_token_id] * padding)
-        targets.append(item_targets(item, pad_token_id, ignore_index, mask_prompt) + [ignore_index] * padding)
-    x, y = torch.tensor(inputs, device=device), torch.tensor(targets, device=device)  # each (B, T)
-    return x[:, :allowed_max_length], y[:, :allowed_max_length]
+    items = [torch.tensor([*item]) for item in batch]
+    answers = [torch.tensor(item_targets(item, pad_token_id, ignore_index, mask_prompt)) for item in batch]
+    inputs = pad_sequence(items, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    targets = pad_sequence(answers, batch_first=True, padding_value=ignore_index)  # (B, T)
+    return inputs[:, :allowed_max_length].to(device), targets[:, :allowed_max_length].to(device)
 
 
 def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_prompt: bool) -> list[int]:
@@ -183,16 +177,14 @@ def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_promp
     With mask_prompt, targets that belong to a prompt are ignore_index; `item` must then be an `Example`.
     """
     if type(end_id) is not int or end_id < 0:
-        raise ValueError(
-            f"the id of <|endoftext|>, the last target, must be a whole number of at least 0, got {end_id!r}"
-        )
+        allowed = "a whole number of at least 0"
+        raise ValueError(f"the id of <|endoftext|>, the last target, must be {allowed}, got {end_id!r}")
     targets = [*item[1:], end_id]
     if not mask_prompt:
         return targets
     if not isinstance(item, Example):
-        raise ValueError(
-            f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {type(item).__name__}"
-        )
+        kind = type(item).__name__
+        raise ValueError(f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {kind}")
     is_answer = [*item.is_answer[1:], True]
     return [target if counts else ignore_index for target, counts in zip(targets, is_answer, strict=True)]
 

@@ -57,31 +57,20 @@ def collate_packed(
     mask_prompt: bool = False,
     device: str | torch.device = "cpu",
 ) -> PackedBatch:
-    """Return inputs, targets and segments, each (B, max_length) int64.
+    """Return inputs, targets and segments, each (B, max_length) int64. `rows` has the examples of each row.
 
     Inputs are the examples of a row, then padding. Targets are the next tokens within each example; the target of its
-    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding.
-
-    Args:
-        rows: for each row, its examples as lists of token ids
-        max_length: length of a row
-        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
-        ignore_index: target at padded positions, which the loss ignores
-        mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
-
-    Raises:
-        ValueError: a row has more than max_length tokens, or an example is empty.
+    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding. The other arguments
+    are those of `collate_instructions`. An empty example, or a row of more than max_length tokens, raises ValueError.
     """
     inputs = torch.full((len(rows), max_length), pad_token_id)
     targets = torch.full((len(rows), max_length), ignore_index)
     segments = torch.zeros(len(rows), max_length, dtype=torch.int64)
     for row, examples in enumerate(rows):
-        n_tokens = sum(len(item) for item in examples)
-        if n_tokens > max_length or not all(len(item) for item in examples):
-            raise ValueError(
-                f"row {row} has examples of {[len(item) for item in examples]} tokens: each needs at least one token, "
-                f"all together at most {max_length}"
-            )
+        lengths = [len(item) for item in examples]
+        if sum(lengths) > max_length or 0 in lengths:
+            limits = f"each needs at least one token, all together at most {max_length}"
+            raise ValueError(f"row {row} has examples of {lengths} tokens: {limits}")
         end = 0
         for segment, item in enumerate(examples, start=1):
             start, end = end, end + len(item)
@@ -97,8 +86,8 @@ class PackedSampler:
 
     A batch is a pure function of (seed, step). Each epoch uses every example once: it packs the examples from long to
     short, with equal lengths in random order, and shuffles the rows. All epochs have the same number of rows. A batch
-    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed to
-    `collate_packed`.
+    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed
+    to `collate_packed`.
     """
 
     dataset: InstructionDataset
@@ -115,10 +104,9 @@ class PackedSampler:
         require_positive(batch_size=self.batch_size)
         longest = self.dataset.lengths.max()
         if longest > self.max_length:
-            raise ValueError(
-                f"the longest example has {longest} tokens, a row has max_length={self.max_length}: create the "
-                f"InstructionDataset with max_length={self.max_length}, which leaves longer examples out"
-            )
+            limit = f"max_length={self.max_length}"
+            way_out = f"create the InstructionDataset with {limit}, which leaves longer examples out"
+            raise ValueError(f"the longest example has {longest} tokens, a row has {limit}: {way_out}")
         self._epoch = lru_cache(maxsize=2)(self.epoch)
         # First-fit depends only on the sorted lengths, which are the same in every epoch.
         self.rows_per_epoch = len(self._epoch(0))

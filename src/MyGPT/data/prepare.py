@@ -40,17 +40,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode all documents, write the ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Each document is followed by `<|endoftext|>` if the tokenizer has this token. Memory is some tens of megabytes per
-    worker for files of any size. If an error occurs, `out` stays as it was.
-
-    Args:
-        paths: text files or .jsonl files, also compressed as .gz
-        out: the directory to write
-        tokenizer: encodes the documents
-        text_key: the key of the text in each line of a .jsonl file
-        workers: number of processes. With more than one, call this function under `if __name__ == "__main__":`, as
-            multiprocessing requires.
-        overwrite: replace the files in `out` if it is not empty
+    `paths` are text files or .jsonl files with a text under `text_key` in each line, also compressed as .gz. Each
+    document is followed by `<|endoftext|>` if the tokenizer has this token. Each of the `workers`
+    processes needs some tens of megabytes, for files of any size. With more than one, call this function under
+    `if __name__ == "__main__":`, as multiprocessing requires. If an error occurs, `out` stays as it was.
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is False.
@@ -69,7 +62,7 @@ def prepare(
         tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         with open(directory / "tokens.bin", "wb") as file:
-            for ids, documents, characters in _encode_all(paths, tokenizer, text_key, workers, bar):
+            for ids, documents, characters in _encode_all(_tasks(paths, text_key, bar), tokenizer, workers):
                 file.write(ids.data)
                 digest.update(ids.data)
                 n_tokens, n_documents = n_tokens + len(ids), n_documents + documents
@@ -111,14 +104,12 @@ Encoded = tuple[TokenArray, int, int]
 """The ids of a task, and its numbers of documents and of characters."""
 
 
-def _encode_all(
-    paths: list[Path], tokenizer: Tokenizer, text_key: str, workers: int, bar: tqdm[Any]
-) -> Iterator[Encoded]:
+def _encode_all(tasks: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Yield the encoded tasks in order. To bound memory, at most two tasks per worker wait at a time."""
     pool, encode = _pool(workers, tokenizer)
     with pool:
         pending: deque[Future[Encoded]] = deque()
-        for task in _tasks(paths, text_key, bar):
+        for task in tasks:
             pending.append(pool.submit(encode, task))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()

@@ -29,8 +29,7 @@ Kind = Literal["instruction", "messages", "prompt", "text"]
 
 _ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
 """The four kinds of records, and the key of the answer in each kind. A record has the first kind whose key it contains."""
-_BETWEEN = re.compile(r"[\s,]*")
-"""The characters between two records of a JSON array."""
+_BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON array
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
     """Return the values in a JSON array, or on the lines of a file.
 
-    `check` is called with each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
+    `check` gets each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
     """
     text = read_text(path)
     records = []
@@ -96,10 +95,8 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
     if not any(kind in record for kind in _ANSWER_KEY):
-        raise ValueError(
-            f"{where}: a record needs the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or "
-            f"'text', got {_short(list(record))}"
-        )
+        keys = "the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or 'text'"
+        raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
     kind = kind_of(record)
     if kind == "messages":
         _check_messages(record["messages"], where, needs_answer)
@@ -128,11 +125,10 @@ def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
             _check_text(message, key, place)
         if message["role"] not in ROLES:
             raise ValueError(f"{place}: 'role' must be one of {', '.join(ROLES)}, got {message['role']!r}")
-    if needs_answer and messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: the last of 'messages' must have the role 'assistant', which is the answer to learn, "
-            f"got {messages[-1]['role']!r}"
-        )
+    last = messages[-1]["role"]
+    if needs_answer and last != "assistant":
+        allowed = "the role 'assistant', which is the answer to learn"
+        raise ValueError(f"{where}: the last of 'messages' must have {allowed}, got {last!r}")
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
@@ -152,14 +148,14 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three."""
+    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three.
+
+    Validation serves to choose settings and the best checkpoint, test to measure the final model.
+    """
 
     train: tuple[int, ...]
-    """Records that the model is trained on."""
     val: tuple[int, ...]
-    """Records for choosing settings and the best checkpoint."""
     test: tuple[int, ...]
-    """Records for the final test of the model."""
 
     def __post_init__(self) -> None:
         indices = [*self.train, *self.val, *self.test]
@@ -187,9 +183,9 @@ def split_records(
 ) -> Split:
     """Split `n_records` records; the records that are neither for training nor for test are for validation.
 
-    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of the
-    1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110
-    for test and the last 55 for validation.
+    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of
+    the 1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next
+    110 for test and the last 55 for validation.
     """
     for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 1:

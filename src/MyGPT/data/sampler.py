@@ -36,13 +36,11 @@ class WindowSampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        needed = self.max_length + 1
-        if len(self.ids) < needed:
-            raise ValueError(
-                f"the text has {len(self.ids)} tokens, a window of {self.max_length} tokens and its targets need {needed}"
-            )
+        n, T = len(self.ids), self.max_length
+        if n <= T:
+            raise ValueError(f"the text has {n} tokens, a window of {T} tokens and its targets need {T + 1}")
         # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
-        self.windows_per_epoch = max(1, (len(self.ids) - 1) // self.max_length - (self.order == "shuffled"))
+        self.windows_per_epoch = max(1, (n - 1) // T - (self.order == "shuffled"))
         self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
@@ -85,10 +83,9 @@ class WindowValidation:
         """Windows per validation batch, about 4,096 tokens. It does not depend on the training batch."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:
-        """Yield inputs and targets, each (B, T) int64.
+        """Yield inputs and targets, each (B, T) int64, for the same `n_windows` windows in each call.
 
-        With `whole`, or if the text is short, the batches cover the whole text. Otherwise each call yields the same
-        `n_windows` windows.
+        With `whole`, or if the text is short, the batches cover the whole text.
         """
         if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
             yield from walk_windows(self.ids, self.max_length, self.batch_size)
@@ -103,10 +100,7 @@ class WindowValidation:
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of adjacent windows over all ids, each (B, T) int64; the last window is padded.
-
-    Every id except the first is a target exactly once.
-    """
+    """Yield batches of adjacent windows, (B, T) int64, the last padded. Every id except the first is a target once."""
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):
         yield gather_windows(ids, starts[first : first + batch_size], max_length)

@@ -88,8 +88,8 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the documents of a text file or a .jsonl file, also compressed as .gz, in pieces of at most some megabytes.
 
-    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the number
-    of bytes read since the last call. A damaged or binary file raises ValueError with the file and the position.
+    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the
+    number of bytes read since the last call. A damaged or binary file raises ValueError with the file and the position.
     """
     with open(path, "rb") as raw:
         inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -98,9 +98,8 @@ def read_pieces(
         try:
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
                 if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
-                    raise ValueError(
-                        f"{path} unpacks to more than {MAX_UNPACKING} times its size, which no text file does"
-                    )
+                    limit = f"{MAX_UNPACKING} times its size"
+                    raise ValueError(f"{path} unpacks to more than {limit}, which no text file does")
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()

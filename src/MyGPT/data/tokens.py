@@ -56,8 +56,8 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
 
     A damaged `tokens.json`, or another `tokens.bin` or `tokenizer.json` than it describes, raises ValueError. The check
     takes about 0.1 seconds for any size. Up to 64 MiB, every byte is checked. In a longer file, 64 blocks are checked:
-    this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole file, for a
-    complete check. Early versions of MyGPT wrote no hash of blocks; for their long files, only the length is checked.
+    this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole file.
+    Early versions of MyGPT wrote no hash of blocks; for their long files, only the length is checked.
     """
     restore_directory(directory)
     path, json_path, tokenizer_path = (

@@ -39,7 +39,7 @@ def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: i
 class GPTDataset(Dataset[Batch]):
     """Windows over a text: pairs of inputs and targets, each (T,) int64.
 
-    The ids are stored once, as uint16 or uint32, so memory does not depend on how much the windows overlap.
+    The ids are stored once, so memory does not depend on the overlap. Too few ids for one window raise ValueError.
 
     Args:
         text_or_ids: a text, or token ids as a list, array, tensor or memory map
@@ -47,9 +47,6 @@ class GPTDataset(Dataset[Batch]):
         max_length: length T of a window
         stride: distance between the starts of two windows
         pad_last: add a padded window for the targets at the end that no full window contains
-
-    Raises:
-        ValueError: max_length or stride is below 1, or there are too few tokens for one window.
     """
 
     def __init__(
@@ -90,12 +87,10 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over windows of a text. Each batch is inputs and targets, each (B, T) int64.
+    """Return a DataLoader over windows of a text. It yields inputs and targets, each (batch_size, max_length) int64.
 
     Args:
         text: a text, or token ids
-        batch_size: windows per batch, B
-        max_length: length T of a window
         stride: distance between the starts of two windows; None for max_length
         shuffle: visit the windows in a new random order in each epoch
         drop_last: leave out a last incomplete batch. False keeps it, and also pads a last incomplete window
@@ -112,9 +107,8 @@ def create_dataloader(
     stride = max_length if stride is None else stride
     dataset = GPTDataset(text, tokenizer, max_length, stride, pad_last=not drop_last)
     if drop_last and len(dataset) < batch_size:
-        raise ValueError(
-            f"the text has {len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}, fewer "
-            f"than one batch of {batch_size}: lower batch_size, max_length or stride, or set drop_last=False"
-        )
+        windows = f"{len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}"
+        way_out = "lower batch_size, max_length or stride, or set drop_last=False"
+        raise ValueError(f"the text has {windows}, fewer than one batch of {batch_size}: {way_out}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(dataset, batch_size, shuffle, num_workers=num_workers, drop_last=drop_last, generator=generator)

@@ -1,10 +1,8 @@
 """Compute the loss of a model on texts that are longer than its context.
 
-The text is cut into windows of the context length L. Disjoint windows leave the first targets of each window with little
-context. Windows that overlap, with `stride` < L tokens between their starts, score each target once and give every target
-after the first window at least L - stride tokens of context, at L / stride times the cost.
-
-protocols.py decides which text is read and whether tokens, words or bytes are counted. B batch, T window, V vocabulary.
+The text is cut into windows of L tokens. Without overlap, the first targets of each window have little context. If
+windows start only `stride` < L tokens apart, each target is still scored once, and after the first window every target
+has at least L - stride tokens of context, at L / stride times the cost. B batch, T window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
 
 Item = TypeVar("Item")
+Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Result:
 
 
 def _exp(x: float) -> float:
-    """Return exp(x), or infinity where math.exp would overflow."""
+    """Return exp(x), or infinity if exp(x) would overflow."""
     return math.exp(x) if x < 709 else math.inf
 
 
@@ -74,15 +73,15 @@ def strided_loss(
 ) -> Result:
     """Compute the loss of the model on a text; every target is counted exactly once.
 
-    The last window ends with the text and is as long as the others. Batches are summed in float64. transformers' guide to
-    perplexity, with windows of max_length + 1, computes the same loss except for its last window; if its windows do not
-    overlap, it omits one target per window. lm-evaluation-harness agrees with the default and a bos_id.
+    The last window ends with the text and is as long as the others. Batches are summed in float64. The loss agrees with
+    lm-evaluation-harness for the default stride and a bos_id. The perplexity guide of transformers, with windows of
+    max_length + 1 tokens, differs in its last window; without overlap it also omits one target per window.
 
     Args:
         model: the model to evaluate. Its mode and gradients do not change.
         ids: token ids as a list, array, memory map or tensor.
-        stride: tokens between the starts of two windows, 1 to max_length. The default is max_length, disjoint windows.
-        max_length: tokens in a window. The default is the model's context, which is also the maximum.
+        stride: tokens between the starts of two windows, from 1 to max_length. The default is max_length: no overlap.
+        max_length: tokens per window. The default is the model's context length, which is also the maximum.
         batch_size: windows per forward pass.
         bos_id: an id to put before the text, which makes the first token a target.
         progress: show a progress bar.
@@ -102,13 +101,17 @@ def documents_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Compute the total loss on several independent texts (see `strided_loss`); windows of all texts share batches."""
-    length = _window_length(model, max_length)
+    """Compute the total loss on several independent texts (see `strided_loss`). Windows of all texts share batches."""
+    context, vocab_size = model.config.context_length, model.config.vocab_size
+    length = context if max_length is None else max_length
+    if type(length) is not int or not 1 <= length <= context:
+        raise ValueError(
+            f"max_length must be a whole number from 1 to {context}, the model's context, got {max_length!r}"
+        )
     stride = length if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= length:
         raise ValueError(f"stride must be a whole number from 1 to {length}, the length of a window, got {stride!r}")
     require_positive(batch_size=batch_size)
-    vocab_size = model.config.vocab_size
     if bos_id is not None and not 0 <= bos_id < vocab_size:
         raise ValueError(f"bos_id must be an id of the vocabulary, 0 to {vocab_size - 1}, got {bos_id!r}")
     texts = [_checked(ids, vocab_size, bos_id) for ids in documents]
@@ -117,8 +120,7 @@ def documents_loss(
         n = max((len(ids) for ids in texts), default=0) - (bos_id is not None)
         needed = "2 tokens, or 1 after a bos_id" if bos_id is None else "1 token"
         raise ValueError(f"a text needs at least {needed}, got {max(0, n)}")
-    device = model.lm_head.weight.device
-    total, count = 0.0, 0
+    device, total, count = model.lm_head.weight.device, 0.0, 0
     windows = (window for ids in texts for window in _windows(ids, length, stride))
     with torch.no_grad(), evaluation_mode(model), tqdm(total=n_targets, unit="token", disable=not progress) as bar:
         for batch in _batches(windows, batch_size):
@@ -133,39 +135,31 @@ def documents_loss(
 
 
 def continuation_logits(
-    model: GPTModel,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    batch_size: int = 8,
-    progress: bool = False,
+    model: GPTModel, pairs: Sequence[Pair], batch_size: int = 8, progress: bool = False
 ) -> Iterator[Tensor]:
-    """Yield, for each pair of a context and a continuation, the logits that predict the continuation, (n, V).
+    """Yield, for each pair of a context and a continuation, the logits (n, V) that predict the n continuation tokens.
 
-    Args:
-        model: the model to evaluate, in evaluation mode and without gradients. Between two results the model and the
-            gradient mode are as the caller set them.
-        pairs: ids of a context and of a continuation of n tokens, each at least one. If both exceed the model's context,
-            the beginning of the context is cut.
-        batch_size: pairs per forward pass.
-        progress: show a progress bar.
+    Contexts and continuations are token ids, at least one each. If both together are too long for the model, the
+    beginning of the context is cut. The model is in evaluation mode without gradients, except between two results.
     """
     require_positive(batch_size=batch_size)
-    length, vocab_size = _window_length(model, None), model.config.vocab_size
+    length = model.config.context_length
     for context, continuation in pairs:
         if not len(context) or not 1 <= len(continuation) <= length:
             raise ValueError(
                 f"a context needs at least 1 token and a continuation 1 to {length}, the model's context; "
                 f"got {len(context)} and {len(continuation)}"
             )
-        _checked([*context, *continuation], vocab_size, None)
+        _checked([*context, *continuation], model.config.vocab_size, None)
     with tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
         for batch in _batches(pairs, batch_size):
-            # Not a block around this loop: its modes would also hold for the caller's code between two results.
+            # Evaluation mode ends before each `yield`, because the caller's code runs between two results.
             yield from _batch_logits(model, batch, length)
             bar.update(len(batch))
 
 
 @torch.no_grad()
-def _batch_logits(model: GPTModel, batch: list[tuple[Sequence[int], Sequence[int]]], length: int) -> list[Tensor]:
+def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tensor]:
     """Return the logits (n, V) that predict the continuation of each pair, from one forward pass."""
     rows = [torch.tensor([*context, *rest][-length - 1 : -1]) for context, rest in batch]
     with evaluation_mode(model):
@@ -174,7 +168,7 @@ def _batch_logits(model: GPTModel, batch: list[tuple[Sequence[int], Sequence[int
 
 
 def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the inputs and targets of each window, (T,) int64; targets that an earlier window scored are -100."""
+    """Yield the inputs and targets of each window, (T,) int64. Targets that an earlier window has scored are -100."""
     n_targets, scored = len(ids) - 1, 0
     while scored < n_targets:
         end = min(scored + (stride if scored else length), n_targets)
@@ -193,19 +187,8 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _window_length(model: GPTModel, max_length: int | None) -> int:
-    """Return max_length after a check, or the model's context if it is None."""
-    context = model.config.context_length
-    length = context if max_length is None else max_length
-    if type(length) is not int or not 1 <= length <= context:
-        raise ValueError(
-            f"max_length must be a whole number from 1 to {context}, the model's context, got {max_length!r}"
-        )
-    return length
-
-
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
-    """Return the ids as a compact array with bos_id before them; raise a ValueError for ids outside the vocabulary."""
+    """Return bos_id (unless None) and the ids as a compact array; raise ValueError for ids outside the vocabulary."""
     array = compact_ids(ids)
     if len(array) and int(array.max()) >= vocab_size:
         raise ValueError(

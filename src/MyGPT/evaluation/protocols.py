@@ -1,9 +1,9 @@
 """Define how GPT-2 was evaluated on each data set (Radford et al., 2019, section 3 and table 3).
 
-A perplexity depends on its protocol: per token or per word, the spelling of the text, the length of the context. `PLAIN`
+A perplexity depends on its protocol: what is counted, how the text is spelled, how long the context is. `PLAIN`
 measures a text unchanged; the other protocols follow the paper as far as it describes them. A corpus of tokens, such as
-WikiText, is first rewritten as ordinary text. The rewriting can be undone, so the probability of the text is that of the
-corpus. perplexity.py computes the losses; docs/evaluation.md compares these protocols with those of other projects.
+WikiText, is first rewritten as ordinary text. The corpus can be recovered from the text, so both have the same
+probability. docs/evaluation.md compares these protocols with those of other projects.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
@@ -45,7 +46,7 @@ class Detokenizer:
     """A regular expression for characters within a word that the corpus writes as separate tokens, such as @-@."""
 
     def join(self, tokens: Sequence[str]) -> str:
-        """Write the tokens as one line of text."""
+        """Return the tokens as one line of text."""
         words: list[list[str]] = []  # each word as its tokens
         n_quotes = i = 0
         while i < len(tokens):
@@ -70,21 +71,18 @@ class Detokenizer:
 
     def _is_attached(self, before: str, token: str, in_quotes: bool) -> bool:
         """Return True if `token` follows `before` without a space."""
-        if in_quotes and '"' in (before, token):
-            return True
         return (
-            _is_inner(token)
-            or re.fullmatch(self.closing, token) is not None
-            or re.fullmatch(self.opening, before) is not None
+            (in_quotes and '"' in (before, token))
+            or _is_inner(token)
             or before == token == "="  # WikiText's headings
+            or bool(re.fullmatch(self.closing, token) or re.fullmatch(self.opening, before))
         )
 
     def _split_word(self, word: str) -> list[str]:
         """Return the tokens of one word of a line."""
         if set(word) == {"="}:
             return list(word)
-        before: list[str] = []
-        after: list[str] = []
+        before, after = list[str](), list[str]()
         while (match := re.match(f'(?:{self.opening}|")', word)) and match.end() < len(word):
             before.append(match[0])
             word = word[match.end() :]
@@ -134,7 +132,7 @@ STOP_WORDS = frozenset(
 
 
 def _by_size(*figures: float) -> dict[str, float]:
-    """Return a dict of the figures for the released model sizes, given from the smallest to the largest."""
+    """Return the figures of the released models by size; they are given from the smallest to the largest model."""
     return dict(zip(("124M", "355M", "774M", "1558M"), figures, strict=True))
 
 
@@ -158,37 +156,21 @@ class Protocol:
 
 PLAIN = Protocol("", "any text")
 PROTOCOLS = {
-    "wikitext2": Protocol(
-        "WikiText2", "wiki.test.tokens of WikiText-2", WIKITEXT,
-        published={"word perplexity": _by_size(29.41, 22.76, 19.93, 18.34)},
-    ),
-    "wikitext103": Protocol(
-        "WikiText103", "wiki.test.tokens of WikiText-103", WIKITEXT,
-        published={"word perplexity": _by_size(37.50, 26.37, 22.05, 17.48)},
-    ),
-    "ptb": Protocol(
-        "PTB", "ptb.test.txt in Mikolov's version", PENN_TREEBANK,
-        published={"word perplexity": _by_size(65.85, 47.33, 40.31, 35.76)},
-    ),
-    "1bw": Protocol(
-        "1BW", "held-out sentences of the One Billion Word benchmark", BILLION_WORDS, by_line=True,
-        published={"word perplexity": _by_size(75.20, 55.72, 44.575, 42.16)},
-    ),
-    "enwik8": Protocol(
-        "enwik8", "the last 5,000,000 bytes of enwik8",
-        published={"bits per byte": _by_size(1.16, 1.01, 0.97, 0.93)},
-    ),
-    "text8": Protocol(
-        "text8", "the last 5,000,000 characters of text8",
-        published={"bits per byte": _by_size(1.17, 1.06, 1.02, 0.98)},
-    ),
-    "lambada": Protocol(
-        "LAMBADA", "the test passages, one per line, or .jsonl", by_line=True, last_word=True,
-        published={
-            "perplexity": _by_size(35.13, 15.60, 10.87, 8.63),
-            "accuracy": _by_size(0.4599, 0.5548, 0.6012, 0.6324),
-        },
-    ),
+    "wikitext2": Protocol("WikiText2", "wiki.test.tokens of WikiText-2", WIKITEXT,
+                          published={"word perplexity": _by_size(29.41, 22.76, 19.93, 18.34)}),
+    "wikitext103": Protocol("WikiText103", "wiki.test.tokens of WikiText-103", WIKITEXT,
+                            published={"word perplexity": _by_size(37.50, 26.37, 22.05, 17.48)}),
+    "ptb": Protocol("PTB", "ptb.test.txt in Mikolov's version", PENN_TREEBANK,
+                    published={"word perplexity": _by_size(65.85, 47.33, 40.31, 35.76)}),
+    "1bw": Protocol("1BW", "held-out sentences of the One Billion Word benchmark", BILLION_WORDS, by_line=True,
+                    published={"word perplexity": _by_size(75.20, 55.72, 44.575, 42.16)}),
+    "enwik8": Protocol("enwik8", "the last 5,000,000 bytes of enwik8",
+                       published={"bits per byte": _by_size(1.16, 1.01, 0.97, 0.93)}),
+    "text8": Protocol("text8", "the last 5,000,000 characters of text8",
+                      published={"bits per byte": _by_size(1.17, 1.06, 1.02, 0.98)}),
+    "lambada": Protocol("LAMBADA", "the test passages, one per line, or .jsonl", by_line=True, last_word=True,
+                        published={"perplexity": _by_size(35.13, 15.60, 10.87, 8.63),
+                                   "accuracy": _by_size(0.4599, 0.5548, 0.6012, 0.6324)}),
 }  # fmt: skip
 
 
@@ -203,18 +185,14 @@ def find_protocol(name: str | None) -> Protocol:
 
 def released_size(config: GPTConfig) -> str | None:
     """Return the size of the released GPT-2 with this shape, such as "124M", or None. The weights are not compared."""
-    shape = (config.vocab_size, config.context_length, config.emb_dim, config.n_heads, config.n_layers)
-    for name, known in GPT2_CONFIGS.items():
-        if shape == (known.vocab_size, known.context_length, known.emb_dim, known.n_heads, known.n_layers):
-            return name
-    return None
+    shape = attrgetter("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+    return next((name for name, known in GPT2_CONFIGS.items() if shape(known) == shape(config)), None)
 
 
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
     """Yield each file as one text; with by_line, each line that is not blank. A .jsonl file yields one text per record."""
     for path in paths:
-        is_jsonl = ".jsonl" in path.suffixes[-2:]
-        text = ""
+        is_jsonl, text = ".jsonl" in path.suffixes[-2:], ""
         for piece in read_pieces(path):
             text += piece.text
             if piece.ends_document:
@@ -257,25 +235,16 @@ def measure_text(
     batch_size: int = 8,
     progress: bool = False,
 ) -> TextMeasurement:
-    """Compute the loss of the model on texts that are independent of each other.
+    """Compute the loss of the model on one or several independent texts.
 
-    Each text starts with `<|endoftext|>` if the tokenizer has this token.
-
-    Args:
-        model: the model to evaluate.
-        tokenizer: the tokenizer of the model.
-        texts: the texts, at least one.
-        protocol: the protocol that rewrites the texts and counts words.
-        stride: tokens between the starts of two windows (see `strided_loss`).
-        batch_size: windows per forward pass.
-        progress: show a progress bar.
+    Each text starts with `<|endoftext|>` if the tokenizer has this token. The protocol says how texts are rewritten and
+    words are counted. stride, batch_size and progress are arguments of `strided_loss`.
 
     Raises:
         ValueError: there is no text, or the tokenizer cannot encode a text.
     """
-    documents = []
+    documents, is_lossless = [], True
     n_bytes = n_words = n_ambiguous = 0
-    is_lossless = True
     for text in texts:
         n_bytes += len(text.encode())
         written = text
@@ -306,11 +275,11 @@ class LastWordMeasurement:
     total_nats: float
     """Summed negative log-likelihood of the last words, in nats."""
     n_correct: int
-    """Count of passages in which every token of the last word is predicted correctly."""
+    """Number of passages in which every token of the last word is predicted correctly."""
     n_correct_filtered: int
-    """Count of passages with a correct last word if stop words are excluded as its first token."""
+    """Number of passages with a correct last word if no stop word may be predicted as its first token."""
     n_correct_tokens: int
-    """Count of passages whose final token is predicted correctly given all tokens before it."""
+    """Number of passages whose final token is predicted correctly given all tokens before it."""
 
     @property
     def word_perplexity(self) -> float:
@@ -323,12 +292,7 @@ def measure_last_words(
 ) -> LastWordMeasurement:
     """Evaluate how well the model predicts the last word of each passage, including the space before the word.
 
-    Args:
-        model: the model to evaluate.
-        tokenizer: the tokenizer of the model.
-        texts: the passages, each of at least two words.
-        batch_size: passages per forward pass.
-        progress: show a progress bar.
+    The model reads batch_size passages per forward pass; progress shows a progress bar.
 
     Raises:
         ValueError: there is no passage, or a passage has only one word.
@@ -357,7 +321,7 @@ def measure_last_words(
 
 
 def _stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of tokens that are a space and a stop word."""
+    """Return the ids of all tokens that consist of a space and a stop word."""
     found = []
     for word in sorted(STOP_WORDS):
         with contextlib.suppress(ValueError):  # a small vocabulary cannot encode every stop word

@@ -1,7 +1,7 @@
 """Turn a GPT into a text classifier: a linear layer maps the hidden state of the last token to one score per label.
 
-The design is that of "Build a Large Language Model (From Scratch)", chapter 6, and of transformers'
-GPT2ForSequenceClassification, which opens the same directory. B batch, T time, C embedding width.
+The design follows "Build a Large Language Model (From Scratch)", chapter 6, and GPT2ForSequenceClassification of
+transformers, which opens the same model directories. B batch, T time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from MyGPT.cache import check_inputs
 from MyGPT.data.records import read_json_records
 from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
@@ -27,6 +29,8 @@ from MyGPT.weights.formats.safetensors import read_safetensors
 from MyGPT.weights.layout import drop_zero_biases, fit, to_ours
 
 Trained = Literal["head", "last_block", "all"]
+Example = tuple[str, str]
+"""A text and its label."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -39,15 +43,15 @@ class ClassifierOutput(NamedTuple):
 
 
 class GPTForClassification(nn.Module):
-    """A GPT with a linear layer that returns one score per label.
+    """A GPT with a linear layer, `score`, that returns one score per label.
 
     To train it with LoRA, use PEFT's `get_peft_model` with task_type="SEQ_CLS"; PEFT then trains and saves `score` too.
 
     Args:
         gpt: the model to extend; it is not copied.
         labels: the names of the labels, at least two.
-        train_only: the parameters to train. "head" trains the new layer only, "last_block" also the last block and the final
-            LayerNorm, "all" everything.
+        train_only: the parameters to train: "head" (`score`), "last_block" (also the last block and final LayerNorm) or
+            "all".
     """
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
@@ -56,9 +60,7 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"a classifier needs at least two labels, all different, got {list(labels)}")
         if train_only not in ("head", "last_block", "all"):
             raise ValueError(f"train_only must be head, last_block or all, got {train_only!r}")
-        self.gpt = gpt
-        self.labels = list(labels)
-        self.config = gpt.config
+        self.gpt, self.config, self.labels = gpt, gpt.config, list(labels)
         weight = gpt.transformer.wte.weight
         self.score = nn.Linear(gpt.config.emb_dim, len(labels), bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(self.score.weight, std=gpt.config.init_std or 0.02)
@@ -83,18 +85,20 @@ class GPTForClassification(nn.Module):
             input_ids: token ids, (B, T) int64.
             attention_mask: 1 for tokens and 0 for padding on either side, (B, T).
             labels: the number of the correct label for each text, (B,) int64.
-            inputs_embeds: unsupported, like output_attentions and output_hidden_states. PEFT passes these arguments.
+            inputs_embeds, output_attentions, output_hidden_states: not supported. PEFT passes these arguments.
             return_dict: ignored.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
                 "inputs_embeds, output_attentions and output_hidden_states are not supported; leave them unset"
             )
-        scores = self.score(self.gpt.last_hidden(input_ids, attention_mask))
+        check_inputs(self.config, input_ids, attention_mask)
+        hidden = self.gpt.transformer(input_ids, attention_mask)  # (B, T, C)
+        scores = self.score(_last_tokens(hidden, attention_mask))
         return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a model directory that transformers' AutoModelForSequenceClassification can also open."""
+        """Write a model directory, which AutoModelForSequenceClassification of transformers can also open."""
         names = dict(enumerate(self.labels))
         more_config = {
             "architectures": ["GPT2ForSequenceClassification"],
@@ -119,12 +123,10 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: score.weight is {score.shape}, expected floats of (labels, {config.emb_dim})")
         numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers omits its default names
         names = read_json(path / "config.json").get("id2label", numbered)
-        if not isinstance(names, dict) or names.keys() != numbered.keys():
-            raise ValueError(
-                f"{path / 'config.json'}: id2label must name the {len(numbered)} labels 0 to {len(numbered) - 1}"
-            )
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{path / 'config.json'}: id2label must have a text for each label")
+        is_complete = isinstance(names, dict) and names.keys() == numbered.keys()
+        if not is_complete or not all(isinstance(name, str) for name in names.values()):
+            what = f"id2label must have a text for each of the {len(numbered)} labels 0 to {len(numbered) - 1}"
+            raise ValueError(f"{path / 'config.json'}: {what}")
         try:
             fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
             gpt = GPTModel(config).to(score.dtype)  # only after `fit` has checked the sizes
@@ -136,15 +138,22 @@ class GPTForClassification(nn.Module):
         return model.eval()
 
 
-def read_labelled(
-    path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label"
-) -> list[tuple[str, str]]:
+def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the hidden states (B, C) of the last token of each row that is not padding, from all of them, (B, T, C)."""
+    if attention_mask is None:
+        return hidden[:, -1]
+    B, T, _ = hidden.shape
+    last = (attention_mask.ne(0) * torch.arange(T, device=hidden.device)).argmax(1)  # (B,)
+    return hidden[torch.arange(B, device=hidden.device), last]
+
+
+def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label") -> list[Example]:
     """Read pairs of a text and its label from a file.
 
     Args:
         path: a .csv file whose first line names the columns, or a file with a JSON array or JSON lines.
         text_key: the column or key of the text.
-        label_key: the column or key of the label, a text or a whole number, which is returned as text.
+        label_key: the column or key of the label. A label that is a whole number is returned as text.
 
     Raises:
         ValueError: a value is missing, empty or of another type, or a CSV line has more values than columns. The message
@@ -158,9 +167,7 @@ def read_labelled(
             raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
         for key, kinds in ((text_key, str), (label_key, (str, int))):
             if record.get(key) in (None, ""):
-                raise ValueError(
-                    f"{where}: the key {key!r} is missing or empty, there are {', '.join(map(str, record))}"
-                )
+                raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
             if not isinstance(record[key], kinds) or isinstance(record[key], bool):
                 raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
 
@@ -185,20 +192,17 @@ def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:
     """Encode the texts, cut to max_length tokens and padded on the right; return ids and attention mask, (B, T) int64."""
-    rows = [encode_with_specials(tokenizer, text)[:max_length] for text in texts]
-    if not all(rows):
-        raise ValueError(
-            f"a text to classify needs at least one token, text {[bool(row) for row in rows].index(False)} has none"
-        )
-    T, pad = max(map(len, rows)), tokenizer.eot_token or 0
-    ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
-    return ids, mask
+    rows = [torch.tensor(encode_with_specials(tokenizer, text)[:max_length]) for text in texts]
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise ValueError(f"a text to classify needs at least one token, text {number} has none")
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eot_token or 0)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def train_classifier(
     model: nn.Module,
-    examples: Sequence[tuple[str, str]],
+    examples: Sequence[Example],
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     epochs: int = 1,
@@ -207,14 +211,8 @@ def train_classifier(
 ) -> list[float]:
     """Train a classifier and return the loss of each step, computed before its update.
 
-    Args:
-        model: a GPTForClassification, or a PeftModel of one. It stays in training mode.
-        examples: pairs of a text and its label.
-        tokenizer: the tokenizer of the model.
-        optimizer: an optimizer of the parameters to train.
-        epochs: how often each example is used.
-        batch_size: examples per step.
-        seed: seed of the order of the examples.
+    The model is a GPTForClassification or a PeftModel of one, and stays in training mode. Each step uses batch_size
+    examples, each epoch all examples once, in a random order that depends on the seed.
     """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)
@@ -241,9 +239,7 @@ def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size:
     return predicted
 
 
-def confusion_table(
-    model: nn.Module, examples: Sequence[tuple[str, str]], tokenizer: Any, batch_size: int = 16
-) -> Tensor:
+def confusion_table(model: nn.Module, examples: Sequence[Example], tokenizer: Any, batch_size: int = 16) -> Tensor:
     """Count the examples by label: rows are true labels, columns are predictions, (n_labels, n_labels) int64."""
     rows, labels = _targets(model, examples), _classifier(model).labels
     predicted = classify(model, [text for text, _ in examples], tokenizer, batch_size)
@@ -259,7 +255,7 @@ def accuracy(table: Tensor) -> float:
 
 
 def _classifier(model: nn.Module) -> GPTForClassification:
-    """Return the classifier, taken out of its PeftModel if necessary."""
+    """Return the classifier itself, also if `model` is a PeftModel of it."""
     base: Any = model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if not isinstance(base, GPTForClassification):
@@ -267,7 +263,7 @@ def _classifier(model: nn.Module) -> GPTForClassification:
     return base
 
 
-def _targets(model: nn.Module, examples: Sequence[tuple[str, str]]) -> Tensor:
+def _targets(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     """Return the number of each example's label, (n,) int64."""
     if not examples:
         raise ValueError("there are no examples: give at least one pair of a text and its label")

@@ -1,7 +1,4 @@
-"""Prepare a file of records for fine-tuning: read, split and encode the records, and form batches.
-
-B batch, T time.
-"""
+"""Prepare a file of records for fine-tuning: read, split and encode the records, and form batches (B batch, T time)."""
 
 from __future__ import annotations
 
@@ -54,8 +51,7 @@ class Examples:
     def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
         if tokenizer.eot_token is None:
             raise ValueError("the model's tokenizer has no <|endoftext|>, which marks the end of an answer")
-        self.options = options
-        self.tokenizer = tokenizer
+        self.options, self.tokenizer = options, tokenizer
         self.max_length = min(options.max_length or context_length, context_length)
         self.records = read_records(options.data)
         self.template = self._template()
@@ -106,13 +102,13 @@ class Examples:
         return {"pad_token_id": self.tokenizer.eot_token, "mask_prompt": self.options.mask_prompt}
 
 
+@dataclass(frozen=True)
 class ExampleValidation:
     """The evaluation batches of a data set: all examples, sorted by length."""
 
-    def __init__(self, dataset: InstructionDataset, pad_token_id: int, mask_prompt: bool) -> None:
-        self.dataset = dataset
-        self.pad_token_id = pad_token_id
-        self.mask_prompt = mask_prompt
+    dataset: InstructionDataset
+    pad_token_id: int
+    mask_prompt: bool
 
     def batches(self, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets, each (B, T) int64, with at most about 4096 tokens per batch; `whole` is ignored."""

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
 from MyGPT.data.records import read_json_records
+from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
@@ -36,7 +39,8 @@ class Preferences:
     accuracy: float
     """The fraction of pairs in which the chosen answer has the higher reward."""
     margin: float
-    """The reward of the chosen answer minus that of the rejected one. A reward is beta times the gained log-probability."""
+    """The reward of the chosen answer minus the reward of the rejected answer. A reward is beta times the difference of
+    the answer's log-probabilities under the model and under the reference."""
 
 
 def dpo_loss(
@@ -50,10 +54,8 @@ def dpo_loss(
     """Compute the DPO loss (equation 7 of the paper) from the log-probabilities of the answers.
 
     Args:
-        chosen: log-probabilities of the chosen answers under the model, (B,).
-        rejected: log-probabilities of the rejected answers under the model, (B,).
-        reference_chosen: log-probabilities of the chosen answers under the reference, (B,).
-        reference_rejected: log-probabilities of the rejected answers under the reference, (B,).
+        chosen, rejected: log-probabilities of the answers under the model, each (B,).
+        reference_chosen, reference_rejected: log-probabilities of the answers under the reference, each (B,).
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: expected fraction of pairs with swapped labels, from 0 to below 0.5 (Mitchell, 2023).
     """
@@ -89,7 +91,7 @@ class PreferencePairs:
         records: dicts with the texts prompt, chosen and rejected. The prompt is encoded unchanged, so apply the template of
             a tuned model first.
         tokenizer: a tokenizer with `<|endoftext|>`.
-        max_length: most tokens of a prompt with an answer. Longer pairs are skipped and counted in `n_too_long`.
+        max_length: maximum number of tokens that the model reads. Longer pairs are skipped and counted in `n_too_long`.
 
     Raises:
         ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
@@ -110,35 +112,29 @@ class PreferencePairs:
             else:
                 self.pairs.append((prompt, ended[0], ended[1]))
         if not self.pairs:
-            raise ValueError(
-                f"there are no pairs to train on: {len(records)} records, {self.n_too_long} too long for "
-                f"max_length={max_length}"
-            )
+            counts = f"{len(records)} records, {self.n_too_long} too long for max_length={max_length}"
+            raise ValueError(f"there are no pairs to train on: {counts}")
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def batches(self, batch_size: int, seed: int, epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, seed: int, epochs: int = 1) -> Iterator[Batch]:
         """Yield batches of at most batch_size pairs (see `batch`), in a new random order in each epoch."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for part in torch.randperm(len(self.pairs), generator=generator).split(batch_size):
                 yield self.batch(part.tolist())
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the inputs and targets of the pairs with these indices, each (2 B, T) int64.
 
         The chosen answers come first, then the rejected ones. Targets outside the answers are -100; padding is on the right.
         """
         pairs = [self.pairs[index] for index in indices]
         rows = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
-        T = max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
-        inputs, targets = torch.full((len(rows), T), self.pad_id), torch.full((len(rows), T), IGNORED)
-        for row, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer) - 1
-            inputs[row, :end] = torch.tensor([*prompt, *answer[:-1]])
-            targets[row, len(prompt) - 1 : end] = torch.tensor(answer)
-        return inputs, targets
+        inputs = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in rows]
+        targets = [torch.tensor([IGNORED] * (len(prompt) - 1) + answer) for prompt, answer in rows]
+        return pad_sequence(inputs, True, self.pad_id), pad_sequence(targets, True, IGNORED)
 
 
 def preferences(
@@ -156,8 +152,8 @@ def preferences(
 
 def train_dpo(
     peft_model: PeftModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> list[Preferences]:

@@ -1,7 +1,6 @@
 """Write one HTML page that shows how a model reads a text: tokens, attention, predictions after each layer, next tokens.
 
-The page is the template assets/explain.html with the numbers inserted as JSON. It loads nothing from a network, so it opens
-from a disk, an e-mail or a web server.
+The page is the template assets/explain.html with the numbers inserted as JSON. It loads nothing from a network.
 """
 
 from __future__ import annotations
@@ -23,16 +22,10 @@ MAX_TOKENS = 128
 
 
 def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GPT") -> str:
-    """Return the HTML page about one text.
-
-    Args:
-        model: the model that reads the text.
-        tokenizer: the tokenizer that names the tokens.
-        ids: token ids of the text, (1, T) int64 with T of at most 128.
-        name: the name of the model in the title.
+    """Return the HTML page about one text with ids (1, T); `name` is the name of the model in the title.
 
     Raises:
-        ValueError: `ids` has several rows or too many tokens.
+        ValueError: `ids` has several rows or more than 128 tokens.
     """
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a page explains one text, ids (1, T), got {tuple(ids.shape)}")
@@ -55,18 +48,18 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
     lens = logit_lens(model, traced)[:, 0]  # (L + 1, T, V)
     lens_tops = [_most_likely(logits.float().softmax(-1), tokenizer, 5) for logits in lens]
     probabilities = lens[-1].float().softmax(-1).cpu()  # (T, V)
+    tokens = list(zip(ids[0].tolist(), token_labels(tokenizer, ids[0].tolist()), strict=True))
     predictions = []
     for t, top in enumerate(_most_likely(probabilities, tokenizer, 12)):
         actual = None
-        if t + 1 < ids.shape[1]:
-            id_ = int(ids[0, t + 1])
+        if t + 1 < len(tokens):
+            id_, label = tokens[t + 1]
             probability = probabilities[t, id_]
             rank = int((probabilities[t] > probability).sum()) + 1
-            actual = [token_labels(tokenizer, [id_])[0], round(float(probability), 5), rank, id_]
+            actual = [label, round(float(probability), 5), rank, id_]
         rest = max(0.0, 1.0 - sum(probability for _, probability, _ in top))
         predictions.append({"top": top, "rest": round(rest, 5), "actual": actual})
     attention = (traced.attention[:, 0].float() * 255).round().byte().cpu()  # (L, H, T, T)
-    labels = token_labels(tokenizer, ids[0].tolist())
     return {
         "description": (
             f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
@@ -74,7 +67,7 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
         ),
         "layers": config.n_layers,
         "heads": config.n_heads,
-        "tokens": [{"id": id_, "label": label} for id_, label in zip(ids[0].tolist(), labels, strict=True)],
+        "tokens": [{"id": id_, "label": label} for id_, label in tokens],
         "attention": base64.b64encode(attention.numpy().tobytes()).decode(),
         "lens": [[[entry[:2] for entry in top] for top in depth] for depth in lens_tops],
         "next": predictions,
@@ -83,11 +76,8 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
 
 def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
     """Return the k most likely tokens, each as [label, probability, id], for each position of probabilities (T, V)."""
-    best = probabilities.topk(min(k, probabilities.shape[-1]))
-    return [
-        [
-            [label, round(probability, 5), id_]
-            for label, probability, id_ in zip(token_labels(tokenizer, ids), values, ids, strict=True)
-        ]
-        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    best, rows = probabilities.topk(min(k, probabilities.shape[-1])), []
+    for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        labels = token_labels(tokenizer, ids)
+        rows.append([[label, round(p, 5), id_] for label, p, id_ in zip(labels, values, ids, strict=True)])
+    return rows

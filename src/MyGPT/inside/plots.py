@@ -26,18 +26,9 @@ if TYPE_CHECKING:
     from MyGPT.training.config import TrainConfig
 
 __all__ = [
-    "plot_attention",
-    "plot_layers",
-    "plot_logit_lens",
-    "plot_losses",
-    "plot_neighbours",
-    "plot_sampling",
-    "plot_schedule",
-    "save_figure",
-    "token_labels",
-    "tokens_to_html",
-    "tokens_to_terminal",
-]
+    "plot_attention", "plot_layers", "plot_logit_lens", "plot_losses", "plot_neighbours", "plot_sampling",
+    "plot_schedule", "save_figure", "token_labels", "tokens_to_html", "tokens_to_terminal",
+]  # fmt: skip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colours that colour-blind readers can tell apart (Okabe and Ito, 2008)."""
@@ -46,14 +37,8 @@ LIGHT_TO_DARK = "Blues"
 WIDTH = 9.0
 """Width of a figure in inches that a notebook shows without scaling."""
 
-# In the order in which sampling.filter_logits applies them.
-_FILTER_NAMES = {
-    "repetition_penalty": "penalty",
-    "temperature": "temperature",
-    "top_k": "top-k",
-    "top_p": "top-p",
-    "min_p": "min-p",
-}
+_FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+"""The filters of SamplingConfig, in the order in which `sampling.filter_logits` applies them."""
 
 
 def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
@@ -101,7 +86,7 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         labels: the T tokens as text (see `token_labels`).
         first_head: number of the first head, for the titles.
     """
-    H, T = weights.shape[0], weights.shape[1]
+    H, T = weights.shape[:2]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
         raise ValueError(f"weights must be (heads, {len(labels)}, {len(labels)}), got {tuple(weights.shape)}")
     # Labels of a longer text need larger maps.
@@ -121,11 +106,8 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
         ticks = range(0, T, every)
         axes.set_xticks(ticks, names[::every], rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(ticks, names[::every], fontsize=size, parse_math=False)
-        axes.tick_params(length=0)
-        # A map without another below it keeps its labels.
-        axes.tick_params(labelbottom=head + n_columns >= H)
-    bar = figure.colorbar(image, ax=grid, shrink=0.6 if n_rows > 1 else 0.8, aspect=30)
-    bar.set_label("attention weight")
+        axes.tick_params(length=0, labelbottom=head + n_columns >= H)  # labels below the lowest map of each column
+    figure.colorbar(image, ax=grid, shrink=0.6 if n_rows > 1 else 0.8, aspect=30).set_label("attention weight")
     figure.supxlabel("attends to", fontsize=10)
     figure.supylabel("token", fontsize=10)
     return figure
@@ -140,7 +122,7 @@ def plot_layers(
         values: the numbers, (L, N). Layer 0 is the bottom row.
         columns: a label for each of the N columns, or one word such as "head" to number the columns.
         label: the meaning of the numbers, for the colour bar.
-        limits: the values of the lightest and the darkest colour. The default is the smallest and the largest value.
+        limits: the values of the lightest and the darkest colour; by default the smallest and the largest value.
     """
     L, N = values.shape
     numbered = isinstance(columns, str)
@@ -158,20 +140,17 @@ def plot_layers(
 def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figure:
     """Draw the most likely next token and its probability, as predicted after each layer (the logit lens).
 
-    Columns are the tokens of the text. Rows are layers, from the embeddings at the bottom to the model's own prediction at
-    the top.
+    Columns are tokens of the text. Rows are layers, from the embeddings (bottom) to the model's own prediction (top).
 
     Args:
         lens: logits of one text, (L + 1, T, V), such as `logit_lens(model, traced)[:, 0]`.
         labels: the T tokens as text (see `token_labels`).
-        tokenizer: the tokenizer that names the predicted tokens.
     """
     n_depths, T, _ = lens.shape
     if len(labels) != T:
         raise ValueError(f"lens has {T} tokens, there are {len(labels)} labels")
     probabilities, best = lens.detach().float().softmax(-1).max(-1)  # (L + 1, T)
-    width = WIDTH - 1.8
-    figure = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2))
+    figure, width = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2)), WIDTH - 1.8
     axes = _heat_map(figure, probabilities, labels, width, "highest probability", (0, 1))
     room = int(width / T / 0.088)  # characters of 9 points that fit into a cell
     if room >= 2:
@@ -190,14 +169,12 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
 def plot_sampling(
     logits: Tensor, config: SamplingConfig, tokenizer: Any, seen: Sequence[int] = (), n_tokens: int = 15
 ) -> Figure:
-    """Draw the next-token probabilities before sampling filters and after each filter, in the order of their use.
+    """Draw the next-token probabilities before the filters of `config` and after each filter, in order of their use.
 
     A cross marks a token that a filter has removed.
 
     Args:
         logits: logits of one position, (V,).
-        config: the filters to apply.
-        tokenizer: the tokenizer that names the tokens.
         seen: ids of the text so far, for the repetition penalty.
         n_tokens: number of most likely tokens with a bar of their own; all others share one bar.
     """
@@ -242,7 +219,7 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
     mask = torch.zeros(1, len(logits), dtype=torch.bool)
     mask[0, list(seen)] = True
     stages, so_far = [("unfiltered", logits.softmax(-1))], SamplingConfig(temperature=1.0)
-    for name in _FILTER_NAMES:
+    for name in _FILTERS:
         value = getattr(config, name)
         if value is None or (name, value) == ("temperature", 1.0):
             continue
@@ -251,7 +228,8 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
         if so_far.temperature == 0:
             stages.append(("temperature 0", torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)))
             break
-        stages.append((f"{_FILTER_NAMES[name]} {value:g}", filtered.softmax(-1)))
+        title = name.removeprefix("repetition_").replace("_", "-")
+        stages.append((f"{title} {value:g}", filtered.softmax(-1)))
     return stages
 
 

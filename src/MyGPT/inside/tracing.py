@@ -1,10 +1,7 @@
 """Record and edit the activations of a GPTModel during its forward pass.
 
-All functions use torch's forward hooks and remove them afterwards, so the model's code stays unchanged and as fast as
-before.
-
-B batch, T time, C embedding width, H heads, D = C // H, V vocabulary, L layers. Each activation has a place, named after
-its module in the checkpoint without "transformer."; `places` lists the places of a model:
+All functions use torch's forward hooks and remove them afterwards. B batch, T time, C embedding width, H heads,
+D = C // H, V vocabulary, L layers. Each activation has a place, named after its module without "transformer.":
 
     wte, wpe             token and position embeddings, (B, T, C) and (T, C); wpe is (B, T, C) with an attention_mask
     embeddings           their sum, the input of the first layer, (B, T, C)
@@ -24,6 +21,8 @@ its module in the checkpoint without "transformer."; `places` lists the places o
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -34,27 +33,21 @@ from torch.utils.hooks import RemovableHandle
 
 from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
-from MyGPT.model import GPTModel, plain_attention
+from MyGPT.model import GPTModel
 
 Edit = Callable[[Tensor], Tensor]
 """A function from an activation to its replacement of the same shape."""
 
-# The places that `edit` accepts, each with a module and whether the activation is its input or its output.
-_EDITABLE = {
-    "wte": ("wte", "output"),
-    "wpe": ("wpe", "output"),
-    "embeddings": ("h.0", "input"),
-    "ln_f": ("ln_f", "output"),
-}
-_EDITABLE_IN_LAYER = {
-    ".ln_1": (".ln_1", "output"),
-    ".attn.heads": (".attn.c_proj", "input"),
-    ".attn": (".attn", "output"),
-    ".ln_2": (".ln_2", "output"),
-    ".mlp.c_fc": (".mlp.c_fc", "output"),
-    ".mlp.activations": (".mlp.c_proj", "input"),
-    ".mlp": (".mlp", "output"),
-    "": ("", "output"),
+_IN_LAYER = (".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn", ".ln_2",
+             ".mlp.c_fc", ".mlp.activations", ".mlp", "")  # fmt: skip
+# `trace` records these places, but `edit` does not accept them.
+_NOT_EDITABLE = (".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".after_attn", "logits")
+# These places are the input of a module. All other editable places are the output of the module with the same name.
+_INPUT_OF = {
+    "embeddings": "h.0",
+    ".attn.heads": ".attn.c_proj",
+    ".after_attn": ".ln_2",
+    ".mlp.activations": ".mlp.c_proj",
 }
 
 
@@ -75,37 +68,35 @@ class Trace(dict[str, Tensor]):
 def places(model: GPTModel) -> list[str]:
     """Return the names of all places of the model, in the order of the forward pass."""
     _require_gpt(model)
-    of_layer = [".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn"]
-    of_layer += [".ln_2", ".mlp.c_fc", ".mlp.activations", ".mlp", ""]
-    in_layers = [f"h.{i}{place}" for i in range(model.config.n_layers) for place in of_layer]
+    in_layers = [f"h.{i}{place}" for i in range(model.config.n_layers) for place in _IN_LAYER]
     return ["wte", "wpe", "embeddings", *in_layers, "ln_f", "logits"]
 
 
 @torch.no_grad()
 def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
-    """Run the model in evaluation mode without gradients and return all its activations.
+    """Run the model in evaluation mode without gradients and return the activations at all places.
 
-    torch's fused attention kernel does not return the attention weights, so they are computed a second time. They take
-    L * B * H * T² numbers, which is most of the memory for a long text.
+    torch's fused attention kernel does not return the attention weights, so they are computed a second time. For a long
+    text their L * B * H * T² numbers take most of the memory.
 
     Args:
         model: the model to run. Edits that are active (see `edit`) take effect and appear in the trace.
         ids: token ids, (B, T) int64.
         attention_mask: 1 for tokens and 0 for padding, (B, T), as in `GPTModel.forward`.
     """
-    _require_gpt(model)
+    all_places = places(model)
     activations: dict[str, Tensor] = {}
 
     def record(place: str) -> Edit:
         return lambda value: activations.setdefault(place, value)
 
     with evaluation_mode(model), ExitStack() as hooks:
-        hooks.enter_context(edit(model, {place: record(place) for place in _editable(model)}))
+        hooks.enter_context(edit(model, {place: record(place) for place in _editable(all_places)}))
         for i, block in enumerate(model.transformer.h):
-            hooks.enter_context(_hook_input(block.ln_2, record(f"h.{i}.after_attn")))
+            hooks.enter_context(_hook(model, f"h.{i}.after_attn", record(f"h.{i}.after_attn")))
             hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", activations))
         activations["logits"] = model(ids, attention_mask=attention_mask)
-    return Trace((place, activations[place]) for place in places(model))
+    return Trace((place, activations[place]) for place in all_places)
 
 
 @contextmanager
@@ -115,30 +106,23 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
         with edit(model, {"h.3.mlp": lambda x: x - x.mean(dim=(0, 1))}):
             ...
 
-    The edits apply to everything that runs the model: `trace`, `generate` (where T is the number of new tokens if the
-    cache is used), a loss. Queries, keys, values, attention weights, the residual stream between attention and MLP, and
-    the logits cannot be edited.
+    The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a cache, an edit sees
+    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between
+    attention and MLP cannot be edited.
 
     Args:
-        model: the model to edit. Its weights do not change.
-        edits: a function for each place to edit. The function receives the activation and returns a tensor of the same
-            shape.
+        model: the model. Its weights do not change.
+        edits: a function for each place to edit, from the activation to a tensor of the same shape.
 
     Raises:
         ValueError: a place cannot be edited, or a function returns another shape.
     """
-    _require_gpt(model)
-    editable = _editable(model)
+    editable = _editable(places(model))
     with ExitStack() as hooks:
         for place, function in edits.items():
             if place not in editable:
                 raise ValueError(f"the place {place!r} cannot be edited; choose from {', '.join(_abridged(editable))}")
-            name, side = editable[place]
-            checked = _same_shape(place, function)
-            if place.endswith(".attn.heads"):
-                checked = _by_head(checked, model.config.n_heads)
-            module = model.transformer.get_submodule(name)
-            hooks.enter_context(_hook_input(module, checked) if side == "input" else _hook_output(module, checked))
+            hooks.enter_context(_hook(model, place, _checked_edit(place, function, model.config.n_heads)))
         yield
 
 
@@ -172,15 +156,14 @@ def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) -> Iterator[None]:
-    """Replace an activation within a `with` block by its value in another forward pass (activation patching).
+    """Replace an activation within a `with` block by its value in another forward pass.
 
-    The method is also known as causal tracing (Vig et al., 2020; Meng et al., 2022).
+    This is activation patching, also known as causal tracing (Vig et al., 2020; Meng et al., 2022).
 
     Args:
-        model: the model to patch.
         source: the trace of the other forward pass, over a prompt of the same number of rows and tokens.
-        place: the place to replace, one that `edit` accepts.
-        index: the token to replace, or the head for "h.i.attn.heads", in all rows of the batch. None replaces everything.
+        place: a place that `edit` accepts.
+        index: the token to replace in all rows, or the head to replace for "h.i.attn.heads". None replaces everything.
 
     Raises:
         ValueError: the trace does not have the place or the index, or the shapes differ.
@@ -217,19 +200,15 @@ def patching_effects(
 ) -> Tensor:
     """Measure a metric on the corrupted prompt while one activation at a time comes from the clean prompt.
 
-    The result shows which layers and tokens, or which heads, cause the difference between the two prompts. The cost is
-    one forward pass per number of the result.
+    The result, float64 (L, T), or (L, H) for "attn.heads", shows which layers and tokens, or which heads, cause the
+    difference between the two prompts. Each number costs one forward pass.
 
     Args:
-        model: the model to examine.
-        clean: ids of the first prompt, (B, T) int64.
-        corrupted: ids of the second prompt, (B, T) int64.
+        clean: ids of the prompt from which activations are taken, (B, T) int64.
+        corrupted: ids of the prompt that the model reads, (B, T) int64.
         metric: a function from logits (B, T, V) to a number.
-        part: the activation to replace. "" is the residual stream after the layer, "attn" and "mlp" are the outputs of
-            these parts, one token at a time; "attn.heads" is the output of one head at a time.
-
-    Returns:
-        The metric as float64, (L, T), or (L, H) for "attn.heads".
+        part: the activation to replace: the residual stream after a layer (""), the output of its attention ("attn") or
+            of its MLP ("mlp"), each at one token; or the output of one head ("attn.heads").
     """
     allowed = ("", "attn", "mlp", "attn.heads")
     if part not in allowed:
@@ -251,13 +230,10 @@ def patching_effects(
 
 @torch.no_grad()
 def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
-    """Return the predictions if the model stopped after the embeddings or after each layer (the logit lens).
+    """Return the predictions if the model stopped after the embeddings or after each layer, as logits (L + 1, B, T, V).
 
-    The final LayerNorm and the output head are applied to the residual stream of every layer (nostalgebraist, 2020).
-
-    Returns:
-        Logits (L + 1, B, T, V), of which the last are the model's own. They take 261 MB for 100 tokens of GPT-2 124M in
-        float32.
+    This logit lens applies the final LayerNorm and the output head to each residual stream (nostalgebraist, 2020). The
+    last logits are the model's own. For 100 tokens of GPT-2 124M in float32 the result takes 261 MB.
     """
     _require_gpt(model)
     return torch.stack([model.lm_head(model.transformer.ln_f(x)) for x in traced.residual])
@@ -267,18 +243,10 @@ def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
 def induction_scores(model: GPTModel, length: int | None = None, n_sequences: int = 8, seed: int = 0) -> Tensor:
     """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
 
-    The model reads `length` random tokens twice in a row, and the score is the mean attention weight in the second half
-    (Olsson et al., 2022). Random tokens have no other connection, so a high score means that the head searches for
-    repetitions. A head that attends to a fixed distance also scores high at one length: compare two lengths.
-
-    Args:
-        model: the model to examine.
-        length: number of random tokens. The default is half the context, at most 50.
-        n_sequences: number of random sequences to average over.
-        seed: seed of the random tokens.
-
-    Returns:
-        Scores from 0 to 1, (L, H).
+    The model reads n_sequences texts. Each has `length` random tokens (by default half the context, at most 50) twice
+    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022).
+    Random tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
+    attends to a fixed distance also scores high at one length: compare two lengths.
     """
     _require_gpt(model)
     half = model.config.context_length // 2
@@ -294,10 +262,9 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """Return the k tokens whose embeddings have the largest cosine similarity to that of `id_`, excluding itself.
+    """Return the ids of the k other tokens with the most similar embeddings and their cosine similarities, each (k,).
 
-    Returns:
-        Ids (k,) int64 and their cosine similarities (k,), in descending order.
+    The most similar token comes first.
     """
     _require_gpt(model)
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
@@ -309,35 +276,40 @@ def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tens
     return best.indices, best.values
 
 
-def _editable(model: GPTModel) -> dict[str, tuple[str, str]]:
-    """Return the module of each editable place, and whether the activation is its "input" or its "output"."""
-    in_layers = {
-        f"h.{i}{place}": (f"h.{i}{module}", side)
-        for i in range(model.config.n_layers)
-        for place, (module, side) in _EDITABLE_IN_LAYER.items()
-    }
-    return {**_EDITABLE, **in_layers}
+def _editable(all_places: Iterable[str]) -> list[str]:
+    return [place for place in all_places if not place.endswith(_NOT_EDITABLE)]
 
 
-def _hook_input(module: Any, function: Edit) -> RemovableHandle:
-    """Apply `function` to the first argument of the module; leaving the handle's `with` block removes the hook."""
-    return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+def _hook(model: GPTModel, place: str, function: Edit) -> RemovableHandle:
+    """Apply `function` to the activation at a place until the returned handle is closed."""
+    for suffix, name in _INPUT_OF.items():
+        if place.endswith(suffix):
+            module = model.transformer.get_submodule(place.removesuffix(suffix) + name)
+            return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+    return model.transformer.get_submodule(place).register_forward_hook(lambda _, args, output: function(output))
 
 
-def _hook_output(module: Any, function: Edit) -> RemovableHandle:
-    """Apply `function` to the output of the module; leaving the handle's `with` block removes the hook."""
-    return module.register_forward_hook(lambda _, args, output: function(output))
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(QKᵀ/√D + mask)V, (..., T, D), written as in the paper (Vaswani et al., 2017).
+
+    q (..., T, D); k and v (..., S, D); mask (..., T, S) is True where a query may see a key. Without a mask the queries
+    belong to the last T of the S tokens, and each sees the keys up to its own.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v  # (..., T, D)
 
 
 @contextmanager
 def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> Iterator[None]:
-    """Store queries, keys, values and attention weights in `activations` within a `with` block."""
+    """Store queries, keys, values and attention weights in `activations` when the model runs within a `with` block."""
 
-    def record_qkv(projected: Tensor) -> Tensor:
-        B, T, _ = projected.shape
+    def record_qkv(_: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
+        B, T = projected.shape[:2]
         q, k, v = projected.view(B, T, 3, attn.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         activations.update({f"{place}.q": q, f"{place}.k": k, f"{place}.v": v})
-        return projected
 
     def record_weights(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         q, k, mask = activations[f"{place}.q"], activations[f"{place}.k"], args[1]
@@ -345,45 +317,34 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
         one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
         activations[f"{place}.weights"] = plain_attention(q, k, one_hot, mask)
 
-    with attn.register_forward_hook(record_weights), _hook_output(attn.c_attn, record_qkv):
+    with attn.c_attn.register_forward_hook(record_qkv), attn.register_forward_hook(record_weights):
         yield
 
 
-def _by_head(function: Edit, n_heads: int) -> Edit:
-    """Turn a function of (B, H, T, D) into a function of (B, T, C)."""
-
-    def of_joined(joined: Tensor) -> Tensor:
-        heads = joined.unflatten(2, (n_heads, -1)).transpose(1, 2)
-        return function(heads).transpose(1, 2).flatten(2)
-
-    return of_joined
-
-
-def _same_shape(place: str, function: Edit) -> Edit:
-    """Make the function raise a ValueError if its result has another shape than its argument."""
+def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
+    """Return `function` with a check of the returned shape; it receives the outputs of heads as (B, H, T, D)."""
+    by_head = place.endswith(".attn.heads")
 
     def checked(activation: Tensor) -> Tensor:
-        edited = function(activation)
-        if edited.shape != activation.shape:
-            raise ValueError(
-                f"the edit of {place} returned shape {tuple(edited.shape)}, the activation has {tuple(activation.shape)}"
-            )
-        return edited
+        before = activation.unflatten(2, (n_heads, -1)).transpose(1, 2) if by_head else activation
+        after = function(before)
+        if after.shape != before.shape:
+            shapes = f"returned shape {tuple(after.shape)}, the activation has {tuple(before.shape)}"
+            raise ValueError(f"the edit of {place} {shapes}")
+        return after.transpose(1, 2).flatten(2) if by_head else after
 
     return checked
 
 
 def _abridged(all_places: Iterable[str]) -> list[str]:
-    """Return the places for an error message: one entry h.i stands for all layers."""
-    return [
-        place.replace("h.0", "h.i") for place in all_places if not place.startswith("h.") or place.startswith("h.0")
-    ]
+    """Return the places for an error message, with one entry h.i for all layers."""
+    return list(dict.fromkeys(re.sub(r"^h\.\d+", "h.i", place) for place in all_places))
 
 
 def _require_gpt(model: object) -> None:
     if not isinstance(model, GPTModel):
         raise TypeError(
-            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass model.get_base_model())"
+            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass get_base_model())"
         )
 
 

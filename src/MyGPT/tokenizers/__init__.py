@@ -10,23 +10,14 @@ from typing import Any
 
 from MyGPT.files import read_json
 from MyGPT.tokenizers import chars, words
-from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
-from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
-from MyGPT.tokenizers.chars import CharTokenizer
+from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
+from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
+from MyGPT.tokenizers.base import Tokenizer as Tokenizer
+from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
+from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
-from MyGPT.tokenizers.words import SimpleTokenizer
-
-__all__ = [
-    "ENDOFTEXT",
-    "UNKNOWN",
-    "BPETokenizer",
-    "CharTokenizer",
-    "SimpleTokenizer",
-    "Tokenizer",
-    "get_tokenizer",
-    "load_tokenizer",
-    "make_tokenizer",
-]
+from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -44,17 +35,14 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
         return load_tokenizer(directory)
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
-    raise ValueError(
-        f"there is no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
-        "or with encoder.json and vocab.bpe"
-    )
+    known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
+    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer that `save` wrote to a directory.
+    """Return the tokenizer in a directory's `tokenizer.json`. An unsupported tokenizer raises ValueError with the path.
 
-    Any other `tokenizer.json` is also accepted if it is a byte-level BPE that splits text by GPT-2's pattern. Everything
-    else raises ValueError with the path.
+    Supported are the tokenizers that `save` writes, and every byte-level BPE that splits text by GPT-2's pattern.
     """
     path = Path(directory) / "tokenizer.json"
     try:
@@ -110,8 +98,8 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only "bpe"
-    uses `vocab_size` and shows `progress`.
+    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only
+    "bpe" uses `vocab_size` and shows `progress`.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))

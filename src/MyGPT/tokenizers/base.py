@@ -66,10 +66,7 @@ class Tokenizer(ABC):
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that splits a text into ordinary text (even indices) and special tokens (odd indices).
-
-    Where several special tokens match, the longest one is chosen.
-    """
+    """Return a pattern whose `split` puts special tokens at odd indices. Longer tokens match first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
@@ -91,17 +88,13 @@ def require_text(text: object) -> None:
 
 
 def refuse_surrogates(text: str, prefix: str = "") -> None:
-    """Raise ValueError if a text contains a lone surrogate: half of a character, which UTF-8 cannot represent.
-
-    The message starts with `prefix`, for example with the place of the text.
-    """
+    """Raise ValueError if a text contains a lone surrogate, half of a character. The message starts with `prefix`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{prefix}the text contains the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
-            "half of a character, which UTF-8 cannot represent"
-        ) from None
+        found = f"the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        reason = "half of a character, which UTF-8 cannot represent"
+        raise ValueError(f"{prefix}the text contains {found}, {reason}") from None
 
 
 def whole_numbers(ids: Iterable[int]) -> list[int]:

@@ -42,13 +42,10 @@ class BPETokenizer(Tokenizer):
     """A byte-level BPE tokenizer.
 
     Args:
-        vocab: the id of each token, given as bytes
+        vocab: the id of each token, given as bytes: exactly the 256 bytes and the results of `merges`
         merges: pairs of tokens, in the order in which they are merged
         special_tokens: the id of each special token, given as text. Where two special tokens match, the longer one wins.
         known: skip the check of the merges, which takes half a second for GPT-2's
-
-    Raises:
-        ValueError: the tokens of `vocab` are not exactly the 256 bytes and the results of `merges`.
     """
 
     def __init__(
@@ -64,10 +61,12 @@ class BPETokenizer(Tokenizer):
         if not known:
             _check_merge_order(vocab, merges)
         self._vocab = dict(vocab)
-        self._merges = list(merges)
-        self._special_tokens = dict(special_tokens)
+        self.merges = list(merges)
+        """The merges, in the order in which they are applied."""
+        self.special_tokens = dict(special_tokens)
+        """The id of each special token."""
         self._encoding = tiktoken.Encoding(
-            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self._special_tokens
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self.special_tokens
         )
 
     @classmethod
@@ -92,7 +91,6 @@ class BPETokenizer(Tokenizer):
             text: a text, or an iterable of texts; merges never cross from one text to the next
             vocab_size: number of tokens, at least 256 plus the number of special tokens
             special_tokens: tokens that are removed from the text before training
-            progress: show a progress bar
         """
         if isinstance(special_tokens, str):
             raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}")
@@ -118,17 +116,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def eot_token(self) -> int | None:
-        return self._special_tokens.get(ENDOFTEXT)
-
-    @property
-    def merges(self) -> list[Merge]:
-        """The merges, in the order in which they are applied."""
-        return list(self._merges)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
-        return dict(self._special_tokens)
+        return self.special_tokens.get(ENDOFTEXT)
 
     def encode(
         self,
@@ -143,25 +131,23 @@ class BPETokenizer(Tokenizer):
         A special token that is in neither set is encoded as ordinary text.
 
         Args:
-            text: any text that UTF-8 can represent
             allowed_special: special tokens that become their ids; "all" for all special tokens
             disallowed_special: special tokens that raise ValueError; "all" for all that are not in `allowed_special`
         """
         require_text(text)
-        allowed = set(self._special_tokens) if allowed_special == "all" else set(allowed_special)
+        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         if disallowed_special == "all":
-            disallowed_special = set(self._special_tokens) - allowed
+            disallowed_special = set(self.special_tokens) - allowed
         for token in disallowed_special:
             if token in text:
-                raise ValueError(
-                    f"the text contains the special token {token!r}: allow it with allowed_special={{{token!r}}}, or encode it "
-                    f"as ordinary text with disallowed_special=()"
-                )
+                allow = f"allow it with allowed_special={{{token!r}}}"
+                encode = "encode it as ordinary text with disallowed_special=()"
+                raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
-        for i, part in enumerate(special_pattern(allowed & set(self._special_tokens)).split(text)):
+        for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
             if i % 2:
-                ids.append(self._special_tokens[part])
+                ids.append(self.special_tokens[part])
             else:
                 for stretch in _cut_long_white_space(part):
                     ids += self._encoding.encode_ordinary(stretch)
@@ -185,7 +171,7 @@ class BPETokenizer(Tokenizer):
         try:
             return self._encoding.decode_tokens_bytes(ids)
         except (KeyError, OverflowError):
-            known = {*self._vocab.values(), *self._special_tokens.values()}
+            known = {*self._vocab.values(), *self.special_tokens.values()}
             unknown = next(id_ for id_ in ids if id_ not in known)
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab} tokens") from None
 
@@ -194,10 +180,10 @@ class BPETokenizer(Tokenizer):
         empty = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
         flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
         vocab = {visible[token]: id_ for token, id_ in self._vocab.items()}
-        merges = [[visible[first], visible[second]] for first, second in self._merges]
+        merges = [[visible[first], visible[second]] for first, second in self.merges]
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return hugging_face_json(model, self._special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+        return hugging_face_json(model, self.special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
@@ -218,8 +204,8 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
     """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
 
-    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned if
-    no pair is left.
+    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned
+    if no pair is left.
 
     The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
     the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can
@@ -268,15 +254,13 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
 
 def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
     """Replace every occurrence of `pair` in `ids` by `new_id`, from left to right, and return the new list."""
+    first, second = pair
     merged: list[int] = []
-    i = 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            merged.append(new_id)
-            i += 2
+    for id_ in ids:
+        if id_ == second and merged and merged[-1] == first:
+            merged[-1] = new_id
         else:
-            merged.append(ids[i])
-            i += 1
+            merged.append(id_)
     return merged
 
 
@@ -290,10 +274,7 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 def from_visible(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
 ) -> BPETokenizer:
-    """Return a tokenizer, given its tokens in GPT-2's visible characters, as in `tokenizer.json` and `vocab.bpe`.
-
-    `vocab` may include the special tokens. See `BPETokenizer` for `known`.
-    """
+    """Return a BPETokenizer for tokens in GPT-2's visible characters. `vocab` may include the special tokens."""
 
     @cache  # Nearly every token occurs three times.
     def to_bytes(token: str) -> bytes:
@@ -323,14 +304,12 @@ def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: 
         if made is None or first not in vocab or second not in vocab:
             raise ValueError(f"the merge of {first!r} and {second!r} needs tokens that the vocabulary lacks")
         if made <= last:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} creates id {made} after id {last}: ids must increase"
-            )
+            order = f"id {made} after id {last}: ids must increase"
+            raise ValueError(f"the merge of {first!r} and {second!r} creates {order}")
         last = made
-    if len(vocab) != 256 + len(merges):
-        raise ValueError(
-            f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {256 + len(merges)}"
-        )
+    needed = 256 + len(merges)
+    if len(vocab) != needed:
+        raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
 def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> None:
@@ -342,9 +321,8 @@ def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> N
     for first, second in merges:
         parts = _parts_before_last_merge(first + second, vocab)
         if parts != [first, second]:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} never happens: the merges before it turn its bytes into {parts}"
-            )
+            reason = f"the merges before it turn its bytes into {parts}"
+            raise ValueError(f"the merge of {first!r} and {second!r} never happens: {reason}")
 
 
 def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:

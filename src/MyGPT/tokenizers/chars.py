@@ -1,7 +1,4 @@
-"""A tokenizer whose tokens are single characters.
-
-It needs no training and suits small models, but its sequences are long.
-"""
+"""A tokenizer whose tokens are single characters: it needs no training and suits small models; sequences are long."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ class CharTokenizer(Tokenizer):
         return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
-        # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise an
-        # error for an unknown character.
+        # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise
+        # an error for an unknown character.
         model = {"type": "WordLevel", "vocab": self._id_of, "unk_token": "<|none|>"}
         return hugging_face_json(model, {}, pre_tokenizer=PRE_TOKENIZER, decoder={"type": "Fuse"})

@@ -17,10 +17,7 @@ _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return a short visible label for each id.
-
-    A space is shown as ·, a line end as ↵, and a byte that is only a part of a character as \\xe2.
-    """
+    """Return a visible label per id: · for a space, ↵ for a line end, \\xe2 for a part of a character."""
     return [_visible(text) for text in token_texts(tokenizer, ids)]
 
 

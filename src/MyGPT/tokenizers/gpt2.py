@@ -29,10 +29,8 @@ def gpt2_tokenizer() -> BPETokenizer:
     path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
     merges = _read_merges(path)
     if not has_gpt2_merges(merges):
-        raise ValueError(
-            f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: "
-            "install mygpt again with pip install --force-reinstall --no-deps mygpt"
-        )
+        way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
+        raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
     return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
 
 

@@ -127,6 +127,8 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
 
 def _loss_sum(inputs: Tensor, targets: Tensor, model: Any) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy of a batch and the number of its targets."""
+    if targets.dim() == 1:  # classes (B,), which the last token predicts
+        return token_loss(model(inputs)[:, -1], targets)
     if hasattr(model, "token_loss"):
         return model.token_loss(inputs, targets)
     return token_loss(model(inputs), targets)
