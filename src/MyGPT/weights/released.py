@@ -1,6 +1,6 @@
 """OpenAI's released GPT-2 models: their files and servers, and how to download them.
 
-`model.ckpt.meta`, the seventh file of a release, contains TensorFlow's graph. It is not needed, so it is not downloaded.
+`model.ckpt.meta`, the seventh file of a release, is not downloaded: it contains TensorFlow's graph, which is not needed.
 """
 
 from __future__ import annotations

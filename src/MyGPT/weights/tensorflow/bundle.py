@@ -1,8 +1,8 @@
 """TensorFlow's checkpoint format, the tensor bundle: an index and shards with the raw bytes of the tensors.
 
-The index, such as `model.ckpt.index`, is a LevelDB table. It maps the empty key to a BundleHeaderProto and each tensor's
-name to a BundleEntryProto: two protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The files may be
-malicious, so the index is compared with the lengths of the shards before any memory is allocated.
+The index, such as `model.ckpt.index`, is a LevelDB table. It maps the empty key to a BundleHeaderProto and the name of
+each tensor to a BundleEntryProto: two protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The files
+may be malicious, so the index is compared with the lengths of the shards before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def open_bundle(prefix: str | os.PathLike[str]) -> dict[str, BundleTensor]:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
     """Return the prefix in the text file `directory`/checkpoint: `directory`/model.ckpt for OpenAI's models.
 
-    Raises FileNotFoundError without that file, and CheckpointError if the prefix is outside the directory or has no index.
+    Raises FileNotFoundError without that file, CheckpointError if the prefix is outside the directory or has no index.
     """
     state = Path(directory) / "checkpoint"
     try:
