@@ -152,7 +152,7 @@ class GPTConfig:
 
 
 def read_config_json(path: Path) -> GPTConfig:
-    """Return the config in the `config.json` at `path`. A damaged file, or a model other than GPT-2, raises ValueError."""
+    """Return the config in the `config.json` at `path`. A damaged file or another kind of model raises ValueError."""
     try:
         return GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:

@@ -164,7 +164,7 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
-    """Encode text pieces; `<|endoftext|>` follows each document. Return ids, number of documents, number of characters."""
+    """Return (ids, number of documents, number of characters) of text pieces. `<|endoftext|>` ends each document."""
     ids: list[int] = []
     for piece in task:
         ids += tokenizer.encode(piece.text)

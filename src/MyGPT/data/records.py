@@ -59,7 +59,7 @@ def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], 
 
 
 def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each item of the JSON array `text`. A place is a text such as "a.json, line 3, record 1"."""
+    """Yield (place, value) for each item of the JSON array `text`. A place is, for example, "a.json, line 3, record 1"."""
     records = parse_json(text, path)
     # Decode each record a second time to find its line, which the parser of the whole array does not report.
     decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
@@ -73,7 +73,7 @@ def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str,
 
 
 def _line_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each JSON line of `text`, without empty lines. A place is a text such as "a.json, line 3"."""
+    """Yield (place, value) for each line of JSON that is not empty. A place is, for example, "a.json, line 3"."""
     # str.splitlines would also split at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -93,7 +93,8 @@ def kind_of(record: Record) -> Kind:
 def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
     """Raise ValueError if `record` is not a valid fine-tuning record.
 
-    The message starts with `where`, for example "a.json, line 3". If needs_answer is False, the output, the completion or the final message of the assistant may be missing.
+    The message starts with `where`, for example "a.json, line 3". If needs_answer is False, the output, the completion
+    or the final message of the assistant may be missing.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")

@@ -58,8 +58,8 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
     """Return the memory-mapped token ids of a data set that `prepare` wrote, and the content of its `tokens.json`.
 
     Raise ValueError if `tokens.json` is damaged, or if its hashes do not match `tokens.bin` and `tokenizer.json`. The
-    check takes about 0.1 seconds for any size, because only 64 blocks of a `tokens.bin` over 64 MiB are hashed. It detects a
-    different file, but perhaps not a single changed byte. The key `sha256` of `tokens.json` is the hash of the whole
+    check takes about 0.1 seconds for any size, because only 64 blocks of a `tokens.bin` over 64 MiB are hashed. It detects
+    a different file, but perhaps not a single changed byte. The key `sha256` of `tokens.json` is the hash of the whole
     `tokens.bin`. Early versions of MyGPT stored no hash of blocks; for their files over 64 MiB, only the size is
     checked.
     """

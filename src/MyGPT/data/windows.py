@@ -25,8 +25,8 @@ Batch = tuple[Tensor, Tensor]
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
     """Return the inputs and targets of B windows, each (B, T) int64, that start at the positions `starts` (B,) in `ids`.
 
-    Inputs are T = max_length ids from each start; targets are the ids one position later. After the end of `ids`, the inputs are `pad_id` and the targets are
-    -100, which every loss ignores.
+    Inputs are T = max_length ids from each start; targets are the ids one position later. After the end of `ids`, the
+    inputs are `pad_id` and the targets are -100, which every loss ignores.
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)
