@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: F405
     "Trace", "ablate_heads", "ablate_mlps", "edit", "induction_scores", "logit_lens", "nearest_tokens", "patch",
-    "patching_effects", "places", "trace",
+    "patching_effects", "places", "plain_attention", "trace",
 ]  # fmt: skip
 
 

@@ -272,9 +272,9 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """Return the k tokens whose embeddings have the largest cosine similarity to the embedding of token id_.
+    """Return the k tokens whose embeddings have the largest cosine similarity to the embedding of token `id_`.
 
-    The result is the ids and the similarities of these tokens, each (k,), in descending order; id_ itself is left out.
+    The result is the ids and the similarities of these tokens, each (k,), in descending order; `id_` itself is left out.
     """
     _require_gpt(model)
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
