@@ -64,7 +64,7 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
 def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """Load tensors that have MyGPT's names, and return them with the book's names. c_attn is split in three."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
-    in_block = {ours: theirs for ours, _, theirs in BLOCK}
+    in_block = {ours: theirs for ours, _, theirs, _ in BLOCK}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in top:
