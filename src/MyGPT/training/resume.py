@@ -68,7 +68,7 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
     if differences:
         raise ValueError(
             f"the run cannot be resumed from step {snapshot.state.step}: {'; '.join(differences)} "
-            "(--allow-changed KEY resumes it with the changed value, with different results)"
+            "(--allow_changed KEY resumes it with the changed value, with different results)"
         )
     machine = snapshot.context["machine"]
     return [
