@@ -46,7 +46,6 @@ def generate(
     Args:
         model: a GPTModel, an accelerated model, or any module that maps ids (B, T) to logits (B, T, V).
         idx: the prompts, (B, T) int64.
-        max_new_tokens: largest number of new tokens.
         context_size: number of last tokens that the model sees (default and at most: its context length).
         temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`. Temperature 0 is greedy.
         eos_id: the id that finishes a row.

@@ -60,7 +60,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `token_loss(head(hidden), targets)`, by `linear_token_loss` if the head only multiplies by its weight."""
+    """Return `token_loss(head(hidden), targets)`, through `linear_token_loss` if the head is only a product with its weight."""
     # A head with an adapter or a bias computes more than that product.
     if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
         return linear_token_loss(hidden, head.weight, targets)

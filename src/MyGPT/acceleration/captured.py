@@ -31,7 +31,7 @@ class StaticCache(KVCache):
         self.is_stepping = False
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values as in KVCache. A captured step gets the whole memory, each (B, H, L, D)."""
+        """Store new keys and values as KVCache does. A captured step gets the whole memory, each (B, H, L, D)."""
         if not self.is_stepping:
             return super().append(layer, k, v)
         keys, values = self.storage[layer]

@@ -69,7 +69,10 @@ class ModelStruct(Structure):
 
 
 class Build:
-    """The compilation of the kernel, unless the cache directory has it already, in a process beside the caller's work."""
+    """A compilation of the kernel in its own process, which runs while the caller loads a model.
+
+    A kernel that is already in the cache directory is not compiled again.
+    """
 
     def __init__(self) -> None:
         self.library = cache_directory() / f"gpt2-{_cache_key()}.so"

@@ -1,9 +1,10 @@
 """Prompt-lookup decoding (Saxena, 2023): guess the next tokens from what followed the same tokens earlier in the text.
 
-A forward pass over a few tokens takes hardly longer than one over a single token, because reading the weights takes most of the
-time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed tokens, the
-logits that were computed ahead are used; then the remaining guesses are dropped. Greedy text is unchanged, and sampled text has
-the same distribution: this is speculative sampling (Leviathan et al., 2023) with a draft that is certain of its guess.
+A forward pass over a few tokens takes hardly longer than one over a single token, because reading the weights takes most
+of the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed
+tokens, the logits that were computed ahead are used; after a wrong guess the others are dropped. Greedy text is unchanged,
+and sampled text has the same distribution: this is speculative sampling (Leviathan et al., 2023) with a draft model that is
+certain of its guess.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class LookupCache:
             self.source, self.continuations[run] = self.continuations.get(run), len(self.ids)
 
     def guess(self, n: int) -> list[int]:
-        """Return the n ids that followed the earlier occurrence, then the guesses again; none without an occurrence."""
+        """Return n guesses: the ids that followed the earlier occurrence, repeated if they are fewer; none without one."""
         if self.source is None:
             return []
         text = list(self.ids)

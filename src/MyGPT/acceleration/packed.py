@@ -28,7 +28,7 @@ _THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in k
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """Return each row's scale for int8, (N,) float32: its largest magnitude becomes 127. A row with a NaN gets NaN."""
+    """Return the int8 scale of each row, (N,) float32: the row's largest magnitude / 127, and NaN for a row with a NaN."""
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
     return torch.where(largest == 0, torch.ones_like(largest), largest / 127)
 

@@ -100,7 +100,6 @@ class FastModel(nn.Module):
         self.config = model.config
         self.precision = precision
         self.kernel = kernel
-        self.gelu = self.config.activation
         head, transformer = model.lm_head, model.transformer
         layers: Any = transformer.h
         weights = [linear.weight for linear in (head, *(linear for layer in layers for linear in _linears(layer)))]
@@ -134,7 +133,7 @@ class FastModel(nn.Module):
             )
         return c.ModelStruct(
             c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
-            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.gelu == "gelu",
+            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.config.activation == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 
@@ -183,7 +182,7 @@ class FastModel(nn.Module):
                 k, v = cache.append(layer, k, v)  # (B, H, S, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
             x = attn_proj(y.transpose(1, 2).reshape(B, T, -1), "add", x)
-            x = mlp_proj(c_fc(ln_2(x), self.gelu), "add", x)
+            x = mlp_proj(c_fc(ln_2(x), self.config.activation), "add", x)
         if cache is not None:
             cache.length = S
         return self.head(self.ln_f(x[:, -1:] if last_only else x))
