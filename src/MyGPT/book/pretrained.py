@@ -63,7 +63,7 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
 def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """Load the tensors and rename them to the book's names; c_attn is split into queries, keys and values."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
-    in_block = {ours: theirs for ours, _, theirs in BLOCK}
+    in_block = {ours: theirs for ours, _, theirs, _ in BLOCK}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in top:

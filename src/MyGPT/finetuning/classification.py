@@ -115,7 +115,7 @@ class GPTForClassification(nn.Module):
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
         """Open a directory that `save_pretrained` or transformers wrote; return the classifier in evaluation mode."""
         path, config = Path(directory), read_config(directory)
-        tensors = dict(read_safetensors(path / "model.safetensors"))
+        tensors = read_safetensors(path / "model.safetensors")
         if "score.weight" not in tensors:
             raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
         score = tensors.pop("score.weight")
