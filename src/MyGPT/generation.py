@@ -1,6 +1,6 @@
 """Text generation, token by token. `generate_stream` is the only decoding loop of the library.
 
-B batch, T time, V vocabulary. sampling.py picks the next token from the logits.
+B batch size, T tokens, V vocabulary size. sampling.py picks the next token from the logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next
 
 Stop = str | Sequence[int]
-"""A text, or a sequence of ids, at which generation ends."""
+"""A text, or a sequence of token ids, at which generation ends."""
 
 
 def generate(
@@ -38,22 +38,22 @@ def generate(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Tensor:
-    """Return the prompts followed by up to max_new_tokens new tokens, (B, T + new) int64.
+    """Return the prompts followed by up to max_new_tokens new tokens, as int64 ids (B, T + number of new tokens).
 
-    Generation ends early when every row has finished. Until then, a finished row is filled with eos_id, or else with the
-    tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
+    Generation ends early when all sequences have finished. Until then, a finished sequence is filled with eos_id, or else
+    with the tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
 
     Args:
         model: a GPTModel, an accelerated model, or any module that maps ids (B, T) to logits (B, T, V).
-        idx: the prompts, (B, T) int64.
-        context_size: number of last tokens that the model sees (default and at most: its context length).
+        idx: the token ids of the prompts, (B, T) int64.
+        context_size: number of most recent tokens that the model sees (default and maximum: its context length).
         temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`. Temperature 0 is greedy.
-        eos_id: the id that finishes a row.
-        stop: one or several texts or sequences of ids that finish a row. The stop itself stays in the result, because a text
-            can begin in the middle of a token. Texts need `tokenizer`.
+        eos_id: the id that finishes a sequence.
+        stop: one or several texts or sequences of ids that finish a sequence. The stop itself stays in the result, because a
+            text can begin in the middle of a token. Texts need `tokenizer`.
         seed: makes the sampled tokens reproducible, independently of torch's global seed.
         attention_mask: (B, T), 1 for tokens and 0 for padding, for prompts of unequal length padded on either side. Each
-            row continues as it would alone.
+            prompt is continued as if it were alone.
         use_cache: False recomputes all tokens in every step. The result is the same, but slower.
         tokenizer: decodes the new tokens to find stop texts.
 
@@ -86,7 +86,7 @@ def generate_stream(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Iterator[Tensor]:
-    """Yield the new tokens step by step, each (B,) int64. The arguments are those of `generate`."""
+    """Yield the new token of every sequence, step by step, as int64 tensors (B,). For the arguments, see `generate`."""
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"the prompts must be (batch, time) with at least one token, got shape {tuple(idx.shape)}")
@@ -135,7 +135,10 @@ def generate_stream(
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor | None, window: int | None, cache: Any) -> Tensor:
-    """Return the logits (B, V) of the last position, which sees the last `window` tokens (None: all)."""
+    """Return the logits (B, V) of the token that follows `ids` (B, T). The model sees only the last `window` ids (None: all).
+
+    `mask` (B, T) is False for padding. With a cache, the model computes only the ids that are not yet in the cache.
+    """
     if window is not None:
         ids, mask = ids[:, -window:], None if mask is None else mask[:, -window:]
     with evaluation_mode(model):
@@ -147,7 +150,7 @@ def _last_logits(model: Any, ids: Tensor, mask: Tensor | None, window: int | Non
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the `with` block, and restore the mode of every module afterwards."""
+    """Set a model to evaluation mode within a `with` block, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -159,10 +162,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class TextStream:
-    """A decoder for ids that arrive one by one. It returns whole characters only and leaves out stop texts.
+    """A decoder for token ids that arrive one by one. `add` and `end` return the new text.
 
-    The text of the prompt is not returned. Every call decodes all ids again, because the text of a token can depend on the
-    tokens before it; compared with a forward pass this takes no time.
+    Only whole characters are returned, without the text of the prompt and without any of the `stop` texts. Every call decodes
+    all ids again, because the text of a token can depend on the tokens before it. Compared with a forward pass this takes
+    almost no time.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
@@ -172,7 +176,7 @@ class TextStream:
         self.shown = 0
 
     def add(self, id_: int) -> str:
-        """Append an id and return the new text that is certain now, which is often empty."""
+        """Append a token id and return the new text, often an empty string. Incomplete characters are held back."""
         self.ids.append(id_)
         # The next id may complete a character or a stop text, so incomplete ones are held back.
         text = self._text().rstrip("\ufffd")
@@ -180,11 +184,11 @@ class TextStream:
         return self._show(text[: len(text) - held])
 
     def end(self) -> str:
-        """Return the text that was held back."""
+        """Return the rest of the text, which `add` held back because it was incomplete or could become a stop text."""
         return self._show(self._text())
 
     def _text(self) -> str:
-        """Return the text of all new ids up to the first stop text."""
+        """Decode all ids and return the text after the prompt, up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
         # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
         pairs = enumerate(zip(self.prompt, text, strict=False))
@@ -193,7 +197,7 @@ class TextStream:
         return text[: min(places, default=len(text))]
 
     def _show(self, text: str) -> str:
-        """Return the part of the text that was not returned before."""
+        """Return the part of `text` that earlier calls did not return."""
         new, self.shown = text[self.shown :], max(self.shown, len(text))
         return new
 
@@ -207,9 +211,9 @@ def stream_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of the prompt `ids` in pieces of text, up to a stop text or the end-of-text token.
+    """Yield the continuation of the prompt `ids` as short strings, until a stop text or the tokenizer's end-of-text token.
 
-    The arguments are those of `generate`. The end-of-text token is the tokenizer's, and the stop text is left out.
+    The stop text is left out. `sampling` holds the sampling options. For the other arguments, see `generate`.
     """
     stream = TextStream(tokenizer, ids, stop)
     device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
@@ -221,14 +225,14 @@ def stream_text(
 
 
 def _context(model: Any, context_size: int | None) -> int | None:
-    """Return the largest number of tokens that the model may see; None if neither context_size nor a config limits it."""
+    """Return the smaller of context_size and the model's own context length; None if neither exists."""
     require_positive(context_size=context_size, optional=True)
     own = getattr(getattr(model, "config", None), "context_length", None)
     return min((length for length in (context_size, own) if length is not None), default=None)
 
 
 def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the prompts with all padding moved to the left, and their mask (bool), which is None without padding.
+    """Return the prompts `idx` with all padding moved to the left, and their bool mask, which is None without padding.
 
     New tokens are appended on the right, so the tokens of every prompt must end there.
     """
@@ -243,14 +247,15 @@ def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tenso
         return idx, None
     order = mask.long().argsort(dim=1, stable=True)  # padding first, then the tokens in their order
     ids, mask = idx.gather(1, order), mask.gather(1, order)
-    empty = int(mask.any(dim=0).long().argmax())  # number of columns that are padding in every row
+    empty = int(mask.any(dim=0).long().argmax())  # number of positions that are padding in every prompt
     return ids[:, empty:], mask[:, empty:]
 
 
 def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
-    """Return (B, V), True for every token that occurs in a row; padding does not count.
+    """Return a bool tensor (B, V) that is True where a sequence already contains the token. Padding does not count.
 
-    `seen` is the result of the step before, to which only the newest token is added; None in the first step.
+    `seen` is the result of the previous step, to which only the newest ids are added; None in the first step. `logits` (B, V)
+    gives the first result its shape and device.
     """
     if seen is not None:
         return seen.scatter(1, ids[:, -1:], True)
@@ -260,7 +265,7 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
 
 
 def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
-    """Return a function of the new ids of a row that is True once the row has reached a stop; None without stops."""
+    """Return a function that checks if the new ids of a sequence have reached one of the stops. None if `stop` is None."""
     if stop is None:
         return None
     stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop

@@ -1,7 +1,7 @@
-"""The cross-entropy of the library, in nats, and the tied output head.
+"""The cross-entropy losses of the library, in nats, and the tied output head.
 
 Losses and counts are returned as separate sums, because a mean of means is wrong when batches differ in length: sum both over
-batches, then divide once. N = B * T positions, C embedding width, V vocabulary.
+batches, then divide once. B batch size, T tokens, N = B * T positions, C embedding width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100
-"""The target that losses ignore, as in torch and transformers."""
+"""Target value of positions that the losses ignore, as in torch and transformers."""
 
 MAX_LOGITS = 1 << 24
-"""Largest number of logits that exist at one time (64 MB in float32)."""
+"""Largest number of logits that `linear_token_loss` computes at one time (64 MB in float32)."""
 
 VOCAB_CHUNK = 2048
-"""Number of outputs that a CPU computes at a time, so that the result is still in its cache when it is stored."""
+"""Number of vocabulary entries whose logits a CPU computes at a time, so that the results stay in the CPU's cache."""
 
 
 class TiedHead(nn.Module):
-    """An output head with the weight (V, C) of the token embedding.
+    """An output head that shares the weight (V, C) of the token embedding.
 
     It is not an nn.Linear, because PEFT and quantizers change every nn.Linear, and would change the embedding with it.
     """
@@ -40,18 +40,19 @@ class TiedHead(nn.Module):
 
 @dataclass
 class CausalLMOutput:
-    """The result of a forward pass with labels."""
+    """The result of GPTModel.forward with labels: the loss and the logits."""
 
     loss: Tensor
     """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
     logits: Tensor
-    """(B, T, V)."""
+    """Logits of the next token at every position, (B, T, V)."""
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy in nats and the number of counted targets.
+    """Return the summed cross-entropy in nats and the number of targets that were counted.
 
-    logits (..., V) float; targets (...) int64, where -100 is ignored. Logits of 16 bits are converted to float32 first.
+    logits is a float tensor (..., V), and targets an int64 tensor (...) in which -100 is not counted. 16-bit logits are
+    converted to float32 first.
     """
     logits = logits.flatten(0, -2)  # (N, V)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
@@ -60,7 +61,10 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `token_loss(head(hidden), targets)`, through `linear_token_loss` if the head is only a product with its weight."""
+    """Return `token_loss(head(hidden), targets)` for an output head and its input, hidden (..., C).
+
+    If the head is only a product with its weight, `linear_token_loss` computes the same with less memory.
+    """
     # A head with an adapter or a bias computes more than that product.
     if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
         return linear_token_loss(hidden, head.weight, targets)
@@ -70,9 +74,10 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return `token_loss(hidden @ weight.T, targets)` without storing all logits at once.
 
-    hidden (..., C); weight (V, C); targets (...) int64, where -100 is ignored. For GPT-2's vocabulary of 50,257 tokens the
-    logits would take most of the memory of a training step. Large products are therefore computed in chunks of rows. The
-    forward pass already computes the gradients of each chunk, so a second backward pass raises an error.
+    hidden is (..., C), weight is (V, C), and targets is an int64 tensor (...) in which -100 is not counted. For GPT-2's
+    vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are therefore
+    computed for a part of the positions at a time. The forward pass already computes the gradients of each part, so a second
+    backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     # On a GPU the number of counted targets is not known without waiting for the GPU.
@@ -91,7 +96,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
-    """The summed cross-entropy, in float32 or float64. Its gradient for the logits is softmax minus one-hot."""
+    """The summed cross-entropy of the logits hidden @ weight.T, computed chunk by chunk together with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_grad_enabled: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """The GPT-2 transformer (Radford et al., 2019): token ids in, next-token logits out.
 
-B batch, T time (new tokens), S time seen so far, C embedding width, H heads, D = C // H, V vocabulary.
+B batch size, T new tokens, S all tokens so far (cached and new), C embedding width, H heads, D = C // H, V vocabulary size.
 The names of the layers are those of OpenAI's checkpoints. Caches, masks and input checks are in cache.py, initial weights in
 initialisation.py, the losses in loss.py, the decoding loop in generation.py.
 """
@@ -52,7 +52,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (Hendrycks & Gimpel, 2016) between them, applied to every token by itself."""
+    """Two linear layers with GELU (Hendrycks & Gimpel, 2016) between them, applied to every token separately."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final LayerNorm: everything but the output head."""
+    """The model without its output head: embeddings, blocks and the final LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the hidden states (B, T, C) that the output head reads. The arguments are those of GPTModel.forward."""
+        """Return the final hidden states (B, T, C), the input of the output head. For the arguments, see GPTModel.forward."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.shape[1]
         S = T if cache is None else cache.length + T
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """GPT-2 with new random weights, of the size that `config` (a GPTConfig or a dict of its fields) describes."""
+    """A GPT-2 model with new random weights. `config`, a GPTConfig or a dict of its fields, sets sizes and options."""
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -148,18 +148,20 @@ class GPTModel(nn.Module):
         """Return the logits (B, T, V), or a `CausalLMOutput` if labels are given.
 
         Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, S), 1 for tokens and 0 for padding on either side; positions count tokens only. Several
-                texts in a row are numbered 1, 2, …, and each is computed as if it were alone.
-            inputs_embeds: (B, T, C), token embeddings to use instead of input_ids.
-            labels: (B, T) int64, usually input_ids themselves; the model shifts them, as in transformers. Labels of -100
-                are ignored. Give -100 to the first token of each of several texts.
+            input_ids: token ids, (B, T) int64.
+            attention_mask: (B, S), 1 for tokens and 0 for padding on either side. Padding is not counted in the positions. If
+                a sequence packs several texts, number the tokens of the first text 1, of the second text 2, and so on; each
+                text is then computed as if it were alone.
+            inputs_embeds: token embeddings to use instead of input_ids, (B, T, C).
+            labels: (B, T) int64, usually input_ids themselves; the model shifts them by one position, as in transformers.
+                Labels of -100 are ignored. If a sequence packs several texts, give -100 to the first token of each text.
             output_attentions, output_hidden_states, return_dict: leave unset; they exist because PEFT passes them.
-            cache: the keys and values of the S - T tokens before; the new tokens are appended.
+            cache: the keys and values of the S - T earlier tokens; the new tokens are appended.
             last_only: compute only the logits of the last position, (B, 1, V).
 
         Raises:
-            ValueError: a wrong shape or dtype, a sequence longer than the context, or arguments that exclude each other.
+            ValueError: a wrong shape or dtype, a sequence longer than the context length, or arguments that exclude each
+                other.
             IndexError: an id or a label outside the vocabulary.
         """
         if output_attentions or output_hidden_states:
@@ -179,20 +181,21 @@ class GPTModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy in nats and the number of counted targets, without storing (B, T, V) logits.
 
-        input_ids and targets (B, T) int64. The targets are already shifted, and targets of -100 are ignored.
+        input_ids and targets are (B, T) int64. Each target is the token after the input at the same position; targets of -100
+        are not counted. For attention_mask, see `forward`.
         """
         check_inputs(self.config, input_ids, attention_mask, labels=targets)
         return head_loss(self.lm_head, self.transformer(input_ids, attention_mask), targets)
 
     def row_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the summed cross-entropy of each row, (B,). The arguments are those of `token_loss`."""
+        """Return the summed cross-entropy of each sequence in nats, (B,). For the arguments, see `token_loss`."""
         check_inputs(self.config, input_ids, attention_mask, labels=targets)
         hidden = self.transformer(input_ids, attention_mask)
         return torch.stack([head_loss(self.lm_head, *row)[0] for row in zip(hidden, targets, strict=True)])
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """True if training recomputes each block in the backward pass: less memory, a third more computation."""
+        """True if training recomputes each block in the backward pass, which takes less memory but a third more computation."""
         return self.transformer.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -200,34 +203,40 @@ class GPTModel(nn.Module):
         self.transformer.gradient_checkpointing = value
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments that a decoding loop of transformers passes to `forward`. PEFT requires this method."""
+        """Return the arguments that transformers' decoding loop passes to `forward`. PEFT requires this method."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters; shared ones count once. The embeddings are those of tokens and positions."""
+        """Return the number of parameters, counting shared parameters once.
+
+        only_trainable leaves out frozen parameters, and exclude_embeddings the token and position embeddings.
+        """
         counted = {parameter for parameter in self.parameters() if parameter.requires_grad or not only_trainable}
         if exclude_embeddings:
             counted -= {self.transformer.wte.weight, self.transformer.wpe.weight}
         return sum(parameter.numel() for parameter in counted)
 
     def estimate_flops(self, n_tokens: int | None = None, backward: bool = True) -> int:
-        """Return the FLOPs per token in a sequence of n_tokens (default: the context); see `costs.flops_per_token`."""
+        """Return the floating-point operations per token in a sequence of n_tokens (default: the model's context length).
+
+        The backward pass is included unless backward=False. See `costs.flops_per_token`.
+        """
         return flops_per_token(self.config, n_tokens, backward, count_matrix_weights(self))
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a model directory that transformers can open too; after an error, an existing directory is unchanged.
+        """Write a model directory that transformers can load too. If writing fails, an existing directory is left unchanged.
 
-        The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, the
-        tokenizer's files and a model card.
+        The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, a model card,
+        and the files of the tokenizer if one is given.
         """
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
     def train(self, mode: bool = True) -> GPTModel:
-        """Set training or evaluation mode. Training mode first copies memory-mapped weights to contiguous memory."""
+        """Set training or evaluation mode. If `mode` is True, memory-mapped weights are first copied to contiguous memory."""
         # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
         if mode and not all(parameter.is_contiguous() for parameter in self.parameters()):
             for parameter in self.parameters():
@@ -239,11 +248,12 @@ class GPTModel(nn.Module):
         """Return a released model, or the model in a directory or file, in evaluation mode.
 
         Args:
-            name_or_dir: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (OpenAI's files), or "openai-community/gpt2" and
-                similar names (Hugging Face's), downloaded once to $MYGPT_CACHE or the user's cache directory; or the
-                directory of a saved model, of a run or of OpenAI's files; or nanoGPT's ckpt.pt.
-            dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped:
-                their file may be replaced or deleted afterwards, but not truncated. Training never changes the file.
+            name_or_dir: a released model, which is downloaded once to $MYGPT_CACHE or the user's cache directory: "gpt2",
+                "gpt2-medium", "gpt2-large" or "gpt2-xl" (OpenAI's files), or "openai-community/gpt2" and similar names
+                (Hugging Face's files). Or a path: the directory of a saved model, of a training run or of OpenAI's files, or
+                nanoGPT's ckpt.pt.
+            dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
+                file may be replaced or deleted afterwards, but not truncated. Training never changes the file.
         """
         config, state_dict = read_weights(name_or_dir, dtype)
         with torch.device("meta"):

@@ -1,7 +1,8 @@
-"""kernel.cpp: compiled once per machine by the user's C++ compiler, and called through ctypes.
+"""Compile kernel.cpp once per machine with the user's C++ compiler, and call its functions through ctypes.
 
-The kernel includes only the standard library, so it compiles in about three seconds. A torch extension needs ninja and torch's
-headers, and takes half a minute. Without a compiler, packed.py uses torch's operators, which give the same results more slowly.
+The kernel includes only the standard library, so it compiles in about three seconds. A torch extension would need ninja and
+torch's headers, and half a minute. Without a compiler, packed.py uses torch's operators, which give the same results more
+slowly. B batch size, T new tokens, H heads, D = C // H, C embedding width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ FLAGS = (
 
 
 class LinearStruct(Structure):
-    """`struct Linear` of kernel.cpp."""
+    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, int8 scales, bias and sizes of a linear layer."""
 
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
 
 
 class NormStruct(Structure):
-    """`struct Norm` of kernel.cpp."""
+    """The ctypes declaration of `struct Norm` in kernel.cpp: weight and bias of a LayerNorm."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
 
 
 class BlockStruct(Structure):
-    """`struct Block` of kernel.cpp."""
+    """The ctypes declaration of `struct Block` in kernel.cpp: the layers of a transformer block."""
 
     _fields_ = [
         ("ln_1", NormStruct), ("ln_2", NormStruct),
@@ -59,7 +60,7 @@ class BlockStruct(Structure):
 
 
 class ModelStruct(Structure):
-    """`struct Model` of kernel.cpp."""
+    """The ctypes declaration of `struct Model` in kernel.cpp: the addresses of all weights, and the sizes of the model."""
 
     _fields_ = [
         ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
@@ -69,7 +70,7 @@ class ModelStruct(Structure):
 
 
 class Build:
-    """A compilation of the kernel in its own process, which runs while the caller loads a model.
+    """A compilation of the kernel in a process of its own, so that the caller can load a model at the same time.
 
     A kernel that is already in the cache directory is not compiled again.
     """
@@ -87,7 +88,7 @@ class Build:
             weakref.finalize(self, _abandon, self.compiler, self.unfinished)
 
     def wait(self) -> Kernel:
-        """Return the compiled kernel; may be called again. Raises OSError if there is no compiler or it fails."""
+        """Wait for the compiler and return the kernel. Raises OSError if no C++ compiler is found or the compilation fails."""
         compiler = self.compiler
         if compiler is not None and self._errors is None:
             if compiler.poll() is None:
@@ -105,7 +106,7 @@ class Build:
 
 
 def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
-    """Stop a compiler whose result is no longer needed, and delete its unfinished output."""
+    """Stop the compiler process if it still runs, and delete `unfinished`, the file that it writes."""
     compiler.kill()
     compiler.wait()
     if compiler.stderr is not None:
@@ -114,7 +115,7 @@ def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
 
 
 def find_compiler() -> str | None:
-    """Return the path of the user's C++ compiler: $CXX, or else the first of the usual names; None if there is none."""
+    """Return the path of a C++ compiler: $CXX if it is set, otherwise c++, g++ or clang++. None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -131,32 +132,43 @@ def _cache_key() -> str:
 
 
 class Kernel:
-    """The functions of the compiled kernel. Tensors are contiguous and on the CPU; all but ids and weights are float32."""
+    """The functions of the compiled kernel. All tensors are contiguous, on the CPU, and float32 unless stated otherwise."""
 
     def __init__(self, library: CDLL) -> None:
         self._library = library
         self.panel: int = library.gpt2_panel()
-        """Number of outputs per panel, P in kernel.cpp. It depends on the CPU."""
+        """Number of rows of a weight matrix that are stored interleaved, as one panel: 12, 24 or 48, depending on the CPU."""
 
     def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
-        """Write the weight (N, K), divided by linear's scales if it has any, into linear's panels."""
+        """Copy a weight matrix (N, K) into the memory of `linear`, in the order in which the kernel reads it.
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8, after division by linear's scales).
+        """
         self._library.gpt2_pack(address(weight), byref(linear), weight_bytes)
 
     def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
-        """Write the matrix's rows for int64 ids into y, (*ids.shape, K)."""
+        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K).
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
+        """
         self._library.gpt2_rows(byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
 
     def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
-        """Write the product of x (M, K) with the matrix into y (M, N). `then` is an `enum Then` of kernel.cpp."""
+        """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8). then=0 stores the result in y, and
+        then=1 adds it to y. then=2 stores its GELU in the tanh approximation, and then=3 its exact GELU.
+        """
         self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
     def forward(
         self, model: ModelStruct, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
     ) -> None:
-        """Write the logits of the last n of T new tokens, with int64 ids (B, T) in the vocabulary, into logits (B, n, V).
+        """Write the logits of the last n of the T new tokens of every sequence into `logits`, (B, n, V).
 
-        cache (n_layers, 2, B, H, length, D) has `past` tokens, and the T new ones are appended; first (B) int32 is the
-        column at which each sequence begins after its left padding; scratch is memory for 6 B T C numbers.
+        ids (B, T) int64 are the new tokens, which must be in the vocabulary. cache (n_layers, 2, B, H, capacity, D) holds the
+        keys and values of `past` earlier tokens per sequence; the keys and values of the new tokens are appended. first (B)
+        int32 is the index of the first token of each sequence after its left padding. scratch is memory for 6 B T C numbers.
         """
         B, T = ids.shape
         self._library.gpt2_forward(
@@ -166,5 +178,5 @@ class Kernel:
 
 
 def address(tensor: Tensor | None) -> c_void_p:
-    """Return the address of a tensor's memory for the kernel; None becomes a null pointer."""
+    """Return a pointer to the tensor's memory, as an argument for the kernel. None becomes a null pointer."""
     return c_void_p(None if tensor is None else tensor.data_ptr())

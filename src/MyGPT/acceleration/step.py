@@ -1,8 +1,8 @@
 """`accelerate`: a copy of a trained model that generates faster on a CPU and gives the same logits.
 
-The weights are copied once into the layout that the kernel reads (packed.py). Up to 32 new tokens go through kernel.cpp in one
-call. Longer prompts, unusual masks, and everything on machines without a C++ compiler use torch, layer by layer.
-B batch, T new tokens, S tokens seen, C embedding width, H heads, D = C // H, V vocabulary.
+The weights are copied once into the order in which the C++ kernel reads them (packed.py). Up to 32 new tokens per sequence go
+through kernel.cpp in one call. Longer prompts, masks other than left padding, and machines without a C++ compiler use torch,
+layer by layer. B batch size, T new tokens, S all tokens so far, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from MyGPT.loss import TiedHead
 from MyGPT.model import Block, GPTModel
 
 MAX_KERNEL_TOKENS = 32
-"""Largest number of new tokens that the kernel computes in one call. For more, torch's attention is faster."""
+"""Largest number of new tokens per sequence that kernel.cpp computes in one call. For more tokens, torch is faster."""
 
 
 def accelerate(
     model: GPTModel, precision: Precision = "fp32", *, build: c.Build | None = None, compiled: bool | None = None
 ) -> FastModel:
-    """Return a copy of `model` that generates faster on this CPU, and takes the model's place in `generate`.
+    """Return a copy of `model` that generates faster on this CPU. Pass the copy to `generate` instead of `model`.
 
     All weights are copied, so later changes of `model` do not affect the result.
 
@@ -37,9 +37,9 @@ def accelerate(
         precision: "fp32" reproduces the model's logits up to rounding. "bf16" and "int8" need half and a quarter of the
             memory; reading the weights from memory is what limits the speed of generation. "auto" is "bf16" for a model in
             bfloat16 and "fp32" for any other.
-        build: a compilation of the kernel that was started before.
-        compiled: True requires the compiled kernel, and False avoids it. None uses the kernel if a C++ compiler is
-            available; the first call on a machine compiles for about 3 seconds.
+        build: a compilation of the C++ kernel that was started before. Default: start one if needed.
+        compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available; the
+            first call on a machine compiles for about 3 seconds.
 
     Raises:
         ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
@@ -77,7 +77,7 @@ def _check_model(model: GPTModel, precision: str) -> None:
 
 
 def _linears(block: Block) -> tuple[nn.Linear, ...]:
-    """Return a block's linear layers in the order of `struct Block` in kernel.cpp."""
+    """Return the four linear layers of a transformer block, in the order of `struct Block` in kernel.cpp."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
@@ -93,7 +93,7 @@ class _Norm:
 
 
 class FastModel(nn.Module):
-    """The result of `accelerate`: ids to logits like a GPTModel, without gradients and without parameters to train."""
+    """The accelerated copy of a GPTModel that `accelerate` returns. It has no trainable parameters and computes no gradients."""
 
     def __init__(self, model: GPTModel, precision: str, kernel: c.Kernel | None) -> None:
         super().__init__()
@@ -115,14 +115,14 @@ class FastModel(nn.Module):
         self.train(False)
 
     def _pack(self, linear: nn.Linear | TiedHead) -> AnyLinear:
-        """Return a copy of a linear layer in this model's precision."""
+        """Return a copy of a linear layer with its weight in this model's precision, for kernel.cpp if that is compiled."""
         bias = getattr(linear, "bias", None)
         if self.kernel is None or self._memory is None:
             return PlainLinear(linear.weight, bias, self.precision)
         return PanelLinear(linear.weight, bias, self.precision, self.kernel, self._memory)
 
     def _make_struct(self) -> c.ModelStruct | None:
-        """Return the `struct Model` of kernel.cpp, with the addresses of all weights; None without the kernel."""
+        """Return this model as the `struct Model` of kernel.cpp, with the addresses of all weights. None without the kernel."""
         if not isinstance(self.head, PanelLinear):
             return None
         blocks = (c.BlockStruct * self.config.n_layers)()
@@ -138,7 +138,7 @@ class FastModel(nn.Module):
         )  # fmt: skip
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.wpe)
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class FastModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V) in float32. The arguments are those of GPTModel.forward."""
+        """Return the float32 logits: (B, T, V), or (B, 1, V) with last_only=True. For the arguments, see GPTModel.forward."""
         if input_ids.device.type != "cpu":
             raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
@@ -169,7 +169,7 @@ class FastModel(nn.Module):
     def _torch_forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool
     ) -> Tensor:
-        """Return the logits, computed layer by layer as in model.py."""
+        """Return the logits of `forward`, computed layer by layer instead of in one call of kernel.cpp."""
         B, T = input_ids.shape
         S = T if cache is None else cache.length + T
         positions, mask = positions_and_mask(attention_mask, T, S, input_ids.device)
@@ -189,7 +189,7 @@ class FastModel(nn.Module):
 
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
-    """Return the column at which each row begins after its left padding, (B,); None for any other kind of mask."""
+    """Return the index of the first token of each of B left-padded sequences, (B,) int64. None for any other kind of mask."""
     if attention_mask is None:
         return torch.zeros(B, dtype=torch.int64)
     mask = attention_mask.long()

@@ -68,7 +68,8 @@ def read_snapshot(path: Path) -> Snapshot:
     except ValueError as error:
         raise type(error)(f"{path / _STATE} is not usable: {error}") from None
     weights, optimizer = (
-        {name: lazy.load().clone() for name, lazy in read_safetensors(path / file)} for file in (_WEIGHTS, _OPTIMIZER)
+        {name: lazy.load().clone() for name, lazy in read_safetensors(path / file).items()}
+        for file in (_WEIGHTS, _OPTIMIZER)
     )
     return Snapshot(state, weights, optimizer, {name: content[name] for name in _CONTEXT})
 

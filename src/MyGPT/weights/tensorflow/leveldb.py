@@ -87,9 +87,7 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
     compression = table[end]
     if compression:
         kind = "with Snappy" if compression == 1 else f"with the unknown method {compression}"
-        raise ValueError(
-            f"the block at offset {offset} is compressed {kind}, but only uncompressed tables are supported"
-        )
+        raise ValueError(f"the block at offset {offset} is compressed {kind}, but only uncompressed blocks can be read")
     return table[offset:end]
 
 
