@@ -19,7 +19,7 @@ _RANGES = {
     **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _BELOW_1),
     "decay_fraction": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
 }
-"""For some float options, a test of the value and its description. The other float options must be at least 0."""
+"""Maps float options to a test of the value and its description. Other float options must be at least 0."""
 
 
 @dataclass(frozen=True)

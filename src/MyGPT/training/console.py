@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints the events of a training run. `progress` shows a progress bar. Override any method to report elsewhere."""
+    """Prints the events of a training run. `progress=True` adds a progress bar. Override methods to change them."""
 
     def __init__(self, progress: bool = True) -> None:
         self._is_shown = progress
@@ -57,7 +57,7 @@ class Console:
         self.message(f"step {step}: stopped early after {n_evaluations} evaluations without a new best loss")
 
     def checkpointed(self, n_checkpoints: int, seconds: float, share: float) -> None:
-        """Report how long training waited for n_checkpoints checkpoints, in seconds and as a share of its time."""
+        """Report how long training waited for n_checkpoints checkpoints, in seconds and as a share of the time."""
         self.message(f"{n_checkpoints} checkpoints; training waited {seconds:.2f} s for them, {share:.1%} of its time")
 
     def close(self) -> None:

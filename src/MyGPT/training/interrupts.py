@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised when a signal, signal_number, has stopped a training run and everything has been saved."""
+    """Raised when the signal signal_number has stopped a training run and everything has been saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

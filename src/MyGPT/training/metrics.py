@@ -13,8 +13,8 @@ from MyGPT.files import parse_json, read_text
 class MetricsLog:
     """Appends records to `metrics.jsonl` in the directory `run`, and to TensorBoard event files if requested.
 
-    `after` is the step from which a run is resumed (None: a new run). TensorBoard then ignores earlier events of later
-    steps.
+    `after` is the step from which a run is resumed (None: a new run). TensorBoard then ignores events that were written
+    before for later steps.
     """
 
     def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:

@@ -182,7 +182,7 @@ class Run:
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model, if it is another one. Raises FloatingPointError if no validation loss was finite."""
+        """Load the best model if the current one differs. Raises FloatingPointError if no validation loss was finite."""
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
@@ -201,12 +201,12 @@ class Run:
             )
 
     def stop_message(self, state: RunState) -> str:
-        """Return a message with the step, the saved files and the way to resume. Saves a model if there is none."""
+        """Return a message with the step, the saved files and the way to resume. Saves the model if none was saved."""
         way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
-        """Return the sizes of the logs, the recipe (config.yaml), hashes of the data, and the machine."""
+        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine."""
         lengths = {} if self.directory is None else log_lengths(self.directory)
         return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
@@ -228,7 +228,7 @@ class Run:
             self._is_checkpoint_due = False
 
     def write_last_checkpoint(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Write the checkpoint of the last `step`, unless it exists already, and report the time of all checkpoints."""
+        """Write the checkpoint of the last `step` if it is missing. Report how long training waited for checkpoints."""
         if self.writer is None:
             return
         self.writer.wait()
@@ -240,7 +240,7 @@ class Run:
         self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
 
     def _what_is_saved(self, state: RunState) -> str:
-        """Return the paths of the model and the last checkpoint as the end of a message. Saves a model if none is."""
+        """Return a text with the paths of the model and the last checkpoint. Saves the model if none was saved."""
         if self.directory is None:
             return ""
         if state.best_step is None:

@@ -32,19 +32,19 @@ def train_model_simple(
     start_context: str | None = None,
     tokenizer: Any = None,
 ) -> tuple[list[float], list[float], list[int]]:
-    """Train a model and return the training losses, the validation losses and the tokens seen at each evaluation.
+    """Train a model. Return three lists, one value per evaluation: training losses, validation losses, tokens seen.
 
     Args:
         model: a model that maps token ids (batch, time) to logits (batch, time, vocabulary).
-        train_loader: an iterable with a length, of pairs of input and target ids, each (batch, time) int64.
-        val_loader: a loader of validation pairs; None evaluates on the training data only.
+        train_loader: a DataLoader of pairs (input ids, target ids), each (batch, time) int64.
+        val_loader: a DataLoader of validation pairs; None measures no validation losses.
         optimizer: the optimizer of the model's parameters.
         device: the device to which the model and the batches are moved.
         num_epochs: number of passes over the training data.
         eval_freq: number of steps between evaluations.
         eval_iter: number of batches of each loader that an evaluation uses.
-        start_context: the text that a sample continues after every epoch; None prints no samples.
-        tokenizer: encodes start_context. Default: GPT-2's.
+        start_context: the beginning of the sample text printed after every epoch; None prints no sample.
+        tokenizer: encodes start_context. Default: the GPT-2 tokenizer.
 
     Raises:
         ValueError: the training loader is empty.

@@ -17,7 +17,7 @@ class IncompatibleCheckpointError(ValueError):
 
 @dataclass
 class RunState:
-    """The progress of a training run: its counters, losses and running means, which each checkpoint stores."""
+    """The progress of a training run: its counters, losses and moving averages, which each checkpoint stores."""
 
     step: int = 0
     """Number of optimizer steps so far, including skipped steps."""
@@ -41,7 +41,7 @@ class RunState:
     """Exponential moving average of the training loss; None before the first finite loss."""
 
     def add_to_means(self, loss: float, grad_norm: float, limit: float) -> float:
-        """Update both moving averages with a step, and return grad_norm divided by its average before the update.
+        """Update the two moving averages with a step, and return grad_norm divided by its average before this update.
 
         A gradient norm above `limit` times its average is counted as `limit` times the average.
         """
@@ -67,7 +67,7 @@ class RunState:
         """Return the fields as a dict of values that standard JSON can hold.
 
         Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None if the
-        latest evaluation was at an earlier step, because keep_best compares checkpoints by the loss of their own step.
+        latest evaluation was at an earlier step, because keep_best compares the losses of the checkpoints' own steps.
         """
         values = vars(self) if self.evaluated_step == self.step else {**vars(self), "val_loss": None}
         non_finite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}

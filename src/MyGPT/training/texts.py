@@ -48,7 +48,7 @@ def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, 
 class LiveSamples:
     """Generates sample texts during training, so that a user can watch the model learn.
 
-    Each sample continues the next one of `prompts` (token ids); config.sample_prompt, if set, replaces them. If
+    Each sample continues the next of `prompts` (lists of token ids); config.sample_prompt, if set, replaces them. If
     `tokenizer` is None, there are no samples.
     """
 

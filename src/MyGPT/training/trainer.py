@@ -43,7 +43,7 @@ class Trainer:
         model: the model to train.
         config: the options of the training run.
         train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (batch, time) int64,
-            and optionally an attention mask (batch, time). With `fingerprint()`, resumed runs detect other data.
+            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data.
         val: token ids, or an object whose method `batches(whole)` yields such batches: all of them if `whole` is True,
             otherwise the same few every time. None trains without evaluation.
         tokenizer: decodes sample texts and is saved with the model.
@@ -193,7 +193,7 @@ class Trainer:
         """Train until the last step or an early stop, close the trainer, and return the best model's validation loss.
 
         The loss is measured on all validation data; NaN without any. Afterwards `trainer.model` and run_dir hold the
-        best model; without run_dir, the trainer holds the last model and the loss is its own.
+        best model. Without run_dir, the last model is kept and evaluated instead.
 
         Raises:
             Stopped: SIGINT (Ctrl-C) or SIGTERM arrived. A checkpoint was saved before.
