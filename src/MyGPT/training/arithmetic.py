@@ -47,7 +47,7 @@ def deterministic_algorithms(required: bool) -> Iterator[None]:
 
 @contextmanager
 def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the `with` block in autocast to `dtype` (None: no autocast), with the fastest float32 kernels for `config`."""
+    """Run the `with` block in autocast to `dtype` (None: no autocast), with the fastest kernels for `config`."""
     # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
     kernels = nullcontext() if config.compile or config.gradient_checkpointing else fast_linear()
     with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints the events of a training run. `progress=True` adds a progress bar. Override methods to change them."""
+    """Prints the events of a training run. `progress=True` adds a progress bar. Subclasses may override any method."""
 
     def __init__(self, progress: bool = True) -> None:
         self._is_shown = progress

@@ -182,7 +182,7 @@ class Run:
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model if the current one differs. Raises FloatingPointError if no validation loss was finite."""
+        """Load the best model, unless it is the current one. Raises FloatingPointError if no loss was finite."""
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
