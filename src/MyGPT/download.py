@@ -37,11 +37,11 @@ class DownloadError(OSError):
 
 
 class _PermanentError(Exception):
-    """This address does not have the file, so another request would be useless."""
+    """An error that another request to this address would repeat."""
 
 
 class _TemporaryError(Exception):
-    """This request failed, but the next may succeed. `wait` is the number of seconds the server asked for, or None."""
+    """An error that the next request may not have. `wait` is the number of seconds the server asked for, or None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)

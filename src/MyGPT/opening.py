@@ -1,7 +1,7 @@
 """Opening a model by name or path, with its tokenizer, prompt template and LoRA adapter.
 
-`find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), the directory
-of a run contains `model/` or `adapter/`, and an adapter names the model that it was trained on. `open_model` builds the
+`find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), a run's
+directory contains `model/` or `adapter/`, and an adapter names the model that it was trained on. `open_model` builds the
 model (weights/formats reads its config and weights), merges the adapter, and opens the tokenizer.
 """
 

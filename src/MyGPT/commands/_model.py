@@ -32,8 +32,8 @@ def start_build(device: str) -> Build | None:
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
     """Return the fastest form of an opened model for generation on its device.
 
-    The precision "auto" keeps the stored precision of the weights. `lookup` wraps the result in PromptLookup. `build` is
-    the compilation that `start_build` started.
+    The precision "auto" keeps the stored precision of the weights. `lookup` wraps the result in PromptLookup. `build`
+    is the compilation that `start_build` started.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Windows over a sequence of token ids, the examples on which a language model is trained.
+"""Windows: sequences that are cut from the token ids of a text, to train a language model.
 
-A window has max_length input ids; its targets are the same ids shifted by one position. B batch, T = max_length.
+A window has max_length input ids. Its targets are the ids one position later. B batch size, T = max_length.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
-    """Return the inputs and targets of the windows that start at the positions `starts` (B,), each (B, T) int64.
+    """Return the inputs and targets of B windows, each (B, T) int64, that start at the positions `starts` (B,) in `ids`.
 
-    After the end of `ids`, the inputs are `pad_id` and the targets -100, which every loss ignores. T is `max_length`.
+    Inputs are T = max_length ids from each start; targets are the ids one position later. After the end of `ids`, the
+    inputs are `pad_id` and the targets are -100, which every loss ignores.
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)
@@ -37,16 +38,17 @@ def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: i
 
 
 class GPTDataset(Dataset[Batch]):
-    """Windows over a text: pairs of inputs and targets, each (T,) int64.
+    """Windows (sequences of T = max_length ids) of a text: each item is a pair of inputs and targets, each (T,) int64.
 
-    The ids are stored once, so memory does not depend on the overlap. Too few ids for one window raise ValueError.
+    The token ids are stored once, so overlapping windows need no more memory. Too few ids for one window raise
+    ValueError.
 
     Args:
         text_or_ids: a text, or token ids as a list, array, tensor or memory map
-        tokenizer: encodes the text; also a plain tiktoken.Encoding
-        max_length: length T of a window
-        stride: distance between the starts of two windows
-        pad_last: add a padded window for the targets at the end that no full window contains
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding
+        max_length: length of a window in tokens
+        stride: distance in tokens between the starts of consecutive windows
+        pad_last: True adds a padded window if the last full window does not reach the end of the text
     """
 
     def __init__(
@@ -87,17 +89,19 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over windows of a text. It yields inputs and targets, each (batch_size, max_length) int64.
+    """Return a DataLoader that yields inputs and targets from a text, each (batch_size, max_length) int64.
 
     Args:
-        text: a text, or token ids
-        stride: distance between the starts of two windows; None for max_length
+        text: a text, or token ids as a list, array or tensor
+        batch_size: number of windows (sequences cut from the text) per batch
+        max_length: length of a window in tokens
+        stride: distance in tokens between the starts of consecutive windows. Default: max_length.
         shuffle: visit the windows in a new random order in each epoch
-        drop_last: leave out a last incomplete batch. False keeps it, and also pads a last incomplete window
-            (targets -100).
-        num_workers: number of processes that load batches
-        tokenizer: encodes the text; None for GPT-2's tokenizer
-        seed: seed of the shuffling; None for torch's global random state
+        drop_last: True leaves out an incomplete last batch. False keeps it, and also adds a padded window (with targets
+            -100) if the last full window does not reach the end of the text.
+        num_workers: number of processes that load batches; 0 loads them in this process
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding. Default: GPT-2's tokenizer.
+        seed: seed for shuffling. Default: torch's global random state.
 
     Raises:
         ValueError: the text is too short for one window or, with drop_last, for one batch.

@@ -190,7 +190,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def refuse_tied(model: GPTModel, config: Any) -> None:
-    """Raise ValueError if the adapter targets a tied weight: merging would also change its other use (PEFT issue 2018)."""
+    """Raise ValueError if the adapter targets a tied weight: merging would change its other use too (PEFT issue 2018)."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     tied = ("lm_head", "transformer.wte") if model.config.tie_weights else ()

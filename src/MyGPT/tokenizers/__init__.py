@@ -1,4 +1,4 @@
-"""Tokenizers: words, characters, byte-level BPE that is trained here, and GPT-2's own."""
+"""Tokenizers for words, characters and byte-level BPE, all of which can be trained, and the tokenizer of GPT-2."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
-    `name_or_dir` is "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
-    `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
+    `name_or_dir` is "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", which all have the same tokenizer; or a directory
+    with `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
@@ -40,9 +40,10 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer in a directory's `tokenizer.json`. An unsupported tokenizer raises ValueError with the path.
+    """Return the tokenizer in the `tokenizer.json` of a directory.
 
-    Supported are the tokenizers that `save` writes, and every byte-level BPE that splits text by GPT-2's pattern.
+    MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
+    pattern. Any other tokenizer raises ValueError with the path.
     """
     path = Path(directory) / "tokenizer.json"
     try:
@@ -54,7 +55,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_json(data: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that the content of a `tokenizer.json` describes."""
+    """Return the tokenizer that `data`, the content of a `tokenizer.json`, describes."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
@@ -73,7 +74,7 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
 
 
 def _require_gpt2_rules(data: dict[str, Any]) -> None:
-    """Raise ValueError if a byte-level BPE has a setting that would give other ids than GPT-2's rules."""
+    """Raise ValueError if `data`, the `tokenizer.json` of a byte-level BPE, has an unsupported setting."""
     pre_tokenizer = data["pre_tokenizer"] or {}
     if (
         pre_tokenizer.get("type") != "ByteLevel"
@@ -98,8 +99,8 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only
-    "bpe" uses `vocab_size` and shows `progress`.
+    `kind` is "words", "chars" or "bpe" to train a tokenizer; any other value is the name or directory of an existing
+    tokenizer, see `get_tokenizer`. Only "bpe" uses `vocab_size`, the number of tokens, and `progress`, a progress bar.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))

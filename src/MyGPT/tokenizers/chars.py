@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are single characters: it needs no training and suits small models; sequences are long."""
+"""A tokenizer whose tokens are single characters. It is simple and suits small models, but its sequences are long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PRE_TOKENIZER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "
 
 
 class CharTokenizer(Tokenizer):
-    """A character tokenizer. The characters get the ids 0, 1, 2 and so on, in the given order."""
+    """A tokenizer whose tokens are single characters. They get the ids 0, 1, 2 and so on, in the given order."""
 
     def __init__(self, characters: Iterable[str]) -> None:
         characters = list(characters)
@@ -38,7 +38,7 @@ class CharTokenizer(Tokenizer):
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Return one id per character. A character outside the vocabulary raises ValueError."""
+        """Return one token id per character. A character that is not in the vocabulary raises ValueError."""
         require_text(text)
         try:
             return [self._id_of[character] for character in text]

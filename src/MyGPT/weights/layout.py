@@ -26,8 +26,8 @@ TOP = (
     ("transformer.ln_f.bias", "ln_f/b", "final_norm.shift"),
     (HEAD, None, "out_head.weight"),
 )
-# The names inside a block, in the same order, and the shape of MyGPT's tensor in units of C. The book has separate matrices
-# for queries, keys and values.
+# The names inside a block, in the same order, and the shape of MyGPT's tensor in multiples of C. The book has separate
+# matrices for queries, keys and values.
 BLOCK: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("ln_1.weight", "ln_1/g", ("norm1.scale",), (1,)),
     ("ln_1.bias", "ln_1/b", ("norm1.shift",), (1,)),
@@ -179,10 +179,8 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
     ours = {name: LazyTensor.of(tensor.detach()) for name, tensor in state_dict.items()}
     if config.tie_weights:
         if not ours[HEAD].equals(ours[WTE]):
-            raise ValueError(
-                f"{HEAD} differs from {WTE} although the config has tie_weights=True, so it would not be saved: set "
-                "model.config = dataclasses.replace(model.config, tie_weights=False)"
-            )
+            way_out = "set model.config = dataclasses.replace(model.config, tie_weights=False)"
+            raise ValueError(f"{HEAD} differs from {WTE}, but is not saved with tie_weights=True: {way_out}")
         del ours[HEAD]
     if not config.qkv_bias:
         ours |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), ours))

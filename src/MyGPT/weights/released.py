@@ -1,6 +1,6 @@
 """OpenAI's released GPT-2 models: their files and servers, and how to download them.
 
-The seventh file of a release, `model.ckpt.meta`, contains TensorFlow's graph. Nothing here needs it, so it is not downloaded.
+`model.ckpt.meta`, the seventh file of a release, is not downloaded: it contains TensorFlow's graph, which is not needed.
 """
 
 from __future__ import annotations
@@ -54,11 +54,9 @@ def download_gpt2(
                 progress=progress,
             )
         except DownloadError as error:
-            missing = [name for name in FILES if not (directory / name).is_file()]
-            raise DownloadError(
-                f"{error}; {directory} still lacks {', '.join(missing)}: "
-                f"set MYGPT_GPT2_URL to a server that has these files under {size}/"
-            ) from None
+            missing = ", ".join(name for name in FILES if not (directory / name).is_file())
+            way_out = f"set MYGPT_GPT2_URL to a server that has these files under {size}/"
+            raise DownloadError(f"{error}; {directory} still lacks {missing}: {way_out}") from None
         found_at = address_of(directory / name) or ""
         servers.sort(key=lambda server: not found_at.startswith(server))
     return directory

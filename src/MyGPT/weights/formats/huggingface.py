@@ -6,7 +6,6 @@ MyGPT writes only this format. There is no export step: transformers opens the s
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -136,7 +135,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write the weights to one file, or to several files and an index. At most one file's tensors are copied at a time."""
-    sizes = {name: _n_bytes(tensor) for name, tensor in tensors.items()}
+    sizes = {name: tensor.load().nbytes for name, tensor in tensors.items()}  # loads views, not copies
     shards: list[list[str]] = [[]]
     for name in tensors:
         if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > MAX_SHARD_BYTES:
@@ -153,11 +152,6 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
         _write_json(temporary / f"{WEIGHTS[0]}{INDEX_SUFFIX}", index)
 
 
-def _n_bytes(tensor: LazyTensor) -> int:
-    assert tensor.dtype is not None  # parameters are floating-point
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -166,6 +160,6 @@ def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:
     names = [name for name in state_dict if not (config.tie_weights and name == "lm_head.weight")]
     n_parameters = sum(state_dict[name].numel() for name in names)
     dtype = str(state_dict[names[0]].dtype).removeprefix("torch.")
-    card = (Path(__file__).parents[2] / "assets" / "model_card.md").read_text(encoding="utf-8")
     head = "the token embedding (tied)" if config.tie_weights else "its own"
+    card = (Path(__file__).parents[2] / "assets" / "model_card.md").read_text(encoding="utf-8")
     return card.format(config=config, n_parameters=n_parameters, dtype=dtype, head=head)

@@ -1,10 +1,8 @@
-"""TensorFlow's checkpoint format, the tensor bundle.
+"""TensorFlow's checkpoint format, the tensor bundle: an index and shards with the raw bytes of the tensors.
 
-A bundle `model.ckpt` consists of an index, `model.ckpt.index`, and of shards such as `model.ckpt.data-00000-of-00001`,
-which contain the raw bytes of the tensors. The index is a LevelDB table (leveldb.py). It maps the empty key to a
-BundleHeaderProto and each tensor's name to a BundleEntryProto with its type, shape, position and checksum. Both are
-protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The files may be damaged or malicious, so the index
-is compared with the real lengths of the shards before any memory is allocated, and every checksum is verified.
+The index, such as `model.ckpt.index`, is a LevelDB table. It maps the empty key to a BundleHeaderProto and the name of
+each tensor to a BundleEntryProto: two protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The files
+may be malicious, so the index is compared with the lengths of the shards before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -127,7 +125,7 @@ def open_bundle(prefix: str | os.PathLike[str]) -> dict[str, BundleTensor]:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
     """Return the prefix in the text file `directory`/checkpoint: `directory`/model.ckpt for OpenAI's models.
 
-    Raises FileNotFoundError without that file, and CheckpointError if the prefix is outside the directory or has no index.
+    Raises FileNotFoundError without that file, CheckpointError if the prefix is outside the directory or has no index.
     """
     state = Path(directory) / "checkpoint"
     try:
