@@ -43,7 +43,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """Fraction of all steps, at the end of the run, in which wsd lowers the learning rate."""
     optimizer: OptimizerName = "adamw"
-    """adamw for all parameters, or muon for the weight matrices of the blocks and AdamW for the other parameters."""
+    """AdamW for all parameters, or Muon for the weight matrices of the blocks and AdamW for the other parameters."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
