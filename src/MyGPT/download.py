@@ -197,7 +197,10 @@ class _Transfer:
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def _request(self) -> None:
-        """Request the bytes that the `.part` file lacks (or the whole file if there is none) and append them to it."""
+        """Send one HTTP request and store the response's body in the `.part` file.
+
+        If some bytes of the file are on disk already, only the rest is requested, otherwise the whole file.
+        """
         start, info = self._position(), self.info
         headers = {"User-Agent": "MyGPT", "Accept-Encoding": "identity"}
         if start and start == info.total:

@@ -43,8 +43,8 @@ def open_model(
 
     Raises:
         FileNotFoundError: there is no model, or the model that an adapter was trained on is missing.
-        ValueError: a file is damaged, its files do not fit together, the tokenizer is
-            missing, or the device is not available.
+        ValueError: a file is damaged, the model's files do not fit together, the tokenizer is missing, or the device is
+            not available.
     """
     place = pick_device(device)
     files = find_model_files(name_or_path, adapter)

@@ -168,7 +168,7 @@ def merge(peft_model: PeftModel) -> GPTModel:
 
 
 class KeptAdapter:
-    """Saves and restores the LoRA adapter of a training run's best model, in the run's subdirectory `adapter`.
+    """The LoRA adapter of a training run's best model, saved in the run's subdirectory `adapter`.
 
     The prompt template and the name of the base model are saved with the adapter.
     """

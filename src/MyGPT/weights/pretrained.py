@@ -37,8 +37,8 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
     """Download a model by name (see `find_model`), unless it is already complete, and return its directory.
 
-    `directory` is the parent directory of all downloaded models. Default: `models` in the cache directory. `base_url` is
-    a server with OpenAI's files. Default: the public servers.
+    `directory` is the parent directory of all downloaded models. Default: `models` in the cache directory. `base_url`
+    is a server with OpenAI's files. Default: the public servers.
     """
     parent = Path(directory) if directory is not None else cache_directory() / "models"
     repository = _repository(name)
@@ -63,8 +63,8 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     """Copy the weights of a GPT-2 into a `GPTModel`. The model keeps its dtype and device.
 
     If only the weights have qkv biases, such biases are added to the model and its config; create the optimizer later.
-    If the model has a shorter context than the weights, only the first position embeddings are copied. Raises ValueError
-    with a list of all mismatches if the weights do not fit; the model is then unchanged.
+    If the model has a shorter context than the weights, only the first position embeddings are copied. Raises
+    ValueError with a list of all mismatches if the weights do not fit; the model is then unchanged.
 
     Args:
         model: a GPTModel.

@@ -1,4 +1,4 @@
-"""LevelDB tables: sorted maps from keys to values, stored in blocks with checksums. They index TensorFlow's checkpoints.
+"""LevelDB tables: sorted maps from keys to values, in blocks with checksums. TensorFlow's index files have this format.
 
     table   data blocks, metaindex block, index block, footer
     block   entries, the restart points (offsets, uint32) and their number (uint32),
@@ -71,7 +71,7 @@ def masked_crc(data: bytes | NDArray[Any]) -> int:
 
 
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:
-    """Read the handle of a block at byte `at`. Return the block's offset and length, and the position after the handle."""
+    """Read a block's handle at byte `at`. Return the block's offset and length, and the position after the handle."""
     offset, at = read_varint(data, at)
     size, at = read_varint(data, at)
     return offset, size, at
