@@ -53,7 +53,7 @@ def main() -> None:
                 times.append((time.perf_counter() - began) / (options.steps - 1))
                 if trainer.files.writer is not None:
                     trainer.files.writer.wait()
-                    copies.append(trainer.files.checkpoint_seconds / max(1, trainer.files.writer.n_written))
+                    copies.append(trainer.files.writer.blocking_seconds / max(1, trainer.files.writer.n_written))
     without, with_them = (statistics.median(times) for times in seconds.values())
     print(f"{torch.get_num_threads()} threads, medians of {options.rounds}")
     print(f"seconds per step: {without:.3f} without checkpoints, {with_them:.3f} with one every {options.every} steps")

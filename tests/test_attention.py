@@ -10,7 +10,8 @@ from torch import Tensor
 
 from conftest import lively_model
 from MyGPT import GPTConfig, GPTModel
-from MyGPT.model import CausalSelfAttention, plain_attention
+from MyGPT.inside.tracing import plain_attention
+from MyGPT.model import CausalSelfAttention
 from oracles_model import naive_attention
 
 sizes = st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**31))

@@ -30,8 +30,7 @@ from http_server import CONTENT, OTHER, Server, chunked, file, serving, status, 
 from MyGPT import GPT2_CONFIGS, BPETokenizer, GPTConfig, GPTModel
 from MyGPT.data import sources
 from MyGPT.data.templates import load_template
-from MyGPT.download import DownloadError, download
-from MyGPT.http_headers import checksums, content_range, retry_after, validator
+from MyGPT.download import DownloadError, checksums, content_range, download, retry_after, validator
 from MyGPT.weights import released
 from MyGPT.weights.hub import download_from_hub
 from MyGPT.weights.released import download_gpt2, released_size

@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 
 from conftest import lively_model
 from MyGPT import GPT2_CONFIGS, GPTConfig, GPTModel, KVCache
-from MyGPT.model import plain_attention
+from MyGPT.inside.tracing import plain_attention
 from oracles_model import gradients_by_our_names, hugging_face_config, transformers_twin
 
 V, T = 67, 9

@@ -1,8 +1,8 @@
 """MyGPT: GPT-2 written from scratch in PyTorch, from tokenizers and training to generation.
 
 The imports under `TYPE_CHECKING` are the only list of public names. Type checkers and editors read them as imports.
-At run time the list is parsed, and each name is loaded at its first use (PEP 562): `import MyGPT` does not import torch.
-To add a public name, add one import.
+At run time, this module parses its own source for these imports and loads each name at its first use (PEP 562).
+Therefore `import MyGPT` does not import torch. To add a public name, add an import to the list.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The key-value cache, positions and attention masks, and the checks of a model's inputs.
 
-`GPTModel` (model.py) and the accelerated models (acceleration/) share this code.
-B batch, T time (new tokens), S time seen so far, C embedding width, H heads, D = C // H.
+`GPTModel` (model.py) and the accelerated models (acceleration/) share this code. B batch size, T new tokens, S all tokens so
+far (cached and new), C embedding width, H heads, D = C // H.
 """
 
 from __future__ import annotations
@@ -14,42 +14,35 @@ from MyGPT.loss import IGNORED
 
 
 class KVCache:
-    """The keys and values of all tokens seen so far, so that a forward pass computes only the new tokens.
+    """A key-value cache: the keys and values of all tokens so far, so that a forward pass computes only the new tokens.
 
-    Every forward pass with the cache appends its T new tokens. The cache keeps no gradients: use it under
-    `torch.no_grad()`.
+    Every forward pass with the cache appends the new tokens. The cache stores no gradients: use it under `torch.no_grad()`.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None, like: Tensor) -> None:
-        """Allocate the memory for batch_size sequences of up to `length` tokens.
+        """Allocate memory for batch_size sequences of up to `length` tokens (None: the model's context length).
 
-        Args:
-            config: sizes of the model.
-            batch_size: number of sequences.
-            length: largest number of tokens of a sequence; None means config.context_length.
-            like: a tensor whose dtype and device the cache gets.
-
-        Raises:
-            ValueError: length is not a whole number from 1 to config.context_length.
+        The memory has the dtype and the device of the tensor `like`. Raises ValueError for a length outside 1 to the context
+        length.
         """
         context = config.context_length
         length = context if length is None else length
         if type(length) is not int or not 1 <= length <= context:
             raise ValueError(
-                f"a cache's length must be a whole number from 1 to {context} (the context), got {length!r}"
+                f"the cache's length must be a whole number from 1 to {context} (the model's context length), got {length!r}"
             )
         D = config.emb_dim // config.n_heads
         self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
         self.length = 0
-        """Number of tokens in the cache."""
+        """Number of tokens per sequence in the cache."""
 
     @property
     def capacity(self) -> int:
-        """Largest number of tokens that the cache can hold."""
+        """Largest number of tokens per sequence that the cache can hold."""
         return self.storage.shape[4]
 
     def check(self, B: int, S: int) -> None:
-        """Raise ValueError if B sequences of S tokens do not fit, or if gradients are enabled."""
+        """Raise ValueError if B sequences of S tokens do not fit into the cache, or if gradients are enabled."""
         batch_size = self.storage.shape[2]
         if batch_size != B:
             raise ValueError(f"the cache is for {batch_size} sequences, the input has {B}")
@@ -59,7 +52,7 @@ class KVCache:
             raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, H, T, D) of a layer and return all of that layer's, each (B, H, S, D)."""
+        """Append the new keys and values (B, H, T, D) to a layer. Return all keys and values of the layer, each (B, H, S, D)."""
         S = self.length + k.shape[2]
         keys, values = self.storage[layer]
         keys[:, :, self.length : S] = k
@@ -70,18 +63,12 @@ class KVCache:
 def positions_and_mask(
     attention_mask: Tensor | None, T: int, S: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the positions of the T new tokens and the mask of the keys that each of them may see.
+    """Return the positions of the last T of S tokens, and a mask of the tokens that each of them may attend to.
 
-    Args:
-        attention_mask: (B, S), 1 for tokens and 0 for padding. Several texts in one row are numbered 1, 2, …. None
-            means that all S are tokens of one text.
-        T: number of new tokens, which are the last of the S.
-        S: number of tokens in all.
-        device: device of the results when attention_mask is None.
-
-    Returns:
-        Positions, (T,) or (B, T) int64, and a boolean mask (1 or B, 1, T, S) that is True where a query may see a key.
-        The mask is None where no explicit one is needed: without padding, for the first tokens or for one new token.
+    The positions are an int64 tensor, (T,) if attention_mask is None and otherwise (B, T). The mask is a bool tensor
+    (B or 1, 1, T, S) that is True where a query may see a key. It is None if attention_mask is None and T is 1 or S, because
+    causal attention then needs no mask. attention_mask (B, S) has 0 for padding, 1 for the tokens of a sequence's first text,
+    2 for the second text, and so on. None means that all S tokens are one text; the results are then on `device`.
     """
     if attention_mask is None:
         positions = torch.arange(S - T, S, device=device)
@@ -106,27 +93,18 @@ def check_inputs(
     labels: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> None:
-    """Raise an error for inputs that the model cannot compute, before any layer runs and before the cache changes.
-
-    Args:
-        config: sizes of the model.
-        input_ids: (B, T) int64, or None if inputs_embeds is given.
-        attention_mask: (B, S), or None.
-        inputs_embeds: (B, T, C), or None if input_ids is given.
-        labels: (B, T) int64, or None.
-        cache: the tokens seen before, or None.
+    """Check the arguments of `GPTModel.forward` before any layer runs and before the cache changes.
 
     Raises:
         ValueError: a wrong shape or dtype, or more tokens than the model or the cache can hold.
         IndexError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds")
-    if input_ids is not None:
+    if input_ids is not None and inputs_embeds is None:
         B, T = _check_ids(input_ids, config.vocab_size)
-    else:
-        assert inputs_embeds is not None
+    elif inputs_embeds is not None and input_ids is None:
         B, T = _check_embeddings(inputs_embeds, config.emb_dim)
+    else:
+        raise ValueError("give either input_ids or inputs_embeds")
     if labels is not None:
         _check_labels(labels, (B, T), config.vocab_size)
     S = T if cache is None else cache.length + T
@@ -139,19 +117,22 @@ def check_inputs(
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[int, int]:
-    """Return B and T of valid input_ids."""
+    """Raise an error unless input_ids is int64 (B, T) with ids in the vocabulary. Return B and T."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (batch, time) with at least one token, got {tuple(input_ids.shape)}")
     if input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be int64, got {input_ids.dtype}")
-    if _can_read(input_ids) and not _all_within(input_ids, 0, vocab_size):
-        wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
-        raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
+    # aminmax is faster than comparing every id, but fails for an empty batch.
+    if _can_read(input_ids) and len(input_ids):
+        smallest, largest = map(int, input_ids.aminmax())
+        if smallest < 0 or largest >= vocab_size:
+            wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+            raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
     return input_ids.shape[0], input_ids.shape[1]
 
 
 def _check_embeddings(inputs_embeds: Tensor, C: int) -> tuple[int, int]:
-    """Return B and T of valid inputs_embeds."""
+    """Raise ValueError unless inputs_embeds has the shape (B, T, C). Return B and T."""
     shape = tuple(inputs_embeds.shape)
     if len(shape) != 3 or shape[1] == 0 or shape[2] != C:
         raise ValueError(f"inputs_embeds must be (batch, time, {C}) with at least one token, got {shape}")
@@ -166,23 +147,10 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int) -> No
     if _can_read(labels):
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)]
         if len(wrong):
-            raise IndexError(
-                f"label {int(wrong[0])} is outside the vocabulary; labels are 0 to {vocab_size - 1}, or {IGNORED} for "
-                "positions that the loss ignores"
-            )
+            allowed = f"0 to {vocab_size - 1}, or {IGNORED} for positions that the loss ignores"
+            raise IndexError(f"label {int(wrong[0])} is outside the vocabulary; labels are {allowed}")
 
 
 def _can_read(ids: Tensor) -> bool:
-    """Return whether the values of `ids` can be checked at no cost.
-
-    Reading values from a GPU makes the CPU wait for it, and a graph that torch.compile traces holds no values.
-    """
+    """Return False for ids on a GPU, where a check would make the CPU wait, and while torch.compile traces the model."""
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _all_within(ids: Tensor, start: int, end: int) -> bool:
-    """Return whether all ids are at least `start` and below `end`."""
-    if ids.numel() == 0:
-        return True
-    smallest, largest = ids.aminmax()
-    return start <= int(smallest) and int(largest) < end

@@ -1,8 +1,8 @@
 """The configuration of a model: a frozen dataclass that checks its values when it is created.
 
-The same `GPTConfig` is used in Python, in YAML recipes, for command-line options and for `config.json`. `as_config`
-converts a plain dict. The released sizes are from "Language Models are Unsupervised Multitask Learners"
-(Radford et al., 2019).
+The same `GPTConfig` is used in Python, in YAML config files, for command-line options and for `config.json`.
+`as_config` converts a plain dict to a `GPTConfig`. The sizes of the released models are from "Language Models are
+Unsupervised Multitask Learners" (Radford et al., 2019).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 
-# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field here,
-# because the released models have equal rates.
+# Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
+# here, because the released models have equal rates.
 _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -34,26 +34,26 @@ _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
-"""Number formats of matrix products in training; "auto" selects bf16 if it is faster on the hardware."""
+"""Number formats of matrix products in training; "auto" selects bf16 (bfloat16) on hardware where it is faster."""
 Precision = Literal[TrainingPrecision, "int8"]
 """Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
 _MAX_SIZES = {**dict.fromkeys(("vocab_size", "context_length", "emb_dim", "n_heads"), 2**31 - 1), "n_layers": 10_000}
-"""The five required sizes, and limits beyond any real model: a hostile config.json could exhaust memory."""
+"""The five required sizes and their largest accepted values, so that no hostile config.json exhausts memory."""
 _MAX_PARAMETERS = 10**15
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size and architecture of a GPT-2 model. A value out of range raises ValueError."""
+    """The sizes and options that define a GPT-2 model. An invalid value raises ValueError."""
 
     vocab_size: int = 50257
     """Number of token ids; valid ids are 0 to vocab_size - 1."""
     context_length: int = 1024
     """Maximum sequence length in tokens."""
     emb_dim: int = 768
-    """Width of the embeddings and hidden states; a multiple of n_heads."""
+    """Width of the embeddings and hidden states; must be a multiple of n_heads."""
     n_heads: int = 12
-    """Attention heads per block, each of width emb_dim / n_heads."""
+    """Number of attention heads per block, each of width emb_dim / n_heads."""
     n_layers: int = 12
     """Number of transformer blocks."""
     drop_rate: float = 0.1
@@ -65,13 +65,12 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights. None keeps PyTorch's default initialization, as in the book, and needs
-    tie_weights=False."""
+    """Standard deviation of the initial weights. None: PyTorch's own initialisation; needs tie_weights=False."""
     activation: Activation = "gelu_new"
-    """Activation of the MLP: the tanh approximation of GELU (gelu_new, used by GPT-2) or the exact GELU (gelu)."""
+    """Activation function of the MLP: gelu_new (tanh approximation of GELU, used by GPT-2) or gelu (exact GELU)."""
     init: Init = "gpt2"
-    """Initial weights: random as in GPT-2, or local, where each head first attends to a few preceding tokens. config.json does
-    not store this field, because trained weights do not depend on it."""
+    """Initial weights: gpt2 (random, as in GPT-2) or local (each attention head at first attends to a nearby token).
+    config.json does not store this field, because a trained model does not need it."""
 
     model_type: ClassVar[str] = "gpt2"
 
@@ -95,31 +94,25 @@ class GPTConfig:
             if not is_unset and not (_is_number(value) and 0 < value < 1):
                 raise ValueError(f"{name} must be a number between 0 and 1, both excluded, got {value!r}")
         if self.init_std is None and self.tie_weights:
-            raise ValueError(
-                "init_std=None needs tie_weights=False: torch's default embeddings are 50 times too large for an output head"
-            )
+            reason = "torch's default embeddings are 50 times too large for an output head"
+            raise ValueError(f"init_std=None needs tie_weights=False: {reason}")
         if self.init == "local" and (self.init_std is None or self.emb_dim % 2):
-            raise ValueError(
-                f"init='local' needs an init_std and an even emb_dim, got {self.init_std} and {self.emb_dim}"
-            )
+            given = f"{self.init_std} and {self.emb_dim}"
+            raise ValueError(f"init='local' needs an init_std and an even emb_dim, got {given}")
         if self.emb_dim % self.n_heads:
-            raise ValueError(
-                f"emb_dim must be divisible by n_heads, got {self.emb_dim} and {self.n_heads} "
-                f"(try emb_dim={self.n_heads * (self.emb_dim // self.n_heads + 1)})"
-            )
-        n_parameters = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
-        if n_parameters > _MAX_PARAMETERS:
-            raise ValueError(
-                f"these sizes give a model of {n_parameters:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}"
-            )
+            given, nearest = f"{self.emb_dim} and {self.n_heads}", self.n_heads * (self.emb_dim // self.n_heads + 1)
+            raise ValueError(f"emb_dim must be divisible by n_heads, got {given} (try emb_dim={nearest})")
+        n = self.emb_dim * (self.vocab_size + self.context_length + 12 * self.n_layers * self.emb_dim)
+        if n > _MAX_PARAMETERS:
+            raise ValueError(f"these sizes give a model of {n:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}")
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Hugging Face's name for `tie_weights`, which PEFT reads."""
+        """The value of `tie_weights` under the name that Hugging Face's PEFT library reads."""
         return self.tie_weights
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of Hugging Face's `config.json` for this model."""
+        """Return this config as a dict with the keys of Hugging Face's `config.json`."""
         named = {theirs: getattr(self, ours) for ours, theirs in _HUGGING_FACE_KEYS.items()}
         dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
         if self.init_std is None:
@@ -128,10 +121,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
-        """Return the config for the content of a Hugging Face `config.json`.
-
-        A setting that MyGPT's model does not have, such as another activation function, raises ValueError.
-        """
+        """Return the config for a dict from Hugging Face's `config.json`. An unsupported setting raises ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
             ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
@@ -144,9 +134,8 @@ class GPTConfig:
                 raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {only[0]!r}")
         dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
         if len(dropouts) > 1:
-            raise ValueError(
-                f"config.json has different dropout rates {sorted(dropouts)}, MyGPT supports only equal rates"
-            )
+            rates = sorted(dropouts)
+            raise ValueError(f"config.json has different dropout rates {rates}, MyGPT supports only equal rates")
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
         if ours.get("activation") == "gelu_pytorch_tanh":  # the same function under another name
             ours["activation"] = "gelu_new"
@@ -155,7 +144,7 @@ class GPTConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTConfig:
-        """Return the config of a released model, given its name, or of a model directory. PEFT calls this method."""
+        """Return the config of a released model, such as "gpt2", or of a model directory. PEFT calls this method."""
         name = str(name_or_dir).removeprefix("openai-community/")
         if name in GPT2_CONFIGS:
             return GPT2_CONFIGS[name]
@@ -163,7 +152,7 @@ class GPTConfig:
 
 
 def read_config_json(path: Path) -> GPTConfig:
-    """Return the config in a `config.json`. A damaged file or another kind of model raises ValueError with the path."""
+    """Return the config in the `config.json` at `path`. A damaged file or another kind of model raises ValueError."""
     try:
         return GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:
@@ -171,10 +160,7 @@ def read_config_json(path: Path) -> GPTConfig:
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:
-    """Raise ValueError if an argument, given as name=value, is not a whole number of at least 1.
-
-    With `optional`, an argument may also be None.
-    """
+    """Raise ValueError unless each keyword value is a whole number of at least 1. `optional` also allows None."""
     for name, value in values.items():
         if (type(value) is not int or value < 1) and not (optional and value is None):
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
@@ -187,19 +173,18 @@ def _is_number(value: object) -> bool:
 def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
     """Return a GPTConfig unchanged, or create one from a dict of its fields.
 
-    A dict must have the five sizes; the other fields have defaults. An unknown key, a missing size or a value out of
-    range raises ValueError.
+    The dict must contain vocab_size, context_length, emb_dim, n_heads and n_layers. A missing or unknown key, or an
+    invalid value, raises ValueError.
     """
     if isinstance(config, GPTConfig):
         return config
     if not isinstance(config, Mapping):
         raise ValueError(f"a model config must be a GPTConfig or a dict, got {type(config).__name__}")
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
-    for key in config:
+    for key, value in config.items():
         if key not in fields:
-            raise ValueError(
-                f"unknown key {key!r} (value {config[key]!r}) in the model config; the known keys are {', '.join(fields)}"
-            )
+            known = ", ".join(fields)
+            raise ValueError(f"unknown key {key!r} (value {value!r}) in the model config; the known keys are {known}")
     missing = [key for key in _MAX_SIZES if key not in config]
     if missing:
         raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_MAX_SIZES)}")
@@ -215,9 +200,9 @@ GPT_CONFIG: dict[str, Any] = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-"""The sizes of GPT-2 124M, as a dict with the seven keys of "Build a Large Language Model (From Scratch)"."""
+"""The sizes of GPT-2 124M: a dict with the seven keys of the book "Build a Large Language Model (From Scratch)"."""
 GPT_CONFIG_SMALL: dict[str, Any] = {**GPT_CONFIG, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
-"""A model with 30 million parameters and a context of 256 tokens, small enough to train on a laptop."""
+"""The sizes of a model with 30 million parameters and a context of 256 tokens, small enough to train on a laptop."""
 
 _RELEASED = {
     "124M": ("gpt2", 768, 12, 12),
@@ -230,4 +215,4 @@ GPT2_CONFIGS: dict[str, GPTConfig] = {
     for size, (alias, emb_dim, n_heads, n_layers) in _RELEASED.items()
     for name in (size, alias)
 }
-"""The configs of the released models, by size ("124M" to "1558M") and by Hugging Face's name ("gpt2" to "gpt2-xl")."""
+"""The configs of the released models, by size ("124M" to "1558M") and by Hugging Face name ("gpt2" to "gpt2-xl")."""

@@ -2,29 +2,27 @@
 
 Memory estimates count what grows with the model: weights, gradients, the optimizer's moments, activations (after
 Korthikanti et al., 2022), keys and values. They leave out Python and torch (about 0.3 GB) and a GPU's context (about 0.5 GB).
-`benchmarks/memory_estimates.py` measures the error of the estimates.
-B sequences, T tokens per sequence, C embedding width, H heads, L layers, V vocabulary.
+`benchmarks/memory_estimates.py` measures the error of the estimates. T tokens, C embedding width, H heads, L layers,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from MyGPT.config import GPTConfig
 from MyGPT.loss import MAX_LOGITS
 
-# --- parameters
-
 
 def parameters_by_part(config: GPTConfig) -> dict[str, int]:
-    """Return the number of parameters of each part of the model. A tied output head has none of its own."""
+    """Return the number of parameters of each part of the model, such as "attention". A tied output head has 0."""
     V, T, C, L = config.vocab_size, config.context_length, config.emb_dim, config.n_layers
     return {
         "token embedding": V * C,
@@ -36,41 +34,22 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
     }
 
 
-def count_parameters(model: nn.Module, only_trainable: bool = False, exclude: Iterable[Tensor] = ()) -> int:
-    """Return the number of parameters of a model without those in `exclude`. A shared parameter counts once."""
-    excluded = {id(parameter) for parameter in exclude}
-    return sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if (parameter.requires_grad or not only_trainable) and id(parameter) not in excluded
-    )
-
-
 def count_matrix_weights(model: nn.Module) -> int:
-    """Return the number of weights with which every token is multiplied.
-
-    These are all matrices but the embeddings, which are look-ups. A head multiplies even if its weight is the embedding's.
-    """
-    return sum(
-        parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 2
-    )
-
-
-# --- operations and time
+    """Return the number of weights in all matrix products of the model. An embedding table counts only if the head uses it."""
+    # A tied head multiplies too; its weight is found in the head.
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    return sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
 def flops_per_token(
     config: GPTConfig, n_tokens: int | None = None, backward: bool = True, n_weights: int | None = None
 ) -> int:
-    """Return the floating-point operations per token in a sequence of n_tokens (default: the context).
+    """Return the floating-point operations per token in a sequence of n_tokens (default: the model's context length).
 
-    A forward pass takes 2 operations for every matrix weight, and 4 C T per layer for attention, which is counted without
-    the causal mask (Chowdhery et al., 2022, appendix B). Forward and backward together take three times as many. n_weights
-    is the number of matrix weights, if it differs from that of `config`.
+    A forward pass takes 2 operations per matrix weight, and 4 * emb_dim * n_tokens per layer for attention, which is counted
+    without the causal mask (Chowdhery et al., 2022, appendix B). With `backward`, the backward pass is included, which takes
+    twice as many operations. n_weights is the number of matrix weights (default: computed from `config`).
     """
     C, L = config.emb_dim, config.n_layers
     T = config.context_length if n_tokens is None else n_tokens
@@ -81,14 +60,14 @@ def flops_per_token(
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations per second of a product of two square matrices: the median of three runs."""
+    """Measure the speed of multiplying two square matrices, in floating-point operations per second (median of 3 runs)."""
     n = 512 if device.type == "cpu" else 4096  # a CPU without bf16 instructions takes seconds for larger matrices
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, device, 3)
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> float:
-    """Return the median time of n calls of `work`, after one call to warm up."""
+    """Return the median seconds of n calls of `work`, which runs on `device`, after one call to warm up."""
     times = []
     for _ in range(n + 1):
         start = time.perf_counter()
@@ -100,29 +79,19 @@ def median_seconds(work: Callable[[], object], device: torch.device, n: int) -> 
 
 
 def estimate_step_seconds(
-    config: GPTConfig,
-    batch_size: int,
-    measure_step: Callable[[GPTConfig, int], float],
-    flops_per_second: float,
-    max_seconds: float = 1.0,
+    config: GPTConfig, batch_size: int, measure_step: Callable[[GPTConfig, int], float], flops_per_second: float
 ) -> float:
-    """Return the estimated seconds of a training step on batch_size sequences of the context's length.
+    """Estimate the seconds of a training step on batch_size sequences, each as long as the model's context length.
 
-    If the step would take too long to try, fewer sequences and then fewer layers are measured, and the time is scaled by the
-    number of operations.
-
-    Args:
-        config: sizes of the model.
-        batch_size: sequences per micro-batch.
-        measure_step: returns the seconds of a training step of a model of some config on some number of sequences.
-        flops_per_second: speed of matrix products, as `matmul_speed` returns it.
-        max_seconds: the measured step should take at most so long if training reaches half of flops_per_second.
+    `measure_step(config, n_sequences)` runs a step and returns its seconds. If the whole step would take over one second at
+    half of flops_per_second (see `matmul_speed`), a step with fewer sequences, and if necessary fewer layers, is measured
+    instead. Its time is then multiplied by the ratio of the floating-point operations of the two steps.
     """
 
     def flops(part: GPTConfig, n_sequences: int) -> int:
         return flops_per_token(part) * n_sequences * config.context_length
 
-    part, n_sequences, most = config, batch_size, max_seconds * flops_per_second / 2
+    part, n_sequences, most = config, batch_size, flops_per_second / 2
     while n_sequences > 1 and flops(part, n_sequences) > most:
         n_sequences = (n_sequences + 1) // 2
     while part.n_layers > 1 and flops(part, n_sequences) > most:
@@ -130,25 +99,17 @@ def estimate_step_seconds(
     return measure_step(part, n_sequences) * flops(config, batch_size) / flops(part, n_sequences)
 
 
-# --- memory
-
-
 def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
-    """Return the bytes of the keys and values of one token, at `itemsize` bytes per number."""
+    """Return the bytes that the KV cache needs per token, with `itemsize` bytes per number."""
     return 2 * config.n_layers * config.emb_dim * itemsize
 
 
 def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, length: int | None = None) -> int:
-    """Return the peak memory of generating, in bytes.
+    """Estimate the peak memory, in bytes, of generating text for batch_size prompts at once.
 
-    The estimate is the sum of the weights, the cache, and the activations of the prompt where they are largest, which is
-    in the MLP: its input, and its hidden layer before and after GELU.
-
-    Args:
-        config: sizes of the model.
-        itemsize: bytes per number.
-        batch_size: number of sequences.
-        length: tokens of prompt and answer together (default: the context).
+    The estimate is the sum of the weights, the KV cache and the largest activations of the prompt, which are the input of an
+    MLP and its hidden layer before and after GELU. `itemsize` is the size of a number in bytes, and `length` the number of
+    tokens of prompt and answer together (default: the model's context length).
     """
     T = config.context_length if length is None else length
     largest_activations = 10 * config.emb_dim * itemsize * T
@@ -158,31 +119,29 @@ def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The memory of a training step, in bytes for each purpose."""
+    """The estimated memory of a training step, in bytes for each purpose."""
 
     weights: int
-    """Bytes for the weights, which are float32 at any precision."""
+    """Bytes for the weights, which are float32 even if training uses bf16."""
     gradients: int
     """Bytes for the gradients; the same size as the weights."""
     moments: int
-    """Bytes for the optimizer's moments: two per weight for AdamW, one per matrix weight of the blocks for Muon."""
+    """Bytes for the optimizer's moments: two per weight, but Muon keeps only one per weight of the blocks' matrices."""
     activations: int
-    """Bytes for what the forward pass of one micro-batch stores for the backward pass."""
+    """Bytes for the activations of one micro-batch that the forward pass stores for the backward pass."""
     head: int
     """Bytes for the logits that exist at one time, their gradient, and the gradient of the output head's weight."""
     tying: int
-    """Bytes for the gradients of a tied head and of the token embedding, before they are added."""
+    """Bytes for two gradients of a tied weight, one from the output head and one from the embedding, before they are added."""
     copies: int
-    """Bytes for the bf16 copies of the matrices, which autocast keeps until the step ends."""
+    """Bytes for the bf16 copies of the weight matrices, which autocast keeps until the step ends."""
     accumulates: bool
     """True if a step has several micro-batches, so that gradients exist during the next forward pass."""
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes in use at one time.
-
-        The backward pass frees activations while it makes gradients, so only the larger of the two counts.
-        """
+        """Largest number of bytes in use at one time."""
+        # The backward pass frees activations while it makes gradients, so only the larger of the two counts.
         forward = self.activations + self.head + self.copies
         backward = self.gradients + self.tying
         passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)
@@ -200,17 +159,17 @@ def training_memory(
     accumulates: bool = False,
     device: str = "cpu",
 ) -> TrainingMemory:
-    """Return the estimated memory of a training step.
+    """Estimate the memory of a training step.
 
     Args:
         config: sizes of the model.
         batch_size: sequences per micro-batch.
-        length: tokens per sequence (default: the context).
+        length: tokens per sequence (default: the model's context length).
         bf16: True for training under bf16 autocast.
         optimizer: "adamw" or "muon".
         gradient_checkpointing: True if each block is recomputed in the backward pass.
-        accumulates: True if a step has several micro-batches.
-        device: "cpu", or any other name for a GPU. A CPU stores more for dropout.
+        accumulates: True if a step adds up the gradients of several micro-batches.
+        device: "cpu", or any other name for a GPU. Dropout takes more memory on a CPU.
     """
     T = config.context_length if length is None else length
     C, n_tokens = config.emb_dim, batch_size * T
@@ -239,10 +198,10 @@ def training_memory(
 
 
 def _bytes_saved_by_block(config: GPTConfig, T: int, itemsize: int, device: str) -> int:
-    """Return the bytes per token that a block stores for its backward pass.
+    """Return the bytes per token that one transformer block stores for the backward pass, in sequences of T tokens.
 
     The inputs of both LayerNorms are float32. Queries, keys, values, attention's output, both LayerNorms' outputs, and the
-    MLP's hidden layer before and after GELU (4 C each) take `itemsize` bytes per number.
+    MLP's hidden layer before and after GELU (4 C numbers each) take `itemsize` bytes per number.
     """
     C, H = config.emb_dim, config.n_heads
     saved = 2 * 4 * C + itemsize * (3 + 1 + 2 + 4 + 4) * C
@@ -257,5 +216,5 @@ def _bytes_saved_by_block(config: GPTConfig, T: int, itemsize: int, device: str)
 
 
 def _dropout_bytes(itemsize: int, n: int, device: str) -> int:
-    """Return the bytes that dropout of n numbers stores: on a CPU a factor per number, on a GPU a one-byte flag."""
+    """Return the bytes that dropout of n numbers stores: n factors of `itemsize` bytes on a CPU, n one-byte flags on a GPU."""
     return n * (itemsize if device == "cpu" else 1)

@@ -1,32 +1,35 @@
 """Downloads that resume after an interruption, and get their final name only when they are complete and verified.
 
-An unfinished download is stored as `NAME.part`, and `NAME.part.json` describes which version of which file it is. Finished
-downloads are listed in `.downloads.json`, so a complete file needs no network. Requests use urllib and obey http_proxy and
-no_proxy.
+An unfinished download is stored as `NAME.part`, and `NAME.part.json` describes which version of which file it is.
+Finished downloads are listed in `.downloads.json`, so a complete file needs no network. Requests use urllib and obey
+http_proxy and no_proxy.
 """
 
 from __future__ import annotations
 
+import base64
+import email.utils
 import hashlib
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from MyGPT.files import atomic_write, sha256_of
-from MyGPT.http_headers import checksums, content_length, content_range, retry_after, validator
 
 BLOCK_BYTES = 1 << 18
 LONGEST_WAIT = 60.0
 """Seconds. If a server asks for a longer wait, the next mirror is tried instead."""
+_FINISHED = ".downloads.json"
 
 
 class DownloadError(OSError):
@@ -34,11 +37,11 @@ class DownloadError(OSError):
 
 
 class _PermanentError(Exception):
-    """This address does not have the file, so another request would be useless."""
+    """An error that another request to this address would repeat."""
 
 
 class _TemporaryError(Exception):
-    """This request failed, but the next may succeed. `wait` is the number of seconds the server asked for, or None."""
+    """An error that the next request may not have. `wait` is the number of seconds the server asked for, or None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -58,15 +61,14 @@ def download(
 ) -> Path:
     """Download a file to `path`, unless it is already complete, and return `path`.
 
-    The length and checksums that the server sends are verified too. An existing file that contradicts neither `sha256`, `size`
-    nor `.downloads.json` is kept, because it may have been copied by hand. After an error the received part is kept, and the
-    next call resumes there. If several threads or processes need the same file, one downloads it and the others wait.
+    The length and checksums that the server sends are verified too. An existing file that contradicts neither `sha256`,
+    `size` nor `.downloads.json` is kept, because it may have been copied by hand. After an error the received part is
+    kept, and the next call resumes there. If several threads or processes need the same file, one of them downloads it.
 
     Args:
         urls: one address, or mirrors that are tried in this order.
         path: the file to write. Missing directories are created.
-        sha256: the expected hash in hexadecimal.
-        size: the expected number of bytes.
+        sha256, size: the expected hash in hexadecimal and the expected number of bytes.
         progress: show a progress bar.
         timeout: seconds without data after which a request fails.
         attempts: requests in a row without new data after which the next mirror is tried.
@@ -89,10 +91,8 @@ def download(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    with (
-        tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar,
-        FileLock(path.parent / ".downloads.lock"),
-    ):
+    bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress)
+    with bar, FileLock(path.parent / ".downloads.lock"):
         if _is_complete(path, sha256, size):  # another process had the lock and downloaded it
             return path
         for url in urls:
@@ -101,9 +101,8 @@ def download(
                 return path
             except _PermanentError as refusal:
                 failures.append(f"{url}: {refusal}")
-    raise DownloadError(
-        f"cannot download {path.name} ({'; '.join(failures)}): download it elsewhere and copy it to {path}"
-    )
+    tried = "; ".join(failures)
+    raise DownloadError(f"cannot download {path.name} ({tried}): download it elsewhere and copy it to {path}")
 
 
 def cache_directory() -> Path:
@@ -115,7 +114,7 @@ def cache_directory() -> Path:
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
     """Return the address from which `download` got a file, or None if it was not downloaded."""
-    address: str | None = _read_json(_manifest(Path(path))).get(Path(path).name, {}).get("url")
+    address: str | None = _read_json(Path(path).with_name(_FINISHED)).get(Path(path).name, {}).get("url")
     return address
 
 
@@ -123,7 +122,7 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
     """Return whether the file exists and agrees with the arguments and with `.downloads.json`."""
     if not path.is_file():
         return False
-    found, recorded = path.stat(), _read_json(_manifest(path)).get(path.name, {})
+    found, recorded = path.stat(), _read_json(path.with_name(_FINISHED)).get(path.name, {})
     expected = sha256.lower() if sha256 else recorded.get("sha256")
     if found.st_size != (recorded.get("size", found.st_size) if size is None else size):
         return False
@@ -136,12 +135,12 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
 class _PartInfo:
     """The file and version to which the bytes in a `.part` file belong, from the response headers."""
 
-    url: str
-    total: int | None
-    etag: str | None
-    modified: str | None
-    validator: str | None
-    checksums: dict[str, str]
+    url: str = ""
+    total: int | None = None
+    etag: str | None = None
+    modified: str | None = None
+    validator: str | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
     resumed: bool = False
 
     def contradicts(self, headers: Message, total: int | None) -> bool:
@@ -159,9 +158,9 @@ class _Transfer:
         self.info_path = path.with_name(f"{path.name}.part.json")
         self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
         try:
-            self.info: _PartInfo | None = _PartInfo(**_read_json(self.info_path))
+            self.info = _PartInfo(**_read_json(self.info_path))
         except TypeError:
-            self.info = None
+            self.info = _PartInfo()
 
     def run(self, attempts: int, sleep: Callable[[float], object]) -> None:
         """Download the file to its final place. Raises _PermanentError if this address cannot provide it."""
@@ -188,7 +187,7 @@ class _Transfer:
     def _position(self) -> int:
         """Return the number of bytes to resume after: 0 if the part is from another address or its version is unknown."""
         info = self.info
-        if info is None or info.url != self.url or not info.validator or self.size not in (None, info.total):
+        if info.url != self.url or not info.validator or self.size not in (None, info.total):
             return 0
         return self.part.stat().st_size if self.part.is_file() else 0
 
@@ -196,12 +195,12 @@ class _Transfer:
         """Send one request, for the rest of the part or for the whole file, and store the response."""
         start, info = self._position(), self.info
         headers = {"User-Agent": "MyGPT", "Accept-Encoding": "identity"}
-        if info is not None and start:
-            if start == info.total:
-                return  # the process was killed between the last byte and the verification
+        if start and start == info.total:
+            return  # the process was killed between the last byte and the verification
+        if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": str(info.validator)}
         with self._open(headers) as response:
-            if info is None or not start or response.status not in (206, 416):
+            if not start or response.status not in (206, 416):
                 _check_response(response)
                 self._receive(response, self._begin(response))
                 return
@@ -246,9 +245,8 @@ class _Transfer:
         """Append the body of the response to the part; `total` is the length of the whole file, if known."""
         position = self.part.stat().st_size
         self.bar.total, self.bar.initial, self.bar.n = total, position, position
-        with open(
-            self.part, "ab", buffering=0
-        ) as file:  # unbuffered, so that received bytes survive if the process is killed
+        # Unbuffered, so that received bytes survive if the process is killed.
+        with open(self.part, "ab", buffering=0) as file:
             while (total is None or position <= total) and (block := _read(response)):
                 position += len(block)
                 self.bar.update(len(block))
@@ -263,7 +261,6 @@ class _Transfer:
 
     def _finish(self) -> None:
         """Verify the part, rename it to the final name and record it in `.downloads.json`."""
-        assert self.info is not None
         found = sha256_of(self.part)
         checks = [("sha256", self.sha256.lower(), found)] if self.sha256 else []
         checks += [(kind, value, _digest(self.part, kind)) for kind, value in self.info.checksums.items()]
@@ -275,16 +272,17 @@ class _Transfer:
                 raise failure(f"the downloaded file has the {kind} {value}, expected {expected}")
         os.replace(self.part, self.path)
         self.info_path.unlink()
-        stat, manifest = self.path.stat(), _read_json(_manifest(self.path))
+        stat, finished = self.path.stat(), self.path.with_name(_FINISHED)
         entry = {"url": self.url, "size": stat.st_size, "sha256": found, "mtime_ns": stat.st_mtime_ns}
-        with atomic_write(_manifest(self.path)) as file:
-            json.dump({**manifest, self.path.name: entry}, file, indent=2)
+        entries = _read_json(finished) | {self.path.name: entry}
+        with atomic_write(finished) as file:
+            json.dump(entries, file, indent=2)
 
     def _drop(self) -> None:
         """Delete the part."""
         self.part.unlink(missing_ok=True)
         self.info_path.unlink(missing_ok=True)
-        self.info = None
+        self.info = _PartInfo()
 
 
 def _check_response(response: Any) -> None:
@@ -300,9 +298,7 @@ def _check_response(response: Any) -> None:
     if headers.get_content_type() == "text/html":
         raise _PermanentError("the server sent a web page instead")
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise _PermanentError(
-            f"the server compressed the file with {headers['Content-Encoding']}, which was not requested"
-        )
+        raise _PermanentError(f"the server compressed the file with {headers['Content-Encoding']} without being asked")
 
 
 def _read(response: Any) -> bytes:
@@ -324,11 +320,6 @@ def _digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
-def _manifest(path: Path) -> Path:
-    """Return the list of finished downloads in the directory of `path`."""
-    return path.parent / ".downloads.json"
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or {} if the file is missing or damaged: that costs at most another download."""
     try:
@@ -336,3 +327,51 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def validator(headers: Message) -> str | None:
+    """Return the value for If-Range (RFC 9110, 13.1.5): a strong ETag, else the date of the last change, else None."""
+    etag = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified")
+
+
+def content_range(headers: Message) -> tuple[int | None, int | None]:
+    """Return the position of the first byte and the total length of the file; each is None if it is not given."""
+    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", headers.get("Content-Range", "").strip())
+    if match is None:
+        return None, None
+    first, total = (None if number is None else int(number) for number in match.groups())
+    return first, total
+
+
+def content_length(headers: Message) -> int | None:
+    """Return the number of bytes of the body, or None if it is sent in chunks or ends with the connection."""
+    length = headers.get("Content-Length", "").strip()
+    return int(length) if length.isdecimal() and "Transfer-Encoding" not in headers else None
+
+
+def checksums(headers: Message) -> dict[str, str]:
+    """Return the hexadecimal digests of the whole file, by algorithm. The response must contain the whole file.
+
+    Reads the headers of Azure, Google and Backblaze, and the Content-MD5 of RFC 1864.
+    """
+    digests = {}
+    google = re.findall(r"\bmd5=([^\s,]+)", ",".join(headers.get_all("x-goog-hash", [])))
+    for md5 in [*google, headers.get("x-ms-blob-content-md5", ""), headers.get("Content-MD5", "")]:
+        if re.fullmatch(r"[A-Za-z0-9+/]{22}==", md5):  # 16 bytes in base64
+            digests["md5"] = base64.b64decode(md5).hex()
+    sha1 = headers.get("x-bz-content-sha1", "").lower()  # "none" if the file was uploaded in pieces
+    if re.fullmatch(r"[0-9a-f]{40}", sha1):
+        digests["sha1"] = sha1
+    return digests
+
+
+def retry_after(headers: Message) -> float | None:
+    """Return the seconds to wait before the next request, from a number or a date; None if neither is given."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

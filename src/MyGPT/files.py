@@ -1,4 +1,4 @@
-"""Files that stay whole when a write fails, and safe reading of files that others wrote.
+"""Write files so that a failed write leaves no incomplete file, and read files of unknown origin safely.
 
 Writing: content goes to a temporary file beside the target, is flushed to the disk, and is then renamed. A reader never
 sees half a file. Reading: a damaged or hostile file raises ValueError with the file's name, and never exhausts memory.
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_TEXT_BYTES = 1 << 32
-"""Largest file that `read_text` accepts. Longer texts are read in pieces, see data/sources.py."""
+"""Size in bytes of the largest file that `read_text` accepts. data/sources.py reads longer texts in pieces."""
 MAX_JSON_BYTES = 1 << 28
-"""Largest JSON file that `read_json` accepts: ten times the largest tokenizer.json in use."""
+"""Size in bytes of the largest file that `read_json` accepts: ten times the largest tokenizer.json in use."""
 _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
 
 
@@ -31,8 +31,9 @@ _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exc
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file for writing, and rename it to `path` when the `with` block succeeds.
 
-    `mode` is "w" for UTF-8 text with `\\n` line ends, or "wb" for bytes. If the block raises, the old `path` is unchanged
-    and the temporary file is removed. An existing file keeps its permissions, and a symbolic link keeps its target.
+    `mode` is "w" for UTF-8 text with `\\n` line ends, or "wb" for bytes. If the block raises an exception, an existing
+    file at `path` stays unchanged and the temporary file is removed. The new file has the permissions of the file that
+    it replaces. If `path` is a symbolic link, the file to which it points is replaced.
     """
     path = _real(path)
     is_new = not path.exists()
@@ -57,14 +58,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """Create a new, empty directory to fill, and rename it to `path` when the `with` block succeeds.
+    """Yield a new, empty directory, and rename it to `path` when the `with` block succeeds.
 
-    Files of the old directory that the new one lacks are copied to the new one, because they may be the user's. An
-    existing directory keeps its permissions, and a symbolic link keeps its target. Between two renames `path` is missing
-    for an instant; `restore_directory` repairs the directory if the process is killed at that instant.
+    Files in the old directory at `path` that the new directory lacks are copied, because they may belong to the user.
+    Old files whose names match one of the patterns in `replaces`, such as "*.safetensors", are not copied. The new
+    directory has the permissions of the old one. If `path` is a symbolic link, the directory to which it points is
+    replaced. A `path` that contains the current directory raises ValueError.
 
-    `replaces` are patterns such as "*.safetensors": old files whose names match are not copied. A `path` that contains the
-    current directory raises ValueError.
+    Between the renaming of the old and of the new directory, `path` is missing for an instant. If the process is killed
+    then, `restore_directory` puts the old directory back.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
@@ -98,7 +100,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
 
 
 def restore_directory(path: str | os.PathLike[str]) -> None:
-    """Repair `path` after a process was killed while `atomic_directory` replaced it."""
+    """Put the old directory back at `path` if a process was killed while `atomic_directory` was replacing it."""
     path = _real(path)
     if path.exists():
         shutil.rmtree(_aside(path), ignore_errors=True)  # An old directory that was replaced but not yet removed.
@@ -107,10 +109,11 @@ def restore_directory(path: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
-    """Remove the temporary files that killed calls of `atomic_write` and `atomic_directory` left in a directory.
+    """Remove the temporary files of `atomic_write` and `atomic_directory` that killed processes left in `directory`.
 
-    Only temporary files whose final name matches a pattern, such as "step-*", are removed. A directory whose replacement
-    was interrupted is restored. No other process may write to `directory` during the call.
+    Temporary files are removed only if the name of the file that they were meant for matches one of the patterns, such
+    as "step-*". If the replacement of a directory was interrupted, the old directory is restored. No other process may
+    write to `directory` during the call.
     """
     for entry in Path(directory).iterdir():
         name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
@@ -123,17 +126,13 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file in hexadecimal, in bounded memory."""
+    """Return the SHA-256 of a file as a hexadecimal string. The file may be larger than the memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a UTF-8 file, with `\\n` line ends.
-
-    Raises:
-        ValueError: the file has more than `max_bytes` bytes (it is then not read), is not UTF-8, or contains NUL.
-    """
+    """Return the text of a UTF-8 file, with `\\n` line ends. Binary files and files above `max_bytes` raise ValueError."""
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
@@ -147,21 +146,17 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        ValueError: the file is a pipe, longer than MAX_JSON_BYTES, not UTF-8, not JSON, or nested too deeply.
-    """
+    """Return the value in a JSON file. A damaged, too large or too deeply nested file, or a pipe, raises ValueError."""
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
 
 
 def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text that was read from the file `path`.
 
-    Text that is not JSON, or is nested more than 100 levels deep, raises ValueError. The message contains `path` and, if
-    `text` is one line of the file, its number `line`.
+    Text that is not JSON, or is nested more than 100 levels deep, raises ValueError with the path and a line number. If
+    `text` is a single line of the file, `line` is the number of this line.
     """
     try:
         value = json.loads(text)
@@ -176,10 +171,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text contains NUL, which most binary files contain and almost no text file does.
-
-    `offset` is the number of characters before `text` in the file `path`.
-    """
+    """Raise ValueError if a text has a NUL character, as binary files do. `text` starts at `offset` in the file `path`."""
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
@@ -197,17 +189,17 @@ def _is_deep(value: Any) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a new hidden name beside `path`, in the form that `remove_leftovers` recognises."""
+    """Return a new path in the directory of `path`, with a hidden name that `remove_leftovers` recognises."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"
 
 
 def _aside(path: Path) -> Path:
-    """Return the temporary name of the old directory while `atomic_directory` replaces `path`."""
+    """Return the path to which `atomic_directory` moves the old directory while it replaces `path`."""
     return path.parent / f".{path.name}.previous"
 
 
 def _copy_missing(old: Path, new: Path, replaces: Sequence[str]) -> None:
-    """Copy what `new` lacks from `old`, except names that match one of the patterns `replaces`."""
+    """Copy the files and directories in `old` that `new` lacks, except names that match a pattern in `replaces`."""
     for entry in old.iterdir():
         target = new / entry.name
         if target.exists() or any(fnmatch(entry.name, pattern) for pattern in replaces):

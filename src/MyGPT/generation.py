@@ -1,6 +1,6 @@
 """Text generation, token by token. `generate_stream` is the only decoding loop of the library.
 
-B batch, T time, V vocabulary. sampling.py picks the next token from the logits.
+B batch size, T tokens, V vocabulary size. sampling.py picks the next token from the logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next
 
 Stop = str | Sequence[int]
-"""A text, or a sequence of ids, at which generation ends."""
+"""A text, or a sequence of token ids, at which generation ends."""
 
 
 def generate(
@@ -38,24 +38,22 @@ def generate(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Tensor:
-    """Return the prompts followed by up to max_new_tokens new tokens, (B, T + new) int64.
+    """Return the prompts followed by up to max_new_tokens new tokens, as int64 ids (B, T + number of new tokens).
 
-    Generation ends early when every row has finished. Until then, a finished row is filled with eos_id, or else with the
-    tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
+    Generation ends early when all sequences have finished. Until then, a finished sequence is filled with eos_id, or else
+    with the tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
 
     Args:
         model: a GPTModel, an accelerated model, or any module that maps ids (B, T) to logits (B, T, V).
-        idx: the prompts, (B, T) int64.
-        max_new_tokens: largest number of new tokens.
-        context_size: number of last tokens that the model sees (default and at most: its context length).
-        temperature: 0 always picks the most likely token. For the sampling options see `SamplingConfig`.
-        top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`.
-        eos_id: the id that finishes a row.
-        stop: one or several texts or sequences of ids that finish a row. The stop itself stays in the result, because a text
-            can begin in the middle of a token. Texts need `tokenizer`.
+        idx: the token ids of the prompts, (B, T) int64.
+        context_size: number of most recent tokens that the model sees (default and maximum: its context length).
+        temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`. Temperature 0 is greedy.
+        eos_id: the id that finishes a sequence.
+        stop: one or several texts or sequences of ids that finish a sequence. The stop itself stays in the result, because a
+            text can begin in the middle of a token. Texts need `tokenizer`.
         seed: makes the sampled tokens reproducible, independently of torch's global seed.
         attention_mask: (B, T), 1 for tokens and 0 for padding, for prompts of unequal length padded on either side. Each
-            row continues as it would alone.
+            prompt is continued as if it were alone.
         use_cache: False recomputes all tokens in every step. The result is the same, but slower.
         tokenizer: decodes the new tokens to find stop texts.
 
@@ -63,22 +61,10 @@ def generate(
         ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
     """
     steps = generate_stream(
-        model,
-        idx,
-        max_new_tokens,
-        context_size,
-        temperature,
-        top_k,
-        eos_id,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        seed=seed,
-        attention_mask=attention_mask,
-        use_cache=use_cache,
-        tokenizer=tokenizer,
-    )
+        model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop, seed=seed, attention_mask=attention_mask,
+        use_cache=use_cache, tokenizer=tokenizer,
+    )  # fmt: skip
     return torch.cat([idx, *(new[:, None] for new in steps)], dim=1)
 
 
@@ -100,7 +86,7 @@ def generate_stream(
     use_cache: bool = True,
     tokenizer: Any = None,
 ) -> Iterator[Tensor]:
-    """Yield the new tokens step by step, each (B,) int64. The arguments are those of `generate`."""
+    """Yield the new token of every sequence, step by step, as int64 tensors (B,). For the arguments, see `generate`."""
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"the prompts must be (batch, time) with at least one token, got shape {tuple(idx.shape)}")
@@ -110,94 +96,61 @@ def generate_stream(
     fill = next((id_ for id_ in (eos_id, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     window = _context(model, context_size)
-    ids, mask = _pad_left(idx, attention_mask)
-    return _decode(model, ids, mask, max_new_tokens, window, sampling, eos_id, has_stopped, fill, generator, use_cache)
+
+    @torch.no_grad()
+    def steps(ids: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        B, T = ids.shape
+        finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        new_ids: list[list[int]] = [[] for _ in range(B)]
+        seen: Tensor | None = None
+        cache: Any = None
+        new_cache = getattr(model, "new_cache", None)
+        if use_cache and new_cache is not None and window is not None and window >= T:
+            cache = new_cache(B, min(T + max_new_tokens, window))
+        for _ in range(max_new_tokens):
+            if window is not None and ids.shape[1] > window:
+                cache = None  # Learned positions shift with the window, so nothing cached stays valid: recompute.
+            logits = _last_logits(model, ids, mask, window, cache)  # (B, V)
+            if sampling.repetition_penalty is not None:
+                seen = _mark_seen(seen, ids, mask, logits)
+            new = pick_next(logits, sampling, generator, seen).masked_fill(finished, fill)
+            if eos_id is not None:
+                finished = finished | (new == eos_id)
+                if finished.all():
+                    return
+            yield new
+            if has_stopped is not None:
+                for row, id_ in enumerate(new.tolist()):
+                    new_ids[row].append(id_)
+                    if not finished[row] and has_stopped(new_ids[row]):
+                        finished[row] = True
+                if finished.all():
+                    return
+            ids = torch.cat([ids, new[:, None]], dim=1)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+
+    # A generator function runs nothing before its first step, but wrong arguments must raise errors at once.
+    return steps(*_pad_left(idx, attention_mask))
 
 
-@torch.no_grad()
-def _decode(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor | None,
-    max_new_tokens: int,
-    window: int | None,
-    sampling: SamplingConfig,
-    eos_id: int | None,
-    has_stopped: Callable[[list[int]], bool] | None,
-    fill: int,
-    generator: torch.Generator | None,
-    use_cache: bool,
-) -> Iterator[Tensor]:
-    """Yield the new tokens of checked arguments.
+def _last_logits(model: Any, ids: Tensor, mask: Tensor | None, window: int | None, cache: Any) -> Tensor:
+    """Return the logits (B, V) of the token that follows `ids` (B, T). The model sees only the last `window` ids (None: all).
 
-    Args:
-        ids: left-padded prompts, (B, T).
-        mask: (B, T) bool, False for padding; None without padding.
-        window: number of last tokens that the model sees; None for all.
-        has_stopped: returns True if a row with these new ids has reached a stop; None without stops.
-        fill: id for rows that have finished.
-        generator: source of random numbers; None for torch's global one.
-
-    The other arguments are those of `generate`.
+    `mask` (B, T) is False for padding. With a cache, the model computes only the ids that are not yet in the cache.
     """
-    B, T = ids.shape
-    finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    new_ids: list[list[int]] = [[] for _ in range(B)]
-    last_logits = _LastLogits(model, window, use_cache, T + max_new_tokens)
-    seen: Tensor | None = None
-    for _ in range(max_new_tokens):
-        with evaluation_mode(model):
-            logits = last_logits(ids, mask)  # (B, V)
-        if sampling.repetition_penalty is not None:
-            seen = _mark_seen(seen, ids, mask, logits)
-        new = pick_next(logits, sampling, generator, seen).masked_fill(finished, fill)
-        if eos_id is not None:
-            finished = finished | (new == eos_id)
-            if finished.all():
-                return
-        yield new
-        if has_stopped is not None:
-            for row, id_ in enumerate(new.tolist()):
-                new_ids[row].append(id_)
-                if not finished[row] and has_stopped(new_ids[row]):
-                    finished[row] = True
-            if finished.all():
-                return
-        ids = torch.cat([ids, new[:, None]], dim=1)
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
-
-
-class _LastLogits:
-    """A function that computes the logits of the last position, with a cache while the sequence fits into the window."""
-
-    def __init__(self, model: Any, window: int | None, use_cache: bool, max_length: int) -> None:
-        self.model = model
-        self.window = window
-        self.has_cache = hasattr(model, "new_cache")
-        self.cache_length = min(max_length, window) if window is not None and use_cache and self.has_cache else 0
-        self.cache: Any = None
-
-    def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the logits (B, V) of the last position of ids (B, T)."""
-        if self.window is not None and ids.shape[1] > self.window:
-            # Learned positions shift with the window, so nothing cached stays valid: recompute.
-            self.cache, self.cache_length = None, 0
-            ids, mask = ids[:, -self.window :], None if mask is None else mask[:, -self.window :]
-        if not self.has_cache:  # a model of other code, which knows neither cache= nor last_only=
-            if mask is None:
-                return self.model(ids)[:, -1]
-            return self.model(ids, attention_mask=mask)[:, -1]
-        if self.cache_length and self.cache is None:
-            self.cache = self.model.new_cache(len(ids), self.cache_length)
-        if self.cache is not None:
-            ids = ids[:, self.cache.length :]
-        return self.model(ids, attention_mask=mask, cache=self.cache, last_only=True)[:, -1]
+    if window is not None:
+        ids, mask = ids[:, -window:], None if mask is None else mask[:, -window:]
+    with evaluation_mode(model):
+        if not hasattr(model, "new_cache"):  # a model of other code, which knows neither cache= nor last_only=
+            return (model(ids) if mask is None else model(ids, attention_mask=mask))[:, -1]
+        new = ids if cache is None else ids[:, cache.length :]
+        return model(new, attention_mask=mask, cache=cache, last_only=True)[:, -1]
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the `with` block, and restore the mode of every module afterwards."""
+    """Set a model to evaluation mode within a `with` block, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -209,26 +162,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class TextStream:
-    """A decoder for ids that arrive one by one. It returns whole characters only and leaves out stop texts.
+    """A decoder for token ids that arrive one by one. `add` and `end` return the new text.
 
-    Every call decodes all ids again, because the text of a token can depend on the tokens before it. Compared with a
-    forward pass this takes no time.
-
-    Args:
-        tokenizer: decodes the ids.
-        prompt_ids: ids before the first new one; their text is not returned.
-        stop: texts that end the output.
+    Only whole characters are returned, without the text of the prompt and without any of the `stop` texts. Every call decodes
+    all ids again, because the text of a token can depend on the tokens before it. Compared with a forward pass this takes
+    almost no time.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids = list(prompt_ids)
-        self.stop = list(stop)
+        self.ids, self.stop = list(prompt_ids), list(stop)
         self.prompt = tokenizer.decode(self.ids)
         self.shown = 0
 
     def add(self, id_: int) -> str:
-        """Append an id and return the new text that is certain now, which is often empty."""
+        """Append a token id and return the new text, often an empty string. Incomplete characters are held back."""
         self.ids.append(id_)
         # The next id may complete a character or a stop text, so incomplete ones are held back.
         text = self._text().rstrip("\ufffd")
@@ -236,11 +184,11 @@ class TextStream:
         return self._show(text[: len(text) - held])
 
     def end(self) -> str:
-        """Return the text that was held back."""
+        """Return the rest of the text, which `add` held back because it was incomplete or could become a stop text."""
         return self._show(self._text())
 
     def _text(self) -> str:
-        """Return the text of all new ids up to the first stop text."""
+        """Decode all ids and return the text after the prompt, up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
         # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
         pairs = enumerate(zip(self.prompt, text, strict=False))
@@ -249,7 +197,7 @@ class TextStream:
         return text[: min(places, default=len(text))]
 
     def _show(self, text: str) -> str:
-        """Return the part of the text that was not returned before."""
+        """Return the part of `text` that earlier calls did not return."""
         new, self.shown = text[self.shown :], max(self.shown, len(text))
         return new
 
@@ -263,42 +211,28 @@ def stream_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces of text, up to a stop text or the end-of-text token.
+    """Yield the continuation of the prompt `ids` as short strings, until a stop text or the tokenizer's end-of-text token.
 
-    Args:
-        model: a GPTModel, or an accelerated copy of one.
-        tokenizer: the model's tokenizer.
-        ids: the ids of the prompt.
-        max_new_tokens: the largest number of tokens to add.
-        sampling: how the tokens are sampled.
-        stop: texts at which generation ends; they are not part of the result.
-        seed: makes the text reproducible.
+    The stop text is left out. `sampling` holds the sampling options. For the other arguments, see `generate`.
     """
     stream = TextStream(tokenizer, ids, stop)
     device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
-    for new in generate_stream(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens,
-        **dataclasses.asdict(sampling),
-        eos_id=tokenizer.eot_token,
-        stop=stop or None,
-        seed=seed,
-        tokenizer=tokenizer,
-    ):
+    prompt = torch.tensor([ids], device=device)
+    options = {**dataclasses.asdict(sampling), "stop": stop or None, "seed": seed, "tokenizer": tokenizer}
+    for new in generate_stream(model, prompt, max_new_tokens, eos_id=tokenizer.eot_token, **options):
         yield stream.add(int(new))
     yield stream.end()
 
 
 def _context(model: Any, context_size: int | None) -> int | None:
-    """Return the largest number of tokens that the model may see; None if neither context_size nor a config limits it."""
-    require_positive(optional=True, context_size=context_size)
+    """Return the smaller of context_size and the model's own context length; None if neither exists."""
+    require_positive(context_size=context_size, optional=True)
     own = getattr(getattr(model, "config", None), "context_length", None)
     return min((length for length in (context_size, own) if length is not None), default=None)
 
 
 def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the prompts with all padding moved to the left, and their mask (bool), which is None without padding.
+    """Return the prompts `idx` with all padding moved to the left, and their bool mask, which is None without padding.
 
     New tokens are appended on the right, so the tokens of every prompt must end there.
     """
@@ -313,14 +247,15 @@ def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tenso
         return idx, None
     order = mask.long().argsort(dim=1, stable=True)  # padding first, then the tokens in their order
     ids, mask = idx.gather(1, order), mask.gather(1, order)
-    empty = int(mask.any(dim=0).long().argmax())  # number of columns that are padding in every row
+    empty = int(mask.any(dim=0).long().argmax())  # number of positions that are padding in every prompt
     return ids[:, empty:], mask[:, empty:]
 
 
 def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
-    """Return (B, V), True for every token that occurs in a row; padding does not count.
+    """Return a bool tensor (B, V) that is True where a sequence already contains the token. Padding does not count.
 
-    `seen` is the result of the step before, to which only the newest token is added; None in the first step.
+    `seen` is the result of the previous step, to which only the newest ids are added; None in the first step. `logits` (B, V)
+    gives the first result its shape and device.
     """
     if seen is not None:
         return seen.scatter(1, ids[:, -1:], True)
@@ -330,7 +265,7 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
 
 
 def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
-    """Return a function of the new ids of a row that is True once the row has reached a stop; None without stops."""
+    """Return a function that checks if the new ids of a sequence have reached one of the stops. None if `stop` is None."""
     if stop is None:
         return None
     stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop

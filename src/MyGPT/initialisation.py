@@ -1,11 +1,10 @@
-"""Initial weights: GPT-2's, torch's own, or weights with which every head attends to a token shortly before.
+"""Initial weights: GPT-2's, torch's defaults, or weights with which every head attends to a token shortly before.
 
-With GPT-2's random position embeddings a new model cannot tell near tokens from far ones. The model first learns tables of
-which token follows which, and learns to look at the previous token only later. `init="local"` gives it this ability from
-the start. Positions begin as sinusoids (Vaswani et al., 2017), in which one step is the same rotation everywhere, and the
-keys of head h begin as its queries rotated by h positions. The query at time t therefore matches the key at time t - h.
-Starting with keys equal to queries is "mimetic initialization" (Trockman & Kolter, 2023); the rotation is new here. The
-architecture is GPT-2's, and all weights are trained. T context, C embedding width, H heads, D = C // H, V vocabulary.
+With GPT-2's random position embeddings a new model cannot tell near tokens from far ones, and learns to look at the previous
+token late. `init="local"` gives it this ability from the start. Positions begin as sinusoids (Vaswani et al., 2017), in which
+one step is the same rotation everywhere, and the keys of head h begin as its queries rotated by h positions. The query at time
+t therefore matches the key at time t - h. Starting with keys equal to queries is "mimetic initialization" (Trockman & Kolter,
+2023); the rotation is new here. T context length, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,17 +18,20 @@ from torch import Tensor, nn
 from MyGPT.config import GPTConfig
 
 QUERY_SCALE = 2.0
-"""Factor by which "local" queries and keys exceed random ones, so that attention to one token stands out."""
+"""Factor by which init="local" enlarges the query and key weights, so that attention to one token stands out."""
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: GPTConfig) -> None:
-    """Draw the initial weights of a GPTModel, in the order of its parameters.
+    """Set the initial weights of a GPTModel in place, drawn at random in the order of its parameters.
 
-    GPT-2's matrices are normal with standard deviation init_std. The projections into the residual stream (c_proj) are smaller
-    by the square root of their number, 2 n_layers. Biases are 0 and LayerNorm weights 1. With init_std=None the weights are
-    those of torch's layers.
+    Matrices and embeddings are drawn from a normal distribution with mean 0 and standard deviation config.init_std. For the
+    2·n_layers projections into the residual stream (c_proj), the standard deviation is init_std / √(2·n_layers). Biases are 0
+    and LayerNorm weights 1. With config.init="local", `_make_local` then changes some of these weights. With init_std=None,
+    all layers get torch's default weights instead. A model on the meta device is left unchanged.
     """
+    if next(model.parameters()).is_meta:
+        return
     std = config.init_std
     if std is None:
         for module in model.modules():
@@ -53,14 +55,10 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
 
 
 def _make_local(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:
-    """Change random weights in place so that head h attends to the token h positions before.
+    """Change the random weights in place so that head h attends to the token h positions before.
 
-    Args:
-        wte: token embeddings (V, C), drawn with standard deviation `std`.
-        wpe: position embeddings (T, C), which are overwritten. C is even.
-        c_attn: the matrix (3 C, C) of queries, keys and values of each block.
-        n_heads: number of heads per block.
-        std: standard deviation of the random weights.
+    wte (V, C) and wpe (T, C), with an even C, are the token and position embeddings. c_attn has the weight (3 C, C) of
+    queries, keys and values of each block. `std` is the standard deviation of the random weights.
     """
     T, C = wpe.shape
     # Wavelengths from two tokens to twice the context.

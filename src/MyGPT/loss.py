@@ -1,50 +1,83 @@
-"""The cross-entropy of the library, in nats.
+"""The cross-entropy losses of the library, in nats, and the tied output head.
 
 Losses and counts are returned as separate sums, because a mean of means is wrong when batches differ in length: sum both over
-batches, then divide once. N = B * T positions, C embedding width, V vocabulary.
+batches, then divide once. B batch size, T tokens, N = B * T positions, C embedding width, V vocabulary size.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
-"""The target that losses ignore, as in torch and transformers."""
+"""Target value of positions that the losses ignore, as in torch and transformers."""
 
 MAX_LOGITS = 1 << 24
-"""Largest number of logits that exist at one time (64 MB in float32)."""
+"""Largest number of logits that `linear_token_loss` computes at one time (64 MB in float32)."""
 
 VOCAB_CHUNK = 2048
-"""Number of outputs that a CPU computes at a time, so that the result is still in its cache when it is stored."""
+"""Number of vocabulary entries whose logits a CPU computes at a time, so that the results stay in the CPU's cache."""
+
+
+class TiedHead(nn.Module):
+    """An output head that shares the weight (V, C) of the token embedding.
+
+    It is not an nn.Linear, because PEFT and quantizers change every nn.Linear, and would change the embedding with it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)  # (B, T, V)
+
+
+@dataclass
+class CausalLMOutput:
+    """The result of GPTModel.forward with labels: the loss and the logits."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
+    logits: Tensor
+    """Logits of the next token at every position, (B, T, V)."""
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy in nats and the number of counted targets.
+    """Return the summed cross-entropy in nats and the number of targets that were counted.
 
-    logits (..., V) float; targets (...) int64, where -100 is ignored. Logits of 16 bits are converted to float32 first.
+    logits is a float tensor (..., V), and targets an int64 tensor (...) in which -100 is not counted. 16-bit logits are
+    converted to float32 first.
     """
     logits = logits.flatten(0, -2)  # (N, V)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
     total = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `token_loss(head(hidden), targets)` for an output head and its input, hidden (..., C).
+
+    If the head is only a product with its weight, `linear_token_loss` computes the same with less memory.
+    """
+    # A head with an adapter or a bias computes more than that product.
+    if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
+        return linear_token_loss(hidden, head.weight, targets)
+    return token_loss(head(hidden), targets)
 
 
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return `token_loss(hidden @ weight.T, targets)` without storing all logits at once.
 
-    For GPT-2's vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are
-    therefore computed in chunks of rows. The forward pass already computes the gradients of each chunk, so the loss supports
-    only one backward pass; a second one raises an error.
-
-    Args:
-        hidden: hidden states, (..., C).
-        weight: weight of the output head, (V, C).
-        targets: (...) int64, where -100 is ignored.
+    hidden is (..., C), weight is (V, C), and targets is an int64 tensor (...) in which -100 is not counted. For GPT-2's
+    vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are therefore
+    computed for a part of the positions at a time. The forward pass already computes the gradients of each part, so a second
+    backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     # On a GPU the number of counted targets is not known without waiting for the GPU.
@@ -63,10 +96,7 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
-    """The summed cross-entropy, in float32 or float64.
-
-    The gradient of the loss with respect to the logits is softmax minus one-hot, so each chunk yields its gradients at once.
-    """
+    """The summed cross-entropy of the logits hidden @ weight.T, computed chunk by chunk together with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_grad_enabled: bool) -> Tensor:
@@ -114,9 +144,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # The product is computed in float32, because grad_output rounded to bf16 would change all gradients by up to 0.4%.
-        # Saved gradients in float32 are scaled in place, since they may take 150 MB; autograd detects this in a second
-        # backward pass.
+        # In float32, because grad_output rounded to bf16 would change all gradients by up to 0.4%. Float32 gradients, which
+        # may take 150 MB, are scaled in place; autograd detects this in a second backward pass.
         hidden_gradient, weight_gradient = (
             None if saved is None else saved.to(grad_output.dtype).mul_(grad_output).to(ctx.dtype)
             for saved in ctx.saved_tensors

@@ -1,16 +1,14 @@
 """The GPT-2 transformer (Radford et al., 2019): token ids in, next-token logits out.
 
-B batch, T time (new tokens), S time seen so far, C embedding width, H heads, D = C // H, V vocabulary.
+B batch size, T new tokens, S all tokens so far (cached and new), C embedding width, H heads, D = C // H, V vocabulary size.
 The names of the layers are those of OpenAI's checkpoints. Caches, masks and input checks are in cache.py, initial weights in
-initialisation.py, the decoding loop in generation.py.
+initialisation.py, the losses in loss.py, the decoding loop in generation.py.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import GPTConfig, as_config
-from MyGPT.costs import count_matrix_weights, count_parameters, flops_per_token
+from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
-from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, token_loss
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(QKᵀ/√D + mask)V, (..., T, D), written as in the paper (Vaswani et al., 2017).
-
-    q (..., T, D); k and v (..., S, D); mask (..., T, S) is True where a query may see a key. Without a mask the queries
-    belong to the last T of the S tokens, and each sees the keys up to its own. `CausalSelfAttention` computes the same with
-    torch's fused kernel.
-    """
-    T, S = q.shape[-2], k.shape[-2]
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
-    scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1) @ v  # (..., T, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -60,7 +43,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        # Without a mask there are no earlier tokens, or there is one new token, which sees all of them.
+        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token, which sees all of them.
         is_causal = mask is None and T > 1
         drop_rate = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
@@ -69,7 +52,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (Hendrycks & Gimpel, 2016) between them, applied to every token by itself."""
+    """Two linear layers with GELU (Hendrycks & Gimpel, 2016) between them, applied to every token separately."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -80,8 +63,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 * C)
-        x = self.c_proj(x)  # (B, T, C)
-        return F.dropout(x, self.drop_rate, self.training)
+        return F.dropout(self.c_proj(x), self.drop_rate, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -96,18 +78,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final LayerNorm: everything but the output head."""
+    """The model without its output head: embeddings, blocks and the final LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.drop_rate = config.drop_rate
-        self.wte = _empty_embedding(config.vocab_size, config.emb_dim)
-        self.wpe = _empty_embedding(config.context_length, config.emb_dim)
+        # from_pretrained, because nn.Embedding(V, C) draws values, which takes over a second on the meta device.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.emb_dim), freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.context_length, config.emb_dim), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.emb_dim, config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -119,7 +101,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the hidden states (B, T, C) that the output head reads. The arguments are those of GPTModel.forward."""
+        """Return the final hidden states (B, T, C), the input of the output head. For the arguments, see GPTModel.forward."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.shape[1]
         S = T if cache is None else cache.length + T
@@ -135,49 +117,20 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-class TiedHead(nn.Module):
-    """The output head that shares its weight (V, C) with the token embedding.
-
-    TiedHead is deliberately not an nn.Linear. PEFT's "all-linear" and quantizers change every linear layer that they find,
-    and a change of this weight would also change the embedding.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)  # (B, T, V)
-
-
-@dataclass
-class CausalLMOutput:
-    """The result of a forward pass with labels."""
-
-    loss: Tensor
-    """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
-    logits: Tensor
-    """(B, T, V)."""
-
-
 class GPTModel(nn.Module):
-    """GPT-2 with new random weights, of the size that `config` (a GPTConfig or a dict of its fields) describes."""
+    """A GPT-2 model with new random weights. `config`, a GPTConfig or a dict of its fields, sets sizes and options."""
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
-        config = as_config(config)
-        self.config = config
+        self.config = config = as_config(config)
         # Layers are built without memory, so that torch does not draw default weights which are then overwritten.
         with torch.device("meta"):
             self.transformer = Transformer(config)
             self.lm_head: nn.Linear | TiedHead = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        device = torch.get_default_device()
-        if device.type != "meta":
-            self.to_empty(device=device)
+        self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head = TiedHead(self.transformer.wte.weight)
-        if device.type != "meta":
-            initialise(self, config)
+        initialise(self, config)
 
     def forward(
         self,
@@ -195,18 +148,20 @@ class GPTModel(nn.Module):
         """Return the logits (B, T, V), or a `CausalLMOutput` if labels are given.
 
         Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, S), 1 for tokens and 0 for padding on either side; positions count tokens only. If a row
-                holds several texts, number them 1, 2, …: each text is then computed as if it were alone.
-            inputs_embeds: (B, T, C), token embeddings to use instead of input_ids.
-            labels: (B, T) int64, usually input_ids themselves; the model shifts them, as in transformers. Labels of -100
-                are ignored. Give -100 to the first token of each of several texts.
+            input_ids: token ids, (B, T) int64.
+            attention_mask: (B, S), 1 for tokens and 0 for padding on either side. Padding is not counted in the positions. If
+                a sequence packs several texts, number the tokens of the first text 1, of the second text 2, and so on; each
+                text is then computed as if it were alone.
+            inputs_embeds: token embeddings to use instead of input_ids, (B, T, C).
+            labels: (B, T) int64, usually input_ids themselves; the model shifts them by one position, as in transformers.
+                Labels of -100 are ignored. If a sequence packs several texts, give -100 to the first token of each text.
             output_attentions, output_hidden_states, return_dict: leave unset; they exist because PEFT passes them.
-            cache: the keys and values of the S - T tokens before; the new tokens are appended.
+            cache: the keys and values of the S - T earlier tokens; the new tokens are appended.
             last_only: compute only the logits of the last position, (B, 1, V).
 
         Raises:
-            ValueError: a wrong shape or dtype, a sequence longer than the context, or arguments that exclude each other.
+            ValueError: a wrong shape or dtype, a sequence longer than the context length, or arguments that exclude each
+                other.
             IndexError: an id or a label outside the vocabulary.
         """
         if output_attentions or output_hidden_states:
@@ -226,37 +181,21 @@ class GPTModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy in nats and the number of counted targets, without storing (B, T, V) logits.
 
-        input_ids and targets (B, T) int64. The targets are already shifted, and targets of -100 are ignored.
+        input_ids and targets are (B, T) int64. Each target is the token after the input at the same position; targets of -100
+        are not counted. For attention_mask, see `forward`.
         """
         check_inputs(self.config, input_ids, attention_mask, labels=targets)
-        return self._head_loss(self.transformer(input_ids, attention_mask), targets)
+        return head_loss(self.lm_head, self.transformer(input_ids, attention_mask), targets)
 
     def row_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the summed cross-entropy of each row, (B,). The arguments are those of `token_loss`."""
+        """Return the summed cross-entropy of each sequence in nats, (B,). For the arguments, see `token_loss`."""
         check_inputs(self.config, input_ids, attention_mask, labels=targets)
         hidden = self.transformer(input_ids, attention_mask)
-        return torch.stack([self._head_loss(row, of_row)[0] for row, of_row in zip(hidden, targets, strict=True)])
-
-    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the hidden states (B, C) of the last token of each row that is not padding."""
-        check_inputs(self.config, input_ids, attention_mask)
-        hidden = self.transformer(input_ids, attention_mask)
-        if attention_mask is None:
-            return hidden[:, -1]
-        T = input_ids.shape[1]
-        last = (attention_mask.ne(0) * torch.arange(T, device=hidden.device)).argmax(1)  # (B,)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `token_loss` returns, for the hidden states (..., C) that the head reads."""
-        # A head with an adapter or a bias computes more than the product with its weight.
-        if type(self.lm_head) not in (nn.Linear, TiedHead) or getattr(self.lm_head, "bias", None) is not None:
-            return token_loss(self.lm_head(hidden), targets)
-        return linear_token_loss(hidden, self.lm_head.weight, targets)
+        return torch.stack([head_loss(self.lm_head, *row)[0] for row in zip(hidden, targets, strict=True)])
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """True if training recomputes each block in the backward pass: less memory, a third more computation."""
+        """True if training recomputes each block in the backward pass, which takes less memory but a third more computation."""
         return self.transformer.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -264,39 +203,41 @@ class GPTModel(nn.Module):
         self.transformer.gradient_checkpointing = value
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments that a decoding loop of transformers passes to `forward`. PEFT requires this method."""
+        """Return the arguments that transformers' decoding loop passes to `forward`. PEFT requires this method."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters; shared ones count once. The embeddings are those of tokens and positions."""
-        embeddings = (self.transformer.wte.weight, self.transformer.wpe.weight) if exclude_embeddings else ()
-        return count_parameters(self, only_trainable, embeddings)
+        """Return the number of parameters, counting shared parameters once.
+
+        only_trainable leaves out frozen parameters, and exclude_embeddings the token and position embeddings.
+        """
+        counted = {parameter for parameter in self.parameters() if parameter.requires_grad or not only_trainable}
+        if exclude_embeddings:
+            counted -= {self.transformer.wte.weight, self.transformer.wpe.weight}
+        return sum(parameter.numel() for parameter in counted)
 
     def estimate_flops(self, n_tokens: int | None = None, backward: bool = True) -> int:
-        """Return the floating-point operations per token in a sequence of n_tokens (default: the context).
+        """Return the floating-point operations per token in a sequence of n_tokens (default: the model's context length).
 
-        The count includes the backward pass unless backward=False; see `costs.flops_per_token`.
+        The backward pass is included unless backward=False. See `costs.flops_per_token`.
         """
         return flops_per_token(self.config, n_tokens, backward, count_matrix_weights(self))
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a model directory that transformers can open too.
+        """Write a model directory that transformers can load too. If writing fails, an existing directory is left unchanged.
 
-        The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, the
-        tokenizer's files and a model card. If writing fails, a directory that existed before is left unchanged.
+        The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, a model card,
+        and the files of the tokenizer if one is given.
         """
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
     def train(self, mode: bool = True) -> GPTModel:
-        """Set training or evaluation mode (see nn.Module.train).
-
-        Training mode first copies memory-mapped weights to contiguous memory, because torch's fused AdamW gives wrong
-        results when a parameter and its optimizer state have different strides.
-        """
+        """Set training or evaluation mode. If `mode` is True, memory-mapped weights are first copied to contiguous memory."""
+        # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
         if mode and not all(parameter.is_contiguous() for parameter in self.parameters()):
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -307,11 +248,12 @@ class GPTModel(nn.Module):
         """Return a released model, or the model in a directory or file, in evaluation mode.
 
         Args:
-            name_or_dir: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (OpenAI's files) or "openai-community/gpt2" and the
-                like (Hugging Face's), downloaded once to $MYGPT_CACHE or the user's cache directory; or the directory of a
-                saved model, of a run or of OpenAI's files; or nanoGPT's ckpt.pt.
-            dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped:
-                their file may be replaced or deleted afterwards, but not truncated, and it never changes with the weights.
+            name_or_dir: a released model, which is downloaded once to $MYGPT_CACHE or the user's cache directory: "gpt2",
+                "gpt2-medium", "gpt2-large" or "gpt2-xl" (OpenAI's files), or "openai-community/gpt2" and similar names
+                (Hugging Face's files). Or a path: the directory of a saved model, of a training run or of OpenAI's files, or
+                nanoGPT's ckpt.pt.
+            dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
+                file may be replaced or deleted afterwards, but not truncated. Training never changes the file.
         """
         config, state_dict = read_weights(name_or_dir, dtype)
         with torch.device("meta"):
@@ -320,8 +262,3 @@ class GPTModel(nn.Module):
         if config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
-
-
-def _empty_embedding(n: int, C: int) -> nn.Embedding:
-    """Return an embedding (n, C) without initial values. nn.Embedding(n, C) takes over a second on the meta device."""
-    return nn.Embedding.from_pretrained(torch.empty(n, C), freeze=False)

@@ -1,9 +1,8 @@
 """Opening a model by name or path, with its tokenizer, prompt template and LoRA adapter.
 
-1. `find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), the directory of
-   a run contains `model/` or `adapter/`, and an adapter names the model that it was trained on.
-2. `open_checkpoint` (weights/formats) reads the config and lazy tensors. Each file format is one module there.
-3. `open_model` builds the model from them, merges the adapter, and opens the tokenizer.
+`find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), a run's
+directory contains `model/` or `adapter/`, and an adapter names the model that it was trained on. `open_model` builds the
+model (weights/formats reads its config and weights), merges the adapter, and opens the tokenizer.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer, get_tokenizer
-from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.formats import find_format, open_checkpoint
+from MyGPT.weights.formats import find_format
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.pretrained import find_model
 
@@ -57,22 +55,19 @@ def open_model(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The local paths of a model's parts. Each method reads one part."""
+    """The local paths of a model's parts."""
 
     path: Path
     """The directory or file with the weights."""
     adapter: Path | None = None
     """The directory of the LoRA adapter, if there is one."""
 
-    def checkpoint(self) -> Checkpoint:
-        """Return the config and the lazy tensors, without the adapter."""
-        return open_checkpoint(self.path)
-
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         """Return the tokenizer saved with the model, or GPT-2's if there is none and the vocabulary size fits."""
         directory = self._directory()
-        has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-        return get_tokenizer("gpt2" if not has_tokenizer and vocab_size in _GPT2_VOCABULARY_SIZES else directory)
+        if vocab_size in _GPT2_VOCABULARY_SIZES and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+            return get_tokenizer("gpt2")
+        return get_tokenizer(directory)
 
     def template(self) -> Template | None:
         """Return the prompt template saved with the adapter or else with the model; None if neither has one."""
@@ -99,10 +94,8 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
         return ModelFiles(find_model(name_or_path))
     base = base_of_adapter(found)
     if Path(base).is_absolute() and not Path(base).exists():
-        raise FileNotFoundError(
-            f"{found} was trained on {base}, which does not exist: name the model's present path with --model MODEL "
-            f"--adapter {found}"
-        )
+        way_out = f"name the model's present path with --model MODEL --adapter {found}"
+        raise FileNotFoundError(f"{found} was trained on {base}, which does not exist: {way_out}")
     return ModelFiles(find_model(base), found)
 
 

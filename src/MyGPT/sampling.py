@@ -1,7 +1,7 @@
 """Sampling: pure functions that filter logits (B, V), and the choice of the next token.
 
 A filter sets the logits of the tokens that it excludes to minus infinity. The filters run in the same order as in
-transformers: repetition penalty, temperature, top-k, top-p, min-p. B batch, V vocabulary.
+transformers: repetition penalty, temperature, top-k, top-p, min-p. B batch size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class SamplingConfig:
     top_k: int | None = None
     """Sample only from the k most likely tokens."""
     top_p: float | None = None
-    """Sample only from the most likely tokens whose probabilities together reach p."""
+    """Sample only from the smallest set of most likely tokens with a total probability of at least p."""
     min_p: float | None = None
     """Sample only from tokens that have at least p times the probability of the most likely token."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens that already occurred less likely."""
+    """Values above 1 make tokens that already occurred less likely."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
-        require_positive(optional=True, top_k=self.top_k)
+        require_positive(top_k=self.top_k, optional=True)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             self._refuse("top_p", "a number above 0 and at most 1")
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
@@ -52,13 +52,16 @@ def _is_number(value: object) -> bool:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest logits of each row (Fan et al., 2018), and any that equal the smallest of these."""
+    """Set all logits (B, V) to -inf except the k largest of each sequence and those equal to the k-th (Fan et al., 2018)."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al., 2020)."""
+    """Set all logits (B, V) to -inf except those of the most likely tokens (Holtzman et al., 2020).
+
+    The kept tokens are the smallest set with a total probability of at least p.
+    """
     ascending, order = logits.sort()
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - p  # these tokens together have at most 1 - p
     outside[:, -1] = False
@@ -66,22 +69,26 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens with at least p times the probability of the most likely one (Nguyen et al., 2024)."""
+    """Set the logits of tokens with less than p times the highest probability to -inf (Nguyen et al., 2024)."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of seen tokens by the penalty and multiply the negative ones (Keskar et al., 2019).
+    """Return logits (B, V) in which tokens that already occurred are less likely (Keskar et al., 2019).
 
-    seen (B, V) is True for tokens that already occurred.
+    `seen` is a bool tensor (B, V) that is True for these tokens. Their positive logits are divided by the penalty, and their
+    negative logits are multiplied by it.
     """
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalized, logits)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
-    """Apply all filters of the config to logits (B, V). seen (B, V) is True for tokens that already occurred."""
+    """Return the logits (B, V) after the repetition penalty, the temperature and the filters of `config`.
+
+    `seen` is a bool tensor (B, V) that is True for tokens that already occurred. Temperature 0 applies only the penalty.
+    """
     if config.repetition_penalty is not None and seen is not None:
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if config.temperature == 0:
@@ -100,13 +107,10 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
 def pick_next(
     logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """Return the next token of each row, (B,) int64.
+    """Return the next token of each sequence as int64 ids (B,), given the logits of the last position (B, V).
 
-    Args:
-        logits: logits of the last position, (B, V).
-        config: the sampling options.
-        generator: source of random numbers; None for torch's global one.
-        seen: (B, V), True for tokens that already occurred; needed for the repetition penalty.
+    Random numbers come from `generator` (default: torch's global generator). `seen` is a bool tensor (B, V) that is True for
+    tokens that already occurred; the repetition penalty needs it.
     """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:

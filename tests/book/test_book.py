@@ -551,7 +551,7 @@ def test_an_assigned_parameter_has_the_dtype_of_the_old_one() -> None:
 
 
 def test_assigning_another_shape_raises_an_error() -> None:
-    with pytest.raises(ValueError, match=r"the weights are \(3, 2\), the parameter is \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"the weights have the shape \(3, 2\), the parameter has \(2, 3\)"):
         book.assign(torch.zeros(2, 3), torch.zeros(3, 2))
 
 

@@ -127,7 +127,7 @@ def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_
 
 def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert main(["download", "gpt5"]) == 2
-    assert "unknown model 'gpt5': the models to download are 124M, gpt2," in capsys.readouterr().err
+    assert "unknown model 'gpt5': choose 124M, gpt2," in capsys.readouterr().err
     assert main(["download", "124M", "--out", str(tmp_path), "--base_url", "http://127.0.0.1:1/models"]) == 2
     error = capsys.readouterr().err
     assert "127.0.0.1:1/models/124M/checkpoint" in error and str(tmp_path / "124M") in error

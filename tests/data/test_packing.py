@@ -43,7 +43,7 @@ def test_each_example_goes_to_the_first_row_with_enough_space(lengths: list[int]
 
 @pytest.mark.parametrize("length", [0, 11])
 def test_an_example_that_fits_into_no_row_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match=f"example 1 has {length} tokens, a row can contain 1 to 10"):
+    with pytest.raises(ValueError, match=f"example 1 has {length} tokens, a packed sequence can contain 1 to 10"):
         pack_first_fit([3, length], 10)
 
 
@@ -193,7 +193,10 @@ def test_short_examples_fill_the_rows() -> None:
     ("options", "words"),
     [
         ({"max_length": 8, "batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"max_length": 4, "batch_size": 1}, "the longest example has 5 tokens, a row has max_length=4: create the"),
+        (
+            {"max_length": 4, "batch_size": 1},
+            "the longest example has 5 tokens, a packed sequence has max_length=4: create the",
+        ),
     ],
 )
 def test_invalid_sampler_options_are_refused(options: dict[str, Any], words: str) -> None:
@@ -202,7 +205,9 @@ def test_invalid_sampler_options_are_refused(options: dict[str, Any], words: str
 
 
 def test_a_row_with_too_many_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"row 1 has examples of \[3, 2\] tokens: .* all together at most 4"):
+    with pytest.raises(
+        ValueError, match=r"packed sequence 1 has examples of \[3, 2\] tokens: .* all together at most 4"
+    ):
         collate_packed([[[1]], [[1, 2, 3], [4, 5]]], 4)
-    with pytest.raises(ValueError, match=r"row 0 has examples of \[0\] tokens: each needs at least one"):
+    with pytest.raises(ValueError, match=r"packed sequence 0 has examples of \[0\] tokens: each needs at least one"):
         collate_packed([[[]]], 4)

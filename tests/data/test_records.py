@@ -61,7 +61,7 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         ('{"question": "a"}', r"line 3: a record needs the key 'instruction' .*, got \['question'\]"),
         ("{}", r"line 3: a record needs the key 'instruction' .*, got \[\]"),
         ('["a"]', r"line 3: a record must be a JSON object, got \['a'\]"),
-        ("{'text': 'a'}", "line 3: not JSON: .*a JSON array, or one JSON object a line"),
+        ("{'text': 'a'}", "line 3: not JSON: .*a JSON array, or one JSON object per line"),
         ('{"messages": []}', r"line 3: 'messages' must be a list of at least one message, got \[\]"),
         ('{"messages": "Hi"}', "line 3: 'messages' must be a list of at least one message, got 'Hi'"),
         ('{"messages": ["Hi"]}', "line 3, message 1: a message must be a JSON object, got 'Hi'"),

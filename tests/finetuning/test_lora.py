@@ -135,7 +135,7 @@ def test_lora_layers_have_rank_times_in_and_out_parameters_and_the_dtype_of_the_
 
 
 def test_a_rank_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1, got 0"):
         LoRALayer(5, 3, rank=0, alpha=1)
 
 

@@ -143,7 +143,7 @@ def test_pairs_are_read_from_an_array_and_from_lines(tmp_path: Path) -> None:
 
 def test_another_model_raises_an_error(tokenizer: BPETokenizer) -> None:
     other = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="DPO needs a PeftModel of a GPTModel, got one of Sequential"):
+    with pytest.raises(ValueError, match="DPO needs a PeftModel of a GPTModel, got a PeftModel of a Sequential"):
         preferences(other, *PreferencePairs(RECORDS, tokenizer, 32).batch([0]))  # type: ignore[arg-type]
 
 

@@ -105,7 +105,7 @@ def test_too_many_tokens_or_rows_raise_an_error(model: GPTModel) -> None:
     long = torch.zeros(1, MAX_TOKENS + 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="the text has 129 tokens, a page can hold 128"):
         explain_page(model, TOKENIZER, long)
-    with pytest.raises(ValueError, match=r"one text, ids \(1, T\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"one text, so ids must have the shape \(1, tokens\), got \(2, 3\)"):
         explain_page(model, TOKENIZER, long[:, :3].expand(2, 3))
     assert Page(explain_page(model, TOKENIZER, long[:, :MAX_TOKENS])).scripts
 

@@ -293,9 +293,9 @@ def test_invalid_arguments_raise_errors_of_one_sentence(tiny_model: GPTModel, id
         (lambda: ablate_heads(tiny_model, [(0, 3)]).__enter__(), "head must be a whole number from 0 to 2, got 3"),
         (lambda: ablate_heads(tiny_model, [(-1, 0)]).__enter__(), "layer must be .* got -1"),
         (lambda: ablate_mlps(tiny_model, [3]).__enter__(), "layer must be a whole number from 0 to 2, got 3"),
-        (lambda: patch(tiny_model, traced, "h.9").__enter__(), "the trace has no place 'h.9'"),
+        (lambda: patch(tiny_model, traced, "h.9").__enter__(), "the trace has no activation 'h.9'"),
         (lambda: patch(tiny_model, traced, "h.0", 11).__enter__(), "index must be a whole number from 0 to 10, got 11"),
-        (lambda: patching_effects(tiny_model, ids, ids[:1], torch.sum), "same number of rows and tokens"),
+        (lambda: patching_effects(tiny_model, ids, ids[:1], torch.sum), "same number of sequences and tokens"),
         (lambda: patching_effects(tiny_model, ids, ids, torch.sum, "nose"), "part must be one of .* got 'nose'"),  # type: ignore[arg-type]
         (lambda: induction_scores(tiny_model, length=9), "length must be a whole number from 2 to 8.* got 9"),
         (lambda: nearest_tokens(tiny_model, 67), "id must be a whole number from 0 to 66, got 67"),

@@ -20,8 +20,8 @@ from MyGPT import (
 )
 from MyGPT.costs import median_seconds
 from MyGPT.evaluation.perplexity import strided_loss
-from MyGPT.training.batches import to_device
 from MyGPT.training.optim import make_optimizers
+from MyGPT.training.texts import to_device
 from tiny_runs import CONFIG, IDS, TEXT, TOKENIZER, make_model, make_trainer
 
 

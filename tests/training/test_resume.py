@@ -215,7 +215,7 @@ def test_a_checkpoint_cannot_change_while_it_is_written(tmp_path: Path, monkeypa
     writer = CheckpointWriter(tmp_path, 1, 0)
     trainer.step()
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    writer.start(trainer.snapshot())
+    writer.start(trainer.snapshot)
     for _ in range(3):
         trainer.step()
     assert writer.is_busy

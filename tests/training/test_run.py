@@ -16,9 +16,10 @@ from filelock import FileLock
 
 from MyGPT import GPTModel, Trainer
 from MyGPT.training import checkpoint
-from MyGPT.training.checkpoint import random_states, read_newest
+from MyGPT.training.checkpoint import read_newest
 from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.metrics import read_metrics
+from MyGPT.training.snapshot import random_states
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from places import FIXTURES
 from tiny_runs import CONFIG, IDS, TOKENIZER, change, make_trainer

@@ -19,7 +19,7 @@ import tiny_runs
 from MyGPT import GPTModel, TrainConfig, Trainer, train_model_simple
 from MyGPT.data.sampler import WindowSampler, walk_windows
 from MyGPT.training.arithmetic import autocast_dtype
-from MyGPT.training.run import check_run_directory
+from MyGPT.training.directory import check_run_directory
 from tiny_runs import IDS, TOKENIZER, change, make_model
 
 QUICK = tiny_runs.change(

@@ -442,3 +442,11 @@ def test_ctranslate2_reads_what_we_save_with_equal_logits(tmp_path: Path) -> Non
     found = generator.forward_batch(IDS.tolist(), return_log_probs=False)
     theirs = torch.from_numpy(np.array(found).astype(np.float32))
     assert (theirs - model(IDS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_one_file_of_a_model_directory_opens_as_the_directory_does(qkv_bias: bool, tmp_path: Path) -> None:
+    """The file always contains query, key and value biases; config.json says whether the model has them."""
+    model = lively_model(dataclasses.replace(CONFIG, qkv_bias=qkv_bias))
+    model.save_pretrained(tmp_path)
+    assert difference(GPTModel.from_pretrained(tmp_path / "model.safetensors"), model) == 0

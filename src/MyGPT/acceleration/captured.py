@@ -1,9 +1,9 @@
-"""Faster generation on a GPU: the step of one token is captured as a CUDA graph and replayed for every new token.
+"""Faster generation on a GPU: the forward pass of one token is captured as a CUDA graph and replayed for every new token.
 
-A step of GPT-2 starts some two hundred small kernels, and starting each takes longer than running it. A CUDA graph starts all
-of them at once, but always on the same memory. The step therefore attends to the whole memory of the cache under a mask, and
-reads the position of its token from a tensor. Without a GPU the same step runs uncaptured, which the tests use.
-B batch, C embedding width, H heads, D = C // H, L the cache's capacity, V vocabulary.
+The forward pass of one token starts about two hundred small GPU kernels, and starting a kernel takes longer than running it. A
+CUDA graph starts all kernels at once, but always with the same memory addresses. The captured forward pass therefore attends
+to all entries of the key-value cache under a mask, and reads the index of its token from a tensor. Without a GPU the same code
+runs without a graph, for the tests. B batch size, T new tokens, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from MyGPT.model import GPTModel
 
 
 class StaticCache(KVCache):
-    """A KVCache with the inputs and the result of the captured step, which stay at fixed addresses."""
+    """A KVCache that also holds the inputs and the logits of the captured CUDA graph, in tensors with fixed addresses."""
 
     def __init__(self, model: GPTModel, batch_size: int, length: int | None) -> None:
         weight = model.transformer.wte.weight.detach()
@@ -31,9 +31,10 @@ class StaticCache(KVCache):
         self.is_stepping = False
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H, T, D) of a layer, and return all of that layer's.
+        """Store the new keys and values, each (B, H, T, D), in a layer, and return the keys and values to attend to.
 
-        A captured step stores one token at `column` and gets the whole memory, each (B, H, L, D).
+        Usually these are the layer's keys and values of all tokens so far. Inside the captured CUDA graph, which needs fixed
+        shapes, they have the shape (B, H, capacity, D), and `self.mask` excludes the unused entries from attention.
         """
         if not self.is_stepping:
             return super().append(layer, k, v)
@@ -44,16 +45,15 @@ class StaticCache(KVCache):
 
 
 class CapturedModel(nn.Module):
-    """A GPTModel on a GPU, to pass to `generate` in its place: ids to logits, without gradients."""
+    """A faster replacement for a GPTModel on a GPU, for use in `generate`. It returns logits without gradients."""
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
-        self.model = model
-        self.config = model.config
+        self.model, self.config = model, model.config
         self.train(False)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> StaticCache:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return StaticCache(self.model, batch_size, length)
 
     @torch.no_grad()
@@ -65,10 +65,8 @@ class CapturedModel(nn.Module):
         cache: StaticCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V), or only the last position's (B, 1, V) with last_only=True.
-
-        The arguments are those of GPTModel.forward. Only a single new token after others uses the captured step.
-        """
+        """Return the logits: (B, T, V), or (B, 1, V) with last_only=True. For the arguments, see GPTModel.forward."""
+        # Only a single new token after others uses the captured step.
         if input_ids.shape[-1] != 1 or cache is None or cache.length == 0:
             return self.model(input_ids, attention_mask=attention_mask, cache=cache, last_only=last_only)
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
@@ -88,7 +86,7 @@ class CapturedModel(nn.Module):
         return cache.logits.clone()  # the next step overwrites cache.logits
 
     def _run(self, cache: StaticCache) -> None:
-        """Compute cache.logits from the inputs in the cache, on a GPU by replaying the graph."""
+        """Compute cache.logits from the inputs in the cache. On a GPU, the first call captures the CUDA graph."""
         if cache.ids.device.type != "cuda":
             self._step(cache)
             return
@@ -105,7 +103,7 @@ class CapturedModel(nn.Module):
         cache.graph.replay()
 
     def _step(self, cache: StaticCache) -> None:
-        """Compute cache.logits for the tokens cache.ids, (B, 1)."""
+        """Run the model on the newest token of each sequence, cache.ids (B, 1), and write cache.logits (B, 1, V)."""
         transformer = self.model.transformer
         x = transformer.wte(cache.ids) + transformer.wpe(cache.positions)  # (B, 1, C)
         for block in transformer.h:

@@ -4,9 +4,9 @@
 // layer together. Each `omp for` divides a stage among them and ends with a barrier.
 //
 // A matrix (N, K) is stored in panels of P outputs, as (N / P, K, P). bf16 and int8 weights are stored as (N / P, K / 2, P, 2):
-// two neighbours in K stand together. A panel is read from its first byte to its last, which is the fastest order. P is the
-// width of three vector registers, so every lane sums its own output. The order of summation does not depend on M, so the
-// result of a row does not depend on the other rows.
+// two consecutive inputs of an output are adjacent. A panel is read from its first byte to its last, which is the fastest order.
+// P is the width of three vector registers, so every lane sums its own output. The order of summation does not depend on M, so
+// the result of a row does not depend on the other rows.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -47,7 +47,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 struct bf16 { uint16_t high; };  // the upper half of a float's bits
 struct int8 { int8_t value; };
-// Neighbours in K that stand together in a panel.
+// Number of consecutive inputs of one output that are adjacent in a panel.
 template <class W> constexpr int K_INTERLEAVE = sizeof(W) == 4 ? 1 : 2;
 
 template <class V, class T> inline V load(const T* from) {
@@ -312,7 +312,7 @@ void layer_norm(const Norm& norm, const float* x, int B, int T, int n, int C, fl
 }
 
 // Attention of one head of one sequence: y (T, C). qkv (T, 3 C) points at the head's queries. The T new keys and values are
-// appended to keys and values (S, D); `first` is the column at which the sequence begins after its padding.
+// appended to keys and values (S, D); `first` is the index of the sequence's first token after its left padding.
 void attend(const float* qkv, int T, int C, int D, int first, int past, float* keys, float* values, float* y) {
     std::vector<float> weights(past + T);
     const float scale = 1 / std::sqrt((float)D);
@@ -412,8 +412,8 @@ extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* 
     for (int i = 0; i < n; i++) row(*l, ids[i], y + (int64_t)i * l->K);
 }
 
-// Writes the logits (B, n_logits, V) of the last tokens for ids (B, T). first (B) is the column at which each sequence begins
-// after its padding, cache (n_layers, 2, B, H, length, D) holds `past` tokens, and scratch has room for 6 B T C numbers.
+// Writes the logits (B, n_logits, V) of the last tokens for ids (B, T). first (B) is the index of each sequence's first token
+// after its left padding, cache (n_layers, 2, B, H, length, D) holds `past` tokens, and scratch has room for 6 B T C numbers.
 extern "C" void gpt2_forward(const Model* model, const int64_t* ids, int32_t B, int32_t T, int32_t past, int32_t length,
                              const int32_t* first, float* cache, int32_t n_logits, float* logits, float* scratch) {
     auto run = model->weight_bytes == 4 ? forward<float> : model->weight_bytes == 2 ? forward<bf16> : forward<int8>;

@@ -1,13 +1,13 @@
-"""kernel.cpp: compiled once per machine by the user's C++ compiler, and called through ctypes.
+"""Compile kernel.cpp once per machine with the user's C++ compiler, and call its functions through ctypes.
 
-The kernel includes only the standard library, so it compiles in about three seconds. A torch extension needs ninja and torch's
-headers, and takes half a minute. Without a compiler, packed.py uses torch's operators, which give the same results more slowly.
+The kernel includes only the standard library, so it compiles in about three seconds. A torch extension would need ninja and
+torch's headers, and half a minute. Without a compiler, packed.py uses torch's operators, which give the same results more
+slowly. B batch size, T new tokens, H heads, D = C // H, C embedding width, V vocabulary size.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,52 +38,48 @@ FLAGS = (
 )
 
 
-class LinearStruct(ctypes.Structure):
-    """`struct Linear` of kernel.cpp."""
+class LinearStruct(Structure):
+    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, int8 scales, bias and sizes of a linear layer."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")] + [
-        (name, ctypes.c_int32) for name in ("N", "K")
-    ]
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
 
 
-class NormStruct(ctypes.Structure):
-    """`struct Norm` of kernel.cpp."""
+class NormStruct(Structure):
+    """The ctypes declaration of `struct Norm` in kernel.cpp: weight and bias of a LayerNorm."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
-
-
-class BlockStruct(ctypes.Structure):
-    """`struct Block` of kernel.cpp."""
-
-    _fields_ = [(name, NormStruct) for name in ("ln_1", "ln_2")] + [
-        (name, LinearStruct) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")
-    ]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
 
 
-class ModelStruct(ctypes.Structure):
-    """`struct Model` of kernel.cpp."""
+class BlockStruct(Structure):
+    """The ctypes declaration of `struct Block` in kernel.cpp: the layers of a transformer block."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("wte", "wpe")),
-        ("blocks", ctypes.POINTER(BlockStruct)),
-        ("ln_f", NormStruct),
-        ("head", LinearStruct),
-        *((name, ctypes.c_int32) for name in ("n_layers", "n_heads", "weight_bytes", "exact_gelu")),
-        ("eps", ctypes.c_float),
-    ]
+        ("ln_1", NormStruct), ("ln_2", NormStruct),
+        ("c_attn", LinearStruct), ("attn_proj", LinearStruct), ("c_fc", LinearStruct), ("mlp_proj", LinearStruct),
+    ]  # fmt: skip
+
+
+class ModelStruct(Structure):
+    """The ctypes declaration of `struct Model` in kernel.cpp: the addresses of all weights, and the sizes of the model."""
+
+    _fields_ = [
+        ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
+        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("weight_bytes", c_int32),
+        ("exact_gelu", c_int32), ("eps", c_float),
+    ]  # fmt: skip
 
 
 class Build:
-    """The compilation of the kernel, which runs in its own process while the caller loads a model.
+    """A compilation of the kernel in a process of its own, so that the caller can load a model at the same time.
 
-    A kernel that was compiled before is found in the cache directory and not compiled again.
+    A kernel that is already in the cache directory is not compiled again.
     """
 
     def __init__(self) -> None:
         self.library = cache_directory() / f"gpt2-{_cache_key()}.so"
         self.unfinished = self.library.with_name(f"{self.library.name}.{os.getpid()}")
         self.compiler: subprocess.Popen[str] | None = None
-        self._messages: str | None = None
+        self._errors: str | None = None
         program = find_compiler()
         if program is not None and not self.library.exists():
             self.library.parent.mkdir(parents=True, exist_ok=True)
@@ -91,28 +88,25 @@ class Build:
             weakref.finalize(self, _abandon, self.compiler, self.unfinished)
 
     def wait(self) -> Kernel:
-        """Return the compiled kernel; may be called again. Raises OSError if there is no compiler or it fails."""
-        if self.compiler is not None:
-            self._finish(self.compiler)
-        if not self.library.exists():
-            raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
-        return Kernel(ctypes.CDLL(str(self.library)))
-
-    def _finish(self, compiler: subprocess.Popen[str]) -> None:
-        """Wait for the compiler and move its output into place. Raises OSError if the compiler failed."""
-        if self._messages is None:
+        """Wait for the compiler and return the kernel. Raises OSError if no C++ compiler is found or the compilation fails."""
+        compiler = self.compiler
+        if compiler is not None and self._errors is None:
             if compiler.poll() is None:
                 print("compiling a fast kernel for this CPU, once (3 s) …", file=sys.stderr)
-            self._messages = compiler.communicate()[1]
+            self._errors = compiler.communicate()[1]
             if compiler.returncode == 0:
                 os.replace(self.unfinished, self.library)
-        if compiler.returncode != 0:
-            errors = [line for line in self._messages.splitlines() if "error" in line] or [self._messages.strip()]
-            raise OSError(f"{find_compiler()} could not compile the kernel: {errors[0]}")
+        if compiler is not None and compiler.returncode != 0:
+            errors = self._errors or ""
+            first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
+            raise OSError(f"{find_compiler()} could not compile the kernel: {first}")
+        if not self.library.exists():
+            raise OSError(f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
+        return Kernel(CDLL(str(self.library)))
 
 
 def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
-    """Stop a compiler that nobody waits for any more, and delete its output. Does nothing if it has finished."""
+    """Stop the compiler process if it still runs, and delete `unfinished`, the file that it writes."""
     compiler.kill()
     compiler.wait()
     if compiler.stderr is not None:
@@ -121,16 +115,14 @@ def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
 
 
 def find_compiler() -> str | None:
-    """Return the path of the user's C++ compiler: $CXX, or else the first of the usual names; None if there is none."""
+    """Return the path of a C++ compiler: $CXX if it is set, otherwise c++, g++ or clang++. None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def _cache_key() -> str:
-    """Return the cache key of the compiled kernel, a hash of the source, the flags, the compiler and the CPU's features.
-
-    The CPU is part of the key because several machines may share one home directory.
-    """
+    """Return the cache key of the compiled kernel: a hash of the source, the flags, the compiler and the CPU's features."""
+    # Several machines with different CPUs may share one home directory.
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(" ".join((*FLAGS, find_compiler() or "", platform.machine(), platform.processor())).encode())
     with contextlib.suppress(FileNotFoundError):
@@ -140,49 +132,51 @@ def _cache_key() -> str:
 
 
 class Kernel:
-    """The functions of the compiled kernel.
+    """The functions of the compiled kernel. All tensors are contiguous, on the CPU, and float32 unless stated otherwise."""
 
-    All tensors must be contiguous, on the CPU and in float32, except ids and packed weights.
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: CDLL) -> None:
         self._library = library
         self.panel: int = library.gpt2_panel()
-        """Number of outputs per panel, P in kernel.cpp. It depends on the CPU."""
+        """Number of rows of a weight matrix that are stored interleaved, as one panel: 12, 24 or 48, depending on the CPU."""
 
     def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
-        """Write the weight (N, K), divided by linear's scales if it has any, into linear's panels."""
-        self._library.gpt2_pack(address(weight), ctypes.byref(linear), weight_bytes)
+        """Copy a weight matrix (N, K) into the memory of `linear`, in the order in which the kernel reads it.
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8, after division by linear's scales).
+        """
+        self._library.gpt2_pack(address(weight), byref(linear), weight_bytes)
 
     def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
-        """Write the matrix's rows for int64 ids into y, (*ids.shape, K)."""
-        self._library.gpt2_rows(ctypes.byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
+        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K).
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
+        """
+        self._library.gpt2_rows(byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
 
     def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
-        """Write the product of x (M, K) with the matrix into y (M, N). `then` is an `enum Then` of kernel.cpp."""
-        self._library.gpt2_linear(ctypes.byref(linear), weight_bytes, address(x), len(x), address(y), then)
+        """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
+
+        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8). then=0 stores the result in y, and
+        then=1 adds it to y. then=2 stores its GELU in the tanh approximation, and then=3 its exact GELU.
+        """
+        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
     def forward(
         self, model: ModelStruct, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
     ) -> None:
-        """Compute the logits of the last n of T new tokens.
+        """Write the logits of the last n of the T new tokens of every sequence into `logits`, (B, n, V).
 
-        Args:
-            model: addresses of all weights.
-            ids: (B, T) int64, all in the vocabulary.
-            past: number of tokens in the cache.
-            first: (B) int32, the column at which each sequence begins after its left padding.
-            cache: (n_layers, 2, B, H, length, D), to which the T tokens are appended.
-            logits: (B, n, V), the result.
-            scratch: memory for 6 B T C numbers.
+        ids (B, T) int64 are the new tokens, which must be in the vocabulary. cache (n_layers, 2, B, H, capacity, D) holds the
+        keys and values of `past` earlier tokens per sequence; the keys and values of the new tokens are appended. first (B)
+        int32 is the index of the first token of each sequence after its left padding. scratch is memory for 6 B T C numbers.
         """
         B, T = ids.shape
         self._library.gpt2_forward(
-            ctypes.byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
+            byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
             logits.shape[1], address(logits), address(scratch),
         )  # fmt: skip
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Return the address of a tensor's memory for the kernel; None becomes a null pointer."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def address(tensor: Tensor | None) -> c_void_p:
+    """Return a pointer to the tensor's memory, as an argument for the kernel. None becomes a null pointer."""
+    return c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,8 +1,8 @@
-"""Training on AMD CPUs with float32 matrix products through oneDNN, about twice as fast as through MKL.
+"""Faster training on AMD CPUs: large float32 matrix products use oneDNN, which is about twice as fast as MKL there.
 
-torch multiplies float32 matrices with MKL, which uses only AVX2 on AMD CPUs; oneDNN uses AVX-512 where the CPU has it. Both
-compute in float32 but add in different orders, so their results differ by rounding and are identical in every run. The model
-itself is unchanged: it calls `F.linear`, and `with fast_linear():` redirects these calls.
+torch multiplies float32 matrices with MKL, which uses only AVX2 on AMD CPUs. oneDNN uses AVX-512 where the CPU has it. Both
+libraries compute in float32 but add in different orders, so their results differ by rounding. Each gives identical results in
+every run. The model itself is unchanged: it calls `F.linear`, and `with fast_linear():` redirects these calls.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.overrides import TorchFunctionMode
 from MyGPT.acceleration.operators import has_onednn_linear, onednn_linear
 
 MIN_MULTIPLICATIONS = 1 << 27
-"""Smallest product that oneDNN computes, in multiplications. For smaller ones its preparations cost more than it gains."""
+"""Smallest matrix product that uses oneDNN, in multiplications. For smaller products, oneDNN's setup takes too long."""
 
 
 def fast_linear() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which large float32 products of `F.linear` on the CPU use oneDNN, forward and backward.
+    """Return a context manager in which `F.linear` uses oneDNN for large float32 products on the CPU, forward and backward.
 
-    The context does nothing where MKL is as fast. The choice depends only on the CPU and not on a measurement, so results
-    are reproducible. Do not combine the context with gradient checkpointing: torch leaves the context before the backward
-    pass, recomputes with MKL, and reports that the recomputed tensors differ.
+    The context manager does nothing on a CPU where MKL is as fast. The choice depends only on the CPU and on how torch was
+    built, so results are reproducible. Gradient checkpointing is not supported: the backward pass would recompute with MKL,
+    outside of the context, and torch would report that the recomputed tensors differ.
     """
     return OneDNNLinear() if onednn_is_faster() else contextlib.nullcontext()
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether this is an AMD CPU with AVX-512 and torch has both MKL and oneDNN."""
+    """Return True on an AMD CPU with AVX-512, if torch has both MKL and oneDNN."""
     if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return "AuthenticAMD" in _cpu_description() and has_onednn_linear()
@@ -48,7 +48,7 @@ def _cpu_description() -> str:
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """A context in which `F.linear` uses oneDNN for large float32 products on the CPU."""
+    """A context manager in which `F.linear` uses oneDNN for large float32 products on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and _uses_onednn(*args[:2]):
@@ -67,7 +67,7 @@ def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b and its three gradients, computed by oneDNN."""
+    """A linear layer x Wᵀ + b whose forward and backward matrix products are computed by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,10 +1,10 @@
 """Prompt-lookup decoding (Saxena, 2023): guess the next tokens from what followed the same tokens earlier in the text.
 
-A forward pass over a few guessed tokens takes hardly longer than one over a single token, because reading the weights takes most
-of the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed tokens,
-the logits that were computed ahead are used; otherwise the remaining guesses are dropped. Every token is picked from the model's
-own logits, so greedy text is unchanged. Sampled text has the same distribution: this is speculative sampling (Leviathan et
-al., 2023) with a draft model that gives its guess a probability of 1.
+A forward pass over a few tokens takes hardly longer than one over a single token, because reading the weights takes most of
+the time. The decoding loop still asks for the logits of one position after another. As long as it picks the guessed tokens, it
+gets the logits that were computed ahead; after a wrong guess the remaining logits are dropped. Greedy text is unchanged, and
+sampled text has the same distribution, because this is speculative sampling (Leviathan et al., 2023) with a draft model that
+is certain of its guess. B batch size, T new tokens, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,37 +18,33 @@ from MyGPT.config import require_positive
 
 
 class LookupCache:
-    """The model's cache together with the ids so far, the current guesses and the logits computed ahead."""
+    """The model's KV cache together with the token ids so far, the current guesses and the logits computed ahead."""
 
     def __init__(self, inner: Any, n_match: int) -> None:
-        self.inner = inner
-        self.n_match = n_match
+        self.inner, self.n_match = inner, n_match
         self.ids: list[int] = []
         self.continuations: dict[tuple[int, ...], int] = {}
-        """For each run of n_match ids, the index of the id that followed its last occurrence."""
+        """Map from n_match consecutive ids to the index in `ids` of the id that followed their last occurrence."""
         self.source: int | None = None
-        """The index of the id that followed the earlier occurrence of the last n_match ids; None without one."""
+        """Index in `ids` of the id that followed an earlier occurrence of the last n_match ids; None if there is none."""
         self.guesses: list[int] = []
         self.logits: list[Tensor] = []
-        """The logits after each of the guesses, each (1, 1, V)."""
+        """One tensor (1, 1, V) per guess: the logits for the token that follows the guess."""
 
     @property
     def length(self) -> int:
-        """Number of tokens that were picked so far. The model's own cache may also hold guesses."""
+        """Number of tokens in the text so far, without guesses. The model's own cache may also hold guesses."""
         return len(self.ids)
 
     def add(self, id_: int) -> None:
-        """Append an id and look up the earlier occurrence of the last n_match ids."""
+        """Append a token id to the text, and look up where the last n_match ids occurred before."""
         self.ids.append(id_)
         if len(self.ids) >= self.n_match:
             run = tuple(self.ids[-self.n_match :])
             self.source, self.continuations[run] = self.continuations.get(run), len(self.ids)
 
     def guess(self, n: int) -> list[int]:
-        """Return the n ids that followed the earlier occurrence, or none without one.
-
-        If fewer than n ids followed, the guesses themselves are repeated.
-        """
+        """Return n guesses, copied from what followed an earlier occurrence of the last n_match ids; [] if there is none."""
         if self.source is None:
             return []
         text = list(self.ids)
@@ -58,30 +54,29 @@ class LookupCache:
 
 
 class PromptLookup(nn.Module):
-    """A model that computes up to n_guesses tokens ahead when the last n_match tokens have occurred before.
+    """A wrapper that makes generation with `model`, a GPTModel or an accelerated model, faster by prompt lookup.
 
-    Pass it to `generate` in the place of `model`, which is a GPTModel or an accelerated model. Single sequences become faster;
-    batches and calls without a cache go to the model unchanged.
+    If the last n_match tokens have occurred before in the text, the next tokens are guessed to be the same as after that
+    occurrence. One forward pass then computes the logits for up to n_guesses guesses. Pass the wrapper to `generate` instead
+    of `model`. Batches of several sequences, and calls without a cache, are not faster.
     """
 
     def __init__(self, model: Any, n_guesses: int = 7, n_match: int = 3) -> None:
         super().__init__()
         require_positive(n_guesses=n_guesses, n_match=n_match)
-        self.model = model
-        self.config = model.config
-        self.n_guesses = n_guesses
-        self.n_match = n_match
+        self.model, self.config = model, model.config
+        self.n_guesses, self.n_match = n_guesses, n_match
         self.train(model.training)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> Any:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         inner = self.model.new_cache(batch_size, length)
         return LookupCache(inner, self.n_match) if batch_size == 1 else inner
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Any = None, last_only: bool = False
     ) -> Tensor:
-        """Return the model's logits (B, T, V), or only the last position's (B, 1, V) with last_only=True."""
+        """Return the logits: (B, T, V), or (B, 1, V) with last_only=True. For the arguments, see GPTModel.forward."""
         if not isinstance(cache, LookupCache):
             return self.model(input_ids, attention_mask=attention_mask, cache=cache, last_only=last_only)
         new = input_ids[0].tolist()

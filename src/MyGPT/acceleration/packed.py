@@ -1,10 +1,9 @@
-"""The matrices of an accelerated model, in float32, in bf16, or in int8 with one scale per output.
+"""The linear layers of an accelerated model, with weights in float32, in bf16, or in int8 with one scale per output.
 
 Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
 row. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
-activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128. torch's operators for bf16 and int8
-weights round the activations to bf16.
-N outputs, K inputs.
+activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128 activations. torch's operators for
+bf16 and int8 weights round the activations to bf16. N outputs, K inputs, P rows of a weight matrix in one panel (kernel.cpp).
 """
 
 from __future__ import annotations
@@ -22,49 +21,42 @@ from MyGPT.acceleration.kernel import Kernel, LinearStruct, address
 from MyGPT.acceleration.operators import int8_linear, onednn_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-"""The dtype in which each precision stores a matrix."""
+"""The dtype in which weights are stored, for each precision."""
 Then = Literal["store", "add", "gelu_new", "gelu"]
-"""The last step of a product: store the result, add it to a tensor, or apply one of the two GELUs."""
+"""What a linear layer does with its output: store it, add it to a tensor, or apply GELU ("gelu_new": tanh approximation)."""
 _THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in kernel.cpp
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """Return the scale of each row of an int8 matrix, (N,) float32, with which the row's largest magnitude becomes 127.
-
-    The scale of a row with a NaN is NaN, so that the outputs of the row are NaN too.
-    """
+    """Return the int8 scale of each row of `weight` as a float32 tensor (N,): the largest absolute value of the row / 127."""
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
     return torch.where(largest == 0, torch.ones_like(largest), largest / 127)
 
 
 class HugePages:
-    """Memory for all matrices of a model, in pages of 2 MB where Linux offers them.
-
-    The kernel reads such pages about a fifth faster than pages of 4 KB.
-    """
+    """One block of memory for all weight matrices. Linux provides it in pages of 2 MB if possible, which are read 20% faster."""
 
     def __init__(self, n_bytes: int) -> None:
         self.used = 0
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory = mmap.mmap(-1, n_bytes)
             return
-        self.memory = mmap.mmap(
-            -1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # shared memory has no huge pages
+        # The memory is private, because shared memory has no huge pages.
+        self.memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a system without huge pages is slower, not wrong
             self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of zeros in the next free part of the memory. The tensor keeps the memory alive."""
+        """Return the next free part of the memory as a tensor of zeros. The memory stays valid as long as the tensor exists."""
         n, offset = math.prod(shape), self.used
         self.used += -(-n * dtype.itemsize // 64) * 64
         return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
 
 
 def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, int, int, int]:
-    """Return the shape of a matrix (N, K) in the kernel's panels, rounded up to whole panels.
+    """Return the shape in which kernel.cpp stores a weight matrix (N, K) with P = kernel.panel rows interleaved.
 
-    The shape is (N / P, K, P, 1) for float32 and (N / P, K / 2, P, 2) for bf16 and int8, with P = kernel.panel.
+    The shape is (N / P, K, P, 1) in float32, and (N / P, K / 2, P, 2) in bf16 and int8. Quotients are rounded up.
     """
     N, K = weight.shape
     interleave = 1 if precision == "fp32" else 2
@@ -72,13 +64,13 @@ def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, in
 
 
 def panel_bytes(weights: list[Tensor], precision: str, kernel: Kernel) -> int:
-    """Return the bytes that the panels of all these matrices take."""
+    """Return the number of bytes that kernel.cpp needs to store all these weight matrices (see `panel_shape`)."""
     itemsize = DTYPES[precision].itemsize
     return sum(64 + math.prod(panel_shape(weight, precision, kernel)) * itemsize for weight in weights)
 
 
 class PanelLinear:
-    """A linear layer x Wᵀ + b that kernel.cpp computes, with W in the order in which the kernel reads it."""
+    """A linear layer x Wᵀ + b that kernel.cpp computes. W (N, K) is stored in the order in which the kernel reads it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: str, kernel: Kernel, memory: HugePages) -> None:
         self.kernel = kernel
@@ -90,7 +82,10 @@ class PanelLinear:
         kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct, self.panels.element_size())
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
-        """Return (..., N) for x (..., K). With then="add" the result is added in place to `onto`, (..., N)."""
+        """Return x Wᵀ + b, with shape (..., N), for x with shape (..., K).
+
+        `then` can name a GELU that is applied to the result. With then="add" the result is added to `onto` in place.
+        """
         y = x.new_empty(*x.shape[:-1], self.shape[0]) if onto is None else onto
         rows = x.reshape(-1, self.shape[1])
         itemsize = self.panels.element_size()
@@ -98,14 +93,14 @@ class PanelLinear:
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows of the stored W for ids (B, T), as (B, T, K) float32."""
+        """Return the rows of W with the indices `ids`, (B, T) int64, as a float32 tensor (B, T, K)."""
         rows = torch.empty(*ids.shape, self.shape[1])
         self.kernel.rows(self.ctypes_struct, self.panels.element_size(), ids.contiguous(), rows)
         return rows
 
 
 class PlainLinear:
-    """A linear layer x Wᵀ + b that torch's operators compute, for machines without a C++ compiler."""
+    """A replacement for PanelLinear that uses torch's operators, for machines without a C++ compiler."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: str) -> None:
         self.bias = None if bias is None else copied(bias)
@@ -115,14 +110,13 @@ class PlainLinear:
         self.weight = copied(weight, DTYPES[precision])
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
-        """Return (..., N) for x (..., K). With then="add" the result is added in place to `onto`, (..., N)."""
         y = self._product(x)
         if onto is not None:
             return onto.add_(y)
         return y if then == "store" else F.gelu(y, approximate="tanh" if then == "gelu_new" else "none")
 
     def _product(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b, (..., N) float32."""
+        """Return x Wᵀ + b in float32, with shape (..., N), for x with shape (..., K)."""
         K = x.shape[-1]
         # Many rows are worth converting the weights to float32, because most CPUs multiply no narrower type fast.
         is_wide = self.weight.dtype == torch.float32 or x.numel() > 16 * K
@@ -139,13 +133,12 @@ class PlainLinear:
         return y if self.bias is None else y + self.bias
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows of the stored W for ids (B, T), as (B, T, K) float32."""
         rows = self.weight[ids].float()
         return rows if self.scale is None else rows * self.scale[ids][..., None]
 
 
 def copied(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a copy without gradients, so that later changes of the original do not reach it."""
+    """Return a copy of the tensor in `dtype`, without gradients. Later changes of the tensor do not affect the copy."""
     return tensor.detach().to(dtype, copy=True)
 
 

@@ -1,8 +1,8 @@
 """`accelerate`: a copy of a trained model that generates faster on a CPU and gives the same logits.
 
-The weights are copied once into the layout that the kernel reads (packed.py). Up to 32 new tokens go through kernel.cpp in one
-call. Longer prompts, unusual masks, and everything on machines without a C++ compiler use torch, layer by layer.
-B batch, T new tokens, S tokens seen, C embedding width, H heads, D = C // H, V vocabulary.
+The weights are copied once into the order in which the C++ kernel reads them (packed.py). Up to 32 new tokens per sequence go
+through kernel.cpp in one call. Longer prompts, masks other than left padding, and machines without a C++ compiler use torch,
+layer by layer. B batch size, T new tokens, S all tokens so far, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
 from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import Precision
-from MyGPT.model import Block, GPTModel, TiedHead
+from MyGPT.loss import TiedHead
+from MyGPT.model import Block, GPTModel
 
 MAX_KERNEL_TOKENS = 32
-"""Largest number of new tokens that the kernel computes in one call. For more, torch's attention is faster."""
+"""Largest number of new tokens per sequence that kernel.cpp computes in one call. For more tokens, torch is faster."""
 
 
 def accelerate(
     model: GPTModel, precision: Precision = "fp32", *, build: c.Build | None = None, compiled: bool | None = None
 ) -> FastModel:
-    """Return a copy of `model` that generates faster on this CPU.
+    """Return a copy of `model` that generates faster on this CPU. Pass the copy to `generate` instead of `model`.
 
-    The result takes the place of the model in `generate`. All weights are copied, so later changes of `model` do not affect
-    the result.
+    All weights are copied, so later changes of `model` do not affect the result.
 
     Args:
         model: a GPTModel on the CPU in float32, bfloat16 or float16. Merge adapters first.
         precision: "fp32" reproduces the model's logits up to rounding. "bf16" and "int8" need half and a quarter of the
             memory; reading the weights from memory is what limits the speed of generation. "auto" is "bf16" for a model in
             bfloat16 and "fp32" for any other.
-        build: a compilation of the kernel that was started before.
-        compiled: True requires the compiled kernel, and False avoids it. None uses the kernel if a C++ compiler is
-            available; the first call on a machine compiles for about 3 seconds.
+        build: a compilation of the C++ kernel that was started before. Default: start one if needed.
+        compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available; the
+            first call on a machine compiles for about 3 seconds.
 
     Raises:
         ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
@@ -64,11 +64,9 @@ def _check_model(model: GPTModel, precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     if not isinstance(model, GPTModel):
         raise ValueError(f"accelerate takes a GPTModel, got a {type(model).__name__}: merge an adapter first")
+    names = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
     for name, module in model.named_modules():
-        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead)
-        if not is_plain and name.endswith(
-            ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
-        ):
+        if name.endswith(names) and type(module) not in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead):
             raise ValueError(f"{name} is a {type(module).__name__}, not GPT-2's own layer: merge an adapter first")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -79,7 +77,7 @@ def _check_model(model: GPTModel, precision: str) -> None:
 
 
 def _linears(block: Block) -> tuple[nn.Linear, ...]:
-    """Return a block's linear layers in the order of `struct Block` in kernel.cpp."""
+    """Return the four linear layers of a transformer block, in the order of `struct Block` in kernel.cpp."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
@@ -95,14 +93,13 @@ class _Norm:
 
 
 class FastModel(nn.Module):
-    """The result of `accelerate`: ids to logits like a GPTModel, without gradients and without parameters to train."""
+    """The accelerated copy of a GPTModel that `accelerate` returns. It has no trainable parameters and computes no gradients."""
 
     def __init__(self, model: GPTModel, precision: str, kernel: c.Kernel | None) -> None:
         super().__init__()
         self.config = model.config
         self.precision = precision
         self.kernel = kernel
-        self.gelu = self.config.activation
         head, transformer = model.lm_head, model.transformer
         layers: Any = transformer.h
         weights = [linear.weight for linear in (head, *(linear for layer in layers for linear in _linears(layer)))]
@@ -118,14 +115,14 @@ class FastModel(nn.Module):
         self.train(False)
 
     def _pack(self, linear: nn.Linear | TiedHead) -> AnyLinear:
-        """Return a copy of a linear layer in this model's precision."""
+        """Return a copy of a linear layer with its weight in this model's precision, for kernel.cpp if that is compiled."""
         bias = getattr(linear, "bias", None)
         if self.kernel is None or self._memory is None:
             return PlainLinear(linear.weight, bias, self.precision)
         return PanelLinear(linear.weight, bias, self.precision, self.kernel, self._memory)
 
     def _make_struct(self) -> c.ModelStruct | None:
-        """Return the `struct Model` of kernel.cpp, with the addresses of all weights; None without the kernel."""
+        """Return this model as the `struct Model` of kernel.cpp, with the addresses of all weights. None without the kernel."""
         if not isinstance(self.head, PanelLinear):
             return None
         blocks = (c.BlockStruct * self.config.n_layers)()
@@ -136,12 +133,12 @@ class FastModel(nn.Module):
             )
         return c.ModelStruct(
             c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
-            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.gelu == "gelu",
+            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.config.activation == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for batch_size sequences of up to `length` tokens (default: the context)."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.wpe)
 
     @torch.no_grad()
@@ -153,27 +150,15 @@ class FastModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V) in float32, or only the last position's (B, 1, V) with last_only=True.
-
-        input_ids, attention_mask and cache are those of GPTModel.forward.
-        """
+        """Return the float32 logits: (B, T, V), or (B, 1, V) with last_only=True. For the arguments, see GPTModel.forward."""
         if input_ids.device.type != "cpu":
             raise ValueError(f"an accelerated model runs on the CPU, input_ids are on {input_ids.device}")
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
         B, T = input_ids.shape
         first = _first_tokens(attention_mask, B)
-        if self.ctypes_struct is not None and cache is not None and first is not None and T <= MAX_KERNEL_TOKENS:
-            return self._kernel_forward(input_ids, first, cache, 1 if last_only else T)
-        return self._torch_forward(input_ids, attention_mask, cache, last_only)
-
-    def _kernel_forward(self, input_ids: Tensor, first: Tensor, cache: KVCache, n: int) -> Tensor:
-        """Return the logits of the last n tokens, (B, n, V), computed by the kernel.
-
-        first (B) is the column at which each row begins after its left padding.
-        """
-        assert self.kernel is not None and self.ctypes_struct is not None
-        B, T = input_ids.shape
-        logits = torch.empty(B, n, self.config.vocab_size)
+        if self.kernel is None or self.ctypes_struct is None or cache is None or first is None or T > MAX_KERNEL_TOKENS:
+            return self._torch_forward(input_ids, attention_mask, cache, last_only)
+        logits = torch.empty(B, 1 if last_only else T, self.config.vocab_size)
         scratch = torch.empty(6 * B * T * self.config.emb_dim)
         self.kernel.forward(
             self.ctypes_struct, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
@@ -184,7 +169,7 @@ class FastModel(nn.Module):
     def _torch_forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool
     ) -> Tensor:
-        """Return the logits, computed layer by layer as in model.py."""
+        """Return the logits of `forward`, computed layer by layer instead of in one call of kernel.cpp."""
         B, T = input_ids.shape
         S = T if cache is None else cache.length + T
         positions, mask = positions_and_mask(attention_mask, T, S, input_ids.device)
@@ -197,14 +182,14 @@ class FastModel(nn.Module):
                 k, v = cache.append(layer, k, v)  # (B, H, S, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
             x = attn_proj(y.transpose(1, 2).reshape(B, T, -1), "add", x)
-            x = mlp_proj(c_fc(ln_2(x), self.gelu), "add", x)
+            x = mlp_proj(c_fc(ln_2(x), self.config.activation), "add", x)
         if cache is not None:
             cache.length = S
         return self.head(self.ln_f(x[:, -1:] if last_only else x))
 
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
-    """Return the column at which each row begins after its left padding, (B,); None for any other kind of mask."""
+    """Return the index of the first token of each of B left-padded sequences, (B,) int64. None for any other kind of mask."""
     if attention_mask is None:
         return torch.zeros(B, dtype=torch.int64)
     mask = attention_mask.long()

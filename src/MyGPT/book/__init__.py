@@ -1,9 +1,10 @@
-"""The names of "Build a Large Language Model (From Scratch)" (Raschka, 2024): chapters 2 to 7, appendices D and E.
+"""The functions and classes of "Build a Large Language Model (From Scratch)" (Raschka, 2024).
 
-`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py`. All names have the same
-argument order, defaults and return values as the book's; docs/coming_from_the_book.md lists the exceptions. The layers
-also have the book's structure: a seed gives the book's weights, its `model.pth` loads, and its code can read and assign
-`trf_blocks[-1]`, `att.W_query.weight` and `out_head`. Attention kernel, cache, loss and decoding loop are MyGPT's own.
+`from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py` (chapters 2 to 7, appendices
+D and E). Names, argument order, defaults and return values are the book's; docs/coming_from_the_book.md lists the
+exceptions. The layers have the book's names and structure, so a seed gives the same weights as in the book, a `model.pth`
+of the book loads, and the book's code can read or replace `trf_blocks[-1]`, `att.W_query.weight` and `out_head`. The
+attention kernel, the KV cache, the loss and the decoding loop are MyGPT's own.
 """
 
 from MyGPT.book.attention import (

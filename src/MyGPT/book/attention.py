@@ -1,7 +1,8 @@
-"""Attention (chapter 3), from one head without a mask to several heads in one product.
+"""The attention layers of chapter 3 of the book, from one head without a mask to multi-head attention.
 
-torch's fused kernel replaces the book's softmax. On a CPU it draws the same random numbers for dropout in the same order.
-B batch, T time (new tokens), S time seen so far, H heads, D = d_out // H.
+torch's fused attention kernel replaces the book's softmax. On a CPU, the kernel draws the same random numbers for dropout
+as the book's code, in the same order. Shapes: B sequences, T new tokens, S tokens so far (new and cached), H heads,
+D = d_out // H.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from MyGPT.cache import KVCache
 
 
 class SelfAttention_v1(nn.Module):
-    """One attention head without a mask, with matrices (d_in, d_out): maps x (..., T, d_in) to (..., T, d_out)."""
+    """One attention head without a mask, with plain weight matrices; maps (..., tokens, d_in) to (..., tokens, d_out)."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class SelfAttention_v1(nn.Module):
 
 
 class SelfAttention_v2(nn.Module):
-    """One attention head without a mask, with linear layers: maps x (..., T, d_in) to (..., T, d_out)."""
+    """One attention head without a mask, with linear layers; maps (..., tokens, d_in) to (..., tokens, d_out)."""
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class SelfAttention_v2(nn.Module):
 
 
 class CausalAttention(SelfAttention_v2):
-    """One attention head with a causal mask and dropout: maps x (B, T, d_in) to (B, T, d_out)."""
+    """One attention head with a causal mask and dropout; maps (batch, tokens, d_in) to (batch, tokens, d_out)."""
 
     mask: Tensor
 
@@ -55,7 +56,7 @@ class CausalAttention(SelfAttention_v2):
         return self._attend(self.W_query(x), self.W_key(x), self.W_value(x))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return causal attention of the queries of the last T tokens over the keys and values of all S tokens."""
+        """Return the output of causal attention. q belongs to the newest T tokens; k and v belong to all S tokens so far."""
         T, S = q.shape[-2], k.shape[-2]
         if len(self.mask) < T:
             raise ValueError(f"the sequence has {T} tokens, the context_length is {len(self.mask)}")
@@ -65,7 +66,7 @@ class CausalAttention(SelfAttention_v2):
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """Several `CausalAttention` heads side by side: maps x (B, T, d_in) to (B, T, num_heads * d_out)."""
+    """Several `CausalAttention` heads, concatenated; maps (batch, tokens, d_in) to (batch, tokens, num_heads * d_out)."""
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False
@@ -80,7 +81,7 @@ class MultiHeadAttentionWrapper(nn.Module):
 
 
 class MultiHeadAttention(CausalAttention):
-    """Several heads of width d_out // num_heads in one product, then a linear layer: maps x (B, T, d_in) to (B, T, d_out)."""
+    """Causal multi-head attention with heads of width d_out // num_heads; maps (B, tokens, d_in) to (B, tokens, d_out)."""
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False

@@ -1,4 +1,4 @@
-"""Spam detection (chapter 6): the logits of the last token, which attends to all other tokens, classify a text."""
+"""Spam detection (chapter 6): the logits at the last position, which attends to the whole text, give the class."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from MyGPT.training.simple import Device, evaluate_model
 
 
 class SpamDataset(Dataset[Batch]):
-    """The messages of a CSV file with the columns Label (0 or 1) and Text, as pairs of ids (max_length,) and a label.
+    """The messages of a CSV file as pairs of token ids, (max_length,) int64, and a label, a scalar int64 tensor.
 
-    Messages are cut to max_length or padded with pad_token_id. The default max_length is that of the longest message.
+    The file has the columns Label (0, or 1 for spam) and Text. Messages are cut, or padded with pad_token_id, to max_length
+    tokens. Default for max_length: the number of tokens of the longest message.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class SpamDataset(Dataset[Batch]):
 
 
 def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    """Return the label and the text of each row of the file."""
+    """Return the label and the text of each row of a CSV file; raise ValueError if a row or the file is invalid."""
     rows = csv.DictReader(io.StringIO(read_text(csv_file), newline=""))
     examples = []
     try:
@@ -53,7 +54,10 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
         for number, row in enumerate(rows, start=1):
             label, text = row["Label"], row["Text"]
             if label is None or text is None or not label.isdecimal() or len(label) > 9:
-                raise ValueError(f"row {number} of {csv_file} has the label {label!r} and the text {text!r}")
+                raise ValueError(
+                    f"row {number} of {csv_file} has the label {label!r} and the text {text!r}; "
+                    "labels are class numbers such as 0 and 1"
+                )
             examples.append((int(label), text))
     except csv.Error as error:
         raise ValueError(f"{csv_file} is not valid CSV: {error}") from None
@@ -64,7 +68,7 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the accuracy on the first num_batches batches (default: all batches), or NaN if there is no batch."""
+    """Return the accuracy, from 0 to 1, on the first num_batches batches (default: all); NaN without examples."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
         for input_batch, target_batch in islice(data_loader, num_batches):
@@ -84,11 +88,11 @@ def train_classifier_simple(
     eval_freq: int,
     eval_iter: int,
 ) -> tuple[list[float], list[float], list[float], list[float], int]:
-    """Train a classifier, evaluated on eval_iter batches of each loader.
+    """Train a classifier for num_epochs epochs. Each evaluation uses the first eval_iter batches of both loaders.
 
     Returns:
-        Training losses and validation losses (every eval_freq steps), training accuracies and validation accuracies
-        (after each epoch), and the number of examples seen.
+        The training losses and the validation losses, measured every eval_freq steps; the training accuracies and the
+        validation accuracies, measured after each epoch; and the number of training examples seen in all epochs.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
@@ -117,7 +121,11 @@ def classify_review(
     max_length: int | None = None,
     pad_token_id: int = 50256,
 ) -> str:
-    """Return "spam" or "not spam" for a text. The text is padded or cut to max_length, the length used in training."""
+    """Return "spam" or "not spam" for a text.
+
+    max_length should be the length used in training: the text is cut, or padded with pad_token_id, to this number of
+    tokens. Default: no padding; the text is cut to the model's context length.
+    """
     positions: Any = model.pos_emb
     context: int = positions.weight.shape[0]
     ids = encode_with_specials(tokenizer, text)[:context]

@@ -1,4 +1,4 @@
-"""The figures of chapters 5 and 6: two curves over epochs, with a second axis for tokens or examples."""
+"""The figures of chapters 5 and 6: training and validation curves with two x axes, epochs and tokens or examples seen."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Values = Sequence[float]
 
 
 def plot_losses(epochs_seen: Values, tokens_seen: Values, train_losses: Values, val_losses: Values) -> None:
-    """Show training and validation loss over epochs and tokens, and save the figure as loss-plot.pdf."""
+    """Show the losses against epochs (bottom axis) and tokens seen (top axis), and save the figure as loss-plot.pdf."""
     _plot(epochs_seen, tokens_seen, "Tokens seen", train_losses, val_losses, "loss")
 
 
 def plot_values(
     epochs_seen: Values, examples_seen: Values, train_values: Values, val_values: Values, label: str = "loss"
 ) -> None:
-    """Show training and validation values over epochs and examples, and save the figure as {label}-plot.pdf."""
+    """Show the values against epochs (bottom axis) and examples seen (top axis); save the figure as {label}-plot.pdf."""
     _plot(epochs_seen, examples_seen, "Examples seen", train_values, val_values, label)
 
 
 def _plot(epochs: Values, seen: Values, seen_label: str, train: Values, val: Values, label: str) -> None:
-    """Draw two curves over epochs, with a second axis for `seen`; save the figure as {label}-plot.pdf and show it."""
+    """Plot `train` and `val` against epochs (bottom axis) and `seen` (top axis), save {label}-plot.pdf, show the figure."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 

@@ -1,6 +1,6 @@
-"""The GPT model of chapter 4. Names and order of the layers are the book's, so a seed gives the book's weights.
+"""The GPT model of chapter 4 of the book. The layers have the book's names and order, so a seed gives the same weights.
 
-B batch, T time (new tokens), C embedding width, V vocabulary.
+Shapes: B sequences, T tokens (without the cached ones), C embedding width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from MyGPT.book.attention import MultiHeadAttention
 from MyGPT.cache import KVCache
 from MyGPT.config import GPTConfig, as_config
-from MyGPT.loss import linear_token_loss, token_loss
+from MyGPT.loss import head_loss
 
 Config = GPTConfig | Mapping[str, Any]
 
@@ -35,14 +35,14 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The tanh approximation of GELU, which GPT-2 uses."""
+    """The GELU activation in the tanh approximation that GPT-2 uses."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block: a linear layer to four times the width, GELU, and a linear layer back."""
+    """The MLP of a transformer block: a linear layer to four times the embedding width, GELU, and a linear layer back."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """A transformer block: attention and MLP, each with a LayerNorm before and a residual connection around it."""
+    """A transformer block: x = x + attention(norm1(x)), then x = x + MLP(norm2(x)), with dropout on both added terms."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """The GPT model of the book: maps ids (B, T) to logits (B, T, V).
+    """The GPT model of the book; maps token ids (batch, tokens) to logits (batch, tokens, vocabulary size).
 
-    `cfg` is a dict with the book's seven keys, or a GPTConfig. The output head is never tied to the token embedding.
-    Every part can be replaced, as the book does with `out_head`.
+    `cfg` is a GPTConfig, or a dict with the book's seven keys, such as "vocab_size" and "emb_dim". The output head never
+    shares the weights of the token embedding. Every layer can be replaced, for example `out_head` by a classifier.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -101,13 +101,13 @@ class GPTModel(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits (B, T, V), or (B, 1, V) of the last position with last_only.
+        """Return the next-token logits (B, T, V): B sequences, T tokens, V vocabulary size.
 
         Args:
-            in_idx: token ids, (B, T) int64. With a cache these are the tokens after those in the cache.
+            in_idx: token ids, (B, T) int64. With a cache, these are only the tokens that follow the cached tokens.
             attention_mask: must be None, because the book's model does not support padding.
-            cache: keys and values of earlier tokens, from `new_cache`; changed in place.
-            last_only: compute the logits of the last position only.
+            cache: a KV cache from `new_cache`, to which the keys and values of these tokens are added.
+            last_only: return only the logits of the last position, (B, 1, V).
         """
         if attention_mask is not None:
             raise ValueError("the book's model does not support padding: omit attention_mask, or use MyGPT.GPTModel")
@@ -115,14 +115,14 @@ class GPTModel(nn.Module):
         return self.out_head(hidden[:, -1:] if last_only else hidden)
 
     def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy in nats and the number of targets that are not -100."""
-        hidden = self._hidden_states(in_idx)
-        if type(self.out_head) is nn.Linear and getattr(self.out_head, "bias", None) is None:
-            return linear_token_loss(hidden, self.out_head.weight, targets)
-        return token_loss(self.out_head(hidden), targets)
+        """Return the summed cross-entropy in nats, and the number of targets. Targets of -100 are ignored in both."""
+        return head_loss(self.out_head, self._hidden_states(in_idx), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
-        """Return an empty cache for generation, or None if a block or its attention was replaced by another class."""
+        """Return an empty KV cache for batch_size sequences of up to `length` tokens.
+
+        Return None if a transformer block or its attention was replaced, because the new class may not support a cache.
+        """
         blocks: Any = self.trf_blocks
         if not all(type(block) is TransformerBlock and type(block.att) is MultiHeadAttention for block in blocks):
             return None
@@ -130,7 +130,7 @@ class GPTModel(nn.Module):
         return KVCache(config, batch_size, length, like=self.tok_emb.weight.detach())
 
     def _hidden_states(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the input of the output head, (B, T, C)."""
+        """Return the hidden states (B, T, C) after the final LayerNorm; add the keys and values to the cache, if any."""
         B, T = in_idx.shape
         past = 0 if cache is None else cache.length
         context = len(self.pos_emb.weight)

@@ -1,6 +1,6 @@
-"""LoRA with the book's initial weights and its scale, alpha (appendix E).
+"""LoRA as in appendix E of the book: the book's initial weights, and an update that is scaled by alpha.
 
-`MyGPT.finetuning.lora` has LoRA with the scale of the paper, alpha / rank, and saves adapters with PEFT.
+`MyGPT.finetuning.lora` scales the update by alpha / rank, as the LoRA paper does, and saves adapters with PEFT.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class LoRALayer(nn.Module):
-    """A low-rank update: maps x (..., in_dim) to alpha * x A B, where B starts at zero."""
+    """A low-rank update; maps x (..., in_dim) to alpha * (x @ A @ B). A is initialized randomly and B with zeros."""
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        # The bound of kaiming_uniform_(a=√5), which takes the columns of A, rank, for the number of inputs.
+        # This is kaiming_uniform_(a=√5), which takes the number of columns of A (the rank) for the number of inputs.
         self.A = nn.Parameter(torch.empty(in_dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
         self.alpha = alpha
@@ -26,7 +26,7 @@ class LoRALayer(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """A linear layer plus the output of a LoRALayer."""
+    """A linear layer with a LoRA update: the output is the sum of the outputs of `linear` and of a `LoRALayer`."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear_with_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    """Replace every nn.Linear by a LinearWithLoRA, except linear layers within a LinearWithLoRA."""
+    """Replace every nn.Linear of the model, in place, by a `LinearWithLoRA`. Existing `LinearWithLoRA` stay unchanged."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
             setattr(model, name, LinearWithLoRA(child, rank, alpha))

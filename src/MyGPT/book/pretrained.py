@@ -1,4 +1,4 @@
-"""OpenAI's weights in the book's model (chapter 5). weights/layout.py maps the names and shapes."""
+"""Load OpenAI's GPT-2 weights into the book's model (chapter 5). weights/layout.py lists the corresponding names."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from MyGPT.weights.lazy import LazyTensor, flatten
 
 
 def assign(left: Tensor, right: Tensor | np.ndarray[Any, Any]) -> nn.Parameter:
-    """Return a parameter with the values of `right`, and the device and dtype of `left`; their shapes must be equal."""
+    """Return a parameter with the values of `right` and the device and dtype of `left`. The shapes must be equal."""
     if left.shape != right.shape:
-        raise ValueError(f"the weights are {tuple(right.shape)}, the parameter is {tuple(left.shape)}")
+        raise ValueError(f"the weights have the shape {tuple(right.shape)}, the parameter has {tuple(left.shape)}")
     values = right.detach().clone() if isinstance(right, Tensor) else torch.tensor(right)
     return nn.Parameter(values.to(left))
 
 
 def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
-    """Load the weights that `download_and_load_gpt2` returned into a model with the book's names.
+    """Load the weights `params`, which `download_and_load_gpt2` returned, into a model with the book's layer names.
 
-    A model made with qkv_bias=False gets the biases, and a model with a shorter context gets the first positions. Like
-    `MyGPT.load_weights_into_gpt`, the function accepts a `MyGPT.GPTModel` and all layouts of weights.
+    A model with qkv_bias=False gets new biases for queries, keys and values. A model with a shorter context than the
+    weights gets the first position embeddings. Like `MyGPT.load_weights_into_gpt`, the function also accepts a
+    `MyGPT.GPTModel`, and state dicts from Hugging Face, nanoGPT, the book and MyGPT.
 
     Raises:
-        ValueError: weights do not fit. The message lists every mismatch, and the model is unchanged.
+        ValueError: the weights do not fit the model. The message lists every mismatch, and the model is unchanged.
     """
     if not hasattr(gpt, "tok_emb"):
         return pretrained.load_weights_into_gpt(gpt, params)
@@ -61,9 +62,9 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-    """Load the tensors and rename them to the book's names; c_attn is split into queries, keys and values."""
+    """Load tensors that have MyGPT's names, and return them with the book's names. c_attn is split in three."""
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
-    in_block = {ours: theirs for ours, _, theirs in BLOCK}
+    in_block = {ours: theirs for ours, _, theirs, _ in BLOCK}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in top:

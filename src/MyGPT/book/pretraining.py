@@ -1,7 +1,7 @@
 """Losses, evaluation and training (chapters 5 and 6, appendix D).
 
-Chapters 5 and 6 use the same function names for two losses. Here the shape of the targets decides: (B, T) are next
-tokens (chapter 5), (B,) are classes that the last token predicts (chapter 6). B batch, T time.
+Chapters 5 and 6 of the book use the same function names for two losses. Here, the shape of the targets selects the loss:
+targets (batch, tokens) are next tokens (chapter 5), targets (batch,) are classes that the last token predicts (chapter 6).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from MyGPT.training.simple import Device, calc_loss_batch, evaluate_model, gener
 
 
 def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the mean cross-entropy in nats over num_batches batches (default: all), or NaN without targets."""
+    """Return the mean cross-entropy in nats over the first num_batches batches (default: all); NaN if there are no targets."""
     return simple.calc_loss_loader(data_loader, model, device, num_batches)
 
 
@@ -40,10 +40,12 @@ def train_model(
     """Train a model with learning-rate warmup, cosine decay and gradient clipping (appendix D).
 
     The learning rate rises linearly from initial_lr to the optimizer's rate in warmup_steps steps, and then falls along
-    a cosine to min_lr. After the warmup, gradient norms are clipped to 1.
+    a cosine to min_lr. After the warmup, gradients are clipped to the norm 1. Every eval_freq steps, both losses are
+    computed on eval_iter batches of each loader. After each epoch, a continuation of start_context is printed.
 
     Returns:
-        Training losses, validation losses and tokens seen at each evaluation, and the learning rate of every step.
+        The training losses, the validation losses and the number of tokens seen, each at every evaluation, and the
+        learning rate of every step.
     """
     train_losses, val_losses, track_tokens_seen, track_lrs = [], [], [], []
     tokens_seen, global_step = 0, -1
@@ -77,7 +79,10 @@ def train_step(
     device: Device,
     max_norm: float | None = None,
 ) -> None:
-    """Take one optimizer step, gradients clipped to max_norm; raise FloatingPointError if the loss is not finite."""
+    """Take one optimizer step on a batch, with gradients clipped to the norm max_norm (default: no clipping).
+
+    If the loss is not finite, FloatingPointError is raised before the step.
+    """
     optimizer.zero_grad()
     loss = calc_loss_batch(inputs, targets, model, device)
     if not torch.isfinite(loss):
@@ -89,7 +94,7 @@ def train_step(
 
 
 def _rate(step: int, warmup_steps: int, total_steps: int, initial: float, peak: float, lowest: float) -> float:
-    """Return the learning rate of a step, counted from 0: linear warmup, then cosine decay."""
+    """Return the learning rate at a step: a linear warmup from `initial` to `peak`, then a cosine down to `lowest`."""
     if step < warmup_steps:
         return initial + step * (peak - initial) / warmup_steps
     done = (step - warmup_steps) / (total_steps - warmup_steps)

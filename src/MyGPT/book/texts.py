@@ -1,4 +1,4 @@
-"""The text functions of chapters 2, 4, 5 and 7: encode texts, form batches, generate and decode."""
+"""Functions of chapters 2, 4, 5 and 7 that encode text, form batches, generate text and decode token ids."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import SimpleTokenizer, get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
 
-# The book's versions differ for unknown words. Here these become <|unk|> if the vocabulary has it, or raise ValueError.
+# The book's two versions differ for unknown words. Here, an unknown word becomes <|unk|> or raises ValueError, depending on
+# whether the vocabulary has <|unk|>.
 SimpleTokenizerV1 = SimpleTokenizerV2 = SimpleTokenizer
 
 
 class GPTDatasetV1(GPTDataset):
-    """Pairs of a window of ids and the same window shifted by one, each (max_length,) int64; windows start `stride` apart."""
+    """Training examples from a text: item i is a pair of inputs and targets, each (max_length,) int64.
+
+    The inputs are the token ids from position i * stride on, the targets are the next token after each input.
+    """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
         super().__init__(txt, tokenizer, max_length, stride)
@@ -37,7 +41,11 @@ def create_dataloader_v1(
     drop_last: bool = True,
     num_workers: int = 0,
 ) -> DataLoader[Batch]:
-    """Return a loader of batches of GPT-2 ids and targets, each (B, max_length); an incomplete last window is dropped."""
+    """Return a DataLoader of inputs and targets from a text in GPT-2 token ids, each (batch_size, max_length) int64.
+
+    Targets are the inputs shifted by one token. Sequences start `stride` tokens apart. The last tokens of the text are left
+    out if they do not fill a sequence. drop_last leaves out a last batch with fewer sequences.
+    """
     if drop_last:
         return create_dataloader(txt, batch_size, max_length, stride, shuffle, num_workers=num_workers)
     dataset = GPTDatasetV1(txt, get_tokenizer("gpt2"), max_length, stride)
@@ -45,17 +53,20 @@ def create_dataloader_v1(
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
-    """Return the ids of a text as a batch with one row, (1, T) int64."""
+    """Return the token ids of a text as a batch of one sequence, (1, tokens) int64."""
     return torch.tensor([encode_with_specials(tokenizer, text)], dtype=torch.int64)
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
-    """Decode ids of shape (1, T) or (T,) to text."""
+    """Decode token ids of shape (1, tokens) or (tokens,) to a text."""
     return tokenizer.decode(token_ids.squeeze(0).tolist())
 
 
 def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
-    """Continue prompts idx (B, T) greedily; return prompts and new tokens, (B, T + max_new_tokens)."""
+    """Extend each prompt in `idx` (B, T) by max_new_tokens tokens, always with the most likely token.
+
+    Return prompts and new tokens, (B, T + max_new_tokens). The model reads at most the last context_size tokens.
+    """
     return generate(model, idx, max_new_tokens, context_size)
 
 
@@ -66,17 +77,21 @@ def custom_collate_fn(
     allowed_max_length: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """Return padded inputs and targets, each (B, T). See `MyGPT.collate_instructions`."""
+    """Return the inputs and targets of a batch of token id lists, each (batch, length of the longest list) int64.
+
+    Inputs are padded with pad_token_id. Targets are the inputs shifted by one token, then one pad_token_id, then
+    ignore_index. Both are cut to allowed_max_length (default: no limit). See `MyGPT.collate_instructions`.
+    """
     return instructions.collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
 
 
 def format_input(entry: Record) -> str:
-    """Return the Alpaca prompt of a record with instruction and input, without the heading of the response."""
+    """Return the Alpaca prompt for the instruction and input of a record, without the line "### Response:"."""
     return templates.format_input(entry)
 
 
 class InstructionDataset(instructions.InstructionDataset):
-    """The records of `data` as ids of prompt and response."""
+    """Instruction records as token ids: item i is the ids of the prompt and the response of data[i]."""
 
     def __init__(self, data: Sequence[Record], tokenizer: Any) -> None:
         super().__init__(data, tokenizer)

@@ -30,13 +30,10 @@ def start_build(device: str) -> Build | None:
 
 
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
-    """Return the fastest form of the model for generation on its device.
+    """Return the fastest form of an opened model for generation on its device.
 
-    Args:
-        model: an opened model.
-        precision: the precision of the weights; "auto" keeps the stored precision.
-        lookup: wrap the model in PromptLookup.
-        build: the compilation that `start_build` started.
+    The precision "auto" keeps the stored precision of the weights. `lookup` wraps the result in PromptLookup. `build`
+    is the compilation that `start_build` started.
     """
     import torch
 

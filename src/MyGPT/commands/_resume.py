@@ -43,7 +43,7 @@ def choose_run(out: str | None, resume: str | None, overwrite: bool) -> tuple[Pa
 
     The default directory is runs/ and the current time. The directory is checked here, before the data is read.
     """
-    from MyGPT.training.run import check_run_directory, is_empty_run
+    from MyGPT.training.directory import check_run_directory, is_empty_run
 
     resumed = run_to_resume(resume, out)
     if resumed is not None:

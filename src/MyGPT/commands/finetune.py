@@ -78,6 +78,7 @@ def finetune(
     from MyGPT.devices import pick_device
     from MyGPT.finetuning.examples import Examples
     from MyGPT.finetuning.lora import KeptAdapter, add_lora
+    from MyGPT.finetuning.lora import merge as merge_adapter
     from MyGPT.model import GPTModel
     from MyGPT.opening import adapter_without_model, find_model_files
     from MyGPT.training.run import WholeModel
@@ -137,7 +138,7 @@ def finetune(
     )
     run_and_report(trainer, data, run)
     if merge:
-        WholeModel(adapter.merge(), tokenizer, data.template).save(run)
+        WholeModel(merge_adapter(adapter.peft_model), tokenizer, data.template).save(run)
     print(f"{'model' if full or merge else 'adapter'} saved in {run}; try: mygpt chat --model {run}")
 
 

@@ -1,6 +1,6 @@
-"""Training data: text files, token files, windows, fine-tuning records, and samplers that make batches."""
+"""Training data: reading texts and fine-tuning records, converting them to token ids, and making batches."""
 
 from typing import Literal
 
 Order = Literal["random", "shuffled", "sequential"]
-"""The orders in which a WindowSampler visits windows. Importing the name needs neither torch nor numpy."""
+"""Allowed values of WindowSampler.order. They are defined here, because this module imports neither torch nor numpy."""

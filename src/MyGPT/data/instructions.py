@@ -1,7 +1,7 @@
 """Instruction fine-tuning: records as token ids, padded batches, and a sampler that groups examples by length.
 
 Each example ends with the end-of-text id as its last target, so the model learns to stop. packing.py puts several
-examples into one row instead of padding. B batch, T time.
+examples into one sequence instead of padding. B batch size, T sequence length.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from MyGPT.config import require_positive
@@ -26,30 +27,28 @@ from MyGPT.tokenizers.base import encode_with_specials
 
 
 class Example(list[int]):
-    """The token ids of an example, as a list with one more attribute, `is_answer`."""
+    """The token ids of one fine-tuning example: a list of int with the additional attribute `is_answer`."""
 
     def __init__(self, ids: Iterable[int], is_answer: Iterable[bool]) -> None:
         super().__init__(ids)
         self.is_answer = list(is_answer)
-        """One bool per id: True if the model must produce the id, False if the id belongs to the prompt."""
+        """One bool per token id: True if the model must produce the token, False if the token belongs to the prompt."""
 
 
 class InstructionDataset(Dataset[Example]):
-    """Fine-tuning examples, encoded once: item i is the ids of a record's prompt and answer.
+    """Fine-tuning examples as token ids: each item is an `Example` with the prompt and the answer of one record.
 
-    Prompt and answer are encoded separately, so the model is trained with the same prompt ids that it gets later.
-    Examples are never truncated.
+    Prompt and answer are encoded separately, so that a prompt has the same ids in training and in generation.
+    Examples are never truncated. An invalid or empty record, or a data set without examples, raises ValueError.
 
     Args:
         records: instruction records, conversations, prompts with completions, or texts, see records.py
-        tokenizer: encodes the text; also a plain tiktoken.Encoding
-        template: the text around each record
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding
+        template: the prompt template, which adds text around the fields of each record
         max_length: maximum number of tokens per example; None for no limit
-        too_long: "drop" leaves longer examples out and counts them in `n_too_long`, "raise" raises ValueError
-        names: a name for each record in error messages; None for "record 1", "record 2" and so on
-
-    Raises:
-        ValueError: a record is invalid or has no tokens, or no example remains.
+        too_long: "drop" leaves out examples of more than max_length tokens and counts them in `n_too_long`; "raise"
+            raises ValueError
+        names: the name of each record in error messages. Default: "record 1", "record 2" and so on
     """
 
     def __init__(
@@ -66,9 +65,8 @@ class InstructionDataset(Dataset[Example]):
             raise ValueError(f"too_long must be 'drop' or 'raise', got {too_long!r}")
         self.max_length = max_length
         self.n_too_long = 0
-        """Number of records that are left out because they are longer than max_length."""
         self.longest = 0
-        """Number of tokens of the longest record, including the records that are left out."""
+        """Number of tokens in the longest example; examples that are left out count too."""
         ids: list[npt.NDArray[np.uint32]] = []
         is_answer: list[npt.NDArray[np.bool_]] = []
         if names is None:
@@ -88,12 +86,12 @@ class InstructionDataset(Dataset[Example]):
             counts = f"{len(records)} records, {self.n_too_long} too long{limit}"
             raise ValueError(f"there are no examples to learn from: {counts}")
         self.lengths = np.array([len(part) for part in ids])
-        """Number of tokens of each example, (n_examples,). It is also the length of the example's row in a batch."""
+        """Number of tokens in each example: an integer array (n_examples,)."""
         self._ends = self.lengths.cumsum()
         self._ids, self._is_answer = np.concatenate(ids), np.concatenate(is_answer)
 
     def fingerprint(self) -> str:
-        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
+        """Return a hash of all examples, with which a resumed training run detects changed data."""
         return fingerprint(self._ids, self._ends, self._is_answer)
 
     def __len__(self) -> int:
@@ -106,7 +104,7 @@ class InstructionDataset(Dataset[Example]):
         return Example(self._ids[end - length : end].tolist(), self._is_answer[end - length : end].tolist())
 
     def describe(self) -> str:
-        """Return one line with the number of examples and tokens, and the number of records that were left out."""
+        """Return a one-line summary: the numbers of examples, tokens, and records that were left out as too long."""
         text = f"{len(self):,} examples with {len(self._ids):,} tokens, the longest has {self.lengths.max():,}"
         if self.n_too_long:
             text += f"; {self.n_too_long:,} more left out because they are longer than {self.max_length:,} tokens"
@@ -115,12 +113,12 @@ class InstructionDataset(Dataset[Example]):
 
 
 def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> list[int]:
-    """Return the prompt ids of a record, the same as in `InstructionDataset`. The record needs no answer."""
+    """Return the token ids of a record's prompt in the given template, as in training. The record needs no answer."""
     return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
-    """Return the ids of a record. An invalid record raises ValueError; the message starts with `where`."""
+    """Return the token ids of a record. An invalid record raises ValueError with a message that starts with `where`."""
     check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
@@ -132,7 +130,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
 
 
 def _encode_parts(parts: list[Part], tokenizer: Any) -> Example:
-    """Return the ids of the parts of a text, each part encoded separately."""
+    """Encode the prompt and answer parts of a text, each separately, and return their token ids as one Example."""
     ids: list[int] = []
     is_answer: list[bool] = []
     for part in parts:
@@ -149,72 +147,70 @@ def collate_instructions(
     mask_prompt: bool = False,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """Return padded inputs and targets, each (B, T) int64, where T is the length of the longest item.
+    """Return the inputs and targets of B examples, each (B, T) int64, padded to the length T of the longest example.
 
-    Inputs are the items, padded with pad_token_id. Targets are the inputs shifted by one position, then one
+    Inputs are the ids of an example, then pad_token_id. Targets are the same ids without the first, then one
     pad_token_id as the end of the text, then ignore_index.
 
-    This is the `custom_collate_fn` of "Build a Large Language Model (From Scratch)", chapter 7, with one correction: if an
-    item contains pad_token_id, the book's function also ignores targets that belong to the item.
+    This is the `custom_collate_fn` of "Build a Large Language Model (From Scratch)", chapter 7, with one correction: if
+    an example contains pad_token_id, the book's function also ignores targets that belong to the example.
 
     Args:
-        batch: lists of token ids, each with at least one id
+        batch: the examples, as lists of token ids with at least one id each
         pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
-        ignore_index: target at padded positions, which the loss ignores
-        allowed_max_length: maximum of T; the rest of longer items is cut off
-        mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
+        ignore_index: target at padded positions; the loss ignores positions with this target
+        allowed_max_length: maximum of T; the end of longer examples is cut off. Default: no limit.
+        mask_prompt: True also sets the targets inside prompts to ignore_index. The examples must then be items of an
+            `InstructionDataset`.
+        device: the device of the returned tensors
     """
     if len(batch) == 0 or not all(len(item) for item in batch):
         raise ValueError(f"a batch needs items of at least one token, got lengths {[len(item) for item in batch]}")
     require_positive(optional=True, allowed_max_length=allowed_max_length)
-    T = max(len(item) for item in batch)
-    inputs, targets = [], []
-    for item in batch:
-        padding = T - len(item)
-        inputs.append([*item] + [pad_token_id] * padding)
-        targets.append(item_targets(item, pad_token_id, ignore_index, mask_prompt) + [ignore_index] * padding)
-    x, y = torch.tensor(inputs, device=device), torch.tensor(targets, device=device)  # each (B, T)
-    return x[:, :allowed_max_length], y[:, :allowed_max_length]
+    items = [torch.tensor([*item]) for item in batch]
+    answers = [torch.tensor(item_targets(item, pad_token_id, ignore_index, mask_prompt)) for item in batch]
+    inputs = pad_sequence(items, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    targets = pad_sequence(answers, batch_first=True, padding_value=ignore_index)  # (B, T)
+    return inputs[:, :allowed_max_length].to(device), targets[:, :allowed_max_length].to(device)
 
 
 def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_prompt: bool) -> list[int]:
-    """Return the target of each token of an item: the next token, and `end_id` for the last token.
+    """Return the target of each token id in `item`: the next id, and `end_id` for the last token.
 
-    With mask_prompt, targets that belong to a prompt are ignore_index; `item` must then be an `Example`.
+    If mask_prompt is True, targets that belong to a prompt become ignore_index; `item` must then be an `Example`.
     """
     if type(end_id) is not int or end_id < 0:
-        raise ValueError(
-            f"the id of <|endoftext|>, the last target, must be a whole number of at least 0, got {end_id!r}"
-        )
+        allowed = "a whole number of at least 0"
+        raise ValueError(f"the id of <|endoftext|>, the last target, must be {allowed}, got {end_id!r}")
     targets = [*item[1:], end_id]
     if not mask_prompt:
         return targets
     if not isinstance(item, Example):
-        raise ValueError(
-            f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {type(item).__name__}"
-        )
+        kind = type(item).__name__
+        raise ValueError(f"mask_prompt needs items of an InstructionDataset, which mark their answers, got a {kind}")
     is_answer = [*item.is_answer[1:], True]
     return [target if counts else ignore_index for target, counts in zip(targets, is_answer, strict=True)]
 
 
 @dataclass(eq=False)
 class LengthGroupedSampler:
-    """An endless sequence of batches of examples with similar lengths, which keeps padding short.
+    """An endless series of batches that group examples of similar length, so that little padding is needed.
 
-    A batch is a pure function of (seed, step). Each epoch shuffles the examples, sorts each group of `pool_batches`
-    batches by length, and visits all batches in random order. Each example is used once per epoch; one batch per epoch
-    may be smaller. `pad_token_id` and `mask_prompt` are passed to `collate_instructions`.
+    Each batch depends only on the seed and the step number. Each epoch shuffles the examples, sorts each group of
+    pool_batches * batch_size examples by length, cuts the groups into batches, and visits all batches in random order.
+    Each example is used once per epoch; one batch per epoch may be smaller. `pad_token_id` and `mask_prompt` are passed
+    to `collate_instructions`.
     """
 
     dataset: InstructionDataset
     batch_size: int
-    """Examples per batch, B."""
+    """Number of examples per batch (B)."""
     _: KW_ONLY
     pad_token_id: int = 50256
     mask_prompt: bool = False
     seed: int = 0
     pool_batches: int = 50
-    """Batches that are sorted together. 1 is plain shuffling; more batches mean less padding and less randomness."""
+    """Number of batches that are sorted together. More batches mean less padding and less randomness; 1 only shuffles."""
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, pool_batches=self.pool_batches)
@@ -222,21 +218,21 @@ class LengthGroupedSampler:
         self._epoch = lru_cache(maxsize=2)(self.epoch)
 
     def batch(self, step: int) -> Batch:
-        """Return the inputs and targets of a step, each (B, T) int64, see `collate_instructions`."""
+        """Return the inputs and targets of a training step, each (B, T) int64, padded by `collate_instructions`."""
         examples = [self.dataset[index] for index in self.indices(step)]
         return collate_instructions(examples, self.pad_token_id, mask_prompt=self.mask_prompt)
 
     def fingerprint(self) -> str:
-        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
+        """Return a hash of all examples, with which a resumed training run detects changed data."""
         return self.dataset.fingerprint()
 
     def indices(self, step: int) -> list[int]:
-        """Return the indices of the examples of a step."""
+        """Return the indices (in `dataset`) of the examples in the batch of a training step."""
         epoch, position = divmod(step, self.batches_per_epoch)
         return self._epoch(epoch)[position]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Return the indices of the examples of each batch of an epoch, for example as a DataLoader's batch_sampler."""
+        """Return a list of example indices for each batch of an epoch, usable as the batch_sampler of a DataLoader."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         pool, batches = self.pool_batches * self.batch_size, []

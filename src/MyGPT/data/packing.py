@@ -1,8 +1,8 @@
-"""Packing: several short fine-tuning examples in one row, with almost no padding.
+"""Packing: several short fine-tuning examples share one sequence of a batch, which then needs almost no padding.
 
-A packed batch includes segments: for each token, the number of its example. Passed to the model as attention_mask,
-segments restrict attention to each example and start its positions at 0, so the model computes each example as if it
-were alone. B rows, T time.
+A packed batch includes segments: for each token, the number of its example. The model takes the segments as its
+attention_mask. Each token then attends only to its own example, and positions start at 0 in each example, so the model
+computes each example as if it were alone. B is the number of packed sequences in a batch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ PackedBatch = tuple[Tensor, Tensor, Tensor]
 
 
 def pack_first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Distribute examples over rows of at most `max_length` tokens; return the indices of the examples in each row.
+    """Pack examples of the given lengths into sequences of at most `max_length` tokens.
 
-    Each example goes into the first row with enough space. If lengths decrease, the number of rows is at most
-    11/9 * optimum + 4 (Johnson, 1973). A length outside 1 to max_length raises ValueError.
+    Return a list of example indices for each sequence. Each example goes into the first sequence with enough space. If
+    `lengths` is sorted from long to short, the number of sequences is at most 11/9 * (smallest possible number) + 4
+    (Johnson, 1973). A length outside 1 to max_length raises ValueError.
     """
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_length:
-            raise ValueError(f"example {index} has {length} tokens, a row can contain 1 to {max_length}")
+            raise ValueError(f"example {index} has {length} tokens, a packed sequence can contain 1 to {max_length}")
     # A binary tree of maxima over the free space of all rows finds the first row with enough space in log2(n) steps.
     n_leaves = 1 << max(0, len(lengths) - 1).bit_length()
     room = [max_length] * (2 * n_leaves)
@@ -57,31 +58,29 @@ def collate_packed(
     mask_prompt: bool = False,
     device: str | torch.device = "cpu",
 ) -> PackedBatch:
-    """Return inputs, targets and segments, each (B, max_length) int64.
+    """Return the inputs, targets and segments of B packed sequences, each (B, max_length) int64.
 
-    Inputs are the examples of a row, then padding. Targets are the next tokens within each example; the target of its
-    last token is pad_token_id. Segments number the examples of a row from 1, with 0 for padding.
+    Inputs are the examples of a sequence, then padding. Targets are the next token ids within each example; the target
+    of its last token is pad_token_id. Segments number the examples of a sequence from 1; padding has segment 0.
 
     Args:
-        rows: for each row, its examples as lists of token ids
-        max_length: length of a row
-        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
-        ignore_index: target at padded positions, which the loss ignores
-        mask_prompt: also set the targets inside prompts to ignore_index. This needs items of an `InstructionDataset`.
-
-    Raises:
-        ValueError: a row has more than max_length tokens, or an example is empty.
+        rows: the examples of each packed sequence, as lists of token ids. An empty example, or a sequence of more than
+            max_length tokens, raises ValueError.
+        max_length: length of each packed sequence
+        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target of each example
+        ignore_index: target at padded positions; the loss ignores positions with this target
+        mask_prompt: True also sets the targets inside prompts to ignore_index. The examples must then be items of an
+            `InstructionDataset`.
+        device: the device of the returned tensors
     """
     inputs = torch.full((len(rows), max_length), pad_token_id)
     targets = torch.full((len(rows), max_length), ignore_index)
     segments = torch.zeros(len(rows), max_length, dtype=torch.int64)
     for row, examples in enumerate(rows):
-        n_tokens = sum(len(item) for item in examples)
-        if n_tokens > max_length or not all(len(item) for item in examples):
-            raise ValueError(
-                f"row {row} has examples of {[len(item) for item in examples]} tokens: each needs at least one token, "
-                f"all together at most {max_length}"
-            )
+        lengths = [len(item) for item in examples]
+        if sum(lengths) > max_length or 0 in lengths:
+            limits = f"each needs at least one token, all together at most {max_length}"
+            raise ValueError(f"packed sequence {row} has examples of {lengths} tokens: {limits}")
         end = 0
         for segment, item in enumerate(examples, start=1):
             start, end = end, end + len(item)
@@ -93,19 +92,19 @@ def collate_packed(
 
 @dataclass(eq=False)
 class PackedSampler:
-    """An endless sequence of batches of packed rows.
+    """An endless series of batches of packed sequences, each of which contains several examples.
 
-    A batch is a pure function of (seed, step). Each epoch uses every example once: it packs the examples from long to
-    short, with equal lengths in random order, and shuffles the rows. All epochs have the same number of rows. A batch
-    may contain the last rows of one epoch and the first rows of the next. `pad_token_id` and `mask_prompt` are passed to
-    `collate_packed`.
+    Each batch depends only on the seed and the step number. Each epoch uses every example once: it packs the examples
+    from long to short, with equal lengths in random order, and shuffles the packed sequences. All epochs have the same
+    number of sequences. A batch may contain the last sequences of one epoch and the first sequences of the next.
+    `pad_token_id` and `mask_prompt` are passed to `collate_packed`.
     """
 
     dataset: InstructionDataset
     max_length: int
-    """Length of a row. A longer example raises ValueError."""
+    """Length of a packed sequence in tokens. A longer example raises ValueError."""
     batch_size: int
-    """Rows per batch, B."""
+    """Number of packed sequences per batch (B)."""
     _: KW_ONLY
     pad_token_id: int = 50256
     mask_prompt: bool = False
@@ -115,31 +114,30 @@ class PackedSampler:
         require_positive(batch_size=self.batch_size)
         longest = self.dataset.lengths.max()
         if longest > self.max_length:
-            raise ValueError(
-                f"the longest example has {longest} tokens, a row has max_length={self.max_length}: create the "
-                f"InstructionDataset with max_length={self.max_length}, which leaves longer examples out"
-            )
+            limit = f"max_length={self.max_length}"
+            way_out = f"create the InstructionDataset with {limit}, which leaves longer examples out"
+            raise ValueError(f"the longest example has {longest} tokens, a packed sequence has {limit}: {way_out}")
         self._epoch = lru_cache(maxsize=2)(self.epoch)
         # First-fit depends only on the sorted lengths, which are the same in every epoch.
         self.rows_per_epoch = len(self._epoch(0))
         self.batches_per_epoch = -(-self.rows_per_epoch // self.batch_size)
 
     def batch(self, step: int) -> PackedBatch:
-        """Return the inputs, targets and segments of a step, each (B, max_length) int64, see `collate_packed`."""
+        """Return the inputs, targets and segments of a step, each (B, max_length) int64, made by `collate_packed`."""
         rows = [[self.dataset[index] for index in row] for row in self.rows(step)]
         return collate_packed(rows, self.max_length, self.pad_token_id, mask_prompt=self.mask_prompt)
 
     def fingerprint(self) -> str:
-        """Return a hash that identifies the examples, see `tokens.fingerprint`."""
+        """Return a hash of all examples, with which a resumed training run detects changed data."""
         return self.dataset.fingerprint()
 
     def rows(self, step: int) -> list[list[int]]:
-        """Return the indices of the examples in each row of a step."""
+        """Return a list of example indices for each packed sequence in the batch of a training step."""
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self._epoch(number // self.rows_per_epoch)[number % self.rows_per_epoch] for number in numbers]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Return the indices of the examples in each row of an epoch."""
+        """Return a list of example indices for each packed sequence of epoch number `epoch`."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         order = order[(-self.dataset.lengths[order]).argsort(kind="stable")]
@@ -147,5 +145,5 @@ class PackedSampler:
         return [order[rows[number]].tolist() for number in random.permutation(len(rows))]
 
     def fill(self) -> float:
-        """Return the fraction of positions that contain tokens and not padding, from 0 to 1."""
+        """Return the fraction of all positions that contain tokens instead of padding, from 0 to 1."""
         return float(self.dataset.lengths.sum()) / (self.rows_per_epoch * self.max_length)

@@ -1,4 +1,4 @@
-"""Convert text files to one file of token ids, in bounded memory and in parallel processes.
+"""Convert text files of any size to one file of token ids, with limited memory and parallel processes.
 
 This module does not import torch, so worker processes start quickly.
 """
@@ -26,7 +26,7 @@ from MyGPT.files import atomic_directory, restore_directory, sha256_of
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
-"""Characters that a worker encodes at a time."""
+"""Smallest number of characters in a task, the amount of text that a worker process encodes at a time."""
 
 
 def prepare(
@@ -38,19 +38,20 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Encode all documents, write the ids to the directory `out`, and return the content of its `tokens.json`.
+    """Encode text files, write their token ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Each document is followed by `<|endoftext|>` if the tokenizer has this token. Memory is some tens of megabytes per
-    worker for files of any size. If an error occurs, `out` stays as it was.
+    Each document is followed by `<|endoftext|>` if the tokenizer has this token. If an error occurs, `out` does not
+    change.
 
     Args:
-        paths: text files or .jsonl files, also compressed as .gz
-        out: the directory to write
-        tokenizer: encodes the documents
-        text_key: the key of the text in each line of a .jsonl file
-        workers: number of processes. With more than one, call this function under `if __name__ == "__main__":`, as
-            multiprocessing requires.
-        overwrite: replace the files in `out` if it is not empty
+        paths: text files, each one document, or .jsonl files with one document per line. Both may be compressed as .gz.
+        out: the directory for `tokens.bin` (the ids), `tokens.json` (their description) and `tokenizer.json`
+        tokenizer: the tokenizer that encodes the text
+        text_key: key of the text in each line of a .jsonl file
+        workers: number of processes. Each needs some tens of megabytes of memory, for files of any size. With more than
+            one process, call this function under `if __name__ == "__main__":`, as multiprocessing requires.
+        overwrite: allow `out` to contain files, and replace the data set there
+        progress: show a progress bar
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is False.
@@ -69,7 +70,7 @@ def prepare(
         tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         with open(directory / "tokens.bin", "wb") as file:
-            for ids, documents, characters in _encode_all(paths, tokenizer, text_key, workers, bar):
+            for ids, documents, characters in _encode_all(_tasks(paths, text_key, bar), tokenizer, workers):
                 file.write(ids.data)
                 digest.update(ids.data)
                 n_tokens, n_documents = n_tokens + len(ids), n_documents + documents
@@ -94,31 +95,29 @@ def prepare(
 
 
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:
-    """Return the ids that `prepare` would write, as one array in memory."""
+    """Encode text files and return the token ids as one array in memory, equal to the ids that `prepare` writes."""
     _refuse_split_specials(tokenizer)
     parts = [_encode(tokenizer, task)[0] for task in _tasks(paths, text_key, tqdm(disable=True))]
     return np.concatenate([*parts, np.empty(0, id_dtype(tokenizer.n_vocab))])
 
 
 def _refuse_split_specials(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a special token contains a space after a character, where long documents may be split."""
+    """Raise ValueError if a special token contains a space inside it: long texts are split at spaces."""
     for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
         if TOKEN_END.search(token):
             raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
-"""The ids of a task, and its numbers of documents and of characters."""
+"""The token ids of a list of text pieces, the number of documents that end in it, and its number of characters."""
 
 
-def _encode_all(
-    paths: list[Path], tokenizer: Tokenizer, text_key: str, workers: int, bar: tqdm[Any]
-) -> Iterator[Encoded]:
-    """Yield the encoded tasks in order. To bound memory, at most two tasks per worker wait at a time."""
+def _encode_all(tasks: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """Encode tasks (lists of pieces) in parallel and yield the results in order. Few tasks wait, to limit memory."""
     pool, encode = _pool(workers, tokenizer)
     with pool:
         pending: deque[Future[Encoded]] = deque()
-        for task in _tasks(paths, text_key, bar):
+        for task in tasks:
             pending.append(pool.submit(encode, task))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
@@ -127,7 +126,7 @@ def _encode_all(
 
 
 def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[Piece]], Encoded]]:
-    """Return an executor and the function for its tasks: a thread for one worker, else processes."""
+    """Return an executor and the function that encodes a task in it. One worker is a thread; several are processes."""
     if workers == 1:
         return ThreadPoolExecutor(1), partial(_encode, tokenizer)
     # A forked copy of a process that has used torch's threads can hang, so processes are spawned. The tokenizer is sent
@@ -138,7 +137,7 @@ def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[
 
 
 def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[list[Piece]]:
-    """Yield lists of pieces of about a million characters, so that small documents do not cost one message each."""
+    """Yield the text pieces of files in lists of at least TASK_CHARACTERS characters. `bar` counts the bytes read."""
     task, size = [], 0
     for path in paths:
         for piece in read_pieces(path, text_key, bar.update):
@@ -155,7 +154,7 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer in a new worker process. The process serves one call of `prepare` only."""
+    """Store the tokenizer in a global variable of a new worker process, which serves only one call of `prepare`."""
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
 
@@ -165,7 +164,7 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
-    """Return the ids of a task, with `<|endoftext|>` after each document, and its document and character counts."""
+    """Return (ids, number of documents, number of characters) of text pieces. `<|endoftext|>` ends each document."""
     ids: list[int] = []
     for piece in task:
         ids += tokenizer.encode(piece.text)

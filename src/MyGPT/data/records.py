@@ -1,8 +1,9 @@
 """Records for fine-tuning: read and check them, and split them into training, validation and test sets.
 
-A record is a dict of one of four kinds: `instruction` and `output`, with an optional `input` (Alpaca's format);
-`messages`, a list of {"role", "content"}; `prompt` and `completion`; or `text`. Other keys are ignored. A template
-(templates.py) turns a record into text. This module needs neither torch nor a tokenizer.
+A record is a dict of one of four kinds, which differ in their keys: `instruction` and `output`, with an optional
+`input` (Alpaca's format); `messages`, a list of dicts with `role` and `content`; `prompt` and `completion`; or only
+`text`. Other keys are ignored. A template (templates.py) turns a record into text. This module needs neither torch nor
+a tokenizer.
 """
 
 from __future__ import annotations
@@ -20,35 +21,36 @@ from MyGPT.files import atomic_write, parse_json, read_json, read_text
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
-"""A record as it is read from JSON."""
+"""A fine-tuning record: a dict as read from a JSON file, for example with the keys instruction and output."""
 
 ROLES = ("system", "user", "assistant")
-"""The roles of a message in a conversation."""
+"""The allowed values of `role` in the messages of a conversation."""
 
 Kind = Literal["instruction", "messages", "prompt", "text"]
 
 _ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
-"""The four kinds of records, and the key of the answer in each kind. A record has the first kind whose key it contains."""
-_BETWEEN = re.compile(r"[\s,]*")
-"""The characters between two records of a JSON array."""
+"""Maps each kind of record to the key of its answer, if any. A record's kind is the first of these keys in it."""
+_BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON array
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records in a file: a JSON array, or one JSON object per line. The kinds may be mixed.
+    """Return the fine-tuning records in a file, which contains a JSON array or one JSON object per line.
 
-    A damaged or empty file, or an invalid record, raises ValueError with the file and, for a record, its line.
+    Records of different kinds may be mixed. A damaged or empty file, or an invalid record, raises ValueError. The
+    message contains the path and, for an invalid record, its line.
     """
     return read_json_records(path, check_record)
 
 
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
-    """Return the values in a JSON array, or on the lines of a file.
+    """Return the values in a file, which contains a JSON array or one JSON value per line.
 
-    `check` is called with each value and its place, such as "a.json, line 3", and raises ValueError to refuse the value.
+    `check` is called with each value and the text "a.json, line 3" (its file and line). It raises ValueError if the
+    value is not valid.
     """
     text = read_text(path)
     records = []
-    for where, record in (_of_array if text.lstrip().startswith("[") else _of_lines)(text, path):
+    for where, record in (_array_items if text.lstrip().startswith("[") else _line_items)(text, path):
         check(record, where)
         records.append(record)
     if not records:
@@ -56,8 +58,8 @@ def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], 
     return records
 
 
-def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each record in a JSON array."""
+def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for each item of the JSON array `text`. A place is, for example, "a.json, line 3, record 1"."""
     records = parse_json(text, path)
     # Decode each record a second time to find its line, which the parser of the whole array does not report.
     decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
@@ -70,8 +72,8 @@ def _of_array(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
         line += text.count("\n", start, end)
 
 
-def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each line that is not empty."""
+def _line_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for each line of JSON that is not empty. A place is, for example, "a.json, line 3"."""
     # str.splitlines would also split at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -79,27 +81,26 @@ def _of_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, An
         try:
             record = parse_json(line, path, number)
         except ValueError as error:
-            raise ValueError(f"{error} (records are a JSON array, or one JSON object a line)") from None
+            raise ValueError(f"{error} (records are a JSON array, or one JSON object per line)") from None
         yield f"{path}, line {number}", record
 
 
 def kind_of(record: Record) -> Kind:
-    """Return the kind of a checked record."""
+    """Return the kind of a valid record: "instruction", "messages", "prompt" or "text"."""
     return next(kind for kind in _ANSWER_KEY if kind in record)
 
 
 def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
-    """Raise ValueError if a value is not a record of one of the four kinds. The message starts with its place, `where`.
+    """Raise ValueError if `record` is not a valid fine-tuning record.
 
-    With needs_answer=False, a record may lack the output, the completion, or the final message of the assistant.
+    The message starts with `where`, for example "a.json, line 3". If needs_answer is False, the output, the completion
+    or the final message of the assistant may be missing.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
     if not any(kind in record for kind in _ANSWER_KEY):
-        raise ValueError(
-            f"{where}: a record needs the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or "
-            f"'text', got {_short(list(record))}"
-        )
+        keys = "the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or 'text'"
+        raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
     kind = kind_of(record)
     if kind == "messages":
         _check_messages(record["messages"], where, needs_answer)
@@ -117,7 +118,7 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
 
 
 def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
-    """Raise ValueError if a value is not a list of messages or, with needs_answer, does not end with an answer."""
+    """Raise ValueError if `messages` is not a list of messages or, with needs_answer, does not end with an answer."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of at least one message, got {_short(messages)}")
     for number, message in enumerate(messages, start=1):
@@ -128,15 +129,14 @@ def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
             _check_text(message, key, place)
         if message["role"] not in ROLES:
             raise ValueError(f"{place}: 'role' must be one of {', '.join(ROLES)}, got {message['role']!r}")
-    if needs_answer and messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: the last of 'messages' must have the role 'assistant', which is the answer to learn, "
-            f"got {messages[-1]['role']!r}"
-        )
+    last = messages[-1]["role"]
+    if needs_answer and last != "assistant":
+        allowed = "the role 'assistant', which is the answer to learn"
+        raise ValueError(f"{where}: the last of 'messages' must have {allowed}, got {last!r}")
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
-    """Raise ValueError if the record's value for a key is missing or not valid text."""
+    """Raise ValueError if record[key] is missing or not valid text. The message starts with `where`."""
     if key not in record:
         raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
     if not isinstance(record[key], str):
@@ -152,14 +152,14 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """The indices of the records for training, validation and test. Each record belongs to exactly one of the three."""
+    """The indices of the records for training, validation and test. Each record belongs to exactly one of these sets.
+
+    The validation set serves to choose settings and the best checkpoint, the test set to measure the final model.
+    """
 
     train: tuple[int, ...]
-    """Records that the model is trained on."""
     val: tuple[int, ...]
-    """Records for choosing settings and the best checkpoint."""
     test: tuple[int, ...]
-    """Records for the final test of the model."""
 
     def __post_init__(self) -> None:
         indices = [*self.train, *self.val, *self.test]
@@ -176,7 +176,7 @@ class Split:
         return len(self.train) + len(self.val) + len(self.test)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the indices to a JSON file, for `load_split`."""
+        """Write the three lists of indices to a JSON file, which `load_split` reads."""
         with atomic_write(path) as file:
             json.dump(asdict(self), file)
             file.write("\n")
@@ -185,11 +185,11 @@ class Split:
 def split_records(
     n_records: int, train_fraction: float = 0.85, test_fraction: float = 0.10, seed: int | None = None
 ) -> Split:
-    """Split `n_records` records; the records that are neither for training nor for test are for validation.
+    """Split the indices of `n_records` records: the two fractions are for training and test, the rest for validation.
 
-    The records are split in random order, or with seed=None in the order of the file. The defaults give the split of the
-    1,100 records in "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110
-    for test and the last 55 for validation.
+    `seed` shuffles the indices first; seed=None keeps their order. The defaults give the split of the 1,100 records in
+    "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110 for test and the
+    last 55 for validation.
     """
     for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 1:
@@ -206,7 +206,7 @@ def split_records(
 
 
 def load_split(path: str | os.PathLike[str]) -> Split:
-    """Return the split that `Split.save` wrote. Any other file raises ValueError with the path."""
+    """Return the Split that `Split.save` wrote to a file. Any other file raises ValueError with the path."""
     names = [field.name for field in fields(Split)]
     try:
         data = read_json(path)

@@ -1,6 +1,6 @@
-"""Batches of windows for training and validation.
+"""Batches for training and validation. A window is a sequence of max_length token ids, cut from a text.
 
-A training batch is a pure function of (seed, step), so a sampler has no state to save in a checkpoint.
+Each training batch depends only on the seed and the step number, so a sampler has no state to save in a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,42 +19,40 @@ from MyGPT.data.windows import Batch, gather_windows
 
 @dataclass(eq=False)
 class WindowSampler:
-    """An endless sequence of batches, each with `batch_size` windows of a token array.
+    """An endless series of batches, each with `batch_size` windows (sequences of max_length ids) cut from a text.
 
-    The order "random" draws each window's start uniformly, with replacement. "shuffled" goes through epochs: each epoch
-    cuts the ids into adjacent windows, from a new random offset, and visits them in random order, so each token is seen
-    once per epoch. "sequential" visits adjacent windows in order and then starts again.
+    The order "random" draws the start of each window uniformly, with replacement. "shuffled" goes through epochs: each
+    epoch cuts the text into adjacent windows, from a new random offset, and visits the windows in random order, so each
+    token is seen about once per epoch. "sequential" visits adjacent windows from first to last and then starts again.
     """
 
     ids: TokenArray
-    """At least max_length + 1 token ids; fewer raise ValueError."""
+    """Token ids of the text. Fewer than max_length + 1 ids raise ValueError."""
     max_length: int
-    """Length T of a window."""
+    """Length of a window in tokens (T)."""
     batch_size: int
-    """Windows per batch, B."""
+    """Number of windows per batch (B)."""
     order: Order = "shuffled"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        needed = self.max_length + 1
-        if len(self.ids) < needed:
-            raise ValueError(
-                f"the text has {len(self.ids)} tokens, a window of {self.max_length} tokens and its targets need {needed}"
-            )
+        n, T = len(self.ids), self.max_length
+        if n <= T:
+            raise ValueError(f"the text has {n} tokens, a window of {T} tokens and its targets need {T + 1}")
         # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
-        self.windows_per_epoch = max(1, (len(self.ids) - 1) // self.max_length - (self.order == "shuffled"))
+        self.windows_per_epoch = max(1, (n - 1) // T - (self.order == "shuffled"))
         self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
-        """Return the inputs and targets of a step, each (B, T) int64."""
+        """Return the inputs and targets of a training step, each (B, T) int64."""
         return gather_windows(self.ids, self._starts(step), self.max_length)
 
     def fingerprint(self) -> str:
-        """Return a hash that identifies the text, see `tokens.fingerprint`."""
+        """Return a hash of the token ids, with which a resumed training run detects changed data."""
         return fingerprint(self.ids)
 
     def _starts(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the positions in `ids` where the windows of a step start, (B,)."""
+        """Return the start of each window of a training step: an integer array (B,) of positions in `ids`."""
         if self.order == "random":
             random = np.random.default_rng((self.seed, step))
             return random.integers(0, len(self.ids) - self.max_length, size=self.batch_size)
@@ -63,7 +61,7 @@ class WindowSampler:
         return np.array([self._epoch(int(epoch))[position] for epoch, position in zip(epochs, positions, strict=True)])
 
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the starts of all windows of an epoch, in the order in which they are visited."""
+        """Return the positions in `ids` where the windows of epoch number `epoch` start, in the order of their use."""
         starts = np.arange(self.windows_per_epoch) * self.max_length
         if self.order == "sequential":
             return starts
@@ -74,7 +72,7 @@ class WindowSampler:
 
 @dataclass(eq=False)
 class WindowValidation:
-    """Validation batches: the whole text, or `n_windows` fixed windows of length `max_length` at equal distances."""
+    """Validation batches: the whole text, or `n_windows` fixed sequences of `max_length` ids at equal distances."""
 
     ids: TokenArray
     max_length: int
@@ -82,13 +80,12 @@ class WindowValidation:
 
     def __post_init__(self) -> None:
         self.batch_size = max(1, 4096 // self.max_length)
-        """Windows per validation batch, about 4,096 tokens. It does not depend on the training batch."""
+        """Number of windows per validation batch, about 4,096 tokens; independent of the batch size in training."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:
-        """Yield inputs and targets, each (B, T) int64.
+        """Yield batches of inputs and targets, each (B, T) int64, from the same `n_windows` sequences in each call.
 
-        With `whole`, or if the text is short, the batches cover the whole text. Otherwise each call yields the same
-        `n_windows` windows.
+        If `whole` is True, or if the text is not longer than these sequences, the batches cover the whole text.
         """
         if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
             yield from walk_windows(self.ids, self.max_length, self.batch_size)
@@ -98,14 +95,14 @@ class WindowValidation:
             yield gather_windows(self.ids, part, self.max_length)
 
     def fingerprint(self) -> str:
-        """Return a hash that identifies the text, see `tokens.fingerprint`."""
+        """Return a hash of the token ids, with which a resumed training run detects changed data."""
         return fingerprint(self.ids)
 
 
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of adjacent windows over all ids, each (B, T) int64; the last window is padded.
+    """Cut `ids` into adjacent windows of T = max_length ids and yield batches of inputs and targets, each (B, T) int64.
 
-    Every id except the first is a target exactly once.
+    The last window is padded. Every id except the first is a target exactly once.
     """
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):

@@ -1,6 +1,7 @@
-"""Find texts by name, path or pattern, and read them piece by piece.
+"""Find text files by name, path or pattern, and read them in pieces, so that files may be larger than the memory.
 
-A text file is one document. A `.jsonl` file has one document per line, under a key. Both may be compressed as `.gz`.
+A text file is one document. A `.jsonl` file has one JSON object per line, with the text of a document under a given
+key. Both kinds of files may be compressed as `.gz`.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from MyGPT.files import parse_json, refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
-"""Bytes of a text file that are read at a time."""
+"""Number of bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
-"""Limit for the characters between two spaces, and for the bytes of a JSON line. So much must be in memory at once."""
+"""Limit for the characters between two spaces, and for the bytes of a JSON line; both must fit in memory as a whole."""
 MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
-"""Limits against archives that are made to fill memory or disk: a text may be MAX_UNPACKING times as long as its archive,
-plus FREE_BYTES. Books reach a ratio of 3, logs 50, and malicious archives 1,000."""
+"""A text in a .gz file may have at most MAX_UNPACKING * (size of the .gz file) + FREE_BYTES bytes. Books compress by a
+factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000."""
 
 
 class Piece(NamedTuple):
-    """A part of a document. It ends where a token ends, so pieces can be encoded one by one."""
+    """A part of a document, or a whole one. It ends where a token ends, so pieces can be encoded one by one."""
 
     text: str
     ends_document: bool
 
 
 class Download(NamedTuple):
-    """The address of a text, and the SHA-256 that the text must have."""
+    """The URL of a text file, and the SHA-256 that the downloaded file must have."""
 
     url: str
     sha256: str
@@ -54,10 +55,11 @@ DOWNLOADS = {
 
 
 def find_files(names: str | Iterable[str]) -> list[Path]:
-    """Return the files for one or several names, paths or patterns; the files of a pattern are sorted.
+    """Return the paths of the text files that are given by one or several names, paths or patterns.
 
-    A name is "alice", which is part of MyGPT, or "tinyshakespeare", which is downloaded once. A pattern may contain `*`,
-    and `**` for any number of directories. An unknown name, a directory, or a pattern without files raises ValueError.
+    A name is "alice", a book that is part of MyGPT, or "tinyshakespeare", a text that is downloaded once. A pattern may
+    contain `*`, and `**` for any number of directories; its files are sorted. An unknown name, a directory, or a
+    pattern without files raises ValueError.
     """
     paths: list[Path] = []
     for name in [names] if isinstance(names, (str, os.PathLike)) else names:
@@ -86,10 +88,11 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a text file or a .jsonl file, also compressed as .gz, in pieces of at most some megabytes.
+    """Yield the documents of a text file or .jsonl file, also compressed as .gz; long documents come in several pieces.
 
-    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the number
-    of bytes read since the last call. A damaged or binary file raises ValueError with the file and the position.
+    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the
+    number of bytes that were read since its last call. A damaged or binary file raises ValueError with the path and the
+    position.
     """
     with open(path, "rb") as raw:
         inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -98,9 +101,8 @@ def read_pieces(
         try:
             for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
                 if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
-                    raise ValueError(
-                        f"{path} unpacks to more than {MAX_UNPACKING} times its size, which no text file does"
-                    )
+                    limit = f"{MAX_UNPACKING} times its size"
+                    raise ValueError(f"{path} unpacks to more than {limit}, which no text file does")
                 yield piece
                 advance(raw.tell() - position)
                 position = raw.tell()
@@ -110,7 +112,7 @@ def read_pieces(
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
-    """Return an iterator over the texts of all pieces of the files, for training a tokenizer."""
+    """Return an iterator over the texts in files, to train a tokenizer. Long documents are split into several texts."""
     return (piece.text for path in paths for piece in read_pieces(path, text_key))
 
 
@@ -119,7 +121,7 @@ TOKEN_END = re.compile(r"\S(?=[ \n])")
 
 
 def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
-    """Yield the pieces of a text file, which is one document; line ends become `\\n`."""
+    """Yield a text file, which is one document, in pieces. Line ends become `\\n`; `path` is for error messages."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     pending, offset, n_characters = "", 0, 0
     while True:
@@ -146,7 +148,7 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
 
 
 def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
-    """Yield one piece per line that has a text of at least one character."""
+    """Yield the text under `text_key` in each line of a .jsonl file; skip empty texts. `path` is for error messages."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_STRETCH), b""), start=1):
         if len(line) == MAX_STRETCH:
             raise ValueError(f"{path}, line {number} has {MAX_STRETCH:,} bytes or more, a line must have fewer")

@@ -1,7 +1,8 @@
-"""Prompt templates, which turn a record into text: Alpaca's (Taori et al., 2023), the book's, or a user's own.
+"""Prompt templates, which turn a fine-tuning record into text.
 
-The template of a fine-tuned model is saved beside its weights, so that questions to the model get the same form as in
-training.
+Built-in templates are those of Stanford Alpaca (Taori et al., 2023) and of "Build a Large Language Model (From
+Scratch)". The template of a fine-tuned model is saved beside its weights, so that later questions get the same form as
+in training.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from MyGPT.files import atomic_write, read_json
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
 TEMPLATE_FILE = "template.json"
-"""The name of the template's file in a model directory."""
+"""The name of the file in a model directory that contains the model's template."""
 
 Asks = Literal["instruction", "messages", "prompt"]
 
 
 class Part(NamedTuple):
-    """A piece of an example's text: either part of the prompt, or an answer that the model must produce."""
+    """A part of an example's text. `is_answer` is True if the model must produce it, False if it belongs to the prompt."""
 
     text: str
     is_answer: bool
@@ -33,28 +34,29 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """The text around the fields of a record.
+    """A prompt template: the text that is added around the fields of a fine-tuning record.
 
-    The placeholders are {instruction}, {input}, {output} and {content}; other braces are ordinary text. Records with
-    prompt and completion, and records with text, are used without a template.
+    The fields of a record replace the placeholders {instruction}, {input} and {output}, and the text of a message
+    replaces {content}. Other braces are ordinary text. Records with `prompt` and `completion`, or only `text`, use no
+    template.
     """
 
     without_input: str
-    """Prompt for an instruction without input; contains {instruction}."""
+    """Prompt of an instruction record without input; must contain {instruction}."""
     with_input: str
-    """Prompt for an instruction with input; contains {instruction} and {input}."""
+    """Prompt of an instruction record with input; must contain {instruction} and {input}."""
     response: str = "{output}"
-    """The answer to an instruction; contains {output}."""
+    """Form of the answer to an instruction record; must contain {output}."""
     system: str = "{content}\n\n"
-    """A system message of a conversation; contains {content}."""
+    """Form of a system message in a conversation; must contain {content}, the message's text."""
     user: str = "### Instruction:\n{content}\n\n"
-    """A user's message; contains {content}."""
+    """Form of a user's message in a conversation; must contain {content}, the message's text."""
     assistant: str = "### Response:\n{content}"
-    """An assistant's message; contains {content}. Text before {content} belongs to the prompt."""
+    """Form of an assistant's message; must contain {content}, its text. Text before {content} belongs to the prompt."""
     turn_end: str = ENDOFTEXT
-    """The end of each assistant's message except the last, which ends with the example's end-of-text id."""
+    """Text at the end of each assistant's message except the last, after which training adds the end-of-text id."""
     asks: Asks = "instruction"
-    """The kind of record that holds a question to the model. `mygpt finetune` sets it to the kind of the training data."""
+    """Kind of record that `mygpt chat` makes of a question. `mygpt finetune` stores the kind of its training data."""
 
     def __post_init__(self) -> None:
         if self.asks not in get_args(Asks):
@@ -69,13 +71,14 @@ class Template:
                     raise ValueError(f"a template's {field.name} must contain {placeholder} once, got {text!r}")
 
     def prompt(self, record: Record) -> str:
-        """Return the prompt of a record. In a conversation, this is the text before the assistant's last message."""
+        """Return the prompt of a record: the text before its answer or, in a conversation, before the last answer."""
         return "".join(part.text for part in self.parts(record, with_answer=False))
 
     def parts(self, record: Record, with_answer: bool = True) -> list[Part]:
         """Return the text of a record as non-empty parts that alternate between prompt and answer.
 
-        With with_answer=False, the last answer is left out. An invalid record raises ValueError.
+        If with_answer is False, the record's answer is left out and may be missing. An invalid record raises
+        ValueError.
         """
         check_record(record, "the record", needs_answer=with_answer)
         kind = kind_of(record)
@@ -92,7 +95,7 @@ class Template:
         return _merge([Part(prompt, False), Part(answer, True)])
 
     def _conversation(self, messages: list[Record], with_answer: bool) -> list[Part]:
-        """Return the parts of a conversation, with or without the assistant's last message."""
+        """Return the parts of a conversation; if with_answer is False, leave out the text of the final answer."""
         before, after = self.assistant.split("{content}")
         if not with_answer and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -106,7 +109,7 @@ class Template:
         return parts[:-1] if with_answer else [*parts, Part(before, False)]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `template.json` to a directory, for `load_template`."""
+        """Write this template to `template.json` in a directory, from which `load_template` reads it."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(directory) / TEMPLATE_FILE) as file:
             json.dump(asdict(self), file, ensure_ascii=False, indent=1)
@@ -141,14 +144,14 @@ BOOK = Template(
     with_input=f"{_TASK}{_REQUEST}{_INPUT}",
     response="\n\n### Response:\n{output}",
 )
-"""The template of "Build a Large Language Model (From Scratch)", chapter 7, where "### Response:" is part of the answer."""
+"""The template of "Build a Large Language Model (From Scratch)", where "### Response:" is part of the answer."""
 
 TEMPLATES = {"alpaca": ALPACA, "book": BOOK}
-"""The templates that `load_template` knows by name."""
+"""The built-in templates by name."""
 
 
 def format_input(record: Record, template: Template = BOOK) -> str:
-    """Return the prompt of a record, like the function of this name in the book. The record needs no output.
+    """Return the prompt of an instruction record, that is, its text before the answer. The record needs no output.
 
     >>> format_input({"instruction": "Name a colour.", "input": ""}).splitlines()[-2:]
     ['### Instruction:', 'Name a colour.']
@@ -179,11 +182,11 @@ def load_template(name_or_path: str | os.PathLike[str]) -> Template:
 
 
 def _fill(text: str, **values: str) -> str:
-    """Replace the placeholders of a template in one pass, so that braces inside a value are not replaced."""
+    """Replace the placeholders in `text` by `values` in one pass, so that braces inside a value are not replaced."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def _merge(parts: list[Part]) -> list[Part]:
-    """Join adjacent parts of the same kind, and drop empty parts, so that a tokenizer sees each stretch as a whole."""
+    """Drop empty parts, and join adjacent parts that are both prompt or both answer, to encode each text as a whole."""
     groups = groupby((part for part in parts if part.text), key=lambda part: part.is_answer)
     return [Part("".join(part.text for part in group), is_answer) for is_answer, group in groups]

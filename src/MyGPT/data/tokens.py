@@ -21,14 +21,14 @@ _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
 
 def id_dtype(n_vocab: int) -> np.dtype[Any]:
-    """Return uint16 if every id below `n_vocab` fits into 16 bits, else uint32."""
+    """Return the smallest dtype for the ids of a vocabulary of `n_vocab` tokens: uint16 if they fit, else uint32."""
     return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 def compact_ids(ids: Any) -> TokenArray:
-    """Return token ids (a list, array or tensor) as a uint16 or uint32 array; an array of these types is not copied.
+    """Return token ids (a list, array or tensor) as a uint16 or uint32 array. Arrays of these types are not copied.
 
-    Ids that are not one sequence of whole numbers from 0 to 2**32 - 1 raise ValueError.
+    Raise ValueError unless `ids` is one-dimensional and contains only whole numbers from 0 to 2**32 - 1.
     """
     array = np.asarray(ids)
     if array.ndim != 1:
@@ -46,18 +46,22 @@ def compact_ids(ids: Any) -> TokenArray:
 
 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
-    """Return True if a directory contains a prepared data set; an interrupted replacement is repaired first."""
+    """Return True if a directory contains a data set that `prepare` wrote.
+
+    If a `prepare` was killed while it replaced the data set, the old data set is restored first.
+    """
     restore_directory(directory)
     return (Path(directory) / "tokens.json").is_file()
 
 
 def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str, Any]]:
-    """Return the memory-mapped ids of a prepared data set and the content of its `tokens.json`.
+    """Return the memory-mapped token ids of a data set that `prepare` wrote, and the content of its `tokens.json`.
 
-    A damaged `tokens.json`, or another `tokens.bin` or `tokenizer.json` than it describes, raises ValueError. The check
-    takes about 0.1 seconds for any size. Up to 64 MiB, every byte is checked. In a longer file, 64 blocks are checked:
-    this detects another file, but perhaps not a single changed byte. The key `sha256` is the hash of the whole file, for a
-    complete check. Early versions of MyGPT wrote no hash of blocks; for their long files, only the length is checked.
+    Raise ValueError if `tokens.json` is damaged, or if its hashes do not match `tokens.bin` and `tokenizer.json`. The
+    check takes about 0.1 seconds for any size, because only 64 blocks of a `tokens.bin` over 64 MiB are hashed. It detects
+    a different file, but perhaps not a single changed byte. The key `sha256` of `tokens.json` is the hash of the whole
+    `tokens.bin`. Early versions of MyGPT stored no hash of blocks; for their files over 64 MiB, only the size is
+    checked.
     """
     restore_directory(directory)
     path, json_path, tokenizer_path = (
@@ -94,7 +98,7 @@ def sampled_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(*arrays: npt.NDArray[Any]) -> str:
-    """Return a SHA-256 of arrays: of their types and lengths, and of the blocks that `sampled_sha256` would read."""
+    """Return a SHA-256 of the types, sizes and bytes of arrays. Of an array over 64 MiB, only 64 blocks are hashed."""
     digest = hashlib.sha256()
     for array in arrays:
         data = np.ascontiguousarray(array).view(np.uint8).data
@@ -105,7 +109,7 @@ def fingerprint(*arrays: npt.NDArray[Any]) -> str:
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """Return the start and length of each block that is hashed in `size` bytes."""
+    """Return the start and length of each block to hash in `size` bytes: one block up to 64 MiB, else 64 blocks."""
     if size <= _N_SAMPLES * _SAMPLE_BYTES:
         return [(0, size)]
     return [(i * (size - _SAMPLE_BYTES) // (_N_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_N_SAMPLES)]

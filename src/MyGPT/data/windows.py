@@ -1,6 +1,6 @@
-"""Windows over a sequence of token ids, the examples on which a language model is trained.
+"""Windows: sequences that are cut from the token ids of a text, to train a language model.
 
-A window has max_length input ids; its targets are the same ids shifted by one position. B batch, T = max_length.
+A window has max_length input ids. Its targets are the ids one position later. B batch size, T = max_length.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
-    """Return the inputs and targets of the windows that start at the positions `starts` (B,), each (B, T) int64.
+    """Return the inputs and targets of B windows, each (B, T) int64, that start at the positions `starts` (B,) in `ids`.
 
-    After the end of `ids`, the inputs are `pad_id` and the targets -100, which every loss ignores. T is `max_length`.
+    Inputs are T = max_length ids from each start; targets are the ids one position later. After the end of `ids`, the
+    inputs are `pad_id` and the targets are -100, which every loss ignores.
     """
     positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
     outside = positions >= len(ids)
@@ -37,19 +38,17 @@ def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: i
 
 
 class GPTDataset(Dataset[Batch]):
-    """Windows over a text: pairs of inputs and targets, each (T,) int64.
+    """Windows (sequences of T = max_length ids) of a text: each item is a pair of inputs and targets, each (T,) int64.
 
-    The ids are stored once, as uint16 or uint32, so memory does not depend on how much the windows overlap.
+    The token ids are stored once, so overlapping windows need no more memory. Too few ids for one window raise
+    ValueError.
 
     Args:
         text_or_ids: a text, or token ids as a list, array, tensor or memory map
-        tokenizer: encodes the text; also a plain tiktoken.Encoding
-        max_length: length T of a window
-        stride: distance between the starts of two windows
-        pad_last: add a padded window for the targets at the end that no full window contains
-
-    Raises:
-        ValueError: max_length or stride is below 1, or there are too few tokens for one window.
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding
+        max_length: length of a window in tokens
+        stride: distance in tokens between the starts of consecutive windows
+        pad_last: True adds a padded window if the last full window does not reach the end of the text
     """
 
     def __init__(
@@ -90,19 +89,19 @@ def create_dataloader(
     tokenizer: Any = None,
     seed: int | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over windows of a text. Each batch is inputs and targets, each (B, T) int64.
+    """Return a DataLoader that yields inputs and targets from a text, each (batch_size, max_length) int64.
 
     Args:
-        text: a text, or token ids
-        batch_size: windows per batch, B
-        max_length: length T of a window
-        stride: distance between the starts of two windows; None for max_length
+        text: a text, or token ids as a list, array or tensor
+        batch_size: number of windows (sequences cut from the text) per batch
+        max_length: length of a window in tokens
+        stride: distance in tokens between the starts of consecutive windows. Default: max_length.
         shuffle: visit the windows in a new random order in each epoch
-        drop_last: leave out a last incomplete batch. False keeps it, and also pads a last incomplete window
-            (targets -100).
-        num_workers: number of processes that load batches
-        tokenizer: encodes the text; None for GPT-2's tokenizer
-        seed: seed of the shuffling; None for torch's global random state
+        drop_last: True leaves out an incomplete last batch. False keeps it, and also adds a padded window (with targets
+            -100) if the last full window does not reach the end of the text.
+        num_workers: number of processes that load batches; 0 loads them in this process
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding. Default: GPT-2's tokenizer.
+        seed: seed for shuffling. Default: torch's global random state.
 
     Raises:
         ValueError: the text is too short for one window or, with drop_last, for one batch.
@@ -112,9 +111,8 @@ def create_dataloader(
     stride = max_length if stride is None else stride
     dataset = GPTDataset(text, tokenizer, max_length, stride, pad_last=not drop_last)
     if drop_last and len(dataset) < batch_size:
-        raise ValueError(
-            f"the text has {len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}, fewer "
-            f"than one batch of {batch_size}: lower batch_size, max_length or stride, or set drop_last=False"
-        )
+        windows = f"{len(dataset.ids)} tokens, which make {len(dataset)} windows of max_length={max_length}"
+        way_out = "lower batch_size, max_length or stride, or set drop_last=False"
+        raise ValueError(f"the text has {windows}, fewer than one batch of {batch_size}: {way_out}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(dataset, batch_size, shuffle, num_workers=num_workers, drop_last=drop_last, generator=generator)

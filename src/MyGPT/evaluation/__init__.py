@@ -1,1 +1,1 @@
-"""Evaluate a model on text: perplexity and related figures, each with the protocol by which it is measured."""
+"""Evaluate a model on text: perplexity, bits per byte and last-word accuracy, with the protocols of the GPT-2 paper."""

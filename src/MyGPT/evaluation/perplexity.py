@@ -1,8 +1,9 @@
 """Compute the loss of a model on texts that are longer than its context.
 
-The text is cut into windows of L tokens. Without overlap, the first targets of each window have little context. If
-windows start only `stride` < L tokens apart, each target is still scored once, and after the first window every target
-has at least L - stride tokens of context, at L / stride times the cost. B batch, T window, V vocabulary.
+The text is cut into windows of L tokens, and the model predicts each next token (target). If windows do not overlap, the
+first targets of each window have little context. If windows start only `stride` < L tokens apart, they overlap, but each
+target is still scored only once. After the first window, every target then has at least L - stride tokens of context. This
+takes L / stride times as long. Shapes: B windows in a batch, T tokens of a window, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Result:
-    """The loss of a model on a text, and the number of targets that it is divided by."""
+    """The summed loss of a model on one or several texts, and the number of predicted tokens (targets)."""
 
     total_nats: float
     """Summed negative log-likelihood of all targets, in nats."""
     n_tokens: int
-    """Number of targets. The first token of a text is a target only if a bos_id precedes it."""
+    """Number of targets. The first token of a text is a target only if a beginning-of-text token (bos_id) precedes it."""
 
     @property
     def loss(self) -> float:
@@ -45,15 +46,15 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """The perplexity per token, exp(loss). It is comparable only between models with the same tokenizer."""
+        """The perplexity per token, exp(loss). It can be compared only between models that have the same tokenizer."""
         return _exp(self.loss)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Return the loss in bits per byte of a text of n_bytes in UTF-8, comparable between all tokenizers."""
+        """Return the loss in bits per byte for a text of n_bytes bytes. Models with different tokenizers can be compared."""
         return self.total_nats / math.log(2) / n_bytes
 
     def word_perplexity(self, n_words: int) -> float:
-        """Return the perplexity per word of a text of n_words, or infinity above 1e308."""
+        """Return the perplexity per word, exp(total_nats / n_words), for a text of n_words words; infinity above 1e308."""
         return _exp(self.total_nats / n_words)
 
 
@@ -71,23 +72,24 @@ def strided_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Compute the loss of the model on a text; every target is counted exactly once.
+    """Compute the loss of the model on a text in windows; every predicted token (target) is scored exactly once.
 
-    The last window ends with the text and is as long as the others. Batches are summed in float64. The loss agrees with
-    lm-evaluation-harness for the default stride and a bos_id. The perplexity guide of transformers, with windows of
-    max_length + 1 tokens, differs in its last window; without overlap it also omits one target per window.
+    The last window ends with the text and is as long as the others. Losses of batches are summed in float64. With the
+    default stride and a bos_id, the result agrees with lm-evaluation-harness. The perplexity guide of transformers, with
+    windows of max_length + 1 tokens, gives another loss for the last window. If windows do not overlap, the guide also
+    skips one target per window.
 
     Args:
-        model: the model to evaluate. Its mode and gradients do not change.
-        ids: token ids as a list, array, memory map or tensor.
-        stride: tokens between the starts of two windows, from 1 to max_length. The default is max_length: no overlap.
-        max_length: tokens per window. The default is the model's context length, which is also the maximum.
+        model: the model to evaluate. It runs in evaluation mode without gradients; its former mode is restored.
+        ids: token ids of the text as a list, array, memory map or tensor.
+        stride: tokens between the starts of two windows, from 1 to max_length. Default: max_length (no overlap).
+        max_length: tokens per window, at most the model's context length. Default: the model's context length.
         batch_size: windows per forward pass.
-        bos_id: an id to put before the text, which makes the first token a target.
+        bos_id: a beginning-of-text id that is put before the text, so the first token is a target too. Default: no id.
         progress: show a progress bar.
 
     Raises:
-        ValueError: an argument is out of range, an id is outside the vocabulary, or the text has no target.
+        ValueError: an argument is out of range, an id is outside the vocabulary, or the text is too short for a target.
     """
     return documents_loss(model, [ids], stride, max_length, batch_size, bos_id, progress)
 
@@ -101,7 +103,11 @@ def documents_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Compute the total loss on several independent texts (see `strided_loss`). Windows of all texts share batches."""
+    """Compute the loss of the model, summed over several independent texts, each given as token ids.
+
+    Each window belongs to one text, but a batch may contain windows of several texts. `strided_loss` explains the other
+    arguments and the errors.
+    """
     context, vocab_size = model.config.context_length, model.config.vocab_size
     length = context if max_length is None else max_length
     if type(length) is not int or not 1 <= length <= context:
@@ -137,10 +143,11 @@ def documents_loss(
 def continuation_logits(
     model: GPTModel, pairs: Sequence[Pair], batch_size: int = 8, progress: bool = False
 ) -> Iterator[Tensor]:
-    """Yield, for each pair of a context and a continuation, the logits (n, V) that predict the n continuation tokens.
+    """Yield, for each pair (context ids, continuation ids), the logits that predict the continuation's n tokens.
 
-    Contexts and continuations are token ids, at least one each. If both together are too long for the model, the
-    beginning of the context is cut. The model is in evaluation mode without gradients, except between two results.
+    The logits have the shape (n, vocabulary size). Contexts and continuations need at least one token. If a pair is too
+    long for the model, the beginning of its context is left out. Each forward pass reads batch_size pairs, in evaluation
+    mode and without gradients. The model has its former mode again whenever a result is yielded.
     """
     require_positive(batch_size=batch_size)
     length = model.config.context_length
@@ -160,7 +167,10 @@ def continuation_logits(
 
 @torch.no_grad()
 def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tensor]:
-    """Return the logits (n, V) that predict the continuation of each pair, from one forward pass."""
+    """Return, for each pair (context, continuation), the logits (n, V) that predict the continuation's n tokens.
+
+    One forward pass computes all logits. The model reads at most the last `length` tokens of a pair.
+    """
     rows = [torch.tensor([*context, *rest][-length - 1 : -1]) for context, rest in batch]
     with evaluation_mode(model):
         logits = model(pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device))  # (B, T, V)
@@ -168,7 +178,10 @@ def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tenso
 
 
 def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the inputs and targets of each window, (T,) int64. Targets that an earlier window has scored are -100."""
+    """Yield the inputs and the targets of each window, both (T,) int64 with T at most `length`.
+
+    Windows end `stride` tokens apart. Targets that an earlier window has scored are -100, which the loss ignores.
+    """
     n_targets, scored = len(ids) - 1, 0
     while scored < n_targets:
         end = min(scored + (stride if scored else length), n_targets)
@@ -181,14 +194,14 @@ def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield the items in lists of `size`; the last may be shorter."""
+    """Yield all items in order, in lists of `size` items; the last list may be shorter."""
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
-    """Return bos_id (unless None) and the ids as a compact array; raise ValueError for ids outside the vocabulary."""
+    """Return bos_id (unless None) and the ids as an integer array; raise ValueError for ids outside the vocabulary."""
     array = compact_ids(ids)
     if len(array) and int(array.max()) >= vocab_size:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Define how GPT-2 was evaluated on each data set (Radford et al., 2019, section 3 and table 3).
+"""The protocols by which GPT-2 was evaluated on each data set (Radford et al., 2019, section 3 and table 3).
 
-A perplexity depends on its protocol: what is counted, how the text is spelled, how long the context is. `PLAIN`
-measures a text unchanged; the other protocols follow the paper as far as it describes them. A corpus of tokens, such as
-WikiText, is first rewritten as ordinary text. The corpus can be recovered from the text, so both have the same
-probability. docs/evaluation.md compares these protocols with those of other projects.
+A perplexity depends on its protocol: on what is counted (tokens or words), on the spelling of the text and on the length
+of the context. `PLAIN` measures a text unchanged. The other protocols follow the paper as far as the paper describes them.
+A corpus that is split into tokens, such as WikiText, is first rewritten as ordinary text (detokenized). The original tokens
+can be recovered from this text, so corpus and text have the same probability. docs/evaluation.md compares these protocols
+with the protocols of other projects.
 """
 
 from __future__ import annotations
@@ -33,21 +34,25 @@ _ABBREVIATION = re.compile(
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """Rules that rewrite the tokens of a corpus as ordinary text, and find the tokens in that text again.
+    """Rules that turn the tokens of a corpus into ordinary text (detokenize), and split such text into tokens again.
 
-    `join` omits a space only where `split` restores it, so split(join(tokens)) == tokens unless a token is ambiguous.
+    >>> WIKITEXT.join(["a", "well", "@-@", "known", "fact", "(", "1", ")", "."])
+    'a well-known fact (1).'
+
+    `join` omits a space only if `split` can separate the two tokens again. Therefore split(join(tokens)) == tokens, unless
+    a token is ambiguous (see `is_ambiguous`).
     """
 
     closing: str
-    """A regular expression for tokens without a space before them, such as commas."""
+    """A regular expression for tokens that are written without a space before them, such as commas."""
     opening: str
-    """A regular expression for tokens without a space after them, such as opening brackets."""
+    """A regular expression for tokens that are written without a space after them, such as opening brackets."""
     inner: str = "(?!)"
-    """A regular expression for characters within a word that the corpus writes as separate tokens, such as @-@."""
+    """A regular expression for characters inside words that are separate tokens, such as @-@ for "-". Default: none."""
 
     def join(self, tokens: Sequence[str]) -> str:
-        """Return the tokens as one line of text."""
-        words: list[list[str]] = []  # each word as its tokens
+        """Return the tokens of a line as ordinary text: ["Yes", ",", "sir"] becomes "Yes, sir"."""
+        words: list[list[str]] = []  # the tokens of each word
         n_quotes = i = 0
         while i < len(tokens):
             new = list(tokens[i : i + 2] if _is_inner(tokens[i]) else tokens[i : i + 1])
@@ -62,15 +67,15 @@ class Detokenizer:
         return " ".join(map(_write_word, words))
 
     def split(self, text: str) -> list[str]:
-        """Return the tokens of a line that `join` wrote."""
+        """Return the tokens of a line of text that `join` returned."""
         return [token for word in _split_spaces(text) for token in self._split_word(word)]
 
     def is_ambiguous(self, token: str) -> bool:
-        """Return True if `split` would cut this token into several."""
+        """Return True if `split` would split this token into several, so the text does not show the original token."""
         return self._split_word(_write_word([token])) != [token]
 
     def _is_attached(self, before: str, token: str, in_quotes: bool) -> bool:
-        """Return True if `token` follows `before` without a space."""
+        """Return True if no space stands between `before` and `token`. in_quotes is True after an opening quotation mark."""
         return (
             (in_quotes and '"' in (before, token))
             or _is_inner(token)
@@ -79,7 +84,7 @@ class Detokenizer:
         )
 
     def _split_word(self, word: str) -> list[str]:
-        """Return the tokens of one word of a line."""
+        """Return the tokens of a word: "(well-known)," gives ["(", "well", "@-@", "known", ")", ","]."""
         if set(word) == {"="}:
             return list(word)
         before, after = list[str](), list[str]()
@@ -101,12 +106,12 @@ def _split_spaces(line: str) -> list[str]:
 
 
 def _is_inner(token: str) -> bool:
-    """Return True for a token such as @-@, a character within a word."""
+    """Return True for a token such as @-@, which stands for a character inside a word."""
     return len(token) == 3 and token[0] == token[2] == "@"
 
 
 def _write_word(tokens: Sequence[str]) -> str:
-    """Join tokens to a word and remove the @ around inner characters, unless one is the whole word."""
+    """Return the text of one word: ["well", "@-@", "known"] becomes "well-known". A single "@-@" stays unchanged."""
     return "".join(token[1] if _is_inner(token) and len(tokens) > 1 else token for token in tokens)
 
 
@@ -116,7 +121,7 @@ WIKITEXT = Detokenizer(
     opening=r"[(\[{$£€#]",
     inner=r"(?<=[^\W_])-(?=[^\W_])|(?<=\d)[.,](?=\d)",
 )
-# Mikolov's version: lower case, without punctuation. <unk> and N (any number) stay, because the originals are unknown.
+# Mikolov's version is in lower case, without punctuation. <unk> and N (any number) stay, because the originals are unknown.
 PENN_TREEBANK = Detokenizer(closing=r"n't|'(?:s|re|ve|ll|d|m)?", opening=r"\$")
 BILLION_WORDS = Detokenizer(closing=r"\.\.\.|[,.:;!?)\]%]|n't|'(?:s|re|ve|ll|d|m)", opening=r"[(\[$£]")
 
@@ -128,30 +133,30 @@ STOP_WORDS = frozenset(
     these they this those through to too under until up very was we were what when where which while who whom why will
     with would you your yours yourself yourselves""".split()
 )
-"""Frequent English words that rarely end a passage. The paper filters such words but does not list them."""
+"""Frequent English words that rarely end a passage. The GPT-2 paper does not list its own stop words."""
 
 
 def _by_size(*figures: float) -> dict[str, float]:
-    """Return the figures of the released models by size; they are given from the smallest to the largest model."""
+    """Return a dict from the GPT-2 sizes 124M, 355M, 774M and 1558M to the four figures, which are given in this order."""
     return dict(zip(("124M", "355M", "774M", "1558M"), figures, strict=True))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way of evaluating a model on a data set."""
+    """The rules for evaluating a model on one data set, and the results that the GPT-2 paper reports for it."""
 
     title: str
-    """The name of the data set in the paper."""
+    """The name of the data set in the GPT-2 paper."""
     data: str
-    """A description of the expected file."""
+    """A description of the file to evaluate on, such as "wiki.test.tokens of WikiText-2"."""
     detokenizer: Detokenizer | None = None
-    """Rules for a corpus of space-separated tokens, in which line ends count as words. None for ordinary text."""
+    """Rules for a corpus of tokens that are separated by spaces; each line end counts as a word. None for ordinary text."""
     by_line: bool = False
-    """True if each line is a separate text."""
+    """True if each line of the file is a separate text."""
     last_word: bool = False
-    """True if only the last word of each text is predicted."""
+    """True if the model predicts only the last word of each text."""
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """The figures of the paper, by measure and by released size."""
+    """The results in the GPT-2 paper, for example published["word perplexity"]["124M"]."""
 
 
 PLAIN = Protocol("", "any text")
@@ -175,7 +180,7 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str | None) -> Protocol:
-    """Return the protocol of this name, or `PLAIN` for None."""
+    """Return the protocol with this name from `PROTOCOLS`, or `PLAIN` if the name is None."""
     if name is None:
         return PLAIN
     if name not in PROTOCOLS:
@@ -184,13 +189,13 @@ def find_protocol(name: str | None) -> Protocol:
 
 
 def released_size(config: GPTConfig) -> str | None:
-    """Return the size of the released GPT-2 with this shape, such as "124M", or None. The weights are not compared."""
+    """Return the name of the released GPT-2 with these layer sizes, such as "124M", or None. Weights are not compared."""
     shape = attrgetter("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
     return next((name for name, known in GPT2_CONFIGS.items() if shape(known) == shape(config)), None)
 
 
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
-    """Yield each file as one text; with by_line, each line that is not blank. A .jsonl file yields one text per record."""
+    """Yield each file as one text or, with by_line, each non-blank line. A .jsonl file yields the text of each record."""
     for path in paths:
         is_jsonl, text = ".jsonl" in path.suffixes[-2:], ""
         for piece in read_pieces(path):
@@ -202,18 +207,18 @@ def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """The loss of a model on texts, and the counts that it is divided by."""
+    """The loss of a model on texts, and the numbers of bytes and words by which the loss is divided."""
 
     result: Result
-    """The loss and the number of predicted tokens."""
+    """The summed loss and the number of predicted tokens."""
     n_bytes: int
-    """Number of UTF-8 bytes of the texts, before any rewriting."""
+    """Number of bytes of the original texts in UTF-8, before detokenization."""
     n_words: int
-    """Number of words separated by white space. With a detokenizer, line ends count as words."""
+    """Number of words, separated by white space. If the protocol has a detokenizer, each line end counts as a word."""
     n_ambiguous: int
-    """Number of corpus tokens that cannot be recovered from the rewritten text."""
+    """Number of corpus tokens that are lost by detokenization: the original token cannot be told from the text."""
     is_lossless: bool
-    """True if the tokenizer decodes its ids to the same texts. Otherwise the figures per word and byte are too low."""
+    """True if decoding the token ids returns the same texts. If False, the figures per word and per byte are too low."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -222,7 +227,7 @@ class TextMeasurement:
 
     @property
     def word_perplexity(self) -> float:
-        """The perplexity per word of the original texts."""
+        """The perplexity per word of the original texts, exp(summed loss / n_words)."""
         return self.result.word_perplexity(self.n_words)
 
 
@@ -237,8 +242,8 @@ def measure_text(
 ) -> TextMeasurement:
     """Compute the loss of the model on one or several independent texts.
 
-    Each text starts with `<|endoftext|>` if the tokenizer has this token. The protocol says how texts are rewritten and
-    words are counted. stride, batch_size and progress are arguments of `strided_loss`.
+    The model reads `<|endoftext|>` before each text if the tokenizer has this token. The protocol defines how texts are
+    detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
 
     Raises:
         ValueError: there is no text, or the tokenizer cannot encode a text.
@@ -268,7 +273,7 @@ def measure_text(
 
 @dataclass(frozen=True)
 class LastWordMeasurement:
-    """The quality of a model's predictions of the last words of passages."""
+    """The results of a model that predicts the last word of each passage."""
 
     n_passages: int
     """Number of passages."""
@@ -277,22 +282,23 @@ class LastWordMeasurement:
     n_correct: int
     """Number of passages in which every token of the last word is predicted correctly."""
     n_correct_filtered: int
-    """Number of passages with a correct last word if no stop word may be predicted as its first token."""
+    """Number of correct last words if the model may not predict a stop word, such as "the", as the first token."""
     n_correct_tokens: int
-    """Number of passages whose final token is predicted correctly given all tokens before it."""
+    """Number of passages whose final token is predicted correctly from all tokens before it."""
 
     @property
     def word_perplexity(self) -> float:
-        """The perplexity per last word."""
+        """The perplexity per last word, exp(total_nats / n_passages)."""
         return Result(self.total_nats, self.n_passages).perplexity
 
 
 def measure_last_words(
     model: GPTModel, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 8, progress: bool = False
 ) -> LastWordMeasurement:
-    """Evaluate how well the model predicts the last word of each passage, including the space before the word.
+    """Measure how well the model predicts the last word of each passage from the text before this word.
 
-    The model reads batch_size passages per forward pass; progress shows a progress bar.
+    The space before the word belongs to the prediction. A forward pass reads batch_size passages; `progress` shows a
+    progress bar.
 
     Raises:
         ValueError: there is no passage, or a passage has only one word.
@@ -321,7 +327,7 @@ def measure_last_words(
 
 
 def _stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of all tokens that consist of a space and a stop word."""
+    """Return the ids of all tokens that consist of a space and one of `STOP_WORDS`."""
     found = []
     for word in sorted(STOP_WORDS):
         with contextlib.suppress(ValueError):  # a small vocabulary cannot encode every stop word

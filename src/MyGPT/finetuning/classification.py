@@ -1,7 +1,7 @@
 """Turn a GPT into a text classifier: a linear layer maps the hidden state of the last token to one score per label.
 
 The design follows "Build a Large Language Model (From Scratch)", chapter 6, and GPT2ForSequenceClassification of
-transformers, which opens the same model directories. B batch, T time.
+transformers, which can open the saved model directories. Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from MyGPT.cache import check_inputs
 from MyGPT.data.records import read_json_records
 from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
@@ -29,28 +30,29 @@ from MyGPT.weights.layout import drop_zero_biases, fit, to_ours
 
 Trained = Literal["head", "last_block", "all"]
 Example = tuple[str, str]
-"""A text and its label."""
+"""A pair of a text and its label."""
 
 
 class ClassifierOutput(NamedTuple):
-    """The result of a classifier that was given labels."""
+    """The result of `GPTForClassification.forward` if labels are given."""
 
     loss: Tensor
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy of the batch in nats, a scalar."""
     logits: Tensor
-    """The scores, (B, n_labels)."""
+    """The scores of the labels before the softmax, (sequences, n_labels)."""
 
 
 class GPTForClassification(nn.Module):
-    """A GPT with a linear layer, `score`, that returns one score per label.
+    """A GPT with a linear layer, `score`, which maps the hidden state of the last token to one score per label.
 
-    To train it with LoRA, use PEFT's `get_peft_model` with task_type="SEQ_CLS"; PEFT then trains and saves `score` too.
+    To train a classifier with LoRA, use PEFT's `get_peft_model` with task_type="SEQ_CLS". PEFT then also trains and saves
+    `score`.
 
     Args:
         gpt: the model to extend; it is not copied.
         labels: the names of the labels, at least two.
-        train_only: the parameters to train: "head" (`score`), "last_block" (also the last block and final LayerNorm) or
-            "all".
+        train_only: the parameters to train: "head" (only `score`), "last_block" (`score`, the last transformer block and
+            the final LayerNorm) or "all".
     """
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
@@ -78,24 +80,29 @@ class GPTForClassification(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Return the scores (B, n_labels), or a `ClassifierOutput` if labels are given.
+        """Return the scores (B, n_labels), or a `ClassifierOutput` with scores and loss if labels are given.
 
         Args:
-            input_ids: token ids, (B, T) int64.
-            attention_mask: 1 for tokens and 0 for padding on either side, (B, T).
-            labels: the number of the correct label for each text, (B,) int64.
-            inputs_embeds, output_attentions, output_hidden_states: not supported. PEFT passes these arguments.
+            input_ids: token ids of B sequences of T tokens, (B, T) int64.
+            attention_mask: a tensor (B, T) that is 1 for tokens and 0 for padding, on the left or on the right.
+            labels: the index of the correct label of each sequence in `self.labels`, (B,) int64.
+            inputs_embeds, output_attentions, output_hidden_states: not supported; they exist because PEFT passes them.
             return_dict: ignored.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
                 "inputs_embeds, output_attentions and output_hidden_states are not supported; leave them unset"
             )
-        scores = self.score(self.gpt.last_hidden(input_ids, attention_mask))
+        check_inputs(self.config, input_ids, attention_mask)
+        hidden = self.gpt.transformer(input_ids, attention_mask)  # (B, T, C)
+        scores = self.score(_last_tokens(hidden, attention_mask))
         return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a model directory, which AutoModelForSequenceClassification of transformers can also open."""
+        """Save the model, and the tokenizer if there is one, to a directory.
+
+        `from_pretrained` and transformers' AutoModelForSequenceClassification can open the directory.
+        """
         names = dict(enumerate(self.labels))
         more_config = {
             "architectures": ["GPT2ForSequenceClassification"],
@@ -110,9 +117,9 @@ class GPTForClassification(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
-        """Open a directory that `save_pretrained` or transformers wrote; return the classifier in evaluation mode."""
+        """Return the classifier that `save_pretrained` or transformers saved in a directory, in evaluation mode."""
         path, config = Path(directory), read_config(directory)
-        tensors = dict(read_safetensors(path / "model.safetensors"))
+        tensors = read_safetensors(path / "model.safetensors")
         if "score.weight" not in tensors:
             raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
         score = tensors.pop("score.weight")
@@ -135,13 +142,22 @@ class GPTForClassification(nn.Module):
         return model.eval()
 
 
+def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return, from hidden states (B, T, C), the states (B, C) of the last token of each sequence that is not padding."""
+    if attention_mask is None:
+        return hidden[:, -1]
+    B, T, _ = hidden.shape
+    last = (attention_mask.ne(0) * torch.arange(T, device=hidden.device)).argmax(1)  # (B,)
+    return hidden[torch.arange(B, device=hidden.device), last]
+
+
 def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_key: str = "label") -> list[Example]:
     """Read pairs of a text and its label from a file.
 
     Args:
-        path: a .csv file whose first line names the columns, or a file with a JSON array or JSON lines.
-        text_key: the column or key of the text.
-        label_key: the column or key of the label. A label that is a whole number is returned as text.
+        path: a .csv file whose first line names the columns, or a JSON or JSON Lines file of objects.
+        text_key: the CSV column or JSON key of the text.
+        label_key: the CSV column or JSON key of the label. An integer label is converted to a string.
 
     Raises:
         ValueError: a value is missing, empty or of another type, or a CSV line has more values than columns. The message
@@ -164,7 +180,7 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
 
 
 def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file as dicts; `check` receives each row and its position in the file."""
+    """Return the rows of a CSV file as dicts. `check` receives each row and its position, such as "a.csv, line 3"."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:
@@ -179,7 +195,10 @@ def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:
-    """Encode the texts, cut to max_length tokens and padded on the right; return ids and attention mask, (B, T) int64."""
+    """Return the token ids of the texts and their attention mask (1 for tokens, 0 for padding), each (texts, tokens) int64.
+
+    Texts are cut to max_length tokens and padded on the right.
+    """
     rows = [torch.tensor(encode_with_specials(tokenizer, text)[:max_length]) for text in texts]
     for number, row in enumerate(rows):
         if not len(row):
@@ -199,8 +218,8 @@ def train_classifier(
 ) -> list[float]:
     """Train a classifier and return the loss of each step, computed before its update.
 
-    The model is a GPTForClassification or a PeftModel of one, and stays in training mode. Each step uses batch_size
-    examples, each epoch all examples once, in a random order that depends on the seed.
+    The model is a GPTForClassification, or a PeftModel that contains one, and stays in training mode. Each epoch uses all
+    examples once, batch_size per step, in a random order that depends on the seed.
     """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)
@@ -218,7 +237,7 @@ def train_classifier(
 
 
 def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
-    """Return the predicted label of each text; the model is a GPTForClassification or a PeftModel of one."""
+    """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one."""
     predicted: list[str] = []
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
@@ -228,7 +247,7 @@ def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size:
 
 
 def confusion_table(model: nn.Module, examples: Sequence[Example], tokenizer: Any, batch_size: int = 16) -> Tensor:
-    """Count the examples by label: rows are true labels, columns are predictions, (n_labels, n_labels) int64."""
+    """Return a table (n_labels, n_labels) int64: entry (i, j) counts the examples with label i that are classified as j."""
     rows, labels = _targets(model, examples), _classifier(model).labels
     predicted = classify(model, [text for text, _ in examples], tokenizer, batch_size)
     table = torch.zeros(len(labels), len(labels), dtype=torch.int64)
@@ -238,12 +257,12 @@ def confusion_table(model: nn.Module, examples: Sequence[Example], tokenizer: An
 
 
 def accuracy(table: Tensor) -> float:
-    """Return the fraction of correct predictions in a confusion table."""
+    """Return the fraction of correct predictions, from 0 to 1, in a table from `confusion_table`."""
     return float(table.diagonal().sum() / table.sum())
 
 
 def _classifier(model: nn.Module) -> GPTForClassification:
-    """Return the classifier itself, also if `model` is a PeftModel of it."""
+    """Return `model`, or the model inside a PeftModel; raise ValueError if the result is not a GPTForClassification."""
     base: Any = model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if not isinstance(base, GPTForClassification):
@@ -252,7 +271,7 @@ def _classifier(model: nn.Module) -> GPTForClassification:
 
 
 def _targets(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Return the number of each example's label, (n,) int64."""
+    """Return the index of each example's label in the model's labels, (n,) int64; raise ValueError for an unknown label."""
     if not examples:
         raise ValueError("there are no examples: give at least one pair of a text and its label")
     labels = _classifier(model).labels
@@ -263,7 +282,7 @@ def _targets(model: nn.Module, examples: Sequence[Example]) -> Tensor:
 
 
 def _batch(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask of the texts on the device of the model."""
+    """Return the token ids and the attention mask of the texts (see `collate_texts`) on the device of the model."""
     device = next(model.parameters()).device
     ids, mask = collate_texts(texts, tokenizer, _classifier(model).config.context_length)
     return ids.to(device), mask.to(device)

@@ -1,4 +1,4 @@
-"""Prepare a file of records for fine-tuning: read, split and encode the records, and form batches (B batch, T time)."""
+"""Prepare a file of records for fine-tuning: read the records, split them, encode them and form batches."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Rows = Literal["padded", "packed"]
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """Options for the records that a model is trained on. Raises ValueError for a value out of range."""
+    """The options for fine-tuning data: file, template, split and batches. Raises ValueError for a value out of range."""
 
     data: str
-    """JSON or JSONL file of records with the keys instruction, input, output (Alpaca); messages; prompt, completion; or text."""
+    """JSON or JSONL file of records. Keys: instruction, input, output (Alpaca); prompt, completion; messages; or text."""
     template: str = "alpaca"
-    """Prompt template: alpaca, book, or a JSON file with your own. The template is saved with the model."""
+    """Prompt template: alpaca, book, or a JSON file with your own template. The template is saved with the model."""
     mask_prompt: bool = True
     """Compute the loss on the answers only, not on the prompts."""
     max_length: int | None = None
-    """Leave out examples with more tokens than this; without it, the limit is the model's context length."""
+    """Maximum number of tokens of an example; longer examples are left out. Default: the model's context length."""
     rows: Rows = "padded"
-    """Pad examples of similar length to the longest (padded), or put several examples into each row (packed)."""
+    """How sequences are filled: with one example and padding (padded), or with several examples (packed)."""
     train_fraction: float = 0.85
     """Fraction of the records for training."""
     test_fraction: float = 0.1
     """Fraction of the records for the final test; the remaining records are for validation."""
     split_seed: int | None = None
-    """Seed for splitting the records at random; without it, they are split in the order of the file."""
+    """Seed for splitting the records at random. Default: split the records in the order of the file."""
 
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
@@ -46,7 +46,7 @@ class ExampleOptions:
 
 
 class Examples:
-    """The training, validation and test examples of a file, encoded for a model with this context length."""
+    """The training, validation and test examples of a file of records, as token ids."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
         if tokenizer.eot_token is None:
@@ -61,34 +61,38 @@ class Examples:
         self.test = self._encode("test", self.split.test)
 
     def describe(self) -> str:
-        """Return one line for each part: the number of examples, of tokens and of examples that were too long."""
+        """Return a line each for training, validation and test: the numbers of examples, tokens and left-out examples."""
         parts = {"training": self.train, "validation": self.val, "test": self.test}
         return "\n".join(f"{name}: {part.describe()}" for name, part in parts.items() if part is not None)
 
     def sampler(self, batch_size: int, seed: int) -> LengthGroupedSampler | PackedSampler:
-        """Return the sampler of the training batches; a batch depends only on the seed and the step."""
+        """Return a sampler of training batches of batch_size sequences. A batch depends only on the seed and the step."""
         assert self.train is not None  # `split_records` raises an error if no record is left for training
         if self.options.rows == "packed":
             return PackedSampler(self.train, self.max_length, batch_size, seed=seed, **self._targets())
         return LengthGroupedSampler(self.train, batch_size, seed=seed, **self._targets())
 
     def validation(self, dataset: InstructionDataset | None) -> ExampleValidation | None:
-        """Return the evaluation batches of a part, or None if the part is empty."""
+        """Return the evaluation batches of a data set (`self.val` or `self.test`), or None if the data set is None."""
         return None if dataset is None else ExampleValidation(dataset, **self._targets())
 
     def prompts(self, n: int, n_new_tokens: int) -> list[list[int]]:
-        """Return the encoded prompts of the first n records outside the training part that leave room for new tokens."""
+        """Return the token ids of the prompts of n records, for which the model can generate samples.
+
+        The records are the first ones for validation and test or, if there are none, for training. Prompts that leave no
+        room for n_new_tokens in max_length are left out.
+        """
         held_out = [*self.split.val, *self.split.test] or list(self.split.train)
         prompts = [encode_prompt(self.records[i], self.tokenizer, self.template) for i in held_out[:n]]
         return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
 
     def _template(self) -> Template:
-        """Return the chosen template with `asks` set to the most frequent kind of record."""
+        """Return the chosen template. Its `asks`, the record type of later prompts, is the most frequent type in the file."""
         kind = Counter(map(kind_of, self.records)).most_common(1)[0][0]
         return replace(load_template(self.options.template), asks="prompt" if kind == "text" else kind)
 
     def _encode(self, name: str, part: tuple[int, ...]) -> InstructionDataset | None:
-        """Encode the records with these numbers; `name` is the name of the part in errors."""
+        """Return the examples of the records with the indices `part`, or None for no indices. Errors contain `name`."""
         if not part:
             return None
         records, names = [self.records[i] for i in part], [f"record {i + 1}" for i in part]
@@ -98,20 +102,20 @@ class Examples:
             raise ValueError(f"{self.options.data}, {name}: {error}") from None
 
     def _targets(self) -> dict[str, Any]:
-        """Return the keyword arguments that all batches share."""
+        """Return pad_token_id and mask_prompt, the keyword arguments with which all samplers form their targets."""
         return {"pad_token_id": self.tokenizer.eot_token, "mask_prompt": self.options.mask_prompt}
 
 
 @dataclass(frozen=True)
 class ExampleValidation:
-    """The evaluation batches of a data set: all examples, sorted by length."""
+    """The batches for evaluating a model on all examples of a data set, sorted by length to reduce padding."""
 
     dataset: InstructionDataset
     pad_token_id: int
     mask_prompt: bool
 
     def batches(self, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets, each (B, T) int64, with at most about 4096 tokens per batch; `whole` is ignored."""
+        """Yield inputs and targets, each (batch, tokens) int64, about 4096 tokens per batch. `whole` has no effect."""
         batch: list[list[int]] = []
         for index in self.dataset.lengths.argsort(kind="stable"):
             example = self.dataset[int(index)]
@@ -122,7 +126,7 @@ class ExampleValidation:
         yield self._collate(batch)
 
     def fingerprint(self) -> str:
-        """Return a hash of the examples."""
+        """Return a hash that identifies the examples."""
         return self.dataset.fingerprint()
 
     def _collate(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:

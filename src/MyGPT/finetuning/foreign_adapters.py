@@ -1,7 +1,7 @@
 """Opening LoRA adapters that were saved elsewhere, by PEFT on a `GPTModel` or on transformers' GPT-2.
 
-PEFT does the work. Before it runs, the adapter's config and tensor shapes are checked, because a file from a stranger could make
-PEFT run code, hang, or leave the model half changed.
+PEFT does the work. Before it runs, the adapter's config and tensor shapes are checked, because a file from a stranger
+could make PEFT run code, hang, or leave the model half changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,7 @@ def base_of_adapter(directory: str | os.PathLike[str]) -> str:
     """Return the name or path of the model that an adapter was trained on, from the adapter's config."""
     base = _read_config(Path(directory)).base_model_name_or_path
     if not base:
-        raise ValueError(
-            f"the adapter in {directory} does not name the model that it was trained on: name it with --model"
-        )
+        raise ValueError(f"the adapter in {directory} does not name the model it was trained on: name it with --model")
     return str(base)
 
 
@@ -50,15 +47,12 @@ def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftMode
 
     refuse_adapted(model)
     directory = Path(directory)
-    config = _read_config(directory)
+    config, shapes = _read_config(directory), _tensor_shapes(directory)
     try:
         refuse_tied(model, config)
-        _refuse_misfit(model, config, directory)
+        _refuse_misfit(model, config, shapes)
     except Exception as error:  # PEFT raises many types on a damaged config; the model is unchanged so far
-        if str(directory) in str(error):
-            raise
-        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"the adapter in {directory} does not fit the model: {problem}") from None
+        raise ValueError(f"the adapter in {directory} does not fit the model: {_describe(error)}") from None
     config.fan_in_fan_out = False  # True for transformers' Conv1D; PEFT would set it to False with a warning
     device = str(model.transformer.wte.weight.device)
     return PeftModel.from_pretrained(model, directory, config=config, torch_device=device)
@@ -76,20 +70,21 @@ def _read_config(directory: Path) -> LoraConfig:
         if entries.get("peft_type") != "LORA":
             raise ValueError(f"its peft_type is {entries.get('peft_type')!r}, but only 'LORA' is supported")
         for field in dataclasses.fields(LoraConfig):
-            value = entries.get(field.name)
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if field.name not in _OPTIONS and value not in (None, False, default):
+            if field.name not in _OPTIONS and entries.get(field.name) not in (None, False, default):
                 raise ValueError(
-                    f"the option {field.name} is not supported; the supported options are {', '.join(sorted(_OPTIONS))}"
+                    f"the option {field.name} is not supported; supported are {', '.join(sorted(_OPTIONS))}"
                 )
         config: LoraConfig = LoraConfig.from_pretrained(str(directory))
+        _refuse_unsafe_options(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be opened: {problem}") from None
-    problem_found = _unsafe_option(config)
-    if problem_found:
-        raise ValueError(f"{path} is not opened: {problem_found}")
+        raise ValueError(f"{path} cannot be opened: {_describe(error)}") from None
     return config
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of a ValueError, and the type and message of any other error."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 # Some of PEFT's options are dangerous in a file from a stranger: megatron_core imports a module that the file names, and
@@ -101,44 +96,42 @@ _OPTIONS = frozenset(
 )
 
 
-def _unsafe_option(config: LoraConfig) -> str | None:
-    """Return a description of an option whose value could make PEFT load other files, fail or hang; None if there is none."""
+def _refuse_unsafe_options(config: LoraConfig) -> None:
+    """Raise ValueError if the value of an option could make PEFT load other files, fail or hang."""
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
-        return (
-            f"init_lora_weights must be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16, got {init!r}"
-        )
+        allowed = "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
+        raise ValueError(f"init_lora_weights must be {allowed}, got {init!r}")
     if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
-        return f"lora_alpha must be a number above 0, got {config.lora_alpha!r}"
+        raise ValueError(f"lora_alpha must be a number above 0, got {config.lora_alpha!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(getattr(config, name) or {}, dict):
-            return f"{name} must be an object, got {getattr(config, name)!r}"
+            raise ValueError(f"{name} must be an object, got {getattr(config, name)!r}")
     expressions: list[Any] = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         named = getattr(config, name) or []
         if not isinstance(named, (str, list, set)):
-            return f"{name} must be a text or a list of texts, got {named!r}"
+            raise ValueError(f"{name} must be a text or a list of texts, got {named!r}")
         expressions += [named] if isinstance(named, str) else named
     for expression in expressions:
         # Nested repeats and many alternatives can make Python's regular expressions run practically forever.
-        quantifiers, groups = re.findall(r"[*+?{]+", str(expression)), str(expression).count("(")
-        if len(quantifiers) > 4 or groups > 4 or re.search(r"\)[*+?{]", str(expression)):
-            return f"the regular expression {expression!r} could run forever: at most 4 repeats, 4 groups and no repeated group"
-    return None
+        n_repeats, n_groups = len(re.findall(r"[*+?{]+", str(expression))), str(expression).count("(")
+        if n_repeats > 4 or n_groups > 4 or re.search(r"\)[*+?{]", str(expression)):
+            allowed = "at most 4 repeats, 4 groups and no repeated group"
+            raise ValueError(f"the regular expression {expression!r} could run forever: {allowed}")
 
 
-def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None:
-    """Raise ValueError if the adapter's tensor names or shapes do not fit the model, before PEFT changes the model."""
+def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if the adapter's tensors, `found`, do not fit the model. PEFT has not changed the model yet."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    found = _tensor_shapes(directory)
     config = copy.deepcopy(config)
     matrices = [name for name in found if re.search(r"\.c_(attn|proj|fc)\.weight$", name)]
     if config.fan_in_fan_out and matrices:
         raise ValueError(
-            f"the adapter in {directory} contains complete matrices of transformers' GPT-2, such as {matrices[0]}, which are "
-            "transposed: merge the adapter in transformers, and open the merged model"
+            f"it contains complete matrices of transformers' GPT-2, such as {matrices[0]}, which are transposed: "
+            "merge the adapter in transformers, and open the merged model"
         )
     config.fan_in_fan_out = config.init_lora_weights = False
     with torch.device("meta"):  # so that a huge rank needs no memory
@@ -152,24 +145,23 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, directory: Path) -> None
         elif shape != known[name].shape:
             problems.append(f"{name} is {shape}, but the model needs {tuple(known[name].shape)}")
     if problems:
-        first = problems[0].replace("base_model.model.", "")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"the adapter in {directory} does not fit the model: {first}{more}")
+        raise ValueError(problems[0].replace("base_model.model.", "") + more)
 
 
 def _tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of an adapter."""
     from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
 
     files = ("adapter_model.safetensors", "adapter_model.bin")  # without one of them PEFT would ask the hub
     if not any((directory / name).is_file() for name in files):
         raise FileNotFoundError(f"no adapter at {directory}: it has neither {' nor '.join(files)}")
     try:
-        weights = load_peft_weights(str(directory), device="cpu")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return {name: tuple(weight.shape) for name, weight in load_peft_weights(str(directory), device="cpu").items()}
+    except OSError:
+        raise
+    except Exception as error:  # safetensors, pickle and torch raise many types
         raise ValueError(f"the weights in {directory} are damaged: {error}") from None
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _on_meta_device(model: GPTModel) -> GPTModel:

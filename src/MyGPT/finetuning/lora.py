@@ -1,8 +1,8 @@
 """LoRA (Hu et al., 2021): a weight W stays frozen, and the product of two thin matrices is trained beside it.
 
-The first part is LoRA written out, with the names of "Build a Large Language Model (From Scratch)", appendix E. Nothing else here
-uses it; it is there to be read. The second part uses PEFT: `add_lora` and `merge` refuse what PEFT would silently do wrong.
-Opening an adapter that was saved elsewhere is in foreign_adapters.py.
+The first part is LoRA written out to be read, with the names of "Build a Large Language Model (From Scratch)",
+appendix E; the rest does not use it. The second part uses PEFT: `add_lora` and `merge` refuse what PEFT would silently
+do wrong. Opening an adapter that was saved elsewhere is in foreign_adapters.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from MyGPT.config import require_positive
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_directory
 from MyGPT.model import GPTModel
@@ -35,8 +36,7 @@ class LoRALayer(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        require_positive(rank=rank)
         self.A = nn.Parameter(torch.empty(in_dim, rank).uniform_(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim)))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
         self.scale = alpha / rank
@@ -87,10 +87,8 @@ class LoraOptions:
     """Multiply the adapter's output by alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r must be at least 1, got {self.r}")
-        if self.alpha < 1:
-            raise ValueError(f"lora.alpha must be at least 1, got {self.alpha}")
+        sizes: dict[str, Any] = {"lora.r": self.r, "lora.alpha": self.alpha}
+        require_positive(**sizes)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be at least 0 and less than 1, got {self.dropout}")
         if not self.targets:
@@ -99,14 +97,9 @@ class LoraOptions:
     def for_peft(self) -> dict[str, Any]:
         """Return the options as keyword arguments of `add_lora`."""
         is_layer = isinstance(self.targets, str) and self.targets != "all-linear"
-        return {
-            "r": self.r,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "target_modules": [self.targets] if is_layer else self.targets,
-            "use_dora": self.dora,
-            "use_rslora": self.rslora,
-        }
+        targets = [self.targets] if is_layer else self.targets
+        basic = {"r": self.r, "alpha": self.alpha, "dropout": self.dropout}
+        return {**basic, "target_modules": targets, "use_dora": self.dora, "use_rslora": self.rslora}
 
 
 def add_lora(
@@ -119,21 +112,14 @@ def add_lora(
 ) -> PeftModel:
     """Return a PEFT model with a new, trainable adapter on `model`, whose own weights are frozen.
 
-    An adapted layer computes W x + alpha / r * B A x. B starts at zero, so the output is unchanged at first. The model is
-    changed in place, as PEFT does.
+    An adapted layer computes W x + alpha / r * B A dropout(x), where A and B have the rank r. B starts at zero, so the
+    output is unchanged at first. The model is changed in place, as PEFT does. If a name fits no layer, a target is a
+    tied weight, or the model already has an adapter, ValueError is raised, and the model is unchanged.
 
     Args:
-        model: a GPTModel without an adapter.
-        r: the rank of A and B.
-        alpha: the scale of the product.
-        dropout: the dropout probability for the input of A.
         target_modules: the last parts of layer names, one regular expression for whole names, or "all-linear", which
             excludes a tied output head.
         options: other options of PEFT's LoraConfig, such as use_rslora, use_dora and modules_to_save.
-
-    Raises:
-        ValueError: no layer has one of the names, a target is a tied weight, or the model already has an adapter. The
-            model is then unchanged.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -156,8 +142,8 @@ def add_lora(
 def merge(peft_model: PeftModel) -> GPTModel:
     """Add the active adapters to the weights and return the adapted model, without PEFT's layers and fully trainable.
 
-    If the adapter has its own output head or token embedding (modules_to_save), the two are no longer tied, and the model's
-    config is updated.
+    If the adapter has its own output head or token embedding (modules_to_save), the two are no longer tied, and the
+    model's config is updated.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
@@ -194,10 +180,6 @@ class KeptAdapter:
 
         set_peft_model_state_dict(self.peft_model, load_peft_weights(str(self.place(run_dir)), device="cpu"))
 
-    def merge(self) -> GPTModel:
-        """Return the model with the adapter merged into its weights."""
-        return merge(self.peft_model)
-
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise ValueError if the model has an adapter. PEFT would only warn and wrap the adapted layers a second time."""
@@ -208,7 +190,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def refuse_tied(model: GPTModel, config: Any) -> None:
-    """Raise ValueError if the adapter targets a tied weight, since merging would also change its other use (PEFT issue 2018)."""
+    """Raise ValueError if the adapter targets a tied weight: merging would change its other use too (PEFT issue 2018)."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     tied = ("lm_head", "transformer.wte") if model.config.tie_weights else ()

@@ -1,7 +1,7 @@
-"""Train a model with DPO (Rafailov et al., 2023) to prefer the answers that people chose over those they rejected.
+"""Train a model with direct preference optimization (DPO, Rafailov et al., 2023) to prefer chosen to rejected answers.
 
-The loss compares the log-probabilities of both answers with those of a reference model. The reference is the same model with
-its LoRA adapter disabled, so no second copy of the weights is needed. B pairs, T time.
+The loss compares the log-probabilities of both answers under the trained model and under a reference model. The reference
+model is the same model with its LoRA adapter disabled, so no second copy of the weights is needed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ KEYS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class Preferences:
-    """The results of a DPO step, each a mean over the pairs."""
+    """The results of DPO on a batch of pairs of a chosen and a rejected answer; each value is a mean over the pairs."""
 
     loss: Tensor
-    """The loss, a scalar."""
+    """The DPO loss, a scalar tensor."""
     accuracy: float
-    """The fraction of pairs in which the chosen answer has the higher reward."""
+    """The fraction of pairs in which the chosen answer has the higher reward (see `margin`)."""
     margin: float
-    """The reward of the chosen answer minus the reward of the rejected answer. A reward is beta times the difference of
-    the answer's log-probabilities under the model and under the reference."""
+    """The reward of the chosen answer minus the reward of the rejected answer. The reward of an answer is
+    beta * (its log-probability under the model - its log-probability under the reference)."""
 
 
 def dpo_loss(
@@ -51,13 +51,14 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Preferences:
-    """Compute the DPO loss (equation 7 of the paper) from the log-probabilities of the answers.
+    """Compute the DPO loss (Rafailov et al., 2023, equation 7) from the log-probabilities of the answers of B pairs.
 
     Args:
-        chosen, rejected: log-probabilities of the answers under the model, each (B,).
-        reference_chosen, reference_rejected: log-probabilities of the answers under the reference, each (B,).
-        beta: strength of the pull towards the reference, above 0.
-        label_smoothing: expected fraction of pairs with swapped labels, from 0 to below 0.5 (Mitchell, 2023).
+        chosen, rejected: log-probabilities of the answers under the trained model, each (B,).
+        reference_chosen, reference_rejected: log-probabilities of the answers under the reference model, each (B,).
+        beta: a number above 0. A larger beta keeps the model closer to the reference model.
+        label_smoothing: expected fraction of pairs whose labels "chosen" and "rejected" are swapped by mistake, from 0 to
+            below 0.5 (Mitchell, 2023).
     """
     if not beta > 0:
         raise ValueError(f"beta must be a number above 0, got {beta}")
@@ -69,12 +70,12 @@ def dpo_loss(
 
 
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Read records from a JSON array or JSON lines; a ValueError names the file, line and key of an invalid record."""
+    """Return the records of a JSON or JSONL file; raise ValueError with file, line and key unless `check_pair` accepts them."""
     return read_json_records(path, check_pair)
 
 
 def check_pair(record: Any, where: str) -> None:
-    """Raise a ValueError that starts with `where` unless the record has the texts prompt, chosen and rejected."""
+    """Raise ValueError unless the record has the texts prompt, chosen and rejected. The message starts with `where`."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
     for key in KEYS:
@@ -85,13 +86,14 @@ def check_pair(record: Any, where: str) -> None:
 
 
 class PreferencePairs:
-    """The encoded records of a preference data set; each answer follows the ids of its prompt and ends with end-of-text.
+    """A preference data set as token ids: prompts, each with a chosen and a rejected answer that end with `<|endoftext|>`.
 
     Args:
-        records: dicts with the texts prompt, chosen and rejected. The prompt is encoded unchanged, so apply the template of
-            a tuned model first.
+        records: dicts with the texts prompt, chosen and rejected. Prompts are encoded unchanged. If the model was
+            fine-tuned with a prompt template, apply the template first.
         tokenizer: a tokenizer with `<|endoftext|>`.
-        max_length: maximum number of tokens that the model reads. Longer pairs are skipped and counted in `n_too_long`.
+        max_length: maximum number of tokens of a prompt with its answer. Longer pairs are skipped and counted in
+            `n_too_long`.
 
     Raises:
         ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
@@ -119,16 +121,17 @@ class PreferencePairs:
         return len(self.pairs)
 
     def batches(self, batch_size: int, seed: int, epochs: int = 1) -> Iterator[Batch]:
-        """Yield batches of at most batch_size pairs (see `batch`), in a new random order in each epoch."""
+        """Yield the pairs in batches of at most batch_size (see `batch`), in a new random order in each of `epochs` epochs."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for part in torch.randperm(len(self.pairs), generator=generator).split(batch_size):
                 yield self.batch(part.tolist())
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the inputs and targets of the pairs with these indices, each (2 B, T) int64.
+        """Return the inputs and the targets of the B pairs with these indices, each (2 B, T) int64.
 
-        The chosen answers come first, then the rejected ones. Targets outside the answers are -100; padding is on the right.
+        The first B sequences are the prompts with their chosen answers, the others the prompts with their rejected answers.
+        Sequences are padded on the right. Targets are -100, which the loss ignores, in prompts and padding.
         """
         pairs = [self.pairs[index] for index in indices]
         rows = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
@@ -140,10 +143,13 @@ class PreferencePairs:
 def preferences(
     peft_model: PeftModel, inputs: Tensor, targets: Tensor, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Preferences:
-    """Compute the DPO loss of a batch from `PreferencePairs.batch`; the reference is the model without its adapter."""
+    """Compute the DPO loss of a batch from `PreferencePairs.batch`. The reference model is the model without its adapter.
+
+    `dpo_loss` explains beta and label_smoothing.
+    """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
-        raise ValueError(f"DPO needs a PeftModel of a GPTModel, got one of {type(model).__name__}")
+        raise ValueError(f"DPO needs a PeftModel of a GPTModel, got a PeftModel of a {type(model).__name__}")
     with torch.no_grad(), evaluation_mode(model), peft_model.disable_adapter():
         reference_chosen, reference_rejected = (-model.row_losses(inputs, targets)).chunk(2)
     chosen, rejected = (-model.row_losses(inputs, targets)).chunk(2)
@@ -157,7 +163,10 @@ def train_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> list[Preferences]:
-    """Take one optimizer step per batch and return the results of each step, computed before its update."""
+    """Take one optimizer step per batch of `PreferencePairs.batches`; return the results on each batch before its update.
+
+    `dpo_loss` explains beta and label_smoothing.
+    """
     device = next(peft_model.parameters()).device
     steps = []
     for inputs, targets in batches:

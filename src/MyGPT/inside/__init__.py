@@ -1,6 +1,7 @@
-"""Look inside a model: its activations (tracing.py), pictures of them (plots.py) and a web page about a text (page.py).
+"""Look inside a model: record and edit activations (tracing.py), draw figures (plots.py), explain a text as HTML (page.py).
 
-The names of tracing.py can be imported from here. They are loaded at first use, so drawing a loss curve needs no torch.
+The functions of tracing.py can be imported from here. tracing.py is loaded at first use, because drawing a loss curve with
+plots.py should not import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: F405
     "Trace", "ablate_heads", "ablate_mlps", "edit", "induction_scores", "logit_lens", "nearest_tokens", "patch",
-    "patching_effects", "places", "trace",
+    "patching_effects", "places", "plain_attention", "trace",
 ]  # fmt: skip
 
 

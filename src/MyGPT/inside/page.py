@@ -1,6 +1,6 @@
 """Write one HTML page that shows how a model reads a text: tokens, attention, predictions after each layer, next tokens.
 
-The page is the template assets/explain.html with the numbers inserted as JSON. It loads nothing from a network.
+The page is the template assets/explain.html with the numbers inserted as JSON. The page works without a network.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers.display import token_labels
 
 MAX_TOKENS = 128
-"""The maximum number of tokens on a page; attention maps of longer texts are unreadable and slow to draw."""
+"""The maximum number of tokens on a page. Attention maps of longer texts are unreadable and slow to draw."""
 
 
 def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GPT") -> str:
-    """Return the HTML page about one text with ids (1, T); `name` is the name of the model in the title.
+    """Return an HTML page that shows how the model reads one text.
+
+    Args:
+        ids: the token ids of the text, (1, tokens).
+        name: the name of the model in the title of the page.
 
     Raises:
-        ValueError: `ids` has several rows or more than 128 tokens.
+        ValueError: `ids` is not a batch of one text, or has more than 128 tokens.
     """
     if ids.dim() != 2 or len(ids) != 1:
-        raise ValueError(f"a page explains one text, ids (1, T), got {tuple(ids.shape)}")
+        raise ValueError(f"a page explains one text, so ids must have the shape (1, tokens), got {tuple(ids.shape)}")
     if ids.shape[1] > MAX_TOKENS:
         raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {MAX_TOKENS}")
     # A < in the text must not end the script element that holds the data.
@@ -40,9 +44,10 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
 
 
 def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
-    """Return the numbers of the page for ids (1, T), ready for JSON.
+    """Return the data of the page for the token ids (1, tokens) of a text, as a dict for JSON.
 
-    Probabilities are rounded to five decimals, attention weights to bytes (255 stands for 1).
+    The dict has the tokens, the attention weights, and the most likely next tokens after each layer. Probabilities are
+    rounded to five decimals; attention weights are stored as bytes, where 255 stands for 1.
     """
     config, traced = model.config, trace(model, ids)
     lens = logit_lens(model, traced)[:, 0]  # (L + 1, T, V)
@@ -75,7 +80,7 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
-    """Return the k most likely tokens, each as [label, probability, id], for each position of probabilities (T, V)."""
+    """Return, for each position of probabilities (T, V), the k most likely tokens, each as [label, probability, id]."""
     best, rows = probabilities.topk(min(k, probabilities.shape[-1])), []
     for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         labels = token_labels(tokenizer, ids)

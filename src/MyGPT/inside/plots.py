@@ -1,7 +1,7 @@
 """Draw training runs, models and their activations as matplotlib figures.
 
-Each function returns a figure and shows nothing, so scripts, notebooks and servers can use it alike. matplotlib is imported
-when the first figure is drawn. The colours can be told apart by colour-blind readers.
+Each function returns a figure and does not show it, so scripts, notebooks and servers can all use the functions. matplotlib
+is imported when the first figure is drawn. Colour-blind readers can distinguish the colours.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = [
 ]  # fmt: skip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that colour-blind readers can tell apart (Okabe and Ito, 2008)."""
+"""Colours that colour-blind readers can distinguish (Okabe and Ito, 2008)."""
 LIGHT_TO_DARK = "Blues"
-"""The colour map of all heat maps."""
+"""The name of matplotlib's colour map for all heat maps."""
 WIDTH = 9.0
-"""Width of a figure in inches that a notebook shows without scaling."""
+"""The width of a wide figure in inches. Notebooks show figures of this width without scaling them."""
 
 _FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
-"""The filters of SamplingConfig, in the order in which `sampling.filter_logits` applies them."""
+"""The options of SamplingConfig that change probabilities, in the order in which `sampling.filter_logits` applies them."""
 
 
 def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
@@ -58,14 +58,14 @@ def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the running mean of the values; the window is centred and spans 2% of all values."""
+    """Return the centred moving average of the values; each average covers 2% of all values."""
     half = len(values) // 100
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def plot_schedule(configs: Mapping[str, TrainConfig]) -> Figure:
-    """Draw the learning rate at each step for one or several named training configurations."""
+    """Draw the learning rate at each training step for several configurations; the keys of `configs` label the curves."""
     from MyGPT.training.optim import schedule_factor
 
     figure, axes = _line_figure(3.2, "learning rate of AdamW")
@@ -79,12 +79,13 @@ def plot_schedule(configs: Mapping[str, TrainConfig]) -> Figure:
 
 
 def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) -> Figure:
-    """Draw the attention weights of one layer as a map for each head; rows are queries, columns are keys.
+    """Draw the attention weights of one layer, one heat map per head; rows are queries and columns are keys.
 
     Args:
-        weights: attention weights of one text, (H, T, T), such as `trace(model, ids)["h.0.attn.weights"][0]`.
-        labels: the T tokens as text (see `token_labels`).
-        first_head: number of the first head, for the titles.
+        weights: attention weights of one text of T tokens, (heads, T, T), such as
+            `trace(model, ids)["h.0.attn.weights"][0]`.
+        labels: the T tokens as strings (see `token_labels`).
+        first_head: the number of the first head in the titles, if `weights` does not start with head 0.
     """
     H, T = weights.shape[:2]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
@@ -116,13 +117,13 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
 def plot_layers(
     values: Tensor, columns: Sequence[str] | str, label: str, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw one number for each layer and each head or token, such as induction scores or the effects of patching.
+    """Draw a heat map of one number for each layer and each head or token, such as induction scores.
 
     Args:
-        values: the numbers, (L, N). Layer 0 is the bottom row.
-        columns: a label for each of the N columns, or one word such as "head" to number the columns.
-        label: the meaning of the numbers, for the colour bar.
-        limits: the values of the lightest and the darkest colour; by default the smallest and the largest value.
+        values: the numbers, (layers, N). Layer 0 is drawn at the bottom.
+        columns: a label for each of the N columns, or one word such as "head" as the title of numbered columns.
+        label: the meaning of the numbers, which is written at the colour bar.
+        limits: the values with the lightest and the darkest colour. Default: the smallest and the largest number.
     """
     L, N = values.shape
     numbered = isinstance(columns, str)
@@ -138,13 +139,14 @@ def plot_layers(
 
 
 def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figure:
-    """Draw the most likely next token and its probability, as predicted after each layer (the logit lens).
+    """Draw the most likely next token and its probability if the model stopped after each layer (the logit lens).
 
     Columns are tokens of the text. Rows are layers, from the embeddings (bottom) to the model's own prediction (top).
 
     Args:
-        lens: logits of one text, (L + 1, T, V), such as `logit_lens(model, traced)[:, 0]`.
-        labels: the T tokens as text (see `token_labels`).
+        lens: logits of one text of T tokens, (layers + 1, T, vocabulary), such as `logit_lens(model, traced)[:, 0]`.
+        labels: the T tokens as strings (see `token_labels`).
+        tokenizer: decodes the predicted tokens.
     """
     n_depths, T, _ = lens.shape
     if len(labels) != T:
@@ -169,14 +171,16 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
 def plot_sampling(
     logits: Tensor, config: SamplingConfig, tokenizer: Any, seen: Sequence[int] = (), n_tokens: int = 15
 ) -> Figure:
-    """Draw the next-token probabilities before the filters of `config` and after each filter, in order of their use.
+    """Draw the next-token probabilities of the model, and the probabilities after each filter of `config` (such as top_k).
 
     A cross marks a token that a filter has removed.
 
     Args:
-        logits: logits of one position, (V,).
+        logits: the model's logits at one position, (vocabulary,).
+        config: the sampling options. Filters are applied in the order in which generation applies them.
+        tokenizer: decodes the tokens for the labels.
         seen: ids of the text so far, for the repetition penalty.
-        n_tokens: number of most likely tokens with a bar of their own; all others share one bar.
+        n_tokens: the number of most likely tokens that have their own bar; all other tokens share one bar.
     """
     import torch
 
@@ -211,7 +215,7 @@ def plot_sampling(
 
 
 def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """Return a name and the probabilities (V,) for the unfiltered distribution and after each active filter."""
+    """Return pairs of a title and the probabilities (V,): first unfiltered, then after each active filter of `config`."""
     import torch
 
     from MyGPT.sampling import SamplingConfig, filter_logits
@@ -234,7 +238,7 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
 
 
 def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int = 8) -> Figure:
-    """Draw, for each given token id, the k tokens whose embeddings have the largest cosine similarity to its own."""
+    """Draw, for each token in `ids`, the k tokens whose embeddings have the largest cosine similarity to its embedding."""
     from MyGPT.inside.tracing import nearest_tokens
 
     if not ids:
@@ -261,24 +265,24 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write the figure to a file in the format of its suffix: .png (the default), .svg or .pdf."""
+    """Write the figure to a .png, .svg or .pdf file; a path without a suffix gets a PNG file."""
     kind = Path(path).suffix.lstrip(".") or "png"
     if kind not in ("png", "svg", "pdf"):
-        raise ValueError(f"a figure is written as .png, .svg or .pdf, got {path}")
+        raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format=kind, dpi=150)
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches."""
-    # Not pyplot, which would keep every figure in memory and choose a backend.
+    """Return an empty figure with this width and height in inches."""
+    # pyplot is not used, because it would keep every figure in memory and choose a backend.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _line_figure(height: float, ylabel: str) -> tuple[Figure, Any]:
-    """Return a figure and its axes for curves over training steps."""
+    """Return an empty figure, `height` inches high, and its axes for curves over training steps."""
     figure = _figure(7, height)
     axes: Any = figure.subplots()
     axes.set(xlabel="step", ylabel=ylabel)
@@ -289,7 +293,11 @@ def _line_figure(height: float, ylabel: str) -> tuple[Figure, Any]:
 def _heat_map(
     figure: Figure, values: Tensor, labels: Sequence[str], width: float, label: str, limits: tuple[Any, Any]
 ) -> Any:
-    """Draw values (L, N) with row 0 at the bottom and labels below columns that span `width` inches; return the axes."""
+    """Draw a heat map of `values` (rows, columns) with row 0 at the bottom; return its axes.
+
+    `labels` are the labels of the columns, which are `width` inches wide together. `label` is the title of the colour bar,
+    `limits` are the values with the lightest and the darkest colour.
+    """
     axes: Any = figure.subplots()
     low, high = limits
     image = axes.imshow(_array(values), cmap=LIGHT_TO_DARK, aspect="auto", origin="lower", vmin=low, vmax=high)
@@ -308,12 +316,12 @@ def _array(values: Tensor) -> Any:
 
 
 def _readable(labels: Sequence[str], inches: float) -> tuple[list[str], int]:
-    """Return labels shortened to fit, and the tick spacing that keeps them from overlapping."""
+    """Return shortened labels, and n: every n-th label fits on an axis of length `inches` without overlap."""
     return shorten(_drawable(labels), 12), math.ceil(len(labels) / max(1, int(inches / 0.09)))
 
 
 def _drawable(labels: Sequence[str]) -> list[str]:
-    """Return the labels with an escape sequence for each character that matplotlib's font lacks."""
+    """Return the labels; an escape sequence replaces each character that matplotlib's font does not have."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     shapes = get_font(findfont(FontProperties())).get_charmap()

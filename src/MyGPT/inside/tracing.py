@@ -1,7 +1,7 @@
 """Record and edit the activations of a GPTModel during its forward pass.
 
-All functions use torch's forward hooks and remove them afterwards. B batch, T time, C embedding width, H heads,
-D = C // H, V vocabulary, L layers. Each activation has a place, named after its module without "transformer.":
+All functions use torch's forward hooks and remove them afterwards. Shapes: B sequences, T tokens, C embedding width, H
+heads, D = C // H, V vocabulary size. Each activation has a name, which is the name of its module without "transformer.":
 
     wte, wpe             token and position embeddings, (B, T, C) and (T, C); wpe is (B, T, C) with an attention_mask
     embeddings           their sum, the input of the first layer, (B, T, C)
@@ -21,6 +21,7 @@ D = C // H, V vocabulary, L layers. Each activation has a place, named after its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,16 +33,16 @@ from torch.utils.hooks import RemovableHandle
 
 from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
-from MyGPT.model import GPTModel, plain_attention
+from MyGPT.model import GPTModel
 
 Edit = Callable[[Tensor], Tensor]
-"""A function from an activation to its replacement of the same shape."""
+"""A function that receives an activation and returns its replacement, a tensor of the same shape."""
 
 _IN_LAYER = (".ln_1", ".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads", ".attn", ".after_attn", ".ln_2",
              ".mlp.c_fc", ".mlp.activations", ".mlp", "")  # fmt: skip
-# `trace` records these places, but `edit` does not accept them.
+# `trace` records these activations, but `edit` does not accept them.
 _NOT_EDITABLE = (".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".after_attn", "logits")
-# These places are the input of a module. All other editable places are the output of the module with the same name.
+# These activations are the input of a module. All other editable ones are the output of the module with the same name.
 _INPUT_OF = {
     "embeddings": "h.0",
     ".attn.heads": ".attn.c_proj",
@@ -51,21 +52,21 @@ _INPUT_OF = {
 
 
 class Trace(dict[str, Tensor]):
-    """The activations of one forward pass by place, in the order in which they are computed."""
+    """A dict from the names of activations, such as "h.3.mlp", to their values in one forward pass (see `trace`)."""
 
     @property
     def attention(self) -> Tensor:
-        """The attention weights of all layers, (L, B, H, T, T)."""
+        """The attention weights of all layers, (layers, sequences, heads, queries, keys)."""
         return torch.stack([value for place, value in self.items() if place.endswith(".attn.weights")])
 
     @property
     def residual(self) -> Tensor:
-        """The residual stream after the embeddings and after each layer, (L + 1, B, T, C)."""
+        """The residual stream after the embeddings and after each layer, (layers + 1, sequences, tokens, width)."""
         return torch.stack([self["embeddings"], *(self[f"h.{i}"] for i in range(len(self.attention)))])
 
 
 def places(model: GPTModel) -> list[str]:
-    """Return the names of all places of the model, in the order of the forward pass."""
+    """Return the names of all activations that `trace` records, such as "h.3.mlp", in the order of the forward pass."""
     _require_gpt(model)
     in_layers = [f"h.{i}{place}" for i in range(model.config.n_layers) for place in _IN_LAYER]
     return ["wte", "wpe", "embeddings", *in_layers, "ln_f", "logits"]
@@ -73,15 +74,15 @@ def places(model: GPTModel) -> list[str]:
 
 @torch.no_grad()
 def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
-    """Run the model in evaluation mode without gradients and return the activations at all places.
+    """Run the model in evaluation mode without gradients and return all activations by name (see `places`).
 
-    torch's fused attention kernel does not return the attention weights, so they are computed a second time. For a long
-    text their L * B * H * T² numbers take most of the memory.
+    torch's fused attention kernel does not return the attention weights, so they are computed a second time. For long
+    texts, the attention weights take most of the memory: layers * B * heads * T² numbers.
 
     Args:
-        model: the model to run. Edits that are active (see `edit`) take effect and appear in the trace.
-        ids: token ids, (B, T) int64.
-        attention_mask: 1 for tokens and 0 for padding, (B, T), as in `GPTModel.forward`.
+        model: the model to run. Active edits (see `edit`) take effect and appear in the trace.
+        ids: token ids of B sequences of T tokens, (B, T) int64.
+        attention_mask: a tensor (B, T) that is 1 for tokens and 0 for padding. Default: no padding.
     """
     all_places = places(model)
     activations: dict[str, Tensor] = {}
@@ -100,34 +101,37 @@ def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) ->
 
 @contextmanager
 def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replace activations within a `with` block by the results of functions.
+    """Replace activations of the model by the results of functions, within a `with` block.
 
         with edit(model, {"h.3.mlp": lambda x: x - x.mean(dim=(0, 1))}):
             ...
 
-    The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a cache, an edit sees
-    only the new tokens). Queries, keys, values, attention weights, the logits, and the residual stream between
+    The edits apply to everything that runs the model, such as `trace`, a loss or `generate` (with a KV cache, a function
+    receives only the new tokens). Queries, keys, values, attention weights, logits, and the residual stream between
     attention and MLP cannot be edited.
 
     Args:
-        model: the model. Its weights do not change.
-        edits: a function for each place to edit, from the activation to a tensor of the same shape.
+        model: the model to edit. Its weights do not change.
+        edits: a dict from the name of an activation (see `places`) to a function. The function receives the activation and
+            returns a tensor of the same shape.
 
     Raises:
-        ValueError: a place cannot be edited, or a function returns another shape.
+        ValueError: an activation cannot be edited, or a function returns another shape.
     """
     editable = _editable(places(model))
     with ExitStack() as hooks:
         for place, function in edits.items():
             if place not in editable:
-                raise ValueError(f"the place {place!r} cannot be edited; choose from {', '.join(_abridged(editable))}")
+                raise ValueError(
+                    f"the activation {place!r} cannot be edited; choose from {', '.join(_abridged(editable))}"
+                )
             hooks.enter_context(_hook(model, place, _checked_edit(place, function, model.config.n_heads)))
         yield
 
 
 @contextmanager
 def ablate_heads(model: GPTModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Set the output of attention heads to zero within a `with` block; heads are (layer, head), counted from 0."""
+    """Set the output of attention heads to zero within a `with` block; `heads` are pairs (layer, head), counted from 0."""
     _require_gpt(model)
     of_layer: dict[int, list[int]] = {}
     for layer, head in heads:
@@ -144,7 +148,7 @@ def ablate_heads(model: GPTModel, heads: Iterable[tuple[int, int]]) -> Iterator[
 
 @contextmanager
 def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
-    """Set the output of the MLPs of some layers, counted from 0, to zero within a `with` block."""
+    """Set the output of the MLP in each of these layers (counted from 0) to zero within a `with` block."""
     _require_gpt(model)
     layers = list(layers)
     for layer in layers:
@@ -155,20 +159,22 @@ def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) -> Iterator[None]:
-    """Replace an activation within a `with` block by its value in another forward pass.
+    """Replace an activation by its value in another forward pass, within a `with` block.
 
     This is activation patching, also known as causal tracing (Vig et al., 2020; Meng et al., 2022).
 
     Args:
-        source: the trace of the other forward pass, over a prompt of the same number of rows and tokens.
-        place: a place that `edit` accepts.
-        index: the token to replace in all rows, or the head to replace for "h.i.attn.heads". None replaces everything.
+        model: the model to edit. Its weights do not change.
+        source: the trace of the other forward pass, with the same number of sequences and tokens.
+        place: the name of the activation, such as "h.3.mlp"; `edit` must accept it.
+        index: the position of the only token to replace (in all sequences), or for the heads of layer i, "h.i.attn.heads",
+            the only head to replace. Default: replace the whole activation.
 
     Raises:
-        ValueError: the trace does not have the place or the index, or the shapes differ.
+        ValueError: `place` or `index` is not in the trace, or the two forward passes have different shapes.
     """
     if place not in source:
-        raise ValueError(f"the trace has no place {place!r}; choose from {', '.join(_abridged(source))}")
+        raise ValueError(f"the trace has no activation {place!r}; choose from {', '.join(_abridged(source))}")
     value = source[place]
     dim = 1 if place.endswith(".attn.heads") else value.dim() - 2  # heads, or time
     if index is not None:
@@ -178,7 +184,7 @@ def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) 
         if activation.shape != value.shape:
             raise ValueError(
                 f"{place} has shape {tuple(activation.shape)}, in the trace {tuple(value.shape)}: the prompts must have "
-                "the same number of rows and tokens"
+                "the same number of sequences and tokens"
             )
         if index is None:
             return value
@@ -197,24 +203,27 @@ def patching_effects(
     metric: Callable[[Tensor], Tensor | float],
     part: Literal["", "attn", "mlp", "attn.heads"] = "",
 ) -> Tensor:
-    """Measure a metric on the corrupted prompt while one activation at a time comes from the clean prompt.
+    """Measure a metric on a corrupted prompt while one activation at a time is replaced by its value on a clean prompt.
 
-    The result, float64 (L, T), or (L, H) for "attn.heads", shows which layers and tokens, or which heads, cause the
-    difference between the two prompts. Each number costs one forward pass.
+    Return a float64 tensor (layers, tokens), or (layers, heads) for part="attn.heads". Each entry is the metric after one
+    replacement, which takes one forward pass. The entries show which layers and tokens, or which heads, cause the
+    difference between the two prompts.
 
     Args:
-        clean: ids of the prompt from which activations are taken, (B, T) int64.
-        corrupted: ids of the prompt that the model reads, (B, T) int64.
-        metric: a function from logits (B, T, V) to a number.
-        part: the activation to replace: the residual stream after a layer (""), the output of its attention ("attn") or
-            of its MLP ("mlp"), each at one token; or the output of one head ("attn.heads").
+        model: the model to run. Its weights do not change.
+        clean: token ids of the prompt from which activations are taken, (B, T) int64.
+        corrupted: token ids of the prompt that the model reads, (B, T) int64.
+        metric: a function that maps logits (B, T, vocabulary) to a number.
+        part: the activation to replace in a layer. "" is the residual stream after the layer, "attn" is the output of
+            attention, "mlp" is the output of the MLP, each at one token. "attn.heads" is the output of one head.
     """
     allowed = ("", "attn", "mlp", "attn.heads")
     if part not in allowed:
         raise ValueError(f"part must be one of {', '.join(map(repr, allowed))}, got {part!r}")
     if clean.shape != corrupted.shape:
         raise ValueError(
-            f"the prompts must have the same number of rows and tokens, got {tuple(clean.shape)} and {tuple(corrupted.shape)}"
+            "the prompts must have the same number of sequences and tokens, got "
+            f"{tuple(clean.shape)} and {tuple(corrupted.shape)}"
         )
     source = trace(model, clean)
     effects = []
@@ -229,10 +238,11 @@ def patching_effects(
 
 @torch.no_grad()
 def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
-    """Return the predictions if the model stopped after the embeddings or after each layer, as logits (L + 1, B, T, V).
+    """Return the logits that the model would predict if it stopped after the embeddings or after each layer (logit lens).
 
-    This logit lens applies the final LayerNorm and the output head to each residual stream (nostalgebraist, 2020). The
-    last logits are the model's own. For 100 tokens of GPT-2 124M in float32 the result takes 261 MB.
+    The result has the shape (layers + 1, sequences, tokens, vocabulary); its last entry is the model's own logits. The
+    logit lens (nostalgebraist, 2020) applies the final LayerNorm and the output head to each residual stream in `traced`.
+    For 100 tokens of GPT-2 124M in float32, the result takes 261 MB.
     """
     _require_gpt(model)
     return torch.stack([model.lm_head(model.transformer.ln_f(x)) for x in traced.residual])
@@ -240,12 +250,13 @@ def logit_lens(model: GPTModel, traced: Trace) -> Tensor:
 
 @torch.no_grad()
 def induction_scores(model: GPTModel, length: int | None = None, n_sequences: int = 8, seed: int = 0) -> Tensor:
-    """Return how strongly each head attends to the token that followed the previous occurrence of the current token.
+    """Return an induction score from 0 to 1 for each head, a tensor (layers, heads) (Olsson et al., 2022).
 
-    The model reads n_sequences texts. Each has `length` random tokens (by default half the context, at most 50) twice
-    in a row. The scores (L, H), from 0 to 1, are mean attention weights in the second half (Olsson et al., 2022).
-    Random tokens have no other connection, so a high score means that the head searches for repetitions. But a head that
-    attends to a fixed distance also scores high at one length: compare two lengths.
+    An induction head predicts repetitions: in "A B … A", it attends from the second A to B, the token after the first A.
+    The model reads n_sequences sequences. Each consists of `length` random tokens, followed by the same tokens again. The
+    score is the mean attention weight from a token of the second half to the token after its first occurrence. A head
+    that always attends the same number of tokens back also scores high, but only for one length, so compare two lengths.
+    Default length: 50, or half the context if that is smaller. `seed` selects the random tokens.
     """
     _require_gpt(model)
     half = model.config.context_length // 2
@@ -257,13 +268,13 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
     once = torch.randint(model.config.vocab_size, (n_sequences, n), generator=generator)
     attention = trace(model, torch.cat([once, once], dim=1).to(model.transformer.wte.weight.device)).attention
     times = torch.arange(n, 2 * n)
-    return attention[..., times, times - n + 1].mean(dim=(1, 3))  # over rows and times
+    return attention[..., times, times - n + 1].mean(dim=(1, 3))  # over sequences and positions
 
 
 def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tensor]:
-    """Return the ids of the k other tokens with the most similar embeddings and their cosine similarities, each (k,).
+    """Return the k tokens whose embeddings have the largest cosine similarity to the embedding of token `id_`.
 
-    The most similar token comes first.
+    The result is the ids and the similarities of these tokens, each (k,), in descending order; `id_` itself is left out.
     """
     _require_gpt(model)
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
@@ -280,7 +291,7 @@ def _editable(all_places: Iterable[str]) -> list[str]:
 
 
 def _hook(model: GPTModel, place: str, function: Edit) -> RemovableHandle:
-    """Apply `function` to the activation at a place until the returned handle is closed."""
+    """Register a hook that replaces the activation with the name `place` by `function(activation)`; return its handle."""
     for suffix, name in _INPUT_OF.items():
         if place.endswith(suffix):
             module = model.transformer.get_submodule(place.removesuffix(suffix) + name)
@@ -288,9 +299,28 @@ def _hook(model: GPTModel, place: str, function: Edit) -> RemovableHandle:
     return model.transformer.get_submodule(place).register_forward_hook(lambda _, args, output: function(output))
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the attention output softmax(q kᵀ / √D) v with a mask, computed in separate steps (Vaswani et al., 2017).
+
+    Args:
+        q: queries (..., T, D). They belong to the last T of the S tokens.
+        k, v: keys and values (..., S, D).
+        mask: a bool tensor (..., T, S) that is True where a query may attend to a key. Default: causal attention, where
+            a query attends to the keys up to its own position.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v  # (..., T, D)
+
+
 @contextmanager
 def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> Iterator[None]:
-    """Store queries, keys, values and attention weights in `activations` when the model runs within a `with` block."""
+    """Record queries, keys, values and attention weights of the layer `attn` while the model runs within a `with` block.
+
+    They are stored in `activations` under names that start with `place`, such as "h.3.attn.q".
+    """
 
     def record_qkv(_: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
         B, T = projected.shape[:2]
@@ -308,7 +338,10 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
 
 
 def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
-    """Return `function` with a check of the returned shape; it receives the outputs of heads as (B, H, T, D)."""
+    """Return a hook function that applies `function` and raises ValueError if the shape changes.
+
+    For "h.i.attn.heads", `function` receives the outputs of the heads as (B, H, T, D) instead of (B, T, C).
+    """
     by_head = place.endswith(".attn.heads")
 
     def checked(activation: Tensor) -> Tensor:
@@ -323,14 +356,14 @@ def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
 
 
 def _abridged(all_places: Iterable[str]) -> list[str]:
-    """Return the places for an error message, with one entry h.i for all layers."""
+    """Return the names for an error message, with "h.i" for the layers "h.0", "h.1" and so on, without repetitions."""
     return list(dict.fromkeys(re.sub(r"^h\.\d+", "h.i", place) for place in all_places))
 
 
 def _require_gpt(model: object) -> None:
     if not isinstance(model, GPTModel):
         raise TypeError(
-            f"the model must be a GPTModel, got {type(model).__name__} (of a PeftModel, pass get_base_model())"
+            f"the model must be a GPTModel, got {type(model).__name__} (for a PeftModel, pass its get_base_model())"
         )
 
 

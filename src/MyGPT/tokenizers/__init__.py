@@ -1,4 +1,4 @@
-"""Tokenizers: words, characters, byte-level BPE that is trained here, and GPT-2's own."""
+"""Tokenizers for words, characters and byte-level BPE, all of which can be trained, and the tokenizer of GPT-2."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ from typing import Any
 
 from MyGPT.files import read_json
 from MyGPT.tokenizers import chars, words
-from MyGPT.tokenizers.base import ENDOFTEXT, UNKNOWN, Tokenizer
-from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
-from MyGPT.tokenizers.chars import CharTokenizer
+from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
+from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
+from MyGPT.tokenizers.base import Tokenizer as Tokenizer
+from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
+from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
-from MyGPT.tokenizers.words import SimpleTokenizer
-
-__all__ = [
-    "ENDOFTEXT",
-    "UNKNOWN",
-    "BPETokenizer",
-    "CharTokenizer",
-    "SimpleTokenizer",
-    "Tokenizer",
-    "get_tokenizer",
-    "load_tokenizer",
-    "make_tokenizer",
-]
+from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -34,8 +25,8 @@ _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
-    `name_or_dir` is "gpt2" or the name of a larger GPT-2 model, which has the same tokenizer; or a directory with
-    `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
+    `name_or_dir` is "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", which all have the same tokenizer; or a directory
+    with `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
@@ -44,17 +35,15 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
         return load_tokenizer(directory)
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
-    raise ValueError(
-        f"there is no tokenizer {str(name_or_dir)!r}: give {', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json "
-        "or with encoder.json and vocab.bpe"
-    )
+    known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
+    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer that `save` wrote to a directory.
+    """Return the tokenizer in the `tokenizer.json` of a directory.
 
-    Any other `tokenizer.json` is also accepted if it is a byte-level BPE that splits text by GPT-2's pattern. Everything
-    else raises ValueError with the path.
+    MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
+    pattern. Any other tokenizer raises ValueError with the path.
     """
     path = Path(directory) / "tokenizer.json"
     try:
@@ -66,7 +55,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_json(data: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that the content of a `tokenizer.json` describes."""
+    """Return the tokenizer that `data`, the content of a `tokenizer.json`, describes."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
@@ -85,7 +74,7 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
 
 
 def _require_gpt2_rules(data: dict[str, Any]) -> None:
-    """Raise ValueError if a byte-level BPE has a setting that would give other ids than GPT-2's rules."""
+    """Raise ValueError if `data`, the `tokenizer.json` of a byte-level BPE, has an unsupported setting."""
     pre_tokenizer = data["pre_tokenizer"] or {}
     if (
         pre_tokenizer.get("type") != "ByteLevel"
@@ -110,8 +99,8 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
-    `kind` is "words", "chars" or "bpe" for a tokenizer to train, else a name or directory for `get_tokenizer`. Only "bpe"
-    uses `vocab_size` and shows `progress`.
+    `kind` is "words", "chars" or "bpe" to train a tokenizer; any other value is the name or directory of an existing
+    tokenizer, see `get_tokenizer`. Only "bpe" uses `vocab_size`, the number of tokens, and `progress`, a progress bar.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))

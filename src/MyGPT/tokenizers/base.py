@@ -1,7 +1,7 @@
 """The common interface of all tokenizers, and the checks that they share.
 
-A tokenizer is saved as a `tokenizer.json` in the format of Hugging Face's `tokenizers`. transformers opens the file
-and encodes text to the same ids.
+A tokenizer is saved as a `tokenizer.json` in the format of Hugging Face's `tokenizers` library. The transformers
+library can open this file and encodes text to the same ids.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from MyGPT.files import atomic_write
 
 ENDOFTEXT = "<|endoftext|>"
-"""The special token at the end of each document."""
+"""The special token that marks the end of a document."""
 UNKNOWN = "<|unk|>"
-"""The special token for a word that the vocabulary lacks."""
+"""The special token that replaces every word that is not in the vocabulary."""
 MAX_ID = 2**31 - 1
-"""The largest token id that is accepted, far beyond any real vocabulary."""
+"""The largest token id that a vocabulary may contain; real vocabularies are far smaller."""
 
 
 class Tokenizer(ABC):
-    """A tokenizer: it encodes text to token ids and decodes token ids to text."""
+    """The base class of all tokenizers. A tokenizer encodes text to token ids and decodes token ids to text."""
 
     @property
     @abstractmethod
     def n_vocab(self) -> int:
-        """The vocabulary size; every id is smaller."""
+        """The vocabulary size: the largest token id plus 1."""
 
     @property
     @abstractmethod
@@ -40,7 +40,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text. Special tokens in the text, such as `<|endoftext|>`, become their ids."""
+        """Return the token ids of a text. A special token in the text, such as `<|endoftext|>`, becomes a single id."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -48,10 +48,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the `tokenizer.json` of this tokenizer."""
+        """Return the content of the `tokenizer.json` that `save` writes for this tokenizer."""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` to a directory, and the `tokenizer_config.json` that transformers needs to open it."""
+        """Write `tokenizer.json` and `tokenizer_config.json` to a directory. The transformers library needs both files."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
@@ -66,18 +66,16 @@ class Tokenizer(ABC):
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that splits a text into ordinary text (even indices) and special tokens (odd indices).
-
-    Where several special tokens match, the longest one is chosen.
-    """
+    """Return a regular expression that matches the tokens, longest first. Its `split` puts matches at odd indices."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text, with special tokens as their ids, also for a plain `tiktoken.Encoding`.
+    """Encode a text with a tokenizer of MyGPT or a `tiktoken.Encoding`; each special token becomes a single id.
 
-    By default, `tiktoken.Encoding.encode` raises ValueError for a special token in the text.
+    This function exists because, by default, `tiktoken.Encoding.encode` raises ValueError for a special token in the
+    text.
     """
     if hasattr(tokenizer, "special_tokens_set") and not isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text, allowed_special="all"))
@@ -85,27 +83,23 @@ def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
 
 
 def require_text(text: object) -> None:
-    """Raise TypeError if `text` is not a str, for which some tokenizers would return wrong ids."""
+    """Raise TypeError if `text` is not a str, because some tokenizers would return wrong ids for other types."""
     if not isinstance(text, str):
         raise TypeError(f"a tokenizer encodes a str, got {type(text).__name__}")
 
 
 def refuse_surrogates(text: str, prefix: str = "") -> None:
-    """Raise ValueError if a text contains a lone surrogate: half of a character, which UTF-8 cannot represent.
-
-    The message starts with `prefix`, for example with the place of the text.
-    """
+    """Raise ValueError if a text contains half of a character (a lone surrogate). The message starts with `prefix`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{prefix}the text contains the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
-            "half of a character, which UTF-8 cannot represent"
-        ) from None
+        found = f"the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        reason = "half of a character, which UTF-8 cannot represent"
+        raise ValueError(f"{prefix}the text contains {found}, {reason}") from None
 
 
 def whole_numbers(ids: Iterable[int]) -> list[int]:
-    """Return token ids from a list, array or tensor as a list of int. Floats and strings raise TypeError."""
+    """Return token ids, given as a list, array or tensor, as a list of int. Floats and strings raise TypeError."""
     try:
         return [operator.index(id_) for id_ in ids]
     except TypeError as error:
@@ -113,7 +107,7 @@ def whole_numbers(ids: Iterable[int]) -> list[int]:
 
 
 def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: int) -> list[str]:
-    """Return the token of each id. An id without a token raises ValueError with the id."""
+    """Return the token of each id. An id that is not in `id_to_token` raises ValueError with the id and `n_vocab`."""
     try:
         return [id_to_token[id_] for id_ in whole_numbers(ids)]
     except KeyError as error:
@@ -121,7 +115,7 @@ def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: i
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
-    """Return the token of each id, given the id of each token. An empty or invalid vocabulary raises ValueError."""
+    """Return a dict from ids to tokens, given a dict from tokens to ids. An invalid vocabulary raises ValueError."""
     if not vocab:
         raise ValueError("the vocabulary is empty: a tokenizer needs at least one token")
     for token, id_ in vocab.items():
@@ -138,9 +132,10 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
 
 
 def hugging_face_json(model: dict[str, Any], special_tokens: Mapping[str, int], **parts: Any) -> dict[str, Any]:
-    """Return the content of a `tokenizer.json`.
+    """Return the content of a `tokenizer.json` in Hugging Face's format, with `model` under the key model.
 
-    `parts` are the values of other keys, such as pre_tokenizer and decoder; keys that are not given are null.
+    `special_tokens` maps each special token to its id. `parts` are values of other keys, such as pre_tokenizer and
+    decoder; the keys that are not given are null.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     in_order = sorted(special_tokens.items(), key=lambda item: item[1])

@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding (Sennrich et al., 2016): tokens are frequent byte strings, learned by merging pairs.
 
 GPT-2's pattern first splits text into chunks: words with their leading space, numbers, punctuation, white space. Merges
-never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. This file learns merges
-in Python, to be read; tiktoken applies them in Rust. GPT-2's own merges are in gpt2.py.
+never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. This file learns
+merges in readable Python; the tiktoken library applies them in fast Rust code. gpt2.py reads the merges of GPT-2.
 """
 
 from __future__ import annotations
@@ -29,26 +29,23 @@ from MyGPT.tokenizers.base import (
 Pair = tuple[int, int]
 """The ids of two adjacent tokens."""
 Merge = tuple[bytes, bytes]
-"""The bytes of two tokens that become one token."""
+"""The bytes of two adjacent tokens that a merge joins to one token."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# This pattern has the same matches, with possessive repeats: the regex engine then never runs out of stack in long words.
+# This pattern has the same matches. Its possessive repeats keep the regex engine from running out of stack in long words.
 _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
 _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-level BPE tokenizer.
+    """A tokenizer with byte-level byte-pair encoding (BPE), the method of GPT-2.
 
     Args:
-        vocab: the id of each token, given as bytes
-        merges: pairs of tokens, in the order in which they are merged
-        special_tokens: the id of each special token, given as text. Where two special tokens match, the longer one wins.
-        known: skip the check of the merges, which takes half a second for GPT-2's
-
-    Raises:
-        ValueError: the tokens of `vocab` are not exactly the 256 bytes and the results of `merges`.
+        vocab: maps each token (bytes) to its id. The tokens are the 256 single bytes and the results of `merges`.
+        merges: pairs of tokens to join, in the order in which they are joined
+        special_tokens: maps each special token (str) to its id. Where two special tokens match, the longer one wins.
+        known: True skips a check of `merges` that takes half a second for the 50,000 merges of GPT-2
     """
 
     def __init__(
@@ -64,10 +61,12 @@ class BPETokenizer(Tokenizer):
         if not known:
             _check_merge_order(vocab, merges)
         self._vocab = dict(vocab)
-        self._merges = list(merges)
-        self._special_tokens = dict(special_tokens)
+        self.merges = list(merges)
+        """The pairs of tokens that are joined, in the order in which they are joined."""
+        self.special_tokens = dict(special_tokens)
+        """Maps each special token to its id."""
         self._encoding = tiktoken.Encoding(
-            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self._special_tokens
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self.special_tokens
         )
 
     @classmethod
@@ -78,20 +77,21 @@ class BPETokenizer(Tokenizer):
         special_tokens: Collection[str] = (ENDOFTEXT,),
         progress: bool = True,
     ) -> BPETokenizer:
-        """Train a tokenizer: merge the most frequent pair of tokens until there are `vocab_size` tokens.
+        """Train a tokenizer: merge the most frequent pair of adjacent tokens until there are `vocab_size` tokens.
 
-        The ids are the 256 bytes, then the merges in the order in which they are learned, then the special tokens. Of
-        equally frequent pairs, the pair with the smallest ids is merged first. If no pair is left, the tokenizer has
-        fewer than `vocab_size` tokens.
+        Ids are given to the 256 bytes, then to the merged tokens in the order in which they are learned, then to the
+        special tokens. Of equally frequent pairs, the pair with the smallest ids is merged first. If no pair is left,
+        the tokenizer has fewer than `vocab_size` tokens.
 
-        Cost: one pass over the text; after that, time and memory depend on the number of distinct chunks. Natural text
-        of n characters has about n**0.6 distinct chunks, so ten times the text takes about four times as long. A text
-        without spaces is one long chunk, which is slow because each merge rewrites the whole chunk.
+        GPT-2's pattern first splits the text into chunks, mainly words. After one pass over the text, time and memory
+        depend on the number of distinct chunks. Natural text of n characters has about n**0.6 distinct chunks, so ten
+        times the text takes about four times as long. A text without spaces is one long chunk, which is slow because
+        each merge rewrites the whole chunk.
 
         Args:
             text: a text, or an iterable of texts; merges never cross from one text to the next
             vocab_size: number of tokens, at least 256 plus the number of special tokens
-            special_tokens: tokens that are removed from the text before training
+            special_tokens: special tokens of the tokenizer, which are removed from the text before training
             progress: show a progress bar
         """
         if isinstance(special_tokens, str):
@@ -118,17 +118,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def eot_token(self) -> int | None:
-        return self._special_tokens.get(ENDOFTEXT)
-
-    @property
-    def merges(self) -> list[Merge]:
-        """The merges, in the order in which they are applied."""
-        return list(self._merges)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
-        return dict(self._special_tokens)
+        return self.special_tokens.get(ENDOFTEXT)
 
     def encode(
         self,
@@ -137,42 +127,40 @@ class BPETokenizer(Tokenizer):
         allowed_special: Literal["all"] | Collection[str] = "all",
         disallowed_special: Literal["all"] | Collection[str] = "all",
     ) -> list[int]:
-        """Return the ids of a text.
+        """Return the token ids of a text.
 
-        The two options are the same as in tiktoken, except that tiktoken's default for `allowed_special` is no token.
-        A special token that is in neither set is encoded as ordinary text.
+        The two options have the same meaning as in tiktoken, but in tiktoken no special token is allowed by default. A
+        special token that is in neither of the two sets is encoded as ordinary text.
 
         Args:
-            text: any text that UTF-8 can represent
-            allowed_special: special tokens that become their ids; "all" for all special tokens
+            allowed_special: special tokens that each become a single id; "all" for all special tokens
             disallowed_special: special tokens that raise ValueError; "all" for all that are not in `allowed_special`
         """
         require_text(text)
-        allowed = set(self._special_tokens) if allowed_special == "all" else set(allowed_special)
+        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         if disallowed_special == "all":
-            disallowed_special = set(self._special_tokens) - allowed
+            disallowed_special = set(self.special_tokens) - allowed
         for token in disallowed_special:
             if token in text:
-                raise ValueError(
-                    f"the text contains the special token {token!r}: allow it with allowed_special={{{token!r}}}, or encode it "
-                    f"as ordinary text with disallowed_special=()"
-                )
+                allow = f"allow it with allowed_special={{{token!r}}}"
+                encode = "encode it as ordinary text with disallowed_special=()"
+                raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
-        for i, part in enumerate(special_pattern(allowed & set(self._special_tokens)).split(text)):
+        for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
             if i % 2:
-                ids.append(self._special_tokens[part])
+                ids.append(self.special_tokens[part])
             else:
                 for stretch in _cut_long_white_space(part):
                     ids += self._encoding.encode_ordinary(stretch)
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Return the ids of a text, with special tokens encoded as ordinary text."""
+        """Return the token ids of a text, with special tokens encoded as ordinary text."""
         return self.encode(text, allowed_special=(), disallowed_special=())
 
     def encode_batch(self, texts: Iterable[str], **special: Any) -> list[list[int]]:
-        """Return the ids of several texts; the options are those of `encode`."""
+        """Return one list of token ids per text. `special` are the keyword options of `encode`."""
         return [self.encode(text, **special) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -180,12 +168,12 @@ class BPETokenizer(Tokenizer):
         return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """Return the bytes of each token id, for example to show tokens one by one."""
+        """Return the bytes of the token of each id, for example to show tokens one by one."""
         ids = whole_numbers(ids)
         try:
             return self._encoding.decode_tokens_bytes(ids)
         except (KeyError, OverflowError):
-            known = {*self._vocab.values(), *self._special_tokens.values()}
+            known = {*self._vocab.values(), *self.special_tokens.values()}
             unknown = next(id_ for id_ in ids if id_ not in known)
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab} tokens") from None
 
@@ -194,14 +182,14 @@ class BPETokenizer(Tokenizer):
         empty = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
         flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
         vocab = {visible[token]: id_ for token, id_ in self._vocab.items()}
-        merges = [[visible[first], visible[second]] for first, second in self._merges]
+        merges = [[visible[first], visible[second]] for first, second in self.merges]
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return hugging_face_json(model, self._special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+        return hugging_face_json(model, self.special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
-    """Return the number of occurrences of each chunk in texts. Chunks are UTF-8 bytes; special tokens are removed."""
+    """Count each chunk (a match of GPT-2's pattern, as UTF-8 bytes) in texts, after special tokens are removed."""
     import regex
 
     pattern = regex.compile(GPT2_PATTERN)
@@ -216,14 +204,15 @@ def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> 
 
 
 def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
-    """Learn merges, always of the most frequent pair; return the merges in order, as pairs of ids.
+    """Learn `n_merges` merges from the number of occurrences of each chunk. Return them in order as pairs of token ids.
 
-    Ids 0 to 255 are the bytes; merge number i, counted from 0, creates id 256 + i. Fewer than `n_merges` are returned if
-    no pair is left.
+    Each merge joins the pair of adjacent tokens that is most frequent at that time. Ids 0 to 255 are the bytes; merge
+    number i, counted from 0, creates id 256 + i. Fewer merges are returned if no pair is left.
 
-    The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with` gives
-    the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its count can
-    only fall. So a heap entry can be too high, but never too low; an outdated entry is pushed again with the true count.
+    The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with`
+    gives the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its
+    count can only fall. So a count in the heap can be too high, but never too low; an outdated pair is pushed again
+    with its true count.
     """
     from tqdm import tqdm
 
@@ -268,31 +257,29 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
 
 def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
     """Replace every occurrence of `pair` in `ids` by `new_id`, from left to right, and return the new list."""
+    first, second = pair
     merged: list[int] = []
-    i = 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            merged.append(new_id)
-            i += 2
+    for id_ in ids:
+        if id_ == second and merged and merged[-1] == first:
+            merged[-1] = new_id
         else:
-            merged.append(ids[i])
-            i += 1
+            merged.append(id_)
     return merged
 
 
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
-"""The visible character that GPT-2's files use for each byte: the byte's own, or one from U+0100 on."""
+"""Maps each byte to its character in GPT-2's files: the usual one if visible, else a character from U+0100 on."""
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
 def from_visible(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
 ) -> BPETokenizer:
-    """Return a tokenizer, given its tokens in GPT-2's visible characters, as in `tokenizer.json` and `vocab.bpe`.
+    """Return a BPETokenizer for tokens that are written with the characters of BYTE_TO_CHARACTER, as in GPT-2's files.
 
-    `vocab` may include the special tokens. See `BPETokenizer` for `known`.
+    `vocab` may include the special tokens, whose ids are in `special`. `known` skips the check of the merges.
     """
 
     @cache  # Nearly every token occurs three times.
@@ -307,7 +294,7 @@ def from_visible(
 
 
 def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: Mapping[str, int]) -> None:
-    """Raise ValueError if the vocabulary is not exactly the 256 bytes and the results of the merges, with rising ids."""
+    """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, with increasing ids."""
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
@@ -323,42 +310,41 @@ def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: 
         if made is None or first not in vocab or second not in vocab:
             raise ValueError(f"the merge of {first!r} and {second!r} needs tokens that the vocabulary lacks")
         if made <= last:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} creates id {made} after id {last}: ids must increase"
-            )
+            order = f"id {made} after id {last}: ids must increase"
+            raise ValueError(f"the merge of {first!r} and {second!r} creates {order}")
         last = made
-    if len(vocab) != 256 + len(merges):
-        raise ValueError(
-            f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {256 + len(merges)}"
-        )
+    needed = 256 + len(merges)
+    if len(vocab) != needed:
+        raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
 def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> None:
-    """Raise ValueError if tiktoken would not apply exactly these merges.
+    """Raise ValueError if tiktoken would encode a text to other tokens than this list of merges does.
 
-    tiktoken knows ids but no merges: it joins any two adjacent parts whose bytes are a token. This equals the merge list
-    if, for each merge, the earlier merges reduce the bytes of its token to exactly the two parts of the merge.
+    tiktoken gets no list of merges, only the ids: it joins any two adjacent parts whose joined bytes are a token. The
+    result is the same if, for each merge, the earlier merges reduce the bytes of the merged token to exactly its two
+    parts.
     """
     for first, second in merges:
         parts = _parts_before_last_merge(first + second, vocab)
         if parts != [first, second]:
-            raise ValueError(
-                f"the merge of {first!r} and {second!r} never happens: the merges before it turn its bytes into {parts}"
-            )
+            reason = f"the merges before it turn its bytes into {parts}"
+            raise ValueError(f"the merge of {first!r} and {second!r} never happens: {reason}")
 
 
 def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[bytes]:
-    """Return the parts into which tiktoken joins the bytes of a token, using only tokens with smaller ids.
+    """Return the parts to which tiktoken joins the bytes of `token` if it may only use tokens with smaller ids.
 
-    A correct merge list gives two parts. tiktoken joins the pair with the smallest id first, and the leftmost of equal
-    pairs. A heap finds this pair quickly, because a hostile file can contain tokens of a megabyte.
+    A correct list of merges gives two parts. tiktoken first joins the pair whose joined token has the smallest id, and
+    the leftmost of equal pairs. A heap finds this pair quickly, because a hostile file can contain tokens of a
+    megabyte.
     """
     part_at = {i: token[i : i + 1] for i in range(len(token))}  # each part, by its start in `token`
     before = {i: i - 1 for i in part_at}
     heap: list[tuple[int, int, int]] = []
 
     def push(start: int) -> None:
-        """Push the pair that starts at `start`, if joining it makes a token with a smaller id."""
+        """Push the pair of parts at byte `start` to the heap if it makes a token with a smaller id than `token`."""
         after = start + len(part_at.get(start, b""))
         if start in part_at and after in part_at:
             joined = token[start : after + len(part_at[after])]
@@ -381,10 +367,11 @@ def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[b
 
 
 def _cut_long_white_space(text: str) -> Iterable[str]:
-    """Yield parts of a text, split at very long runs of white space. The parts encode to the same ids as the whole.
+    """Yield a text in parts, split at runs of 1,000 or more spaces, tabs or line ends. The token ids stay the same.
 
     Before a word, GPT-2's pattern matches a run of white space without its last character. tiktoken's engine finds this
-    end by backtracking, which fails at about a million characters, so this function splits the run at the same position.
+    end by backtracking, which fails at about a million characters, so this function splits the text at the same
+    position.
     """
     start = 0
     for run in _WHITE_SPACE_RUN.finditer(text):

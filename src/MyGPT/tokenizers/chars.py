@@ -1,7 +1,4 @@
-"""A tokenizer whose tokens are single characters.
-
-It needs no training and suits small models, but its sequences are long.
-"""
+"""A tokenizer whose tokens are single characters. It is simple and suits small models, but its sequences are long."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ PRE_TOKENIZER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "
 
 
 class CharTokenizer(Tokenizer):
-    """A character tokenizer. The characters get the ids 0, 1, 2 and so on, in the given order."""
+    """A tokenizer whose tokens are single characters. They get the ids 0, 1, 2 and so on, in the given order."""
 
     def __init__(self, characters: Iterable[str]) -> None:
         characters = list(characters)
@@ -41,7 +38,7 @@ class CharTokenizer(Tokenizer):
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Return one id per character. A character outside the vocabulary raises ValueError."""
+        """Return one token id per character. A character that is not in the vocabulary raises ValueError."""
         require_text(text)
         try:
             return [self._id_of[character] for character in text]
@@ -53,7 +50,7 @@ class CharTokenizer(Tokenizer):
         return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
 
     def to_json(self) -> dict[str, Any]:
-        # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise an
-        # error for an unknown character.
+        # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise
+        # an error for an unknown character.
         model = {"type": "WordLevel", "vocab": self._id_of, "unk_token": "<|none|>"}
         return hugging_face_json(model, {}, pre_tokenizer=PRE_TOKENIZER, decoder={"type": "Fuse"})

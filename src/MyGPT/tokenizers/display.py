@@ -1,4 +1,4 @@
-"""Show tokens: a visible label for each token, and a text with coloured token boundaries."""
+"""Functions that show how a text is split into tokens: in a terminal, in a notebook (HTML), or as labels in plots."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return a short visible label for each id.
-
-    A space is shown as ·, a line end as ↵, and a byte that is only a part of a character as \\xe2.
-    """
+    """Return a label for each token id: its text with · for a space, ↵ for a line end, \\xe2 for part of a character."""
     return [_visible(text) for text in token_texts(tokenizer, ids)]
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return the text of each id alone; a byte that is only a part of a character is written as \\xe2."""
+    """Return the text of each token id, decoded alone. A part of a character is written as an escape (\\xe2)."""
     ids = list(ids)
     if hasattr(tokenizer, "decode_tokens_bytes"):
         return [token.decode("utf-8", errors="backslashreplace") for token in tokenizer.decode_tokens_bytes(ids)]
@@ -33,7 +30,7 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:
-    """Return a text for a terminal, with each token on a background colour, or with | between tokens without `colour`."""
+    """Return a text for a terminal, with coloured backgrounds for tokens or, if `colour` is False, | between tokens."""
     texts = token_texts(tokenizer, encode_with_specials(tokenizer, text))
     if not colour:
         return "|".join(_visible(text, _KEPT) for text in texts)
@@ -46,7 +43,7 @@ def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:
 
 
 def tokens_to_html(tokenizer: Any, text: str) -> str:
-    """Return a text as an HTML element with coloured tokens. Pointing at a token shows its id."""
+    """Return a text as an HTML element in which each token has a coloured background and its id as a tooltip."""
     ids = encode_with_specials(tokenizer, text)
     spans = [
         f'<span style="background:{tint};color:#000;border-radius:2px" title="id {id_}">'
@@ -57,10 +54,10 @@ def tokens_to_html(tokenizer: Any, text: str) -> str:
 
 
 def shorten(labels: Sequence[str], longest: int) -> list[str]:
-    """Return labels with at most `longest` characters; a shortened label ends with …."""
+    """Return the labels, cut to at most `longest` characters each. A cut label ends with …."""
     return [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
 
 
 def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
-    """Replace the characters in `marks`, and escape other control characters, which could act on a terminal."""
+    """Replace each character of `text` that is a key of `marks`; escape the others that are not printable."""
     return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

@@ -1,7 +1,7 @@
 """GPT-2's tokenizer, built from OpenAI's `vocab.bpe`, which is part of this package.
 
-The other file that OpenAI released, `encoder.json`, follows from it: ids 0 to 255 are the bytes, ids 256 to 50255 are
-the merges in order, and id 50256 is `<|endoftext|>`.
+OpenAI's second file, `encoder.json`, can be computed from `vocab.bpe`: ids 0 to 255 are the bytes, ids 256 to 50255 are
+the results of the merges in order, and id 50256 is `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCABULARY_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""The SHA-256 of OpenAI's two files, as tiktoken's loader checks them."""
+"""The SHA-256 of the two files of OpenAI's GPT-2 tokenizer. tiktoken checks the same values."""
 
 
 @lru_cache(maxsize=1)
@@ -29,27 +29,25 @@ def gpt2_tokenizer() -> BPETokenizer:
     path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
     merges = _read_merges(path)
     if not has_gpt2_merges(merges):
-        raise ValueError(
-            f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: "
-            "install mygpt again with pip install --force-reinstall --no-deps mygpt"
-        )
+        way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
+        raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
     return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
 
 
 def gpt2_vocabulary(merges: Iterable[Sequence[str]]) -> dict[str, int]:
-    """Return the content of OpenAI's `encoder.json`: each token, written in visible characters, and its id."""
+    """Return the content of OpenAI's `encoder.json`: a dict from tokens, written in visible characters, to ids."""
     tokens = [*BYTE_TO_CHARACTER.values(), *("".join(merge) for merge in merges), ENDOFTEXT]
     return {token: id_ for id_, token in enumerate(tokens)}
 
 
 def has_gpt2_merges(merges: Iterable[Sequence[str]]) -> bool:
-    """Return True if these are the merges of OpenAI's `vocab.bpe`, in the same order."""
+    """Return True if `merges` are the merges in OpenAI's `vocab.bpe`, in the same order."""
     lines = "".join(f"{' '.join(merge)}\n" for merge in merges)
     return hashlib.sha256(f"#version: 0.2\n{lines}".encode()).hexdigest() == VOCABULARY_SHA256["vocab.bpe"]
 
 
 def read_openai_vocabulary(directory: Path) -> BPETokenizer:
-    """Return the tokenizer in a directory with OpenAI's `encoder.json` (token to id) and `vocab.bpe` (the merges)."""
+    """Return the tokenizer in a directory with OpenAI's `encoder.json` (tokens and ids) and `vocab.bpe` (merges)."""
     try:
         vocab = read_json(directory / "encoder.json")
         merges = _read_merges(directory / "vocab.bpe")
@@ -62,7 +60,7 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
 
 
 def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    """Return the pairs of tokens in a `vocab.bpe`, one pair per line, after an optional line with the version."""
+    """Return the pair of tokens on each line of a `vocab.bpe` file, except a first line with the version."""
     lines = read_text(path).rstrip("\n").split("\n")
     merges = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines)]
     for merge in merges:

@@ -1,7 +1,7 @@
 """A tokenizer whose tokens are words and punctuation marks, for teaching.
 
-It has two limits: a word that is not in the vocabulary becomes `<|unk|>`, and white space is lost. The splitting rule is
-from "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 2.
+The tokenizer has two limits: a word that is not in the vocabulary becomes `<|unk|>`, and white space is lost. The rule
+that splits a text is from "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRE_TOKENIZER = {
 
 
 class SimpleTokenizer(Tokenizer):
-    """A word tokenizer. `vocab` maps each word and punctuation mark to its id."""
+    """A tokenizer whose tokens are words and punctuation marks. `vocab` maps each of these tokens to its id."""
 
     def __init__(self, vocab: Mapping[str, int]) -> None:
         self.int_to_str = invert_vocabulary(vocab)
@@ -46,7 +46,7 @@ class SimpleTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: str) -> SimpleTokenizer:
-        """Return a tokenizer for the sorted words and punctuation marks of a text, plus `<|endoftext|>` and `<|unk|>`."""
+        """Return a tokenizer for the words and punctuation marks of a text, plus `<|endoftext|>` and `<|unk|>`."""
         require_text(text)
         plain = text.replace(ENDOFTEXT, " ").replace(UNKNOWN, " ")
         return cls({token: id_ for id_, token in enumerate([*sorted(set(_words(plain))), ENDOFTEXT, UNKNOWN])})
@@ -60,7 +60,7 @@ class SimpleTokenizer(Tokenizer):
         return self.str_to_int.get(ENDOFTEXT)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the words and punctuation marks.
+        """Return the token ids of the words and punctuation marks in a text.
 
         An unknown word becomes `<|unk|>`. If the vocabulary lacks `<|unk|>`, an unknown word raises ValueError.
         """
@@ -88,5 +88,5 @@ class SimpleTokenizer(Tokenizer):
 
 
 def _words(text: str) -> list[str]:
-    """Return the words and punctuation marks of a text without special tokens."""
+    """Split a text that contains no special tokens into words and punctuation marks; white space is dropped."""
     return [word for word in _SPLIT.split(text) if word.strip()]

@@ -16,26 +16,22 @@ from MyGPT.training.config import TrainConfig
 def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
     """Return torch.bfloat16 if matrix products should run in bfloat16, or None for float32.
 
-    Args:
-        device: where the model is trained.
-        precision: "fp32" and "bf16" decide directly. "auto" chooses bfloat16 where the hardware gains from it: on GPUs
-            with native bfloat16, and on CPUs with AVX-512 BF16 or AMX if the model is wide enough.
-        emb_dim: the model's width. Below 256, converting the numbers costs a CPU more than the products save.
+    "auto" chooses bfloat16 where the hardware gains from it: on GPUs with native bfloat16, and on CPUs with AVX-512
+    BF16 or AMX if emb_dim is at least 256. In a narrower model, a CPU loses more time in conversions than it saves.
     """
-    if precision == "fp32":
-        return None
-    if precision == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if device.type == "cpu" and emb_dim >= 256 and _cpu_has_bf16() else None
+    is_bf16 = precision == "bf16"
+    if precision == "auto" and device.type == "cuda":
+        is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto" and device.type == "cpu":
+        is_bf16 = emb_dim >= 256 and _cpu_has_bf16()
+    return torch.bfloat16 if is_bf16 else None
 
 
 @contextmanager
 def deterministic_algorithms(required: bool) -> Iterator[None]:
-    """Let torch use only deterministic algorithms in the block if they are required; then restore the mode it had before.
+    """Let torch use only deterministic algorithms in the block if they are required; then restore the previous mode.
 
-    On a CPU they are deterministic anyway. On a GPU some are slower, and some operations have none, which is an error.
+    A CPU always uses them. On a GPU some are slower, and operations that have none raise an error.
     """
     mode = torch.get_deterministic_debug_mode()
     if required:
@@ -57,10 +53,8 @@ def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype |
 
 
 def uncompiled(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return a context that runs compiled blocks without the compiler, which would compile them anew for other shapes.
-
-    Without config.compile the context does nothing, so that torch's compiler is not needed.
-    """
+    """Return a context that runs compiled blocks without the compiler, which would recompile them for other shapes."""
+    # Without config.compile, torch's compiler need not be installed.
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 

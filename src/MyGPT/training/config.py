@@ -11,6 +11,15 @@ from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
+_AT_LEAST_0 = (lambda value: 0 <= value < math.inf), "of at least 0"
+_ABOVE_0 = (lambda value: 0 < value < math.inf), "above 0"
+_BELOW_1 = (lambda value: 0 <= value < 1), "from 0 up to but not including 1"
+_RANGES = {
+    **dict.fromkeys(("learning_rate", "muon_learning_rate"), _ABOVE_0),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _BELOW_1),
+    "decay_fraction": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
+}
+"""The allowed values of the float options and their description. Other float options must be at least 0."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class TrainConfig:
     batch_size: int = 12
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; their gradients are summed over the batch. Without it, one pass takes the whole batch."""
+    """Sequences per forward pass; gradients are summed over the batch. Without it, one pass takes the whole batch."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 1e-4
@@ -84,43 +93,27 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """Number of steps that may be skipped for a loss or gradient that is not finite; one more stops the run."""
     deterministic: bool = False
-    """Use only torch's deterministic algorithms. On a GPU, some are slower and some are missing; a CPU always uses them."""
+    """Use only torch's deterministic algorithms. On a GPU, some are slower or missing; a CPU always uses them."""
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = 1337
     """Seed of the initial weights, the data order, dropout and the sample texts."""
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "max_steps batch_size micro_batch_size eval_every eval_windows early_stop log_every keep_last".split()
-        )
         at_least_0 = "warmup_steps sample_every sample_tokens checkpoint_every keep_best max_skipped_steps seed".split()
-        for name in (*at_least_1, *at_least_0):
-            value, least = getattr(self, name), 1 if name in at_least_1 else 0
-            if value is None and name in ("micro_batch_size", "early_stop"):
-                continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ValueError(f"{field.name} must be a number, got {value!r}")
-        for name in ("learning_rate", "muon_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in ("min_learning_rate", "weight_decay", "grad_clip", "sample_temperature", "checkpoint_minutes"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 up to but not including 1, got {getattr(self, name)!r}")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be above 0 and at most 1, got {self.decay_fraction!r}")
+            name, value, least = field.name, getattr(self, field.name), 0 if field.name in at_least_0 else 1
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            elif field.type == "float":
+                is_allowed, allowed = _RANGES.get(name, _AT_LEAST_0)
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
+                    raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate must be at most learning_rate, got {self.min_learning_rate} and {self.learning_rate}"
-            )
-        choices = {"schedule": Schedule, "optimizer": OptimizerName, "precision": TrainingPrecision, "order": Order}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+            rates = f"{self.min_learning_rate} and {self.learning_rate}"
+            raise ValueError(f"min_learning_rate must be at most learning_rate, got {rates}")
+        kinds = {"schedule": Schedule, "optimizer": OptimizerName, "precision": TrainingPrecision, "order": Order}
+        for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

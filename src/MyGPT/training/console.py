@@ -10,15 +10,11 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints the events of a training run. Override any method to report elsewhere.
-
-    Args:
-        progress: show a progress bar. Messages and warnings are printed in any case.
-    """
+    """Prints the events of a training run, with or without a progress bar. Override any method to report elsewhere."""
 
     def __init__(self, progress: bool = True) -> None:
         self._is_shown = progress
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
     def message(self, text: str, file: TextIO | None = None) -> None:
         """Print a line to stdout or to `file`, above the progress bar."""
@@ -34,15 +30,11 @@ class Console:
 
     def stepped(self) -> None:
         """Advance the progress bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def logged(self, loss: float | None, tokens_per_second: float) -> None:
         """Show the smoothed training loss and the speed beside the progress bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {math.nan if loss is None else loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-            )
+        self._bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.3f}, {tokens_per_second:,.0f} tokens/s")
 
     def skipped(self, step: int, loss: float, grad_norm: float) -> None:
         """Report a step without an update."""
@@ -70,8 +62,7 @@ class Console:
 
     def close(self) -> None:
         """Remove the progress bar's display. Messages can still be printed afterwards."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 class SilentConsole(Console):

@@ -21,8 +21,7 @@ class Stopped(KeyboardInterrupt):
 def delayed_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C) and SIGTERM in the yielded list instead of interrupting the block.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no signal handlers, the list stays
-    empty.
+    A second Ctrl-C interrupts at once. Outside the main thread, Python allows no signal handlers: the list stays empty.
     """
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -13,10 +13,7 @@ from MyGPT.files import parse_json, read_text
 class MetricsLog:
     """Appends records to a run's `metrics.jsonl`, and to TensorBoard's files if requested.
 
-    Args:
-        run: the run's directory.
-        tensorboard: write TensorBoard's event files too.
-        after: the step from which a run is resumed. TensorBoard then ignores the events it has for later steps.
+    `after` is the step from which a run is resumed. TensorBoard then ignores the events that it has for later steps.
     """
 
     def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
@@ -58,18 +55,18 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}") from None
-        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**63:
+        if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] < 0:
             raise ValueError(f"{path}, line {number} has no valid step: {line[:80]!r}")
         for name in ("loss", "val_loss"):
-            if name in record and not _is_loss(record[name]):
+            value = record.get(name, 0.0)
+            if not isinstance(value, float) and not _is_int64(value):  # A diverging run writes infinity and NaN.
                 raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
         records.append(record)
     return records
 
 
-def _is_loss(value: object) -> bool:
-    """Return True for a number, including infinity and NaN, which a diverging run writes."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+def _is_int64(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def _summary_writer(run: Path, after: int | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,45 +11,40 @@ from torch.optim import Optimizer
 
 from MyGPT.training.config import TrainConfig
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")
-"""Devices for which torch has a fused AdamW."""
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """Return AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller values
-    of these vectors do not regularize the model.
+    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller
+    values of these vectors do not regularize the model.
     """
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = trained_parameters(model)
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
         # Muon is meant for matrices that map activations to activations, not for embeddings or the head (Jordan, 2024).
-        matrices = {name: parameter for name, parameter in named.items() if ".h." in name and parameter.dim() == 2}
-        named = {name: parameter for name, parameter in named.items() if name not in matrices}
-        optimizers.append(
-            Muon(list(matrices.values()), config.muon_learning_rate, config.weight_decay, config.muon_momentum)
-        )
+        matrices = [named.pop(name) for name, p in list(named.items()) if ".h." in name and p.dim() == 2]
+        optimizers.append(Muon(matrices, config.muon_learning_rate, config.weight_decay, config.muon_momentum))
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    is_fused = all(parameter.device.type in _FUSED for parameter in named.values())
-    optimizers.append(
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=is_fused)
-    )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    is_fused, betas = all(p.device.type in _FUSED for p in named.values()), (config.beta1, config.beta2)
+    optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=is_fused))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
+# 1% of headroom, because a singular value that rounding lifts above 1 would grow.
 POLYNOMIALS = [
-    (
-        a / 1.01,
-        b / 1.01**3,
-        c / 1.01**5,
-    )  # 1% of headroom, because a singular value that rounding lifts above 1 would grow.
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in (
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -61,12 +57,12 @@ POLYNOMIALS = [
 class Muon(Optimizer):
     """Momentum SGD with orthogonalized updates, so that all directions of a matrix get steps of the same size.
 
-    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three polynomials
-    instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own precision, because
-    bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
+    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three
+    polynomials instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own
+    precision, because bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Sequence[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -82,9 +78,8 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                by_shape.setdefault(matrix.shape, []).append(
-                    (matrix, matrix.grad.lerp(mean, momentum))
-                )  # Nesterov momentum
+                update = matrix.grad.lerp(mean, momentum)  # Nesterov momentum
+                by_shape.setdefault(matrix.shape, []).append((matrix, update))
             for (n_out, n_in), pairs in by_shape.items():
                 directions = orthogonalized(torch.stack([update for _, update in pairs]))
                 for (matrix, _), direction in zip(pairs, directions, strict=True):
@@ -95,8 +90,8 @@ class Muon(Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return an approximation of UVᵀ for each matrix UΣVᵀ in a stack (n, out, in).
 
-    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation, with
-    twice as many polynomials, did not improve the training loss.
+    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation,
+    with twice as many polynomials, did not improve the training loss.
     """
     has_bf16 = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.bfloat16() if has_bf16 else matrices
@@ -112,9 +107,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
     """Set the learning rates of a step in all optimizers, and return that of AdamW."""
     factor = schedule_factor(config, step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * factor
     return config.learning_rate * factor
 
 
@@ -122,10 +116,9 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
     """Return the learning rate of a step (counted from 0) divided by its peak: a linear warmup, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    lowest = config.min_learning_rate / config.learning_rate
     if config.schedule == "constant":
         return 1.0
-    start = config.warmup_steps
+    start, lowest = config.warmup_steps, config.min_learning_rate / config.learning_rate
     if config.schedule == "wsd":
         start = max(start, round(config.max_steps * (1 - config.decay_fraction)))
     done = min(1.0, max(0, step - start) / max(1, config.max_steps - start))

@@ -1,42 +1,35 @@
 """The files of a training run: one directory, used by one process at a time.
 
-`config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the best model), `checkpoints/`
-(for `--resume`), `samples.txt`, and `loss.png`, which the commands draw.
+`config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the best model),
+`checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, which the commands draw.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import Template
-from MyGPT.files import atomic_write, remove_leftovers, restore_directory
+from MyGPT.files import atomic_write
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, Snapshot, read_newest
+from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
+from MyGPT.training.directory import check_run_directory, lock_directory, log_lengths, remove_run, remove_unfinished
 from MyGPT.training.metrics import MetricsLog, read_metrics
-from MyGPT.training.resume import check_unchanged, plain
+from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
 
-_GROWING = ("metrics.jsonl", "samples.txt")
-RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *_GROWING)
-Identify = Callable[[], dict[str, dict[str, Any]]]
-TakeSnapshot = Callable[[], Snapshot]
-_LOCK, _PROCESS = ".lock", ".process"
 _SPIKE = 5.0
 """Gradient norms above this multiple of the running mean are reported."""
 
@@ -46,120 +39,87 @@ class BestModelStore(Protocol):
 
     def place(self, run_dir: Path) -> Path:
         """Return the directory of the best model inside a run's directory."""
-        ...
 
     def save(self, run_dir: Path) -> Path:
         """Write the model completely or not at all, and return its directory."""
-        ...
 
     def restore(self, run_dir: Path) -> None:
         """Load the saved weights into the model."""
-        ...
 
 
+@dataclass
 class WholeModel:
     """Stores the best model as a model directory, `model/`, with its tokenizer and template."""
 
-    def __init__(self, model: GPTModel, tokenizer: Tokenizer | None, template: Template | None = None) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = template
+    model: GPTModel
+    tokenizer: Tokenizer | None
+    template: Template | None = None
 
     def place(self, run_dir: Path) -> Path:
-        """Return the directory of the best model inside a run's directory."""
         return run_dir / "model"
 
     def save(self, run_dir: Path) -> Path:
-        """Write the model directory completely or not at all, and return its path."""
         self.model.save_pretrained(self.place(run_dir), self.tokenizer)
         if self.template is not None:
             self.template.save(self.place(run_dir))
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
-        """Load the saved weights into the model."""
         self.model.load_state_dict(read_weights(self.place(run_dir))[1])
 
 
+@dataclass
 class Run:
-    """The directory of a training run and everything in it. One process at a time can open it.
+    """The directory of a training run and the files in it; without a directory, nothing is written.
 
-    `open` locks the directory; `close`, or the end of a `with` block, releases it. Whatever is written is also reported on
-    the console. Without a directory nothing is written.
-
-    Args:
-        directory: the run's directory, or None.
-        config: says when checkpoints are written, how many are kept, and whether TensorBoard's files are written.
-        recipe, best_model, console, overwrite, resume, allow_changed: see `Trainer`.
+    `open` locks the directory and `close` unlocks it. Whatever is written is also reported on the console.
     """
 
-    def __init__(
-        self,
-        directory: str | Path | None,
-        config: TrainConfig,
-        recipe: Mapping[str, Any] | None,
-        best_model: BestModelStore,
-        console: Console,
-        *,
-        overwrite: bool = False,
-        resume: bool = False,
-        allow_changed: str | Sequence[str] = (),
-    ) -> None:
-        if resume and directory is None:
+    directory: Path | None
+    config: TrainConfig
+    recipe: dict[str, Any]
+    """The content of config.yaml."""
+    best_model: BestModelStore
+    console: Console
+    identify: Callable[[], dict[str, dict[str, Any]]]
+    """Returns the `data` and the `machine` of `Snapshot.context`. It may take long, so only checkpoints call it."""
+    overwrite: bool
+    resume: bool
+    allow_changed: Sequence[str]
+    writer: CheckpointWriter | None = None
+    """The checkpoint writer; None before the run is opened, or if it writes no checkpoints."""
+    _metrics: MetricsLog | None = None
+    _resources: ExitStack = field(default_factory=ExitStack)
+    _is_checkpoint_due: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resume and self.directory is None:
             raise ValueError("resume=True needs run_dir, the directory of the run to resume")
-        self.directory = None if directory is None else Path(directory)
-        self.config = config
-        self.recipe = plain(vars(config) if recipe is None else recipe)
-        self.best_model = best_model
-        self.console = console
-        self.overwrite = overwrite
-        self.resume = resume
-        self.allow_changed = (allow_changed,) if isinstance(allow_changed, str) else tuple(allow_changed)
-        self.writer: CheckpointWriter | None = None
-        """The checkpoint writer; None before the run is opened, or if it writes no checkpoints."""
-        self._identify: Identify = dict
-        self._lock: FileLock | None = None
-        self._metrics: MetricsLog | None = None
-        self._is_checkpoint_due = False
-        self._began = self._checkpoint_time = time.monotonic()
-        self.checkpoint_seconds = 0.0
+        self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
-    def __enter__(self) -> Run:
-        return self
+    def open(self) -> Snapshot | None:
+        """Lock the directory and begin a run in it, or return the snapshot from which the run is resumed.
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def open(self, identify: Identify) -> Snapshot | None:
-        """Lock the directory and begin a run in it, or return the checkpoint from which the run is resumed.
-
-        Files change only after all checks have passed.
-
-        Args:
-            identify: returns the hashes of the data and a description of the machine (see resume.py). It may take
-                long, and is called once, when the first checkpoint is read or written.
-
-        Raises:
-            FileExistsError: the directory is not empty, unless it holds a run and `overwrite` is True.
-            ValueError: the directory is locked; or a run cannot be resumed, because it has no complete checkpoint, or
-                because its recipe or its data differ.
+        Files change only after all checks have passed. Raises FileExistsError for a directory that may not be
+        overwritten, and ValueError if it is locked, has no complete checkpoint, or holds a run with another recipe or
+        other data.
         """
-        self._identify = lru_cache(maxsize=1)(identify)
-        if self.directory is None:
+        directory, config = self.directory, self.config
+        if directory is None:
             return None
         if not self.resume:
-            check_run_directory(self.directory, self.overwrite)
-        self._lock = _lock(self.directory)
-        snapshot = self._rewind() if self.resume else None
+            check_run_directory(directory, self.overwrite)
+        self._resources.callback(lock_directory(directory).release)
+        snapshot = self._rewind(directory) if self.resume else None
         if snapshot is None:
-            _clear(self.directory)
-        _remove_unfinished(self.directory)
-        with atomic_write(self.directory / "config.yaml") as file:
+            remove_run(directory)
+        remove_unfinished(directory)
+        with atomic_write(directory / "config.yaml") as file:
             yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
-        self._metrics = MetricsLog(self.directory, self.config.tensorboard, snapshot.state.step if snapshot else None)
-        if self.config.checkpoint_every or self.config.checkpoint_minutes:
-            self.writer = CheckpointWriter(self.directory / CHECKPOINTS, self.config.keep_last, self.config.keep_best)
-        self._began = self._checkpoint_time = time.monotonic()
+        self._metrics = MetricsLog(directory, config.tensorboard, snapshot.state.step if snapshot else None)
+        self._resources.callback(self._metrics.close)
+        if config.checkpoint_every or config.checkpoint_minutes:
+            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
         return snapshot
 
     def close(self) -> None:
@@ -169,14 +129,9 @@ class Run:
         """
         if self.writer is not None:
             self.writer.wait()
-        try:
+        with self._resources:
+            self._metrics = None
             self._report_failed_checkpoint()
-            if self._metrics is not None:
-                self._metrics.close()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-            self._lock = self._metrics = None
 
     def log(self, step: int, **values: float) -> None:
         """Append a record to metrics.jsonl."""
@@ -218,41 +173,50 @@ class Run:
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model, unless it is the current one. Raises FloatingPointError if no validation loss was finite."""
+        """Load the best model, if it is not the current one; FloatingPointError if no validation loss was finite."""
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
-                f"learning_rate{self.failure_message(state)}"
+                f"learning_rate{self._what_is_saved(state)}"
             )
         if self.directory is not None and state.best_step != state.step:
             self.best_model.restore(self.directory)
 
+    def check_divergence(self, state: RunState, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Raise FloatingPointError if too many steps were skipped. The three values are those of the last step."""
+        if state.n_skipped > self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps "
+                f"in all were not finite, more than max_skipped_steps={self.config.max_skipped_steps}: lower "
+                f"learning_rate (now {learning_rate:.3g}) or raise warmup_steps{self._what_is_saved(state)}"
+            )
+
+    def stop_message(self, state: RunState) -> str:
+        """Return where a stopped run stands and how to resume it. Saves the model if there is no best one yet."""
+        way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
+        return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
+
     def context(self) -> dict[str, dict[str, Any]]:
-        """Return what a checkpoint stores beside the counters, tensors and random states: see `Snapshot.context`."""
-        directory = self.directory
-        lengths = {} if directory is None else {name: _size(directory / name) for name in _GROWING}
-        return {"lengths": lengths, "recipe": self.recipe, **self._identify()}
+        """Return the content of a checkpoint except counters, tensors and random states (see `Snapshot.context`)."""
+        lengths = {} if self.directory is None else log_lengths(self.directory)
+        return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
         """Write the checkpoint of a new run, so that a disk without room is an error before hours of training."""
         if self.writer is not None and not self.resume:
-            self._checkpoint_now(self.writer, take_snapshot)
+            self.writer.write(take_snapshot)
 
     def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Begin to write a checkpoint in the background if it is time for one and the writer is free.
-
-        Args:
-            step: the number of steps so far.
-            take_snapshot: returns a copy of the run.
-        """
+        """Begin to write a checkpoint in the background if one is due after `step` steps and the writer is free."""
         if self.writer is None:
             return
-        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
-        waited = time.monotonic() - self._checkpoint_time
-        self._is_checkpoint_due |= (every > 0 and step % every == 0) or 0 < 60 * minutes <= waited
+        every, seconds = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
+        is_late = 0 < seconds <= time.monotonic() - self.writer.last_taken
+        self._is_checkpoint_due |= is_late or (every > 0 and step % every == 0)
         self._report_failed_checkpoint()
         if self._is_checkpoint_due and not self.writer.is_busy:
-            self._start_checkpoint(self.writer, take_snapshot)
+            self.writer.start(take_snapshot)
+            self._is_checkpoint_due = False
 
     def write_last_checkpoint(self, step: int, take_snapshot: TakeSnapshot) -> None:
         """Write the checkpoint of the step at which training ended, and wait until it is on the disk."""
@@ -260,145 +224,41 @@ class Run:
             return
         self.writer.wait()
         self._report_failed_checkpoint()
-        if not self.writer.has_written(step):
-            self._checkpoint_now(self.writer, take_snapshot)
-        n, seconds = self.writer.n_written, self.checkpoint_seconds
+        if self.writer.written_step != step:
+            self.writer.write(take_snapshot)
+        n, seconds = self.writer.n_written, self.writer.blocking_seconds
         self.log(step, checkpoints=n, checkpoint_seconds=seconds)
-        self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self._began))
+        self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
 
-    def stop_message(self, state: RunState) -> str:
-        """Return where a stopped run stands and how to resume it. Saves the model if there is no best one yet."""
-        parts = [f"stopped at step {state.step}"]
-        if self.writer is not None:
-            parts.append(f"--resume {self.directory} continues the run")
-        return "; ".join([*parts, *self._saved_model(state)])
-
-    def check_divergence(self, state: RunState, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Raise FloatingPointError if too many steps were skipped. The three values are those of the last step."""
-        if state.n_skipped <= self.config.max_skipped_steps:
-            return
-        raise FloatingPointError(
-            f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps in all "
-            f"were not finite, more than max_skipped_steps={self.config.max_skipped_steps}: lower learning_rate (now "
-            f"{learning_rate:.3g}) or raise warmup_steps{self.failure_message(state)}"
-        )
-
-    def failure_message(self, state: RunState) -> str:
-        """Return where a failed run left its model and its last checkpoint, for the end of an error message.
-
-        Saves the model if there is no best one yet.
-        """
-        parts = ["", *self._saved_model(state)]
-        if self.writer is not None:
-            self.writer.wait()
-            if self.writer.written is not None:
-                parts.append(f"the last good checkpoint is {self.writer.written}")
-        return "; ".join(parts)
-
-    def _saved_model(self, state: RunState) -> list[str]:
+    def _what_is_saved(self, state: RunState) -> str:
+        """Return where the model and the last checkpoint are, to end a message; save a model if there is none."""
         if self.directory is None:
-            return []
+            return ""
         if state.best_step is None:
             self.save_model()
         which = "last model" if state.best_step is None else f"best model (step {state.best_step})"
-        return [f"the {which} is in {self.best_model.place(self.directory)}"]
-
-    def _rewind(self) -> Snapshot:
-        """Return the newest complete checkpoint, and cut the logs back to their length at its step."""
-        assert self.directory is not None
-        snapshot, warnings = read_newest(self.directory / CHECKPOINTS)
-        warnings += check_unchanged(snapshot, self.context(), self.allow_changed)
-        for warning in warnings:
-            self.console.warn(warning)
-        if self.allow_changed:
-            records = read_metrics(self.directory)
-            losses = [(record["val_loss"], record["step"]) for record in records if "val_loss" in record]
-            if losses := [pair for pair in losses if math.isfinite(pair[0])]:
-                # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
-                snapshot.state.best_loss, snapshot.state.best_step = min(losses)
-        for name in _GROWING:
-            length = snapshot.context["lengths"].get(name, math.inf)
-            if _size(self.directory / name) > length:
-                os.truncate(self.directory / name, length)
-        return snapshot
-
-    def _start_checkpoint(self, writer: CheckpointWriter, take_snapshot: TakeSnapshot) -> None:
-        began = time.monotonic()
-        writer.start(take_snapshot())
-        self._is_checkpoint_due, self._checkpoint_time = False, time.monotonic()
-        self.checkpoint_seconds += self._checkpoint_time - began
-
-    def _checkpoint_now(self, writer: CheckpointWriter, take_snapshot: TakeSnapshot) -> None:
-        """Write a checkpoint, wait until it is on the disk, and raise the writer's error if there is one."""
-        self._start_checkpoint(writer, take_snapshot)
-        writer.wait()
-        if (failure := writer.take_failure()) is not None:
-            raise failure
+        text = f"; the {which} is in {self.best_model.place(self.directory)}"
+        if self.writer is not None:
+            self.writer.wait()
+            text += f"; the last good checkpoint is {self.writer.written}" if self.writer.written else ""
+        return text
 
     def _report_failed_checkpoint(self) -> None:
-        failure = None if self.writer is None else self.writer.take_failure()
-        if failure is not None:
-            self.console.warn(f"a checkpoint could not be written: {failure}")
+        if self.writer is not None and self.writer.failure is not None:
+            self.console.warn(f"a checkpoint could not be written: {self.writer.failure}")
+            self.writer.failure = None
 
-
-def check_run_directory(run: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if the directory is not empty, unless it holds a run and `overwrite` is True."""
-    if not run.exists() or not any(entry.name not in (_LOCK, _PROCESS) for entry in run.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{run} is not empty: choose another --out, or give --overwrite true")
-    if not (run / "config.yaml").is_file():
-        raise FileExistsError(f"{run} holds files but no run (config.yaml is missing): choose another --out")
-
-
-def is_empty_run(run: Path) -> bool:
-    """Return True for a run that was stopped before it saved a model."""
-    kept = [run / name for name in ("model", "adapter")]
-    for directory in kept:
-        restore_directory(directory)
-    return (run / "config.yaml").is_file() and not any(directory.exists() for directory in kept)
-
-
-def _lock(run: Path) -> FileLock:
-    """Create the directory and lock it. The operating system releases the lock when the process ends.
-
-    Raises ValueError if the directory is locked already.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / _LOCK, thread_local=False)  # A Trainer may be closed by another thread.
-    this_process = f"process {os.getpid()} on {socket.gethostname()}"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = (run / _PROCESS).read_text(encoding="utf-8").strip()
-        if holder == this_process:
-            raise ValueError(
-                f"this process already holds the lock of {run}: close the Trainer that uses it, or choose another run_dir"
-            ) from None
-        raise ValueError(
-            f"another process{f' ({holder})' if holder else ''} is training in {run}: wait for it, or choose another --out"
-        ) from None
-    (run / _PROCESS).write_text(f"{this_process}\n", encoding="utf-8")
-    return lock
-
-
-def _clear(run: Path) -> None:
-    """Remove the files of an earlier run. Other files may be the user's and stay."""
-    for name in RUN_FILES:
-        if (run / name).is_dir():
-            shutil.rmtree(run / name)
-        else:
-            (run / name).unlink(missing_ok=True)
-
-
-def _remove_unfinished(run: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote."""
-    remove_leftovers(run, RUN_FILES)
-    if (run / CHECKPOINTS).is_dir():
-        remove_leftovers(run / CHECKPOINTS, ("step-*", "latest"))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    def _rewind(self, directory: Path) -> Snapshot:
+        """Return the newest complete checkpoint, and cut the logs back to their length at its step."""
+        snapshot, warnings = read_newest(directory / CHECKPOINTS)
+        for warning in (*warnings, *check_unchanged(snapshot, self.context(), self.allow_changed)):
+            self.console.warn(warning)
+        if self.allow_changed:
+            pairs = [(record["val_loss"], record["step"]) for record in read_metrics(directory) if "val_loss" in record]
+            if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
+                # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
+                snapshot.state.best_loss, snapshot.state.best_step = min(finite)
+        for name, length in log_lengths(directory).items():
+            if (saved := snapshot.context["lengths"].get(name, length)) < length:
+                os.truncate(directory / name, saved)
+        return snapshot

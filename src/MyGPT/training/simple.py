@@ -5,6 +5,7 @@ It trains any model that returns logits (B, T, V): B batch, T time, V vocabulary
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,10 +61,8 @@ def train_model_simple(
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {global_step + 1}: lower the learning rate (the weights are "
-                    "those before this step)"
-                )
+                problem = f"the loss is {loss.item()} at step {global_step + 1}"
+                raise FloatingPointError(f"{problem}: lower the learning rate (the weights are those before this step)")
             loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()
@@ -93,27 +92,24 @@ def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module,
 def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
     """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all of them).
 
-    Without a target token the result is NaN. The model keeps its mode: in training mode, dropout is active.
+    Without a target token, or if `loader` is None, the result is NaN. In training mode, dropout stays active.
     """
     total, count = 0.0, 0
-    for i, (input_batch, target_batch) in enumerate(loader):
+    for i, (input_batch, target_batch) in enumerate(() if loader is None else loader):
         if num_batches is not None and i >= num_batches:
             break
         batch_total, batch_count = _loss_sum(input_batch.to(device), target_batch.to(device), model)
         total, count = total + batch_total.item(), count + int(batch_count)
-    return total / count if count else float("nan")
+    return total / count if count else math.nan
 
 
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Return the training and the validation loss over eval_iter batches, without dropout; NaN for a loader that is None."""
+    """Return the training and validation loss over eval_iter batches, without dropout; NaN for a loader of None."""
     with evaluation_mode(model):
-        losses = [
-            calc_loss_loader(loader, model, device, eval_iter) if loader is not None else float("nan")
-            for loader in (train_loader, val_loader)
-        ]
-    return losses[0], losses[1]
+        train_loss = calc_loss_loader(train_loader, model, device, eval_iter)
+        return train_loss, calc_loss_loader(val_loader, model, device, eval_iter)
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-_FORMER_KEYS = {"evals_since_best": "n_waited", "mean_grad_norm": "usual_norm"}
-_NON_FINITE = ("inf", "-inf", "nan")
+_RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
+"""Names of counters in checkpoints of version 0.1, and their names now."""
 
 
 class IncompatibleCheckpointError(ValueError):
@@ -69,26 +69,20 @@ class RunState:
         Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None unless the
         current step was evaluated, because checkpoints are compared by the `val_loss` of their own step.
         """
-        values = {name: _to_json(value) for name, value in vars(self).items()}
-        return values if self.evaluated_step == self.step else {**values, "val_loss": None}
+        values = vars(self) if self.evaluated_step == self.step else {**vars(self), "val_loss": None}
+        non_finite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        return {**values, **non_finite}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
         """Return the counters that `to_json` wrote, also in the form of earlier versions. Other keys are ignored.
 
-        Raises:
-            IncompatibleCheckpointError: a counter is missing.
-            ValueError: a counter has the wrong type.
+        Raises IncompatibleCheckpointError if a counter is missing, and ValueError if it has the wrong type.
         """
-        keys = {field: field.name if field.name in values else _FORMER_KEYS.get(field.name) for field in fields(cls)}
-        if missing := [field.name for field, key in keys.items() if key not in values]:
+        values = {_RENAMED.get(key, key): value for key, value in values.items()}
+        if missing := [field.name for field in fields(cls) if field.name not in values]:
             raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
-        counters = {field.name: _from_json(values[key], str(field.type), key) for field, key in keys.items() if key}
-        return cls(**counters)
-
-
-def _to_json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return cls(**{it.name: _from_json(values[it.name], str(it.type), it.name) for it in fields(cls)})
 
 
 def _from_json(value: Any, kind: str, name: str) -> Any:
@@ -97,6 +91,6 @@ def _from_json(value: Any, kind: str, name: str) -> Any:
         return math.inf if name == "best_loss" else None  # Earlier versions wrote null for an infinite best_loss.
     if type(value) is int and 0 <= value < 2**63:
         return value if kind.startswith("int") else float(value)
-    if kind.startswith("float") and (isinstance(value, float) or value in _NON_FINITE):
+    if kind.startswith("float") and (isinstance(value, float) or value in ("inf", "-inf", "nan")):
         return float(value)
     raise ValueError(f"{name} must be of type {kind}, got {value!r:.80}")

@@ -1,7 +1,7 @@
 """The training loop behind `mygpt train` and `mygpt finetune`: the step, the loop around it, and the evaluation.
 
-A step depends on the weights, the optimizers, the random states and the step number, and on nothing else. A checkpoint stores
-these (checkpoint.py), so a resumed run gives bit-identical results. state.py counts, run.py writes, console.py prints.
+A step depends on the weights, the optimizers, the random states and the step number, and on nothing else. A checkpoint
+stores these, so a resumed run gives bit-identical results. state.py counts, run.py writes, console.py prints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,32 @@ from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
-from MyGPT.training.batches import make_batches, to_device
-from MyGPT.training.checkpoint import Snapshot, restore_snapshot, seed_everything, take_snapshot
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
-from MyGPT.training.resume import identify
 from MyGPT.training.run import BestModelStore, Run, WholeModel
-from MyGPT.training.samples import LiveSamples
+from MyGPT.training.snapshot import Snapshot, identify, restore_snapshot, seed_everything, take_snapshot
 from MyGPT.training.state import RunState
+from MyGPT.training.texts import LiveSamples, make_batches, to_device
 
 
 class Trainer:
     """Trains a model. `run` does everything; `setup`, `step`, `evaluate`, `save` and `close` serve loops of your own.
 
-    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run continues from its newest complete checkpoint
-    with the results of an uninterrupted run: bit-identical on the same machine with the same thread count and versions.
+    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run continues from its newest complete
+    checkpoint with the results of an uninterrupted run: bit-identical on the same machine with the same thread count
+    and versions.
 
     Args:
         model: the model to train.
         config: how to train it.
-        train: token ids, or an object with a method `batch` (see `Batches`).
-        val: token ids, or an object with a method `batches` (see `Validation`). None trains without evaluation.
+        train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (B, T) int64, and
+            optionally an attention mask (B, T). With a method `fingerprint()`, a resumed run notices changed data.
+        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few
+            every time. None trains without evaluation.
         tokenizer: decodes live samples and is saved with the model.
-        prompts: token ids that live samples continue in turn. Default: config.sample_prompt, or the first validation tokens.
+        prompts: token ids that live samples continue. Default: config.sample_prompt or the validation text's start.
         best_model: saves the best model of the run. Default: a model directory, `model/`.
         run_dir: the run's directory. None writes no files.
         recipe: the content of config.yaml. Default: `config`.
@@ -77,24 +78,22 @@ class Trainer:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.model = model
-        self.config = config
-        self.device = torch.device(device)
+        self.model, self.config, self.device = model, config, torch.device(device)
         self.state = RunState()
         self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         self.console = Console(progress) if console is None else console
-        store = WholeModel(model, tokenizer) if best_model is None else best_model
         self.files = Run(
-            run_dir,
+            None if run_dir is None else Path(run_dir),
             config,
-            recipe,
-            store,
+            dict(vars(config) if recipe is None else recipe),
+            WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
+            cache(partial(identify, model, self.sampler, self.validation, self.device)),
             overwrite=overwrite,
             resume=resume,
-            allow_changed=allow_changed,
+            allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._modes, self._is_ready = ExitStack(), False
 
@@ -106,7 +105,7 @@ class Trainer:
     def setup(self) -> None:
         """Seed all generators, open the run's directory, move the model and make the optimizers.
 
-        Does nothing if the trainer is set up already. If an error occurs, everything is closed again.
+        The second call does nothing. An error closes everything again.
         """
         if self._is_ready:
             return
@@ -114,7 +113,7 @@ class Trainer:
             on_error.callback(self.close)
             self._modes.enter_context(deterministic_algorithms(self.config.deterministic))
             seed_everything(self.config.seed)
-            snapshot = self.files.open(partial(identify, self.model, self.sampler, self.validation, self.device))
+            snapshot = self.files.open()
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
             self.optimizers = make_optimizers(self.model, self.config)
@@ -144,8 +143,8 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its loss, gradient norm and learning rate.
 
-        A step whose loss or gradient is not finite leaves the weights unchanged. After more than max_skipped_steps such
-        steps, FloatingPointError is raised.
+        A step whose loss or gradient is not finite leaves the weights unchanged; more than max_skipped_steps such steps
+        raise FloatingPointError.
         """
         if not self._is_ready:
             raise RuntimeError("the trainer is not set up: call setup(), or use `with Trainer(...) as trainer:`")
@@ -154,9 +153,8 @@ class Trainer:
         batch = to_device(self.sampler.batch(state.step), self.device)
         n_targets = (batch[1] != IGNORED).sum()
         loss = torch.zeros((), device=self.device)
-        for micro_batch in zip(
-            *(tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch), strict=True
-        ):
+        parts = (tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch)
+        for micro_batch in zip(*parts, strict=True):
             mean = self._token_loss(*micro_batch)[0] / n_targets
             mean.backward()
             loss += mean.detach()
@@ -166,7 +164,7 @@ class Trainer:
         for optimizer in self.optimizers:
             if is_finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         state.n_skipped += not is_finite
         self.files.check_divergence(state, **values)
         state.tokens_seen += batch[0].numel()
@@ -174,7 +172,7 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the mean validation loss in nats per token, over a fixed part of the data or the whole; NaN without data."""
+        """Return the mean validation loss in nats per token, on a fixed part of the data or all; NaN without data."""
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
@@ -194,8 +192,9 @@ class Trainer:
         """Train to the last step, to early_stop or to a signal; then close the trainer.
 
         Returns the loss on all validation data of the best model (NaN without such data). The trainer and `model/` then
-        hold this model; without a run_dir, the last model takes its place. SIGINT (Ctrl-C) and SIGTERM save a checkpoint and
-        raise Stopped. FloatingPointError is raised if too many steps, or all validation losses, are not finite.
+        hold this model; without a run_dir, the last model takes its place. SIGINT (Ctrl-C) and SIGTERM save a
+        checkpoint and raise Stopped. FloatingPointError is raised if too many steps, or all validation losses, are not
+        finite.
         """
         with self:
             self.console.start(self.state.step, self.config.max_steps)
@@ -209,26 +208,25 @@ class Trainer:
 
     def _train(self, signals: list[int]) -> None:
         config, state = self.config, self.state
-        began, tokens = time.perf_counter(), state.tokens_seen
+        seconds, tokens = 0.0, state.tokens_seen
         while state.step < config.max_steps and not signals and not state.has_lost_patience(config.early_stop):
+            began = time.perf_counter()
             values = self.step()
             self.files.record_step(state, values["loss"], values["grad_norm"])
+            seconds += time.perf_counter() - began  # without evaluations, samples and checkpoints
             if state.step % config.log_every == 0 or state.step == config.max_steps:
-                now = time.perf_counter()
-                speed, began, tokens = (state.tokens_seen - tokens) / (now - began), now, state.tokens_seen
-                self.files.record_speed(state, values, speed)
-            pause = time.perf_counter()
+                self.files.record_speed(state, values, (state.tokens_seen - tokens) / seconds)
+                seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
                 self._evaluate_and_save_best()
-            if self.samples.is_due(state.step):
-                self.files.record_sample(state.step, self.samples.text(state.step))
+            if (text := self.samples.text(state.step)) is not None:
+                self.files.record_sample(state.step, text)
             self.files.checkpoint_if_due(state.step, self.snapshot)
-            began += time.perf_counter() - pause  # The speed counts the steps alone.
 
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
         if loss < self.best_loss:
-            self.save()  # Before the loss is recorded, so that metrics.jsonl never names a best model that was not saved.
+            self.save()  # before the loss is recorded: metrics.jsonl never names a best model that was not saved
         self.files.record_evaluation(self.state, loss)
 
     def _finish(self) -> float:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
-from MyGPT.weights.layout import HEAD, WTE, config_of, fit
-from MyGPT.weights.lazy import LazyTensor
+from MyGPT.weights.layout import HEAD, WTE, config_of, drop_zero_biases, fit, to_ours
+from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 COPY_WEIGHTS = os.name == "nt"
 """True to copy opened weights into memory. Windows can neither replace nor delete a file that is mapped."""
@@ -29,6 +29,20 @@ class Checkpoint:
     """None if the file does not contain it. The tensor shapes determine everything except the number of heads."""
     tensors: dict[str, LazyTensor]
     """The weights by MyGPT's names. The matrices of linear layers are (out, in)."""
+
+    @classmethod
+    def of(cls, path: Path, tensors: LazyTensors, config: GPTConfig | None, format: str | None = None) -> Checkpoint:
+        """Return the checkpoint for the tensors of a file in any known layout; by default, `format` names the layout.
+
+        Raises ValueError if the layout is unknown.
+        """
+        try:
+            ours, layout = to_ours(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if config is not None:
+            ours = drop_zero_biases(ours, config)
+        return cls(format or f"a state dict in {layout} layout", path, config, ours)
 
     def guess_config(self) -> GPTConfig:
         """Return the config; if the file has none, infer it from the shapes and assume heads of width 64, as in GPT-2."""
@@ -52,12 +66,11 @@ class Checkpoint:
             tensors = fit(self.tensors, self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        state_dict: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if name == HEAD and self.config.tie_weights:
-                state_dict[name] = state_dict[WTE]
-            else:
-                state_dict[name] = _convert(tensor.load(), dtype)
+        if self.config.tie_weights:
+            del tensors[HEAD]
+        state_dict = {name: _convert(tensor.load(), dtype) for name, tensor in tensors.items()}
+        if self.config.tie_weights:
+            state_dict[HEAD] = state_dict[WTE]
         return self.config, state_dict
 
 

@@ -12,20 +12,16 @@ from pathlib import Path
 
 from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weights
 
-_OTHER_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json
-    merges.txt encoder.json vocab.bpe template.json""".split()
+_OTHER_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
+    vocab.json merges.txt encoder.json vocab.bpe template.json""".split()
 _UNFINISHED = ".mygpt-unfinished-download"
-"""The list of the files of a download, which exists until all of them have arrived."""
+"""A file that lists the files of a download. It exists until all of them have arrived."""
 
 
 def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
-    """Download the model in a repository such as openai-community/gpt2, and return `directory`.
+    """Download the model in a repository such as openai-community/gpt2 to `directory`, and return `directory`.
 
     A directory that is already complete, downloaded or copied by hand, needs no network.
-
-    Args:
-        repo_id: the repository, as user/model.
-        directory: where the files are stored.
 
     Raises:
         OSError: the repository cannot be downloaded or contains no model.
@@ -34,14 +30,13 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory)
     if _is_complete(directory):
         return directory
+    by_hand = f"copy the repository's files to {directory}"
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError:
-        raise ValueError(
-            f"downloading {repo_id} needs the library huggingface_hub: pip install 'mygpt[hub]', "
-            f"or copy the repository's files to {directory}"
-        ) from None
+        needed = f"downloading {repo_id} needs the library huggingface_hub"
+        raise ValueError(f"{needed}: pip install 'mygpt[hub]', or {by_hand}") from None
     try:
         info = HfApi().model_info(repo_id)
         files = _choose_files([file.rfilename for file in info.siblings or []])
@@ -53,9 +48,7 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
     except HFValidationError:
         raise
     except Exception as error:  # raised by huggingface_hub, requests or httpx, depending on the version
-        raise OSError(
-            f"cannot download {repo_id} ({error}): try again, or copy the repository's files to {directory}"
-        ) from error
+        raise OSError(f"cannot download {repo_id} ({error}): try again, or {by_hand}") from error
     (directory / _UNFINISHED).unlink(missing_ok=True)
     return directory
 

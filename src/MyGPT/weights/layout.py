@@ -1,8 +1,8 @@
 """The table of weight names and matrix layouts of all known GPT-2 formats.
 
-MyGPT uses Hugging Face's names, and stores the matrices of linear layers as (out, in), like `nn.Linear`. OpenAI and Hugging Face
-store them as (in, out). No other module renames or transposes weights. All functions work on lazy tensors, so a checkpoint of
-any size is read one tensor at a time. C embedding width, T context length.
+MyGPT uses Hugging Face's names, and stores the matrices of linear layers as (out, in), like `nn.Linear`. OpenAI and
+Hugging Face store them as (in, out). No other module renames or transposes weights. All functions work on lazy tensors,
+so a checkpoint of any size is read one tensor at a time. C embedding width, T context length.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ TOP = (
     ("transformer.ln_f.bias", "ln_f/b", "final_norm.shift"),
     (HEAD, None, "out_head.weight"),
 )
-# The names inside a block, in the same order. The book has separate matrices for queries, keys and values.
-BLOCK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("ln_1.weight", "ln_1/g", ("norm1.scale",)),
-    ("ln_1.bias", "ln_1/b", ("norm1.shift",)),
-    ("attn.c_attn.weight", "attn/c_attn/w", ("att.W_query.weight", "att.W_key.weight", "att.W_value.weight")),
-    ("attn.c_attn.bias", "attn/c_attn/b", ("att.W_query.bias", "att.W_key.bias", "att.W_value.bias")),
-    ("attn.c_proj.weight", "attn/c_proj/w", ("att.out_proj.weight",)),
-    ("attn.c_proj.bias", "attn/c_proj/b", ("att.out_proj.bias",)),
-    ("ln_2.weight", "ln_2/g", ("norm2.scale",)),
-    ("ln_2.bias", "ln_2/b", ("norm2.shift",)),
-    ("mlp.c_fc.weight", "mlp/c_fc/w", ("ff.layers.0.weight",)),
-    ("mlp.c_fc.bias", "mlp/c_fc/b", ("ff.layers.0.bias",)),
-    ("mlp.c_proj.weight", "mlp/c_proj/w", ("ff.layers.2.weight",)),
-    ("mlp.c_proj.bias", "mlp/c_proj/b", ("ff.layers.2.bias",)),
+# The names inside a block, in the same order, and the shape of MyGPT's tensor in multiples of C. The book has separate
+# matrices for queries, keys and values.
+BLOCK: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
+    ("ln_1.weight", "ln_1/g", ("norm1.scale",), (1,)),
+    ("ln_1.bias", "ln_1/b", ("norm1.shift",), (1,)),
+    ("attn.c_attn.weight", "attn/c_attn/w", ("att.W_query.weight", "att.W_key.weight", "att.W_value.weight"), (3, 1)),
+    ("attn.c_attn.bias", "attn/c_attn/b", ("att.W_query.bias", "att.W_key.bias", "att.W_value.bias"), (3,)),
+    ("attn.c_proj.weight", "attn/c_proj/w", ("att.out_proj.weight",), (1, 1)),
+    ("attn.c_proj.bias", "attn/c_proj/b", ("att.out_proj.bias",), (1,)),
+    ("ln_2.weight", "ln_2/g", ("norm2.scale",), (1,)),
+    ("ln_2.bias", "ln_2/b", ("norm2.shift",), (1,)),
+    ("mlp.c_fc.weight", "mlp/c_fc/w", ("ff.layers.0.weight",), (4, 1)),
+    ("mlp.c_fc.bias", "mlp/c_fc/b", ("ff.layers.0.bias",), (4,)),
+    ("mlp.c_proj.weight", "mlp/c_proj/w", ("ff.layers.2.weight",), (1, 4)),
+    ("mlp.c_proj.bias", "mlp/c_proj/b", ("ff.layers.2.bias",), (1,)),
 )
 _MATRIX = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _WIDENING = re.compile(r"\.(attn\.c_attn|mlp\.c_fc)\.weight$")  # out > in, so the shape shows the orientation
@@ -51,15 +52,9 @@ _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # added by torch.compile an
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor in the state dict of a model."""
     C = config.emb_dim
-    in_block: dict[str, tuple[int, ...]] = {
-        "attn.c_attn.weight": (3 * C, C),
-        "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C),
-        "mlp.c_fc.weight": (4 * C, C),
-        "mlp.c_fc.bias": (4 * C,),
-        "mlp.c_proj.weight": (C, 4 * C),
-    }
-    block = {ours: in_block.get(ours, (C,)) for ours, _, _ in BLOCK if config.qkv_bias or ours != "attn.c_attn.bias"}
+    block = {ours: tuple(n * C for n in shape) for ours, _, _, shape in BLOCK}
+    if not config.qkv_bias:
+        del block["attn.c_attn.bias"]
     return {
         WTE: (config.vocab_size, C),
         WPE: (config.context_length, C),
@@ -76,10 +71,8 @@ def openai_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     Linear layers are convolutions of width 1 there, so their matrices are (1, in, out).
     """
     ours = shapes(config)
-    return {
-        f"model/{path}": (1, *reversed(ours[name])) if _MATRIX.search(name) else ours[name]
-        for path, name in _openai_names(config.n_layers).items()
-    }
+    names = _openai_names(config.n_layers).items()
+    return {f"model/{path}": (1, *ours[name][::-1]) if _MATRIX.search(name) else ours[name] for path, name in names}
 
 
 def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
@@ -92,15 +85,12 @@ def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
         return _from_openai(bare), "OpenAI's"
     if "tok_emb.weight" in bare:
         return _from_book(bare), "the book's"
-    ours = {
-        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": bare[name] for name in bare
-    }
+    prefixes = ("transformer.", "lm_head.")
+    ours = {name if name.startswith(prefixes) else f"transformer.{name}": bare[name] for name in bare}
     widening = [tensor.shape for name, tensor in ours.items() if _WIDENING.search(name) and len(tensor.shape) == 2]
     if not widening or len(ours) < len(bare):
-        some = ", ".join(list(tensors)[:4]) or "none"
-        raise ValueError(
-            f"these are not the weights of a GPT-2 model; the tensor names are {some}{', …' if len(tensors) > 4 else ''}"
-        )
+        names = ", ".join([*tensors][:4] + ["…"] * (len(tensors) > 4)) or "none"
+        raise ValueError(f"these are not the weights of a GPT-2 model; the tensor names are {names}")
     if widening[0][0] < widening[0][1]:  # (in, out)
         return {name: _transposed(name, tensor) for name, tensor in ours.items()}, "Hugging Face's"
     if not any(name.endswith(".bias") for name in ours):
@@ -112,9 +102,7 @@ def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
     """Return the config of a model with these weights (by MyGPT's names). Only `n_heads` does not follow from the shapes."""
     for name in (WTE, WPE):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(
-                f"the model's sizes cannot be inferred from the weights: {name} is missing or not a matrix"
-            )
+            raise ValueError(f"the weights do not show the model's sizes: {name} is missing or not a matrix")
     vocab_size, emb_dim = tensors[WTE].shape
     return GPTConfig(
         vocab_size=vocab_size,
@@ -134,11 +122,10 @@ def align(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTensor
     the weights. If the config has a shorter context, the position embedding is cut to its first rows.
     """
     aligned = dict(tensors)
-    bias_names = [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]
-    if not config.qkv_bias and any(name in tensors for name in bias_names):
+    if any(name in tensors for name in _qkv_biases(config)):
         config = dataclasses.replace(config, qkv_bias=True)
-    elif config.qkv_bias and not any(name in tensors for name in bias_names):
-        aligned |= {name: _zeros((3 * config.emb_dim,), tensors) for name in bias_names}
+    elif config.qkv_bias:
+        aligned |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), tensors))
     positions, T = tensors.get(WPE), config.context_length
     if positions is not None and len(positions.shape) == 2 and positions.shape[0] > T:
         aligned[WPE] = positions.map((T, positions.shape[1]), lambda table: table[:T])
@@ -177,12 +164,11 @@ def drop_zero_biases(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyT
 
     Hugging Face's layout always contains these biases, so `to_hugging_face` writes zeros for a model without them.
     """
-    absent = set() if config.qkv_bias else {f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)}
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in absent or tensor.dtype is None or torch.any(tensor.load())
-    }
+    kept = dict(tensors)
+    for name in () if config.qkv_bias else _qkv_biases(config):
+        if name in kept and kept[name].dtype is not None and not torch.any(kept[name].load()):
+            del kept[name]
+    return kept
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
@@ -193,21 +179,23 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
     ours = {name: LazyTensor.of(tensor.detach()) for name, tensor in state_dict.items()}
     if config.tie_weights:
         if not ours[HEAD].equals(ours[WTE]):
-            raise ValueError(
-                f"{HEAD} differs from {WTE} although the config has tie_weights=True, so it would not be saved: set "
-                "model.config = dataclasses.replace(model.config, tie_weights=False)"
-            )
+            way_out = "set model.config = dataclasses.replace(model.config, tie_weights=False)"
+            raise ValueError(f"{HEAD} differs from {WTE}, but is not saved with tie_weights=True: {way_out}")
         del ours[HEAD]
     if not config.qkv_bias:
-        zeros = _zeros((3 * config.emb_dim,), ours)
-        ours |= {f"transformer.h.{i}.attn.c_attn.bias": zeros for i in range(config.n_layers)}
+        ours |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), ours))
     return {name: _transposed(name, tensor) for name, tensor in ours.items()}
+
+
+def _qkv_biases(config: GPTConfig) -> list[str]:
+    """Return the names of the query, key and value biases of a model that has them."""
+    return [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]
 
 
 def _openai_names(n_layers: int) -> dict[str, str]:
     """Return MyGPT's name for each of OpenAI's variable names."""
     top = {path: ours for ours, path, _ in TOP if path is not None}
-    return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, _ in BLOCK}
+    return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, *_ in BLOCK}
 
 
 def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
@@ -220,15 +208,13 @@ def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
     """Return the book's weights by MyGPT's names, with queries, keys and values joined; unknown names are kept."""
     parts_of = {ours: [theirs] for ours, _, theirs in TOP}
     for i in _block_numbers(tensors):
-        parts_of |= {
-            f"transformer.h.{i}.{ours}": [f"trf_blocks.{i}.{name}" for name in theirs] for ours, _, theirs in BLOCK
-        }
-    whole = {ours: parts for ours, parts in parts_of.items() if all(part in tensors for part in parts)}
-    used = {part for parts in whole.values() for part in parts}
-    return {
-        **{ours: _concatenated([tensors[part] for part in parts]) for ours, parts in whole.items()},
-        **{name: tensor for name, tensor in tensors.items() if name not in used},
-    }
+        for ours, _, theirs, _ in BLOCK:
+            parts_of[f"transformer.h.{i}.{ours}"] = [f"trf_blocks.{i}.{name}" for name in theirs]
+    rest, joined = dict(tensors), {}
+    for ours, parts in parts_of.items():
+        if all(part in tensors for part in parts):
+            joined[ours] = _concatenated([rest.pop(part) for part in parts])
+    return joined | rest
 
 
 def _with_zero_biases(ours: LazyTensors) -> dict[str, LazyTensor]:

@@ -22,11 +22,11 @@ from MyGPT.weights.released import download_gpt2
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the directory or file of a model, which is downloaded first if it is a name and not in the cache.
+    """Return the directory or file of a model, given its path or name. Download a named model that is not in the cache.
 
-    gpt2, gpt2-medium, gpt2-large and gpt2-xl (or 124M, 355M, 774M, 1558M) are OpenAI's original files. Names such as
-    openai-community/gpt2 or hf://user/model are repositories on the Hugging Face hub. If a model exists at a path of
-    this name, the path is returned.
+    The names gpt2, gpt2-medium, gpt2-large and gpt2-xl (or 124M, 355M, 774M, 1558M) mean OpenAI's original files. Names
+    such as openai-community/gpt2 or hf://user/model mean repositories on the Hugging Face hub. A model at a path with
+    such a name takes precedence.
     """
     path, name = Path(name_or_path), str(name_or_path)
     is_name = name in GPT2_CONFIGS or _repository(name) is not None
@@ -35,12 +35,10 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
-    """Download a model, unless it is already complete, and return its directory.
+    """Download a model with a name as for `find_model`, unless it is already complete, and return its directory.
 
-    Args:
-        name: a released model or a repository on the Hugging Face hub, as for `find_model`.
-        directory: the parent directory of the downloaded models; default: models in the cache directory.
-        base_url: a server with OpenAI's files, instead of the public servers.
+    `directory` is the parent directory of all downloaded models; the default is `models` in the cache directory.
+    `base_url` is a server with OpenAI's files, used instead of the public servers.
     """
     parent = Path(directory) if directory is not None else cache_directory() / "models"
     repository = _repository(name)
@@ -48,9 +46,7 @@ def download_model(name: str, directory: str | os.PathLike[str] | None = None, b
         return download_from_hub(repository, parent / repository.replace("/", "--"))
     if name in GPT2_CONFIGS:
         return download_gpt2(name, parent, base_url)
-    raise ValueError(
-        f"unknown model {name!r}: the models to download are {', '.join(GPT2_CONFIGS)}, or hf://user/model"
-    )
+    raise ValueError(f"unknown model {name!r}: choose {', '.join(GPT2_CONFIGS)} or hf://user/model")
 
 
 def read_weights(
@@ -63,16 +59,14 @@ def read_weights(
 def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     """Copy the weights of a GPT-2 into a `GPTModel`. The model keeps its dtype and device.
 
-    If only the weights have qkv biases, they are added to the model and to its config; create the optimizer afterwards. If
-    the model has a shorter context, it gets the first positions.
+    If only the weights have qkv biases, they are added to the model and to its config; create the optimizer afterwards.
+    If the model has a shorter context, it gets the first positions. If the weights do not fit, ValueError lists every
+    mismatch, and the model is unchanged.
 
     Args:
         model: a GPTModel.
         params: the weights that `download_and_load_gpt2` returns; a state dict from Hugging Face, the book, nanoGPT or
             MyGPT; or a checkpoint with one under "model", "state_dict" or "model_state_dict".
-
-    Raises:
-        ValueError: the weights do not fit; lists every mismatch. The model is then unchanged.
     """
     config, parameters = getattr(model, "config", None), dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(config, GPTConfig) or WTE not in parameters:

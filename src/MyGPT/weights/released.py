@@ -1,6 +1,6 @@
 """OpenAI's released GPT-2 models: their files and servers, and how to download them.
 
-The seventh file of a release, `model.ckpt.meta`, contains TensorFlow's graph. Nothing here needs it, so it is not downloaded.
+`model.ckpt.meta`, the seventh file of a release, is not downloaded: it contains TensorFlow's graph, which is not needed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,14 @@ SERVERS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",  # OpenAI's own
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",  # the mirror that the book uses
 )
-FILES = (  # short files first, so that a wrong address fails before gigabytes are downloaded
-    "checkpoint",
-    "hparams.json",
-    "encoder.json",
-    "vocab.bpe",
-    "model.ckpt.index",
-    "model.ckpt.data-00000-of-00001",
-)
+# Short files first, so that a wrong address fails before gigabytes are downloaded.
+FILES = "checkpoint hparams.json encoder.json vocab.bpe model.ckpt.index model.ckpt.data-00000-of-00001".split()
 DATA_BYTES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320, "1558M": 6_230_444_800}
 """The length of each model's data file, which contains only the parameters in float32."""
 
 
 def download_gpt2(
-    size: str,
-    models_dir: str | os.PathLike[str],
-    base_url: str | None = None,
-    *,
-    progress: bool = True,
-    timeout: float = 30.0,
-    attempts: int = 5,
+    size: str, models_dir: str | os.PathLike[str], base_url: str | None = None, *, progress: bool = True
 ) -> Path:
     """Download OpenAI's files of one model that are missing or incomplete, and return their directory.
 
@@ -48,8 +36,6 @@ def download_gpt2(
         base_url: a server with the files at `base_url`/124M/hparams.json and so on, used instead of the public servers.
             The default is the environment variable MYGPT_GPT2_URL, if it is set.
         progress: show a progress bar.
-        timeout: seconds without data after which a request fails.
-        attempts: failed requests in a row after which the next server is tried.
 
     Raises:
         DownloadError: a file could not be downloaded; the message lists the missing files.
@@ -66,15 +52,11 @@ def download_gpt2(
                 sha256=VOCABULARY_SHA256.get(name),
                 size=DATA_BYTES[size] if ".data-" in name else None,
                 progress=progress,
-                timeout=timeout,
-                attempts=attempts,
             )
         except DownloadError as error:
-            missing = [name for name in FILES if not (directory / name).is_file()]
-            raise DownloadError(
-                f"{error}; {directory} still lacks {', '.join(missing)}: "
-                f"set MYGPT_GPT2_URL to a server that has these files under {size}/"
-            ) from None
+            missing = ", ".join(name for name in FILES if not (directory / name).is_file())
+            way_out = f"set MYGPT_GPT2_URL to a server that has these files under {size}/"
+            raise DownloadError(f"{error}; {directory} still lacks {missing}: {way_out}") from None
         found_at = address_of(directory / name) or ""
         servers.sort(key=lambda server: not found_at.startswith(server))
     return directory
@@ -85,12 +67,12 @@ def download_and_load_gpt2(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Download a released model if necessary, and return its settings and weights for `load_weights_into_gpt`.
 
+    The settings are the contents of hparams.json. The weights are nested dicts of arrays, as
+    `load_gpt2_params_from_tf_ckpt` returns them.
+
     Args:
         model_size: 124M, 355M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
         models_dir: the files are stored in its subdirectory 124M, 355M, 774M or 1558M.
-
-    Returns:
-        The contents of hparams.json, and the nested dicts of arrays that `load_gpt2_params_from_tf_ckpt` returns.
     """
     directory = download_gpt2(model_size, models_dir)
     settings = read_settings(directory)
@@ -98,7 +80,7 @@ def download_and_load_gpt2(
 
 
 def released_size(name: str) -> str:
-    """Return OpenAI's name of a model (124M, 355M, 774M, 1558M) from that name or Hugging Face's. Others raise ValueError."""
+    """Return OpenAI's name of a model, such as 124M, given that name or Hugging Face's. Others raise ValueError."""
     if name not in GPT2_CONFIGS:
         raise ValueError(f"there is no GPT-2 of the size {name!r}; the sizes are {', '.join(GPT2_CONFIGS)}")
     return next(size for size in DATA_BYTES if GPT2_CONFIGS[size] == GPT2_CONFIGS[name])

@@ -1,12 +1,11 @@
 """Model directories in Hugging Face's GPT-2 layout: config.json, weights, the tokenizer's files and a model card.
 
-This is the only format that MyGPT writes, and there is no export step: transformers opens the same directory.
+MyGPT writes only this format. There is no export step: transformers opens the same directory.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from MyGPT.files import atomic_directory, read_json, restore_directory
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 from MyGPT.weights.formats.torch_file import read_torch_file
-from MyGPT.weights.layout import drop_zero_biases, to_hugging_face, to_ours
+from MyGPT.weights.layout import to_hugging_face
 from MyGPT.weights.lazy import LazyTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -40,14 +39,8 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in a model directory, or in the `model/` of a run's directory."""
-    directory = _model_directory(path)
-    config, weights = read_config(directory), find_weights(directory)
-    tensors = _read_shards(weights) if weights.name.endswith(INDEX_SUFFIX) else _read_file(weights)
-    try:
-        tensors = drop_zero_biases(to_ours(tensors)[0], config)
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from None
-    return Checkpoint("a model directory in Hugging Face's layout", weights, config, tensors)
+    config, weights = read_config(path), find_weights(_model_directory(path))
+    return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
 
 
 def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
@@ -89,13 +82,8 @@ def write_directory(
 ) -> None:
     """Write a model directory completely or not at all. Other files that are already in it are kept.
 
-    Args:
-        directory: the directory to write.
-        config: the model's config.
-        state_dict: the model's weights.
-        tokenizer: saved to the directory as well; its end-of-text token becomes the model's.
-        more_config: entries added to config.json, for a model with another head.
-        more_tensors: tensors added to the weights unchanged, for a model with another head.
+    The tokenizer is saved too, and its end-of-text token becomes the model's. For a model with another head,
+    `more_config` and `more_tensors` are added to config.json and to the weights unchanged.
     """
     eot_token = getattr(tokenizer, "eot_token", None)
     special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
@@ -120,18 +108,15 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _read_file(path: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of one weights file under the names they have there."""
-    return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_torch_file(path)[0]
-
-
-def _read_shards(index: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of all files that an index lists."""
-    file_of = _weight_map(index)
-    tensors = {file: _read_file(index.parent / file) for file in sorted(set(file_of.values()))}
-    return {
-        name: tensor for file, shard in tensors.items() for name, tensor in shard.items() if file_of.get(name) == file
-    }
+def _read_tensors(weights: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a weights file, or of all files that an index lists, under the names they have there."""
+    if weights.suffix == ".safetensors":
+        return read_safetensors(weights)
+    if not weights.name.endswith(INDEX_SUFFIX):
+        return read_torch_file(weights)[0]
+    file_of = _weight_map(weights)
+    shards = {file: _read_tensors(weights.parent / file) for file in sorted(set(file_of.values()))}
+    return {name: shards[file][name] for name, file in file_of.items() if name in shards[file]}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -150,15 +135,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write the weights to one file, or to several files and an index. At most one file's tensors are copied at a time."""
+    sizes = {name: tensor.load().nbytes for name, tensor in tensors.items()}  # loads views, not copies
     shards: list[list[str]] = [[]]
-    total = in_shard = 0
-    for name, tensor in tensors.items():
-        n_bytes = _n_bytes(tensor)
-        if shards[-1] and in_shard + n_bytes > MAX_SHARD_BYTES:
+    for name in tensors:
+        if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > MAX_SHARD_BYTES:
             shards.append([])
-            in_shard = 0
         shards[-1].append(name)
-        in_shard, total = in_shard + n_bytes, total + n_bytes
     n = len(shards)
     files = [WEIGHTS[0]] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, names in zip(files, shards, strict=True):
@@ -166,13 +148,8 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
         write_safetensors(temporary / file, shard, shown_as=directory / file)
     if n > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(temporary / f"{WEIGHTS[0]}{INDEX_SUFFIX}", index)
-
-
-def _n_bytes(tensor: LazyTensor) -> int:
-    assert tensor.dtype is not None  # parameters are floating-point
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -183,30 +160,6 @@ def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:
     names = [name for name in state_dict if not (config.tie_weights and name == "lm_head.weight")]
     n_parameters = sum(state_dict[name].numel() for name in names)
     dtype = str(state_dict[names[0]].dtype).removeprefix("torch.")
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, mygpt]
----
-{_CARD_MARK}
-# A GPT-2 model
-
-| | |
-|---|---|
-| parameters | {n_parameters:,} ({dtype}) |
-| layers, heads, width | {config.n_layers}, {config.n_heads}, {config.emb_dim} |
-| vocabulary, context | {config.vocab_size:,}, {config.context_length:,} |
-| output head | {"the token embedding (tied)" if config.tie_weights else "its own"} |
-
-MyGPT and transformers open this directory and compute equal logits:
-
-```python
-from MyGPT import GPTModel
-model = GPTModel.from_pretrained("this-directory")
-
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("this-directory")
-```
-
-Describe the training data and the intended use of the model here.
-"""
+    head = "the token embedding (tied)" if config.tie_weights else "its own"
+    card = (Path(__file__).parents[2] / "assets" / "model_card.md").read_text(encoding="utf-8")
+    return card.format(config=config, n_parameters=n_parameters, dtype=dtype, head=head)

@@ -1,7 +1,7 @@
 """OpenAI's GPT-2 checkpoints: TensorFlow bundles with hparams.json, as arrays and as a checkpoint.
 
-`load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large Language
-Model (From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out); layout.py transposes them.
+`load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large
+Language Model (From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from MyGPT.config import GPTConfig
 from MyGPT.files import read_json
 from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.layout import openai_shapes, to_ours
+from MyGPT.weights.layout import openai_shapes
 from MyGPT.weights.lazy import LazyTensor, torch_float_type
-from MyGPT.weights.tensorflow.bundle import Bundle, CheckpointError, latest_checkpoint, open_bundle
+from MyGPT.weights.tensorflow.bundle import BundleTensor, CheckpointError, latest_checkpoint, open_bundle
 
-_SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+_SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
@@ -33,16 +33,15 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in a directory with OpenAI's files."""
     settings, prefix = read_settings(path), latest_checkpoint(path)
-    bundle = _open_bundle(prefix, settings)
     tensors = {
         name.removeprefix("model/"): LazyTensor(
-            bundle.shape(name),
-            torch_float_type(bundle.dtype(name)),
-            lambda name=name: torch.from_numpy(bundle.read(name)),  # type: ignore[misc]
+            tensor.shape,
+            torch_float_type(tensor.dtype()),
+            lambda tensor=tensor: torch.from_numpy(tensor.read()),  # type: ignore[misc]
         )
-        for name in bundle.names()
+        for name, tensor in _open_model(prefix, settings).items()
     }
-    return Checkpoint("OpenAI's TensorFlow checkpoint", prefix, _config(settings), to_ours(tensors)[0])
+    return Checkpoint.of(prefix, tensors, _config(settings), "OpenAI's TensorFlow checkpoint")
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,9 +63,9 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of a GPT-2 as nested dicts of arrays, as the book's function of this name does.
 
-    The keys are wte, wpe, g, b and blocks; each block has attn, mlp, ln_1 and ln_2. params["wte"] is (n_vocab, n_embd) and
-    params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd): axes of length 1 are removed. The arrays are views
-    of the mapped file (see `Bundle.read`).
+    The keys are wte, wpe, g, b and blocks; each block has attn, mlp, ln_1 and ln_2. params["wte"] is (n_vocab, n_embd)
+    and params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd): axes of length 1 are removed. The arrays are
+    views of the mapped file. Writing to them changes memory only; do not truncate the file while they exist.
 
     Args:
         ckpt_path: the prefix of the checkpoint's files, such as "gpt2/124M/model.ckpt"; `latest_checkpoint` returns it.
@@ -75,73 +74,64 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
     Raises:
         CheckpointError: the files are damaged, or do not contain a model with these settings; lists every difference.
     """
-    bundle = _open_bundle(ckpt_path, settings)
+    tensors = _open_model(ckpt_path, settings)
     params: dict[str, Any] = {"blocks": [{} for _ in range(settings["n_layer"])]}
-    for name in bundle.names():
+    for name, tensor in tensors.items():
         _, first, *path = name.split("/")  # model/h0/attn/c_attn/w, model/ln_f/g, model/wte
         block = re.fullmatch(r"h(\d+)", first)
         target = params["blocks"][int(block[1])] if block else params
         *outer, last = path or [first]
         for key in outer:
             target = target.setdefault(key, {})
-        target[last] = np.squeeze(bundle.read(name))
+        target[last] = np.squeeze(tensor.read())
     return params
 
 
 def _config(settings: Mapping[str, Any]) -> GPTConfig:
     """Return the config for the sizes in hparams.json. OpenAI's models have biases everywhere and a tied output head."""
-    return GPTConfig(
-        vocab_size=settings["n_vocab"],
-        context_length=settings["n_ctx"],
-        emb_dim=settings["n_embd"],
-        n_heads=settings["n_head"],
-        n_layers=settings["n_layer"],
-        qkv_bias=True,
-    )
+    vocab, context, width, heads, layers = (settings[name] for name in _SIZES)
+    return GPTConfig(vocab, context, width, heads, layers, qkv_bias=True)
 
 
-def _open_bundle(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Bundle:
-    """Return the bundle. Raises CheckpointError unless it contains a model with these settings."""
+def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, BundleTensor]:
+    """Return the tensors. Raises CheckpointError unless they are those of a model with these settings."""
     problems = _settings_problems(settings)
     if problems:
         raise CheckpointError(f"the settings do not describe a GPT-2 model: {'; '.join(problems)}")
-    bundle = open_bundle(ckpt_path)
-    problems = _differences(bundle, settings)
+    tensors = open_bundle(ckpt_path)
+    problems = _differences(tensors, settings)
     if problems:
         raise CheckpointError(
-            f"{os.fspath(ckpt_path)} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
+            f"{ckpt_path} does not match the settings in {len(problems)} points: {'; '.join(problems)}"
         )
-    return bundle
+    return tensors
 
 
 def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a description of every missing or invalid size."""
-    problems = [f"{key} is missing" for key in _SETTINGS if key not in settings]
-    sizes = {key: settings[key] for key in _SETTINGS if key in settings}
-    problems += [
-        f"{key} must be a whole number of at least 1, got {size!r}"
-        for key, size in sizes.items()
-        if type(size) is not int or size < 1
+    problems = [
+        f"{key} must be a whole number of at least 1, got {settings[key]!r}" if key in settings else f"{key} is missing"
+        for key in _SIZES
+        if type(settings.get(key)) is not int or settings[key] < 1
     ]
-    if not problems and sizes["n_embd"] % sizes["n_head"]:
-        problems.append(f"n_embd must be divisible by n_head, got {sizes['n_embd']} and {sizes['n_head']}")
+    if not problems and settings["n_embd"] % settings["n_head"]:
+        problems.append(f"n_embd must be divisible by n_head, got {settings['n_embd']} and {settings['n_head']}")
     return problems
 
 
-def _differences(bundle: Bundle, settings: Mapping[str, Any]) -> list[str]:
+def _differences(tensors: Mapping[str, BundleTensor], settings: Mapping[str, Any]) -> list[str]:
     """Return a description of every difference between a bundle and a model with these settings."""
-    names = bundle.names()
-    n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, names) if match})
+    n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, tensors) if match})
     if n_blocks != settings["n_layer"]:
         return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]
     expected = openai_shapes(_config(settings))
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
-    for name in names:
-        shape = bundle.shape(name)
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    for name, tensor in tensors.items():
+        shape = tensor.shape
         if name not in expected:
             problems.append(f"{name} {shape} is unknown")
         elif [size for size in shape if size != 1] != [size for size in expected[name] if size != 1]:
             problems.append(f"{name} is {shape}, expected {expected[name]}")
-        elif bundle.dtype(name).kind != "f":
-            problems.append(f"{name} holds {bundle.dtype(name)}, but weights must be floating-point numbers")
+        elif tensor.dtype().kind != "f":
+            problems.append(f"{name} holds {tensor.dtype()}, but weights must be floating-point numbers")
     return problems

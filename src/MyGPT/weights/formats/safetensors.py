@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from MyGPT.config import read_config_json
 from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.layout import to_ours
-from MyGPT.weights.lazy import LazyTensor
-from MyGPT.weights.mapped import MappedFile
+from MyGPT.weights.lazy import LazyTensor, MappedFile
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -26,18 +24,12 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in one file, with the config from the config.json next to it, if there is one."""
-    tensors = dict(read_safetensors(path))
-    config_path = path.parent / "config.json"
-    config = read_config_json(config_path) if config_path.is_file() else None
-    try:
-        tensors, layout = to_ours(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return Checkpoint(f"a state dict in {layout} layout", path, config, tensors)
+    config = path.parent / "config.json"
+    return Checkpoint.of(path, read_safetensors(path), read_config_json(config) if config.is_file() else None)
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield the name and the lazy tensor of each tensor in the file; loaded tensors are views of the mapped file.
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Return the lazy tensors in a file by name. Loaded tensors are views of the mapped file.
 
     Raises ValueError if the file is damaged.
     """
@@ -51,12 +43,9 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     with open(path, "rb") as file:
         n_header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(n_header_bytes))
+    header.pop("__metadata__", None)
     mapped = MappedFile(path)
-    for name, entry in header.items():
-        if name != "__metadata__":
-            shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
-            begin, end = (8 + n_header_bytes + offset for offset in entry["data_offsets"])
-            yield name, LazyTensor(shape, dtype, partial(_read_tensor, mapped, name, shape, dtype, begin, end))
+    return {name: _lazy_tensor(mapped, 8 + n_header_bytes, name, entry) for name, entry in header.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None = None) -> None:
@@ -73,13 +62,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path 
         raise OSError(f"cannot write {shown_as or path}: {error}") from error
 
 
-def _read_tensor(
-    file: MappedFile, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, begin: int, end: int
-) -> Tensor:
-    """Return the tensor stored in the bytes from `begin` to `end`, as a view of the mapped file."""
-    if dtype is None:
-        raise ValueError(f"{file.path}: {name} does not hold floating-point numbers")
-    try:
-        return torch.from_numpy(file.read(begin, end - begin)).view(dtype).reshape(shape)
-    except ValueError as error:  # the file was truncated after its header was checked
-        raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
+def _lazy_tensor(file: MappedFile, start: int, name: str, entry: Mapping[str, Any]) -> LazyTensor:
+    """Return the tensor with this entry in the header. The offsets in the entry count from position `start`."""
+    shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
+
+    def load() -> Tensor:
+        if dtype is None:
+            raise ValueError(f"{file.path}: {name} does not hold floating-point numbers")
+        try:
+            return torch.from_numpy(file.read(start + begin, end - begin)).view(dtype).reshape(shape)
+        except ValueError as error:  # the file was truncated after its header was checked
+            raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
+
+    return LazyTensor(shape, dtype, load)

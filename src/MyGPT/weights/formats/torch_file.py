@@ -16,18 +16,11 @@ import torch
 
 from MyGPT.config import GPTConfig
 from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.layout import to_ours
 from MyGPT.weights.lazy import LazyTensor, flatten
 
 # The keys under which training scripts (nanoGPT, the book, Lightning) save the weights.
 _STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")
-_NANOGPT_NAMES = {
-    "vocab_size": "vocab_size",
-    "context_length": "block_size",
-    "emb_dim": "n_embd",
-    "n_heads": "n_head",
-    "n_layers": "n_layer",
-}
+_NANOGPT_SIZES = ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
@@ -38,20 +31,17 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in a file that torch.save wrote. Raises ValueError for any other file."""
     tensors, config = read_torch_file(path)
-    try:
-        ours, layout = to_ours(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return Checkpoint("nanoGPT's checkpoint" if config else f"a state dict in {layout} layout", path, config, ours)
+    return Checkpoint.of(path, tensors, config, "nanoGPT's checkpoint" if config else None)
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None]:
     """Return the tensors in a file under the names they have there, and nanoGPT's config if the file contains one."""
+    content = _load(path)
     try:
-        weights, config = split_checkpoint(_load(path))
+        weights, config = split_checkpoint(content)
         tensors = flatten({key: value for key, value in weights.items() if not isinstance(value, (int, float, str))})
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     # Training scripts overwrite their checkpoint in place, and a process that has it mapped would crash, so copy it.
     return {name: tensor.map(tensor.shape, torch.clone) for name, tensor in tensors.items()}, config
 
@@ -62,12 +52,12 @@ def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPT
     arguments = content.get("model_args")
     if not isinstance(arguments, Mapping):
         return weights, None
-    missing = [theirs for theirs in _NANOGPT_NAMES.values() if theirs not in arguments]
+    missing = [name for name in _NANOGPT_SIZES if name not in arguments]
     if missing:
         raise ValueError(f"model_args lacks {', '.join(missing)}")
-    sizes = {ours: arguments[theirs] for ours, theirs in _NANOGPT_NAMES.items()}
+    vocab, context, width, heads, layers = (arguments[name] for name in _NANOGPT_SIZES)
     drop_rate = arguments.get("dropout", 0.0)
-    return weights, GPTConfig(**sizes, drop_rate=drop_rate, qkv_bias=True, activation="gelu")
+    return weights, GPTConfig(vocab, context, width, heads, layers, drop_rate, qkv_bias=True, activation="gelu")
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -80,12 +70,10 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|callable) (\S*\w)", str(error))
         if found is None:
-            raise ValueError(
-                f"{path} is not a checkpoint: it is neither safetensors nor written by torch.save"
-            ) from None
+            raise ValueError(f"{path} is not a checkpoint: neither safetensors nor written by torch.save") from None
         raise ValueError(
-            f"{path} is not opened because it contains {found[1]}, which could run arbitrary code: only tensors and plain "
-            "values are allowed"
+            f"{path} is not opened because it contains {found[1]}, which could run arbitrary code: "
+            "only tensors and plain values are allowed"
         ) from None
     except Exception as error:  # torch's loader raises many types on damaged files, even AssertionError
         if isinstance(error, OSError) and error.filename:  # the file cannot be opened at all

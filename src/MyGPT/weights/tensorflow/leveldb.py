@@ -7,9 +7,8 @@
             the key's first n_shared bytes are those of the previous key (0 at a restart point)
     footer  handles (offset and length, varints) of the metaindex and the index block, zeros, magic: 48 bytes
 
-The values of the index block are handles of the data blocks. Numbers are little-endian. Source: LevelDB's doc/table_format.md.
-The bytes may be damaged or malicious. So every length is checked before it is used, the running time is bounded by the table's
-length, and all errors are raised as ValueError.
+The values of the index block are handles of the data blocks. Numbers are little-endian (LevelDB's doc/table_format.md).
+The bytes may be malicious: every length is checked before it is used, and the table's length bounds the running time.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def read_table(table: bytes) -> dict[bytes, bytes]:
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Return the varint at position `at` and the position after it.
 
-    A varint is an unsigned number with seven bits per byte, low bits first; the eighth bit is set on all bytes but the last.
+    A varint is an unsigned number, seven bits per byte, low bits first. All bytes but the last have the eighth bit set.
     """
     number = 0
     for i, byte in enumerate(data[at : at + 10]):
@@ -87,9 +86,7 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
     compression = table[end]
     if compression:
         kind = "with Snappy" if compression == 1 else f"with the unknown method {compression}"
-        raise ValueError(
-            f"the block at offset {offset} is compressed {kind}, but only uncompressed tables are supported"
-        )
+        raise ValueError(f"the block at offset {offset} is compressed {kind}, but only uncompressed blocks can be read")
     return table[offset:end]
 
 

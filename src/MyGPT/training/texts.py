@@ -1,0 +1,79 @@
+"""The text that a Trainer reads and writes: batches of windows of token ids, and live samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from MyGPT.data.sampler import WindowSampler, WindowValidation
+from MyGPT.data.tokens import compact_ids
+from MyGPT.generation import generate
+from MyGPT.model import GPTModel
+from MyGPT.tokenizers import Tokenizer
+from MyGPT.training.arithmetic import uncompiled
+from MyGPT.training.config import TrainConfig
+
+
+def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig) -> tuple[Any, Any, list[list[int]]]:
+    """Return the training batches, the validation batches or None, and the default prompts of live samples.
+
+    Token ids become windows of context_length tokens; other sources are returned as they are (see `Trainer`). Fewer
+    than two validation ids count as None. The default prompt is the beginning of the validation text, or of the
+    training text.
+    """
+    text: Any = []
+    if not hasattr(train, "batch"):
+        text = compact_ids(train)
+        train = WindowSampler(text, context_length, config.batch_size, config.order, config.seed)
+    if val is not None and not hasattr(val, "batches"):
+        if len(val) < 2:
+            val = None
+        else:
+            text = compact_ids(val)
+            val = WindowValidation(text, context_length, config.eval_windows)
+    return train, val, [[int(id_) for id_ in text[:8]]] if len(text) else []
+
+
+def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the batch on a device."""
+    # On Apple's GPUs a non-blocking copy may read the source tensor after its memory has been freed.
+    return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
+
+
+@dataclass
+class LiveSamples:
+    """Continues prompts (token ids) with the model, one prompt per sample, in turn, so that a reader sees it learn.
+
+    config.sample_prompt replaces the prompts. Without a tokenizer there are no samples.
+    """
+
+    model: GPTModel
+    tokenizer: Tokenizer | None
+    prompts: Sequence[Sequence[int]]
+    config: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.config.sample_every and self.config.sample_prompt:
+            self.prompts = [self.tokenizer.encode(self.config.sample_prompt)]
+
+    def text(self, step: int) -> str | None:
+        """Return a continuation of the prompt whose turn it is; None if no sample is due after this step."""
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is None or len(self.prompts) == 0 or not config.sample_every or step % config.sample_every:
+            return None
+        prompt = self.prompts[step // config.sample_every % len(self.prompts)]
+        with uncompiled(config):
+            ids = generate(
+                self.model,
+                torch.tensor([list(prompt)], device=next(self.model.parameters()).device),
+                config.sample_tokens,
+                temperature=config.sample_temperature,
+                top_k=200,
+                seed=config.seed,
+                eos_id=tokenizer.eot_token if config.sample_to_end else None,
+            )
+        return tokenizer.decode(ids[0].tolist())
