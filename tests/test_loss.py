@@ -217,6 +217,7 @@ def test_logits_of_any_precision_are_summed_in_float32_at_least(dtype: torch.dty
 
 
 # Dynamo itself causes this warning for every autograd function.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_step_gives_the_same_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     take("chunks", monkeypatch, [])

@@ -46,6 +46,7 @@ def generated(talker: Path, capsys: Any, *options: str) -> str:
     return out
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_generate_takes_the_weights_in_the_precision_that_is_asked_for(

@@ -96,6 +96,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "a.txt") == ["text"]
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "TASK_CHARACTERS", 20_000)
     (tmp_path / "a.txt").write_text(ALICE)
