@@ -42,6 +42,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_training_leaves_a_run_that_generates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert names == {"config.yaml", "metrics.jsonl", "model", "checkpoints", "loss.png", "samples.txt"}

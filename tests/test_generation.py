@@ -396,6 +396,7 @@ def shown(stream: TextStream, ids: list[int]) -> Iterator[str]:
     yield stream.end()
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(deadline=None, max_examples=150)
 def test_any_ids_are_shown_as_they_are_decoded_together(bpe: BPETokenizer, data: st.DataObject) -> None:

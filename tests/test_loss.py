@@ -126,6 +126,7 @@ def test_a_second_backward_is_an_error_and_no_wrong_gradient(monkeypatch: pytest
     same(weight.grad, kept)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:

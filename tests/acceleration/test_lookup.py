@@ -43,6 +43,7 @@ def test_whatever_is_chosen_the_logits_are_the_models(prompt: list[int], chosen:
             assert cache.length == len(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

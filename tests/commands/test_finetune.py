@@ -82,6 +82,7 @@ def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path,
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +235,7 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
     assert "more left out because they are longer than 45 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

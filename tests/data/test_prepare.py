@@ -66,6 +66,7 @@ def test_all_kinds_of_files_become_one_token_file(tmp_path: Path) -> None:
     assert tokenize(paths, BPE).tolist() == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text(st.sampled_from("ab c\n\r\t.é中\U0001f680'"), max_size=80),

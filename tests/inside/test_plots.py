@@ -283,6 +283,7 @@ def test_neighbouring_tokens_never_share_a_colour() -> None:
     assert all(first != second for first, second in pairwise(backgrounds))
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_no_text_can_inject_markup_or_terminal_codes(text: str) -> None:
     gpt2 = get_tokenizer("gpt2")
