@@ -29,8 +29,8 @@ INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:
     Path("book.txt").write_text(alice[:20_000], encoding="utf-8")
-    words = {word: None for word in alice.split() if word.isalpha()}
-    records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in list(words)[:20]]
+    spelled = list(dict.fromkeys(word for word in alice.split() if word.isalpha()))[:20]
+    records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in spelled]
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
     for not_run, language, code in FENCES.findall(page.read_text(encoding="utf-8")):
@@ -40,7 +40,10 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
         if language == "python":
             exec(compile(code, page.name, "exec"), names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
-            command, *arguments = shlex.split(line, comments=True)
+            words = shlex.split(line, comments=True)
+            if not words:  # a comment
+                continue
+            command, *arguments = words
             # test_doctor.py tests mygpt doctor, which takes half a minute.
             if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
                 assert main(arguments) == 0, line

@@ -102,7 +102,7 @@ def test_bench_prints_a_row_for_each_program(talker: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--rounds", "0"], "rounds must be a whole number of at least 1, got 0"),
         (["--size", "1M"], "size must be one of 124M, gpt2,"),
     ],
 )

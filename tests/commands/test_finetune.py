@@ -330,7 +330,7 @@ def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
         asked.append(tokenizer.decode(ids))
         return []
 
-    monkeypatch.setattr("MyGPT.generation.stream_text", spy)
+    monkeypatch.setattr("MyGPT.commands.chat.stream_text", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
     assert main(["chat", "--model", str(tmp_path / "run")]) == 0
     assert asked == [expected]

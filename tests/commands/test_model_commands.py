@@ -91,7 +91,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(talker: Path, monkeypatch: pyte
         yield " the"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("MyGPT.generation.stream_text", interrupted)
+    monkeypatch.setattr("MyGPT.commands.chat.stream_text", interrupted)
     say(monkeypatch, "hello", "hello")
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     assert capsys.readouterr().out == " the\n the\n"

@@ -155,7 +155,7 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_
         first.kill()
         first.join()
     steps = _steps(tmp_path / "run")
-    assert main(["train", "--resume", str(tmp_path / "run"), "--max_steps", "1", "--allow-changed", "max_steps"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--max_steps", "1", "--allow_changed", "max_steps"]) == 0
     assert _steps(tmp_path / "run") >= steps
 
 
@@ -381,7 +381,7 @@ def test_a_quota_that_is_reached_is_one_line_and_harms_nothing(text: Path, tmp_p
 
 def test_a_changed_recipe_is_refused_with_what_differs_unless_it_is_allowed(finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"batch_size was 4 and is 2; max_steps was 8 and is 10 \(--allow-changed KEY"):
+    with pytest.raises(ValueError, match=r"batch_size was 4 and is 2; max_steps was 8 and is 10 \(--allow_changed KEY"):
         make_trainer(finished, change(max_steps=10, batch_size=2), resume=True).run()
     with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
         make_trainer(

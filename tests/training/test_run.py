@@ -18,11 +18,12 @@ from MyGPT import GPTModel, Trainer
 from MyGPT.training import checkpoint
 from MyGPT.training.checkpoint import read_newest
 from MyGPT.training.console import Console, SilentConsole
+from MyGPT.training.directory import lock_directory
 from MyGPT.training.metrics import read_metrics
-from MyGPT.training.snapshot import random_states
+from MyGPT.training.snapshot import random_states, take_snapshot
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from places import FIXTURES
-from tiny_runs import CONFIG, IDS, TOKENIZER, change, make_trainer
+from tiny_runs import CONFIG, IDS, TOKENIZER, change, make_model, make_trainer
 
 
 def strict_json(path: Path) -> Any:
@@ -37,10 +38,9 @@ def strict_json(path: Path) -> Any:
 # Closing
 
 
-def test_after_an_error_the_lock_is_released_when_the_writer_has_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step fails while a slow disk still writes a checkpoint. Another process must not get the directory before."""
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of the events "written" (a checkpoint, on a slow disk) and "released" (a lock)."""
     events: list[str] = []
     write, release = checkpoint.write_snapshot, FileLock.release
 
@@ -57,6 +57,13 @@ def test_after_an_error_the_lock_is_released_when_the_writer_has_finished(
 
     monkeypatch.setattr(checkpoint, "write_snapshot", slowly)
     monkeypatch.setattr(FileLock, "release", released)
+    return events
+
+
+def test_after_an_error_the_lock_is_released_when_the_writer_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[str]
+) -> None:
+    """A step fails while a slow disk still writes a checkpoint. Another process must not get the directory before."""
     trainer = make_trainer(tmp_path / "run")
     batch = trainer.sampler.batch
 
@@ -70,6 +77,24 @@ def test_after_an_error_the_lock_is_released_when_the_writer_has_finished(
         trainer.run()
     assert events == ["written", "written", "released"]
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
+
+
+def test_a_run_is_a_context_manager_that_releases_the_lock_after_an_error(tmp_path: Path, events: list[str]) -> None:
+    run = make_trainer(tmp_path / "run").files
+    with pytest.raises(ZeroDivisionError), run as snapshot:
+        assert snapshot is None and run.writer is not None
+        with pytest.raises(ValueError, match="already holds the lock"):
+            lock_directory(tmp_path / "run")
+        run.writer.start(lambda: take_snapshot(make_model(), [], RunState(step=2), run.context()))
+        raise ZeroDivisionError
+    assert events == ["written", "released"]
+    lock_directory(tmp_path / "run").release()
+
+
+def test_a_run_that_cannot_be_opened_releases_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no complete checkpoint"), make_trainer(tmp_path, resume=True).files:
+        raise AssertionError("the block must not run")
+    lock_directory(tmp_path).release()
 
 
 def test_a_checkpoint_that_fails_during_an_error_is_reported(

@@ -1,1 +1,1 @@
-"""Two training loops on purpose: simple.py to be read, trainer.py to be trusted."""
+"""Two training loops: simple.py is short and easy to read, trainer.py is for real runs, which it can resume."""

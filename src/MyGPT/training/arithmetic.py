@@ -1,4 +1,4 @@
-"""The arithmetic of training: number format, kernels, compilation and determinism."""
+"""The arithmetic of training: number formats, fast kernels, compilation and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from MyGPT.training.config import TrainConfig
 
 
 def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: int) -> torch.dtype | None:
-    """Return torch.bfloat16 if matrix products should run in bfloat16, or None for float32.
+    """Return torch.bfloat16 if the matrix products of training should run in bfloat16, or None for no autocast.
 
-    "auto" chooses bfloat16 where the hardware gains from it: on GPUs with native bfloat16, and on CPUs with AVX-512
-    BF16 or AMX if emb_dim is at least 256. In a narrower model, a CPU loses more time in conversions than it saves.
+    The precision "auto" chooses bfloat16 where it is faster: on GPUs with native bfloat16, and on CPUs with AVX-512
+    BF16 or AMX instructions if the model's width emb_dim is at least 256. In a narrower model, a CPU loses more time in
+    conversions than it saves.
     """
     is_bf16 = precision == "bf16"
     if precision == "auto" and device.type == "cuda":
@@ -29,9 +30,10 @@ def autocast_dtype(device: torch.device, precision: TrainingPrecision, emb_dim: 
 
 @contextmanager
 def deterministic_algorithms(required: bool) -> Iterator[None]:
-    """Let torch use only deterministic algorithms in the block if they are required; then restore the previous mode.
+    """Make torch use only deterministic algorithms inside the `with` block if `required` is True.
 
-    A CPU always uses them. On a GPU some are slower, and operations that have none raise an error.
+    On a CPU, torch's algorithms are always deterministic. On a GPU, deterministic algorithms may be slower, and an
+    operation without a deterministic algorithm raises RuntimeError.
     """
     mode = torch.get_deterministic_debug_mode()
     if required:
@@ -45,7 +47,7 @@ def deterministic_algorithms(required: bool) -> Iterator[None]:
 
 @contextmanager
 def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Compute the block in autocast to `dtype` (None for the model's own), with the fastest float32 kernels."""
+    """Run the `with` block in autocast to `dtype` (None: no autocast), with the fastest kernels for `config`."""
     # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
     kernels = nullcontext() if config.compile or config.gradient_checkpointing else fast_linear()
     with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -53,7 +55,7 @@ def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype |
 
 
 def uncompiled(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return a context that runs compiled blocks without the compiler, which would recompile them for other shapes."""
+    """Return a context that runs compiled blocks without the compiler, which would recompile them for new shapes."""
     # Without config.compile, torch's compiler need not be installed.
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 

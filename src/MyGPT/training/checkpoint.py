@@ -1,9 +1,10 @@
 """Checkpoints: snapshots of a run on the disk, each stored completely or not at all.
 
 `checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer
-state of each parameter, named `parameter/key`), state.json (the counters, random states, recipe and versions) and
-manifest.json (size and SHA-256 of the others); `checkpoints/latest` names the newest. None of the files is a pickle. A
-process may be killed at any moment: a checkpoint gets its name when it is complete, and only then are old ones removed.
+state of each parameter, named `parameter/key`), state.json (the counters, random states, config and versions) and
+manifest.json (size and SHA-256 of the other three files). The file `checkpoints/latest` holds the name of the newest
+checkpoint. None of the files is a pickle. A process may be killed at any moment, because a checkpoint gets its name
+only when it is complete, and old checkpoints are removed after that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CONTEXT = ("lengths", "recipe", "data", "machine", "random")
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint to a run's `checkpoints` directory, let `latest` name it, and return its path."""
+    """Write `snapshot` to `directory` as a new checkpoint, store its name in `latest`, and return its path."""
     path = directory / f"step-{snapshot.state.step:06d}"
     with atomic_directory(path, replaces=("*",)) as temporary:
         write_safetensors(temporary / _WEIGHTS, snapshot.weights, shown_as=path / _WEIGHTS)
@@ -43,9 +44,11 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Read a checkpoint and verify every byte of it. A damaged one raises ValueError or OSError with the file's name.
+    """Read the checkpoint in the directory `path` and compare its files with their SHA-256 checksums.
 
-    A checkpoint of another version of MyGPT that lacks something raises IncompatibleCheckpointError.
+    Raises:
+        ValueError, OSError: a file of the checkpoint is damaged or missing. The message names the file.
+        IncompatibleCheckpointError: another version of MyGPT wrote the checkpoint, and a value is missing.
     """
     manifest = read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.keys() != set(_FILES):
@@ -72,14 +75,14 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Return True if a run's directory contains a checkpoint, complete or not."""
+    """Return True if the run in the directory `run` has at least one checkpoint, complete or damaged."""
     return bool(_by_step(run / CHECKPOINTS))
 
 
 def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
-    """Return the newest complete checkpoint, and one sentence for each newer one that is damaged.
+    """Return the newest complete checkpoint in `directory`, and a warning for each newer checkpoint that is damaged.
 
-    Raises ValueError if there is no complete checkpoint, or if the newest one lacks values this version of MyGPT needs.
+    Raises ValueError if there is no complete checkpoint, or if it lacks values that this version of MyGPT needs.
     """
     newest_first = list(reversed(_by_step(directory).values()))
     latest = directory / _LATEST
@@ -98,9 +101,10 @@ def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
 
 
 def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> None:
-    """Remove checkpoints up to `step`, except the newest `keep_last` and the `keep_best` of lowest validation loss.
+    """Remove old checkpoints, except the keep_last newest ones and the keep_best ones with the lowest validation loss.
 
-    Checkpoints after `step` remain: a run that was resumed from an earlier step will overwrite them.
+    Checkpoints of steps after `step` remain and do not count, because a run that was resumed from an earlier checkpoint
+    will overwrite them.
     """
     past = [path for path_step, path in _by_step(directory).items() if path_step <= step]
     kept = set(past[-keep_last:])
@@ -113,19 +117,19 @@ def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> No
 
 @dataclass
 class CheckpointWriter:
-    """Writes snapshots, one at a time, and measures how long training waits while they are taken."""
+    """Writes snapshots of a run as checkpoints, one at a time, in a background thread or at once."""
 
     directory: Path
     keep_last: int
     keep_best: int
     written: Path | None = None
-    """The newest complete checkpoint of this writer, and its step."""
+    """Path of the newest checkpoint that this writer completed; written_step is the step of this checkpoint."""
     written_step: int | None = None
     n_written: int = 0
     blocking_seconds: float = 0.0
-    """How long training has waited while snapshots were taken."""
+    """Seconds that training has waited in total while snapshots were copied."""
     failure: Exception | None = None
-    """The last error in the background. It does not end the run, because the next checkpoint may succeed."""
+    """The last exception of the background thread. It does not end the run, because the next checkpoint may succeed."""
     _thread: threading.Thread | None = None
 
     def __post_init__(self) -> None:
@@ -133,11 +137,11 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """True while a snapshot is being written."""
+        """True while the background thread is writing a snapshot."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, take_snapshot: TakeSnapshot) -> None:
-        """Take a snapshot and begin to write it in the background. The writer must not be busy."""
+        """Call take_snapshot and begin to write its result in the background. The writer must not be busy."""
         assert not self.is_busy
         snapshot = self._take(take_snapshot)
         # A daemon thread does not delay a process that must exit at once; an unfinished checkpoint is never used.
@@ -145,11 +149,11 @@ class CheckpointWriter:
         self._thread.start()
 
     def write(self, take_snapshot: TakeSnapshot) -> None:
-        """Take a snapshot and write it now. The writer must not be busy."""
+        """Call take_snapshot and write its result before returning. The writer must not be busy."""
         self._write(self._take(take_snapshot))
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until the background thread has written its snapshot, if it is writing one."""
         if self._thread is not None:
             self._thread.join()
 
@@ -178,13 +182,13 @@ def _make_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _by_step(directory: Path) -> dict[int, Path]:
-    """Return the checkpoints of a directory by step, in ascending order, complete or not."""
+    """Return a dict from the step to the path of each checkpoint in `directory`, in ascending order of the steps."""
     paths = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
     return dict(sorted(paths.items()))
 
 
 def _val_loss(path: Path) -> float | None:
-    """Return the validation loss of a checkpoint; None if there is none, or the checkpoint is damaged."""
+    """Return the validation loss in the checkpoint `path`; None if it has none or is damaged."""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         loss = read_json(path / _STATE).get("val_loss")
         return loss if isinstance(loss, float) else None

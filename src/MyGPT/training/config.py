@@ -1,4 +1,4 @@
-"""The options of a training run. Python, YAML files and the command line share this one definition."""
+"""The options of a training run. Python, YAML files and the command line all use this definition."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _RANGES = {
     **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _BELOW_1),
     "decay_fraction": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
 }
-"""The allowed values of the float options and their description. Other float options must be at least 0."""
+"""Maps float options to a test of the value and its description. Other float options must be at least 0."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a training run. Raises ValueError for a value out of range."""
+    """The options of a training run. Raises ValueError if a value is not allowed."""
 
     max_steps: int = 2000
     """Number of optimizer steps."""
     batch_size: int = 12
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; gradients are summed over the batch. Without it, one pass takes the whole batch."""
+    """Sequences per forward pass; gradients are summed over the batch. Default: the whole batch in one pass."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 1e-4
@@ -39,11 +39,11 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0 to its peak."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warmup; wsd keeps it constant before the decay (warmup, stable, decay)."""
+    """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) is constant and then falls linearly."""
     decay_fraction: float = 0.2
-    """Fraction of the steps in which wsd lowers the learning rate."""
+    """Fraction of all steps, at the end of the run, in which wsd lowers the learning rate."""
     optimizer: OptimizerName = "adamw"
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+    """AdamW for all parameters, or Muon for the weight matrices of the blocks and AdamW for the other parameters."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
@@ -57,17 +57,17 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down. 0 turns clipping off."""
     order: Order = "random"
-    """Order of the training windows: drawn at random, shuffled in each epoch, or in the order of the text."""
+    """Order of the training sequences: drawn at random, shuffled in each epoch, or in the order of the text."""
     precision: TrainingPrecision = "auto"
     """Precision of matrix products; auto uses bf16 where it is faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
     compile: bool = False
-    """Compile the blocks with torch.compile: a slow start, then faster steps."""
+    """Compile the blocks with torch.compile, which starts slowly and then makes steps faster."""
     eval_every: int = 250
     """Steps between evaluations on the validation text."""
     eval_windows: int = 200
-    """Validation windows per evaluation; the last evaluation uses the whole validation text."""
+    """Validation sequences per evaluation; the last evaluation uses the whole validation text."""
     early_stop: int | None = None
     """Stop after this many evaluations without a new lowest validation loss."""
     sample_every: int = 500
@@ -79,19 +79,19 @@ class TrainConfig:
     sample_to_end: bool = False
     """End a sample text at the end-of-text token."""
     sample_prompt: str = ""
-    """Prompt of the sample texts; without it, the first tokens of the validation text."""
+    """Prompt of the sample texts. Default: the first tokens of the validation text."""
     log_every: int = 10
     """Steps between the entries in metrics.jsonl."""
     checkpoint_every: int = 250
-    """Steps between checkpoints, which --resume continues with identical results; 0 turns them off."""
+    """Steps between checkpoints, from which --resume continues with identical results; 0 turns them off."""
     checkpoint_minutes: float = 10.0
     """Also save a checkpoint when this many minutes have passed; 0 turns this off."""
     keep_last: int = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep; older checkpoints are deleted."""
     keep_best: int = 0
-    """Number of checkpoints with the lowest validation loss to keep too; model/ always holds the best model."""
+    """Number of checkpoints with the lowest validation loss to keep as well; model/ always holds the best model."""
     max_skipped_steps: int = 10
-    """Number of steps that may be skipped for a loss or gradient that is not finite; one more stops the run."""
+    """Stop the run if more steps than this were skipped because their loss or gradient was not finite."""
     deterministic: bool = False
     """Use only torch's deterministic algorithms. On a GPU, some are slower or missing; a CPU always uses them."""
     tensorboard: bool = False

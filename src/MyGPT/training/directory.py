@@ -1,4 +1,4 @@
-"""The directory of a training run: locked by one process at a time, and never taken from files that are not a run's."""
+"""The directory of a training run. One process at a time locks it; files that belong to no run stay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCK, _PROCESS = ".lock", ".process"
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if the directory is not empty, unless it holds a run and `overwrite` is True."""
+    """Raise FileExistsError if the directory `run` is not empty, unless it holds a run and `overwrite` is True."""
     if not run.exists() or not any(entry.name not in (_LOCK, _PROCESS) for entry in run.iterdir()):
         return
     if not overwrite:
@@ -29,7 +29,7 @@ def check_run_directory(run: Path, overwrite: bool) -> None:
 
 
 def is_empty_run(run: Path) -> bool:
-    """Return True for a run that was stopped before it saved a model."""
+    """Return True if the directory `run` holds a run that was stopped before it saved a model."""
     models = run / "model", run / "adapter"
     for directory in models:
         restore_directory(directory)
@@ -37,7 +37,7 @@ def is_empty_run(run: Path) -> bool:
 
 
 def lock_directory(run: Path) -> FileLock:
-    """Create the directory and lock it. The operating system releases the lock when the process ends.
+    """Create the directory `run`, lock it and return the lock. The lock also ends with the process.
 
     Raises ValueError if the directory is locked already.
     """
@@ -60,12 +60,12 @@ def lock_directory(run: Path) -> FileLock:
 
 
 def log_lengths(run: Path) -> dict[str, int]:
-    """Return the length in bytes of each file to which a run appends; 0 for a missing file."""
+    """Return the size in bytes of metrics.jsonl and samples.txt in the directory `run`; 0 for a missing file."""
     return {name: (run / name).stat().st_size if (run / name).is_file() else 0 for name in _LOGS}
 
 
 def remove_run(run: Path) -> None:
-    """Remove the files of an earlier run. Other files may be the user's and stay."""
+    """Remove the files that MyGPT wrote in the directory `run`. Other files stay, because they may be the user's."""
     for path in (run / name for name in _RUN_FILES):
         if path.is_dir():
             shutil.rmtree(path)
@@ -74,7 +74,7 @@ def remove_run(run: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote."""
+    """Remove the temporary files that a killed process left in the directory `run`."""
     remove_leftovers(run, _RUN_FILES)
     if (run / CHECKPOINTS).is_dir():
         remove_leftovers(run / CHECKPOINTS, ("step-*", "latest"))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run, and everything was saved. `signal_number` is the signal."""
+    """Raised when the signal signal_number has stopped a training run and everything has been saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -19,9 +19,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def delayed_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in the yielded list instead of interrupting the block.
+    """Collect SIGINT (Ctrl-C) and SIGTERM in the yielded list instead of interrupting the `with` block.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, Python allows no signal handlers: the list stays empty.
+    A second Ctrl-C interrupts at once. Outside the main thread the list stays empty, because Python allows no signal
+    handlers there.
     """
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -11,9 +11,10 @@ from MyGPT.files import parse_json, read_text
 
 
 class MetricsLog:
-    """Appends records to a run's `metrics.jsonl`, and to TensorBoard's files if requested.
+    """Appends records to `metrics.jsonl` in the directory `run`, and to TensorBoard event files if requested.
 
-    `after` is the step from which a run is resumed. TensorBoard then ignores the events that it has for later steps.
+    `after` is the step from which a run is resumed (None: a new run). TensorBoard then ignores events that were written
+    before for later steps.
     """
 
     def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
@@ -21,7 +22,7 @@ class MetricsLog:
         self._writer = _summary_writer(run, after) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
-        """Append the values measured after `step` steps."""
+        """Append a record with `step` and the named values that were measured after this step."""
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
@@ -29,17 +30,19 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close TensorBoard's files."""
+        """Close the TensorBoard event files, if there are any."""
         if self._writer is not None:
             self._writer.close()
 
 
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records of a run in order. An incomplete last line, left by a killed process, is ignored.
+    """Return the records in metrics.jsonl of the directory `run`, in the order of their lines.
+
+    An incomplete last line, left by a killed process, is ignored.
 
     Raises:
         FileNotFoundError: the directory has no metrics.jsonl.
-        ValueError: a line is damaged.
+        ValueError: another line is damaged.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():

@@ -15,15 +15,16 @@ _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused Ad
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require gradients, by name."""
+    """Return the parameters of `model` that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """Return AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+    """Return the optimizers of the parameters that require gradients: [AdamW], or [Muon, AdamW].
 
-    Matrices and embeddings are decayed (Loshchilov & Hutter, 2019). Biases and LayerNorms are not, because smaller
-    values of these vectors do not regularize the model.
+    Muon updates the weight matrices of the transformer blocks, AdamW all other parameters. Weight decay (Loshchilov &
+    Hutter, 2019) applies to matrices and embeddings, but not to biases and LayerNorms, because smaller values of these
+    vectors do not regularize the model.
     """
     named = trained_parameters(model)
     optimizers: list[Optimizer] = []
@@ -42,7 +43,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     return optimizers
 
 
-# 1% of headroom, because a singular value that rounding lifts above 1 would grow.
+# The division leaves 1% of headroom, because a singular value that rounding lifts above 1 would grow.
 POLYNOMIALS = [
     (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in (
@@ -51,15 +52,15 @@ POLYNOMIALS = [
         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     )
 ]
-"""The first three polynomials ax + bx³ + cx⁵ of Polar Express (Amsel et al., 2025), as (a, b, c)."""
+"""Coefficients (a, b, c) of the first three polynomials ax + bx³ + cx⁵ of Polar Express (Amsel et al., 2025)."""
 
 
 class Muon(Optimizer):
-    """Momentum SGD with orthogonalized updates, so that all directions of a matrix get steps of the same size.
+    """Muon (Jordan et al., 2024): SGD with momentum whose update of each matrix is made nearly orthogonal.
 
-    The method is that of Jordan et al. (2024). Unlike torch.optim.Muon, this class orthogonalizes with three
-    polynomials instead of five, and all matrices of one shape together. On a CPU it computes in the matrices' own
-    precision, because bfloat16 products take a hundred times as long on a CPU that has no instructions for them.
+    torch.optim.Muon orthogonalizes each matrix alone with five polynomials. This class uses three polynomials and
+    orthogonalizes all matrices of the same shape together. On a CPU it computes in the dtype of the matrices, because
+    bfloat16 products can take a hundred times as long on a CPU without bfloat16 instructions.
     """
 
     def __init__(self, matrices: Sequence[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -67,7 +68,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all matrices that have a gradient."""
+        """Update all matrices that have a gradient. `closure` is not used."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
@@ -88,10 +89,11 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Return an approximation of UVᵀ for each matrix UΣVᵀ in a stack (n, out, in).
+    """Return a nearly orthogonal matrix for each matrix of `matrices`, a tensor (n, rows, columns).
 
-    Singular values above 0.002 of the matrix's norm become 0.18 to 1.87 instead of exactly 1. A closer approximation,
-    with twice as many polynomials, did not improve the training loss.
+    A matrix with the singular value decomposition UΣVᵀ becomes approximately UVᵀ. Singular values above 0.002 times
+    its Frobenius norm become 0.18 to 1.87 instead of exactly 1. A closer approximation with twice as many polynomials
+    did not improve the training loss.
     """
     has_bf16 = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.bfloat16() if has_bf16 else matrices
@@ -105,7 +107,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
-    """Set the learning rates of a step in all optimizers, and return that of AdamW."""
+    """Set the learning rate of all optimizers for `step` (counted from 0), and return AdamW's learning rate."""
     factor = schedule_factor(config, step)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak_lr"] * factor
@@ -113,7 +115,7 @@ def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: in
 
 
 def schedule_factor(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step (counted from 0) divided by its peak: a linear warmup, then the schedule."""
+    """Return the learning rate of `step` (counted from 0) divided by its peak, from the warmup or the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

@@ -1,7 +1,7 @@
-"""The files of a training run: one directory, used by one process at a time.
+"""The files of a training run, in a directory that one process uses at a time.
 
-`config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the best model),
-`checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, which the commands draw.
+The directory holds `config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the
+best model), `checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, a plot of the losses.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
 
 _SPIKE = 5.0
-"""Gradient norms above this multiple of the running mean are reported."""
+"""A gradient norm above this multiple of its running mean is reported."""
 
 
 class BestModelStore(Protocol):
-    """Saves the best model of a run and loads it again."""
+    """An interface for objects that save the best model of a training run and load it again."""
 
     def place(self, run_dir: Path) -> Path:
-        """Return the directory of the best model inside a run's directory."""
+        """Return the directory inside run_dir in which the best model is saved."""
 
     def save(self, run_dir: Path) -> Path:
-        """Write the model completely or not at all, and return its directory."""
+        """Save the current model inside run_dir, completely or not at all, and return its directory."""
 
     def restore(self, run_dir: Path) -> None:
-        """Load the saved weights into the model."""
+        """Load the weights that were saved inside run_dir into the model."""
 
 
 @dataclass
 class WholeModel:
-    """Stores the best model as a model directory, `model/`, with its tokenizer and template."""
+    """Saves the best model of a run in the directory `model/`, with its tokenizer and its prompt template, if any."""
 
     model: GPTModel
     tokenizer: Tokenizer | None
@@ -70,24 +70,25 @@ class WholeModel:
 
 @dataclass
 class Run:
-    """The directory of a training run and the files in it; without a directory, nothing is written.
+    """The directory of a training run, its lock and its files. If `directory` is None, nothing is written.
 
-    `open` locks the directory and `close` unlocks it. Whatever is written is also reported on the console.
+    `with Run(...) as snapshot:` locks the directory. The end of the block waits for the checkpoint writer, closes the
+    files and releases the lock, also after an exception. Whatever is written is also reported on the console.
     """
 
     directory: Path | None
     config: TrainConfig
     recipe: dict[str, Any]
-    """The content of config.yaml."""
+    """The content of config.yaml, which must not change when the run is resumed."""
     best_model: BestModelStore
     console: Console
     identify: Callable[[], dict[str, dict[str, Any]]]
-    """Returns the `data` and the `machine` of `Snapshot.context`. It may take long, so only checkpoints call it."""
+    """Returns hashes of the data and a description of the machine. It may be slow, so only checkpoints call it."""
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
     writer: CheckpointWriter | None = None
-    """The checkpoint writer; None before the run is opened, or if it writes no checkpoints."""
+    """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
     _resources: ExitStack = field(default_factory=ExitStack)
     _is_checkpoint_due: bool = False
@@ -97,35 +98,43 @@ class Run:
             raise ValueError("resume=True needs run_dir, the directory of the run to resume")
         self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
-    def open(self) -> Snapshot | None:
-        """Lock the directory and begin a run in it, or return the snapshot from which the run is resumed.
+    def __enter__(self) -> Snapshot | None:
+        """Lock the directory. Return the snapshot from which the run is resumed; None for a new run.
 
-        Files change only after all checks have passed. Raises FileExistsError for a directory that may not be
-        overwritten, and ValueError if it is locked, has no complete checkpoint, or holds a run with another recipe or
-        other data.
+        An existing run is removed, or its logs are cut back to the snapshot, only after all checks have passed.
+
+        Raises:
+            FileExistsError: the directory is not empty and may not be overwritten.
+            ValueError: the directory is locked, or resuming fails: there is no complete checkpoint, or the recipe
+                (config.yaml) or the data have changed.
         """
         directory, config = self.directory, self.config
         if directory is None:
             return None
         if not self.resume:
             check_run_directory(directory, self.overwrite)
-        self._resources.callback(lock_directory(directory).release)
-        snapshot = self._rewind(directory) if self.resume else None
-        if snapshot is None:
-            remove_run(directory)
-        remove_unfinished(directory)
-        with atomic_write(directory / "config.yaml") as file:
-            yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
-        self._metrics = MetricsLog(directory, config.tensorboard, snapshot.state.step if snapshot else None)
-        self._resources.callback(self._metrics.close)
+        with ExitStack() as resources:
+            resources.callback(lock_directory(directory).release)
+            snapshot = self._rewind(directory) if self.resume else None
+            if snapshot is None:
+                remove_run(directory)
+            remove_unfinished(directory)
+            with atomic_write(directory / "config.yaml") as file:
+                yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
+            self._metrics = MetricsLog(directory, config.tensorboard, snapshot.state.step if snapshot else None)
+            resources.callback(self._metrics.close)
+            self._resources = resources.pop_all()
         if config.checkpoint_every or config.checkpoint_minutes:
             self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
         return snapshot
 
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Wait for the checkpoint writer, close the files, and then release the lock. Later calls do nothing.
 
-        If Ctrl-C interrupts the wait, the lock stays, because the writer is still at work. A second call releases it.
+        If Ctrl-C interrupts the wait, the writer is still at work, so the lock is kept until the next call.
         """
         if self.writer is not None:
             self.writer.wait()
@@ -134,12 +143,12 @@ class Run:
             self._report_failed_checkpoint()
 
     def log(self, step: int, **values: float) -> None:
-        """Append a record to metrics.jsonl."""
+        """Append a record with `step` and the named values to metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.write(step, **values)
 
     def record_step(self, state: RunState, loss: float, grad_norm: float) -> None:
-        """Add a step to the running means of `state`, and report it if it was skipped or its gradient is large."""
+        """Add the last step to the moving averages in `state`; report a skipped step or a large gradient norm."""
         self.console.stepped()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self.log(state.step, skipped_steps=state.n_skipped)
@@ -149,31 +158,31 @@ class Run:
             self.console.spiked(state.step, grad_norm, ratio)
 
     def record_speed(self, state: RunState, values: Mapping[str, float], tokens_per_second: float) -> None:
-        """Record the values that a step returned, unless its loss is not finite, and show the speed."""
+        """Append the values that Trainer.step returned to metrics.jsonl, if the loss is finite, and show the speed."""
         if math.isfinite(values["loss"]):
             self.log(state.step, **values, tokens_per_second=tokens_per_second)
         self.console.logged(state.smoothed_loss, tokens_per_second)
 
     def record_evaluation(self, state: RunState, loss: float) -> None:
-        """Count an evaluation in `state` and record its loss."""
+        """Store the validation loss of the current step in `state` and metrics.jsonl, and report it."""
         self.console.evaluated(state.step, loss, state.add_evaluation(loss))
         self.log(state.step, val_loss=loss)
         if state.has_lost_patience(self.config.early_stop):
             self.console.stopped_early(state.step, state.evals_since_best)
 
     def record_sample(self, step: int, text: str) -> None:
-        """Show a live sample and append it to samples.txt."""
+        """Show `text`, which the model generated after `step` steps, and append it to samples.txt."""
         self.console.sampled(step, text)
         if self.directory is not None:
             with open(self.directory / "samples.txt", "a", encoding="utf-8", newline="\n") as file:
                 file.write(f"--- step {step} ---\n{text}\n\n")
 
     def save_model(self) -> Path | None:
-        """Save the current model as the best one and return its directory; None without a directory of the run."""
+        """Save the current model as the best model and return its directory; None if the run has no directory."""
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model, if it is not the current one; FloatingPointError if no validation loss was finite."""
+        """Load the best model, unless it is the current one. Raises FloatingPointError if no loss was finite."""
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
@@ -183,7 +192,7 @@ class Run:
             self.best_model.restore(self.directory)
 
     def check_divergence(self, state: RunState, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Raise FloatingPointError if too many steps were skipped. The three values are those of the last step."""
+        """Raise FloatingPointError, with these values, if more than config.max_skipped_steps steps were skipped."""
         if state.n_skipped > self.config.max_skipped_steps:
             raise FloatingPointError(
                 f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps "
@@ -192,17 +201,17 @@ class Run:
             )
 
     def stop_message(self, state: RunState) -> str:
-        """Return where a stopped run stands and how to resume it. Saves the model if there is no best one yet."""
+        """Return a message with the step, the saved files and the way to resume. Saves the model if none was saved."""
         way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
-        """Return the content of a checkpoint except counters, tensors and random states (see `Snapshot.context`)."""
+        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine."""
         lengths = {} if self.directory is None else log_lengths(self.directory)
         return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
-        """Write the checkpoint of a new run, so that a disk without room is an error before hours of training."""
+        """Write a checkpoint before the first step of a new run, so that a full disk raises an error early."""
         if self.writer is not None and not self.resume:
             self.writer.write(take_snapshot)
 
@@ -219,7 +228,7 @@ class Run:
             self._is_checkpoint_due = False
 
     def write_last_checkpoint(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Write the checkpoint of the step at which training ended, and wait until it is on the disk."""
+        """Write the checkpoint of the last `step` if it is missing. Report how long training waited for checkpoints."""
         if self.writer is None:
             return
         self.writer.wait()
@@ -231,7 +240,7 @@ class Run:
         self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
 
     def _what_is_saved(self, state: RunState) -> str:
-        """Return where the model and the last checkpoint are, to end a message; save a model if there is none."""
+        """Return a text with the paths of the model and the last checkpoint. Saves the model if none was saved."""
         if self.directory is None:
             return ""
         if state.best_step is None:
@@ -249,7 +258,7 @@ class Run:
             self.writer.failure = None
 
     def _rewind(self, directory: Path) -> Snapshot:
-        """Return the newest complete checkpoint, and cut the logs back to their length at its step."""
+        """Return the newest complete checkpoint, and cut metrics.jsonl and samples.txt back to its step."""
         snapshot, warnings = read_newest(directory / CHECKPOINTS)
         for warning in (*warnings, *check_unchanged(snapshot, self.context(), self.allow_changed)):
             self.console.warn(warning)

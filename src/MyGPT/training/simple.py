@@ -1,6 +1,6 @@
 """The training loop of "Build a Large Language Model (From Scratch)" (Raschka, 2024), chapter 5, on one screen.
 
-It trains any model that returns logits (B, T, V): B batch, T time, V vocabulary. trainer.py has the loop for long runs.
+The loop trains any model that returns logits (batch, time, vocabulary). For long runs, use trainer.py.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def train_model_simple(
     start_context: str | None = None,
     tokenizer: Any = None,
 ) -> tuple[list[float], list[float], list[int]]:
-    """Train a model and return the training losses, the validation losses and the tokens seen at each evaluation.
+    """Train a model. Return three lists, one value per evaluation: training losses, validation losses, tokens seen.
 
     Args:
-        model: a model that returns logits (B, T, V).
-        train_loader: batches of input and target ids, each (B, T) int64.
-        val_loader: the same for validation, or None.
+        model: a model that maps token ids (batch, time) to logits (batch, time, vocabulary).
+        train_loader: a DataLoader of pairs (input ids, target ids), each (batch, time) int64.
+        val_loader: a DataLoader of validation pairs; None measures no validation losses.
         optimizer: the optimizer of the model's parameters.
-        device: where the model is trained.
-        num_epochs: how often the training data are seen.
-        eval_freq: steps between evaluations.
-        eval_iter: batches of each loader in an evaluation.
-        start_context: the text that a sample continues after every epoch; None prints no samples.
-        tokenizer: encodes start_context. Default: GPT-2's.
+        device: the device to which the model and the batches are moved.
+        num_epochs: number of passes over the training data.
+        eval_freq: number of steps between evaluations.
+        eval_iter: number of batches of each loader that an evaluation uses.
+        start_context: the beginning of the sample text printed after every epoch; None prints no sample.
+        tokenizer: encodes start_context. Default: the GPT-2 tokenizer.
 
     Raises:
         ValueError: the training loader is empty.
-        FloatingPointError: the loss is not finite. The weights are those before the step.
+        FloatingPointError: the loss of a step is not finite. This step does not change the weights.
     """
     if len(train_loader) == 0:
         raise ValueError("the training loader has no batch: lower its batch_size or max_length, or use a longer text")
@@ -83,16 +83,16 @@ def train_model_simple(
 
 
 def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: Device) -> Tensor:
-    """Return the mean cross-entropy of a batch in nats per token, as a tensor for `backward`."""
+    """Return the mean cross-entropy of one batch in nats per token, as a scalar tensor with a gradient."""
     total, count = _loss_sum(input_batch.to(device), target_batch.to(device), model)
     return total / count
 
 
 @torch.no_grad()
 def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all of them).
+    """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all).
 
-    Without a target token, or if `loader` is None, the result is NaN. In training mode, dropout stays active.
+    The result is NaN if there is no target token or `loader` is None. In training mode, dropout stays active.
     """
     total, count = 0.0, 0
     for i, (input_batch, target_batch) in enumerate(() if loader is None else loader):
@@ -106,14 +106,14 @@ def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches:
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Return the training and validation loss over eval_iter batches, without dropout; NaN for a loader of None."""
+    """Return the mean loss over eval_iter batches of each loader, without dropout; NaN for a loader None."""
     with evaluation_mode(model):
         train_loss = calc_loss_loader(train_loader, model, device, eval_iter)
         return train_loss, calc_loss_loader(val_loader, model, device, eval_iter)
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:
-    """Print start_context and the 50 most likely next tokens on one line."""
+    """Continue the text start_context by 50 tokens, each the most likely one, and print everything on one line."""
     ids = torch.tensor([encode_with_specials(tokenizer, start_context)], device=device)
     positions = getattr(model, "pos_emb", None)  # The book's model has no config.
     context_size = None if positions is None else positions.weight.shape[0]
@@ -122,8 +122,11 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
 
 
 def _loss_sum(inputs: Tensor, targets: Tensor, model: Any) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of a batch and the number of its targets."""
-    if targets.dim() == 1:  # classes (B,), which the last token predicts
+    """Return the summed cross-entropy of a batch and the number of its targets.
+
+    Targets of shape (batch,) are classes, which the logits of the last token predict.
+    """
+    if targets.dim() == 1:
         return token_loss(model(inputs)[:, -1], targets)
     if hasattr(model, "token_loss"):
         return model.token_loss(inputs, targets)

@@ -1,7 +1,7 @@
-"""Snapshots: everything the next training step depends on, copied, restored, and compared with a run that is to resume.
+"""Snapshots: copies of everything on which the next training step depends, from which a run can resume.
 
-The weights, optimizer state, counters and random states are restored. The recipe, the data and the frozen weights must
-be the same; another machine gives a warning.
+The weights, optimizer state, counters and random states are restored. The recipe (config.yaml), the data and the frozen
+weights must be unchanged; another machine only causes a warning.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _numpy_random: Any = np.random
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a run between two steps. Training can continue while the copy is written."""
+    """A copy of the state of a training run between two steps. Training can continue while the copy is written."""
 
     state: RunState
     weights: dict[str, Tensor]
-    """The trained parameters by name."""
+    """The parameters that require gradients, by name."""
     optimizer: dict[str, Tensor]
-    """The optimizer state, named `parameter/key`."""
+    """The optimizer's tensors, with names such as `lm_head.weight/exp_avg`."""
     context: dict[str, dict[str, Any]]
-    """JSON values: `lengths` of the run's logs, `recipe`, hashes of the `data`, `machine`, `random` states."""
+    """JSON values: `lengths` of the logs, `recipe` (config.yaml), hashes of the `data`, `machine`, `random` states."""
 
 
 TakeSnapshot = Callable[[], Snapshot]
@@ -44,7 +44,7 @@ TakeSnapshot = Callable[[], Snapshot]
 def take_snapshot(
     model: nn.Module, optimizers: list[Optimizer], state: RunState, context: dict[str, dict[str, Any]]
 ) -> Snapshot:
-    """Return a copy of a run in main memory. `context` is the snapshot's except for the random states."""
+    """Copy the state of a run to CPU memory. `context` becomes Snapshot.context, with the random states added."""
     weights = trained_parameters(model)
     states = {parameter: by_key for optimizer in optimizers for parameter, by_key in optimizer.state.items()}
     optimizer = {
@@ -57,9 +57,9 @@ def take_snapshot(
 
 
 def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
-    """Load a snapshot into the model, its optimizers and the random generators, and return its counters.
+    """Load a snapshot into the model, its optimizers and the random generators, and return a copy of its RunState.
 
-    Raises ValueError if the snapshot trains other parameters than `model`.
+    Raises ValueError if the names of the parameters that require gradients differ.
     """
     weights = trained_parameters(model)
     if weights.keys() != snapshot.weights.keys():
@@ -81,14 +81,14 @@ def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Opti
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator whose state `random_states` returns."""
+    """Seed the global random generators of Python, NumPy and torch."""
     random.seed(seed)
     _numpy_random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of the global random generators as JSON values."""
+    """Return the states of the global random generators of Python, NumPy and torch as JSON values."""
     version, integers, gauss = random.getstate()
     kind, keys, *rest = _numpy_random.get_state(legacy=True)
     states: dict[str, Any] = {
@@ -117,9 +117,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return what must not change when a run is resumed: hashes of its `data`, and a description of its `machine`.
+    """Return {"data": hashes of the data and frozen weights, "machine": torch version, device and thread count}.
 
-    The model's frozen weights count as data. Changed batches go unnoticed if `train` or `val` has no `fingerprint()`.
+    Hashes of the training and validation batches come from the method `fingerprint()` of `train` and `val`. Without
+    this method, changed batches go unnoticed when a run is resumed.
     """
     parts = {"training_data": train, "validation_data": val}
     data = {name: part.fingerprint() for name, part in parts.items() if hasattr(part, "fingerprint")}
@@ -137,10 +138,12 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
 
 
 def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> list[str]:
-    """Raise ValueError with all differences between a snapshot and a run, and return warnings about the machine.
+    """Raise ValueError if the recipe or data of a run differ from its snapshot; return warnings about the machine.
 
-    `context` is the `Snapshot.context` of the run as it is now. `allowed` names the recipe keys that may differ; "data"
-    and "model" allow other data and other frozen weights.
+    Args:
+        snapshot: the state from which the run is to be resumed.
+        context: the current values of what Snapshot.context stores: `recipe` (config.yaml), `data` and `machine`.
+        allowed: names of recipe keys that may differ; "data" and "model" allow other data and other frozen weights.
     """
     before, now = snapshot.context["recipe"], context["recipe"]
     differences = [
@@ -155,7 +158,7 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
     if differences:
         raise ValueError(
             f"the run cannot be resumed from step {snapshot.state.step}: {'; '.join(differences)} "
-            "(--allow-changed KEY resumes it with the changed value, with different results)"
+            "(--allow_changed KEY resumes it with the changed value, with different results)"
         )
     machine = snapshot.context["machine"]
     return [

@@ -1,4 +1,4 @@
-"""The counters of a training run, and their form in a checkpoint's `state.json`."""
+"""The counters of a training run, and their conversion to and from the JSON of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 _RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
-"""Names of counters in checkpoints of version 0.1, and their names now."""
+"""Maps the names of counters in checkpoints of version 0.1 to their current names."""
 
 
 class IncompatibleCheckpointError(ValueError):
-    """A checkpoint that lacks a value this version of MyGPT needs."""
+    """Raised for a checkpoint that lacks a value which this version of MyGPT needs."""
 
 
 @dataclass
 class RunState:
-    """The progress of a training run: everything a checkpoint counts."""
+    """The progress of a training run: its counters, losses and moving averages, which each checkpoint stores."""
 
     step: int = 0
-    """Optimizer steps so far, skipped steps included."""
+    """Number of optimizer steps so far, including skipped steps."""
     tokens_seen: int = 0
-    """Input tokens in all steps so far, padding included."""
+    """Number of input tokens in all steps so far, including padding."""
     best_loss: float = math.inf
     """Lowest validation loss so far; infinity before the first finite loss."""
     best_step: int | None = None
     """Step at which best_loss was measured; None before the first finite loss."""
     evaluated_step: int | None = None
-    """Step of the latest evaluation."""
+    """Step of the latest evaluation; None before the first."""
     val_loss: float | None = None
-    """Validation loss of the latest evaluation."""
+    """Validation loss of the latest evaluation; None before the first."""
     evals_since_best: int = 0
-    """Evaluations since the last new best."""
+    """Number of evaluations since the lowest validation loss so far."""
     n_skipped: int = 0
-    """Steps without an update because the loss or the gradient was not finite."""
+    """Number of steps that did not change the weights because the loss or the gradient was not finite."""
     mean_grad_norm: float | None = None
-    """Running mean of the gradient norm; None before the first finite gradient."""
+    """Exponential moving average of the gradient norm; None before the first finite gradient."""
     smoothed_loss: float | None = None
-    """Running mean of the training loss; None before the first finite loss."""
+    """Exponential moving average of the training loss; None before the first finite loss."""
 
     def add_to_means(self, loss: float, grad_norm: float, limit: float) -> float:
-        """Update the running means with a step, and return its gradient norm divided by the earlier mean.
+        """Update the two moving averages with a step, and return grad_norm divided by its average before this update.
 
-        A norm above `limit` times the mean enters the mean as `limit` times the mean.
+        A gradient norm above `limit` times its average is counted as `limit` times the average.
         """
         self.smoothed_loss = loss if self.smoothed_loss is None else 0.9 * self.smoothed_loss + 0.1 * loss
         mean = grad_norm if self.mean_grad_norm is None else self.mean_grad_norm
@@ -51,7 +51,7 @@ class RunState:
         return grad_norm / mean if mean else 1.0
 
     def add_evaluation(self, loss: float) -> bool:
-        """Count an evaluation of the current step, and return True if its loss is the lowest so far."""
+        """Store the validation loss of the current step, and return True if it is the lowest so far."""
         self.val_loss, self.evaluated_step = loss, self.step
         is_best = loss < self.best_loss
         self.evals_since_best = 0 if is_best else self.evals_since_best + 1
@@ -60,14 +60,14 @@ class RunState:
         return is_best
 
     def has_lost_patience(self, early_stop: int | None) -> bool:
-        """Return True if the last `early_stop` evaluations brought no new best loss; False if early_stop is None."""
+        """Return True if the last early_stop evaluations did not lower the best loss; False if early_stop is None."""
         return early_stop is not None and self.evals_since_best >= early_stop
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counters as values that standard JSON can hold.
+        """Return the fields as a dict of values that standard JSON can hold.
 
-        Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None unless the
-        current step was evaluated, because checkpoints are compared by the `val_loss` of their own step.
+        Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan". `val_loss` is None if the
+        latest evaluation was at an earlier step, because keep_best compares the losses of the checkpoints' own steps.
         """
         values = vars(self) if self.evaluated_step == self.step else {**vars(self), "val_loss": None}
         non_finite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
@@ -75,9 +75,9 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
-        """Return the counters that `to_json` wrote, also in the form of earlier versions. Other keys are ignored.
+        """Return a RunState from the values that `to_json` of this or an earlier version returned. Ignore other keys.
 
-        Raises IncompatibleCheckpointError if a counter is missing, and ValueError if it has the wrong type.
+        Raises IncompatibleCheckpointError if a field is missing, and ValueError if its value has the wrong type.
         """
         values = {_RENAMED.get(key, key): value for key, value in values.items()}
         if missing := [field.name for field in fields(cls) if field.name not in values]:
@@ -86,7 +86,7 @@ class RunState:
 
 
 def _from_json(value: Any, kind: str, name: str) -> Any:
-    """Return `value` converted to the annotated type `kind`; `name` is used in the error message."""
+    """Convert `value` from JSON to the type `kind` of the field `name`, for example "float | None"."""
     if value is None and (kind.endswith("None") or name == "best_loss"):
         return math.inf if name == "best_loss" else None  # Earlier versions wrote null for an infinite best_loss.
     if type(value) is int and 0 <= value < 2**63:

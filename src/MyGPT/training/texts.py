@@ -1,4 +1,4 @@
-"""The text that a Trainer reads and writes: batches of windows of token ids, and live samples."""
+"""The texts that a Trainer reads and writes: batches of token ids, and samples generated during training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from MyGPT.training.config import TrainConfig
 
 
 def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig) -> tuple[Any, Any, list[list[int]]]:
-    """Return the training batches, the validation batches or None, and the default prompts of live samples.
+    """Return the training batches, the validation batches (or None), and the default prompts of sample texts.
 
-    Token ids become windows of context_length tokens; other sources are returned as they are (see `Trainer`). Fewer
-    than two validation ids count as None. The default prompt is the beginning of the validation text, or of the
-    training text.
+    Token ids are cut into sequences of context_length tokens; a `train` or `val` that already makes batches is returned
+    unchanged. Fewer than two validation ids count as None. The default prompt is the first 8 tokens of the validation
+    text or, without validation text, of the training text.
     """
     text: Any = []
     if not hasattr(train, "batch"):
@@ -39,16 +39,17 @@ def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig)
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Return the batch on a device."""
+    """Move the tensors of a batch to `device`."""
     # On Apple's GPUs a non-blocking copy may read the source tensor after its memory has been freed.
     return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
 
 
 @dataclass
 class LiveSamples:
-    """Continues prompts (token ids) with the model, one prompt per sample, in turn, so that a reader sees it learn.
+    """Generates sample texts during training, so that a user can watch the model learn.
 
-    config.sample_prompt replaces the prompts. Without a tokenizer there are no samples.
+    Each sample continues the next of `prompts` (lists of token ids); config.sample_prompt, if set, replaces them. If
+    `tokenizer` is None, there are no samples.
     """
 
     model: GPTModel
@@ -61,7 +62,7 @@ class LiveSamples:
             self.prompts = [self.tokenizer.encode(self.config.sample_prompt)]
 
     def text(self, step: int) -> str | None:
-        """Return a continuation of the prompt whose turn it is; None if no sample is due after this step."""
+        """Return the next prompt with its continuation by the model; None if no sample is due after `step` steps."""
         config, tokenizer = self.config, self.tokenizer
         if tokenizer is None or len(self.prompts) == 0 or not config.sample_every or step % config.sample_every:
             return None

@@ -1,7 +1,7 @@
 """The training loop behind `mygpt train` and `mygpt finetune`: the step, the loop around it, and the evaluation.
 
-A step depends on the weights, the optimizers, the random states and the step number, and on nothing else. A checkpoint
-stores these, so a resumed run gives bit-identical results. state.py counts, run.py writes, console.py prints.
+A step depends only on the weights, the optimizers, the random states and the step number. A checkpoint stores them, so
+a resumed run gives bit-identical results. state.py holds the counters, run.py writes files, console.py prints.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ from MyGPT.training.texts import LiveSamples, make_batches, to_device
 
 
 class Trainer:
-    """Trains a model. `run` does everything; `setup`, `step`, `evaluate`, `save` and `close` serve loops of your own.
+    """Trains a model. `run` does everything; use `setup`, `step`, `evaluate`, `save` and `close` for your own loop.
 
-    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run continues from its newest complete
-    checkpoint with the results of an uninterrupted run: bit-identical on the same machine with the same thread count
-    and versions.
+    `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run gives the same results as an uninterrupted
+    run, bit for bit on the same machine with the same versions and number of threads.
 
     Args:
         model: the model to train.
-        config: how to train it.
-        train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (B, T) int64, and
-            optionally an attention mask (B, T). With a method `fingerprint()`, a resumed run notices changed data.
-        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them, or the same few
-            every time. None trains without evaluation.
-        tokenizer: decodes live samples and is saved with the model.
-        prompts: token ids that live samples continue. Default: config.sample_prompt or the validation text's start.
-        best_model: saves the best model of the run. Default: a model directory, `model/`.
-        run_dir: the run's directory. None writes no files.
-        recipe: the content of config.yaml. Default: `config`.
-        device: where the model is trained.
-        overwrite: replace the run that is in run_dir.
-        resume: continue the run that is in run_dir. The recipe and the data must be unchanged.
+        config: the options of the training run.
+        train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (batch, time) int64,
+            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data.
+        val: token ids, or an object whose method `batches(whole)` yields such batches: all of them if `whole` is True,
+            otherwise the same few every time. None trains without evaluation.
+        tokenizer: decodes sample texts and is saved with the model.
+        prompts: lists of token ids that sample texts continue. Default: the first tokens of the validation text.
+            config.sample_prompt, if set, replaces them.
+        best_model: saves the best model of the run. Default: an object that saves it in the directory `model/`.
+        run_dir: the directory for the files of the run. None writes no files.
+        recipe: the content of config.yaml, such as the options of a command. Default: the options in `config`.
+        device: the device on which the model is trained.
+        overwrite: replace an earlier run in run_dir.
+        resume: continue the run in run_dir. The recipe and the data must be unchanged.
         allow_changed: recipe keys that may differ on resuming; "data" and "model" allow other data and frozen weights.
-        console: prints messages and, with `progress`, a progress bar. `SilentConsole()` prints nothing.
+        progress: show a progress bar, unless `console` is given.
+        console: prints all messages. `SilentConsole()` prints nothing.
     """
 
     def __init__(
@@ -95,25 +96,25 @@ class Trainer:
             resume=resume,
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
-        self._modes, self._is_ready = ExitStack(), False
+        self._contexts, self._is_ready = ExitStack(), False
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
     tokens_seen = property(attrgetter("state.tokens_seen"), doc="The number of input tokens so far.")
-    best_loss = property(attrgetter("state.best_loss"), doc="The lowest validation loss so far; infinity before it.")
-    best_step = property(attrgetter("state.best_step"), doc="The step of best_loss; None before it.")
+    best_loss = property(attrgetter("state.best_loss"), doc="The lowest validation loss; infinity before the first.")
+    best_step = property(attrgetter("state.best_step"), doc="The step of best_loss; None before the first.")
 
     def setup(self) -> None:
-        """Seed all generators, open the run's directory, move the model and make the optimizers.
+        """Seed the random generators, lock run_dir, move the model to the device, and make the optimizers.
 
-        The second call does nothing. An error closes everything again.
+        A resumed run also loads its newest checkpoint. A second call does nothing. An error closes the trainer.
         """
         if self._is_ready:
             return
         with ExitStack() as on_error:
             on_error.callback(self.close)
-            self._modes.enter_context(deterministic_algorithms(self.config.deterministic))
+            self._contexts.enter_context(deterministic_algorithms(self.config.deterministic))
             seed_everything(self.config.seed)
-            snapshot = self.files.open()
+            snapshot = self._contexts.enter_context(self.files)
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
             self.optimizers = make_optimizers(self.model, self.config)
@@ -125,12 +126,12 @@ class Trainer:
         self._is_ready = True
 
     def close(self) -> None:
-        """Wait for the checkpoint writer, release the run's directory and restore torch's deterministic mode.
+        """Wait for the checkpoint writer, unlock run_dir and restore torch's deterministic mode.
 
         Later calls do nothing. `evaluate` and `save` still work on a closed trainer.
         """
         self._is_ready = False
-        with self._modes, closing(self.console):
+        with self._contexts, closing(self.console):
             self.files.close()
 
     def __enter__(self) -> Trainer:
@@ -141,10 +142,10 @@ class Trainer:
         self.close()
 
     def step(self) -> dict[str, float]:
-        """Take one optimizer step and return its loss, gradient norm and learning rate.
+        """Take one optimizer step and return {"loss": ..., "grad_norm": ..., "learning_rate": ...}.
 
-        A step whose loss or gradient is not finite leaves the weights unchanged; more than max_skipped_steps such steps
-        raise FloatingPointError.
+        A step whose loss or gradient is not finite does not change the weights. FloatingPointError is raised after
+        more than config.max_skipped_steps such steps.
         """
         if not self._is_ready:
             raise RuntimeError("the trainer is not set up: call setup(), or use `with Trainer(...) as trainer:`")
@@ -172,7 +173,7 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the mean validation loss in nats per token, on a fixed part of the data or all; NaN without data."""
+        """Return the validation loss in nats per token, on all data if `whole`, else on a part; NaN without data."""
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
@@ -185,16 +186,18 @@ class Trainer:
         return self.files.save_model()
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of everything the next step depends on: the content of a checkpoint."""
+        """Return a copy of everything on which the next step depends; a checkpoint stores this copy."""
         return take_snapshot(self.model, self.optimizers, self.state, self.files.context())
 
     def run(self) -> float:
-        """Train to the last step, to early_stop or to a signal; then close the trainer.
+        """Train until the last step or an early stop, close the trainer, and return the best model's validation loss.
 
-        Returns the loss on all validation data of the best model (NaN without such data). The trainer and `model/` then
-        hold this model; without a run_dir, the last model takes its place. SIGINT (Ctrl-C) and SIGTERM save a
-        checkpoint and raise Stopped. FloatingPointError is raised if too many steps, or all validation losses, are not
-        finite.
+        The loss is measured on all validation data; NaN without any. Afterwards `trainer.model` and run_dir hold the
+        best model. Without run_dir, the last model is kept and evaluated instead.
+
+        Raises:
+            Stopped: SIGINT (Ctrl-C) or SIGTERM arrived. A checkpoint was saved before.
+            FloatingPointError: too many losses or gradients, or all validation losses, were not finite.
         """
         with self:
             self.console.start(self.state.step, self.config.max_steps)
