@@ -80,7 +80,5 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: mygpt COMMAND [options]", "", *lines, "", "mygpt COMMAND --help describes a command and its options."]
-    )
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: mygpt COMMAND [options]\n\n{lines}\n\nmygpt COMMAND --help describes a command and its options."

@@ -91,7 +91,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(talker: Path, monkeypatch: pyte
         yield " the"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("MyGPT.generation.stream_text", interrupted)
+    monkeypatch.setattr("MyGPT.commands.chat.stream_text", interrupted)
     say(monkeypatch, "hello", "hello")
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     assert capsys.readouterr().out == " the\n the\n"
@@ -114,6 +114,7 @@ def gpt2_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         yield server
 
 
+@pytest.mark.slow
 def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_path: Path, capsys: Any) -> None:
     assert main(["download", "gpt2", "--base_url", gpt2_server.address]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'cache/models/124M'}\n"

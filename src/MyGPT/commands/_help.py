@@ -1,4 +1,4 @@
-"""How --help and --help-all look: which options stand under which heading, and how an option is described.
+"""The help pages: the headings, the options under each heading, and the description of each option.
 
 `--help` shows the options that the command's module lists in `COMMON`, `--help-all` shows all of them.
 """
@@ -30,6 +30,18 @@ GROUPS = {
     "Configuration": "config print_config help help_all",
 }
 """The headings of a long help page, and the options under each, in the order in which they are shown."""
+
+SHARED_HELP = {
+    "model": "A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.",
+    "adapter": "The directory of a LoRA adapter, or a run of mygpt finetune.",
+    "device": "Where to compute: auto, cpu, cuda or mps.",
+    "precision": "Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.",
+    "lookup": "Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.",
+    "seed": "Seed that makes the generated text repeatable.",
+    "tokenizer_size": "Number of tokens that bpe learns.",
+    "out": "The picture to write: a .png, .svg or .pdf file.",
+}
+"""The descriptions of options that several commands have."""
 
 MAX_UNGROUPED = 10
 """A command with at most this many options of its own lists them under the single heading "Options"."""
@@ -66,25 +78,20 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class HelpAllAction(argparse._HelpAction):
-    """The option --help-all."""
+    """The option --help-all, which prints every option and exits."""
 
     def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
-        """Print every option and exit."""
         show_options(parser)
         parser.print_help()
         parser.exit()
 
 
 def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
-    """Choose the options that a parser's help page shows, and the headings above them.
-
-    Args:
-        parser: a parser with all of its options, --help-all among them
-        common: names of the options to show, in this order; if empty, the page shows all options under the headings of `GROUPS`
-    """
+    """Let the help page show the options named in `common`, or all options under the headings of `GROUPS`."""
     actions = {action.dest: action for action in parser._actions}
     configuration = GROUPS["Configuration"].split()
     own = [name for name in actions if name not in configuration]
+    own.sort(key=lambda name: not actions[name].required)  # required options come first
     groups = {title: names.split() for title, names in GROUPS.items()}
     if common:
         groups = {"Most used options": list(common), "Configuration": configuration}

@@ -20,12 +20,13 @@ import sys
 import typing
 from argparse import SUPPRESS
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, Literal
 
 import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from MyGPT.commands._help import HelpAllAction, HelpFormatter, show_options, value_name
+from MyGPT.commands._help import SHARED_HELP, HelpAllAction, HelpFormatter, show_options, value_name
 from MyGPT.commands._recipe import read_recipe
 
 Command = Callable[..., Any]
@@ -38,7 +39,6 @@ class CommandParser(ArgumentParser):
     recipe: str | os.PathLike[str] | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        """Raise ValueError with the message in plain words."""
         source = f"options from {self.recipe} and the command line; " if self.recipe else ""
         raise ValueError(f"{self._plain(message)} ({source}see {self.prog} --help)") from ex
 
@@ -82,12 +82,14 @@ def make_parser(name: str, command: Command) -> CommandParser:
     """Return a parser whose options are the function's parameters.
 
     A parameter that is a dataclass gives an option for each of its fields. A `*names: str` parameter takes one or more
-    values without an option's name. The function's docstring is the help text.
+    values without an option's name. The function's docstring is the help text; `SHARED_HELP` describes the options that
+    the docstring leaves out.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]
-    common = getattr(module, "COMMON", ())
+    common, nested, hidden = (getattr(module, setting, ()) for setting in ("COMMON", "NESTED", "HIDDEN"))
     description = inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0]
+    described = {entry.arg_name: entry.description for entry in docstring_parser.parse(command.__doc__ or "").params}
     parameters = inspect.signature(command).parameters.values()
     listed = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
     groups = _dataclasses_of(command)
@@ -95,11 +97,10 @@ def make_parser(name: str, command: Command) -> CommandParser:
     example = re.search(r"^ +(mygpt .*)", description, re.M)
     parser.example = example[1] if example else f"{parser.prog} --help"
     for parameter in listed:
-        parser.add_argument(parameter, nargs="+", type=str, help=_help_of(command, parameter))
+        parser.add_argument(parameter, nargs="+", type=str, help=described.get(parameter))
     parser.add_function_arguments(command, as_group=False, skip={*listed, *groups})
     for parameter, kind in groups.items():
-        nested = parameter if parameter in getattr(module, "NESTED", ()) else None
-        parser.add_class_arguments(kind, nested, skip=set(getattr(module, "HIDDEN", ())))
+        parser.add_class_arguments(kind, parameter if parameter in nested else None, skip=set(hidden))
     parser.add_argument("--config", action="config", help="Read options from a YAML file; options given after it win.")
     which = "the most used" if common else "all"
     parser.add_argument("-h", "--help", action="help", help=f"Show {which} options and exit.")
@@ -107,9 +108,10 @@ def make_parser(name: str, command: Command) -> CommandParser:
     names = {action.dest for action in parser._actions}
     parser.set_defaults({name: value for name, value in getattr(module, "DEFAULTS", {}).items() if name in names})
     for action in parser._actions:
+        action.help = action.help or SHARED_HELP.get(action.dest)
         if getattr(action, "_typehint", None) is bool:  # --overwrite alone means true
             action.nargs, action.const = "?", True
-        if action.dest in getattr(module, "NESTED", ()):
+        if action.dest in nested:
             action.help = f"Read the options of {action.dest} from a YAML file."
         if action.dest == "print_config":
             action.help = "Print all options as YAML and exit."
@@ -129,21 +131,20 @@ def underscored(argument: str, parser: CommandParser) -> str:
 def call(command: Command, options: Any) -> None:
     """Call the function with the parsed options, after building its dataclasses from their fields."""
     values = {name: value for name, value in options.as_dict().items() if name != "config"}
-    keywords = {}
-    for parameter, kind in _dataclasses_of(command).items():
-        if parameter in values:  # a nested parameter, such as lora
-            if not isinstance(values[parameter], dict):
-                raise ValueError(f"{parameter} must be a mapping of options to values, got {values[parameter]!r}")
-            keywords[parameter] = kind(**values[parameter])
-        else:
-            fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
-            keywords[parameter] = kind(**{field: values[field] for field in fields})
+    groups = _dataclasses_of(command)
     positional: list[Any] = []
-    for name, described in inspect.signature(command).parameters.items():
-        if described.kind is described.VAR_POSITIONAL:
+    keywords = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
             positional = values[name]
-        elif name not in keywords:
+        elif name not in groups:
             keywords[name] = values[name]
+        else:
+            given = values.get(name, values)  # a nested parameter, such as lora, has its fields in a mapping of its own
+            if not isinstance(given, dict):
+                raise ValueError(f"{name} must be a mapping of options to values, got {given!r}")
+            fields = [field.name for field in dataclasses.fields(groups[name]) if field.name in given]
+            keywords[name] = groups[name](**{field: given[field] for field in fields})
     command(*positional, **keywords)
 
 
@@ -153,23 +154,11 @@ def _dataclasses_of(command: Command) -> dict[str, Any]:
     return {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
 
 
-def _help_of(command: Command, parameter: str) -> str:
-    """Return the parameter's entry under "Args:" in the function's docstring."""
-    described = docstring_parser.parse(command.__doc__ or "").params
-    return next((entry.description or "" for entry in described if entry.arg_name == parameter), "")
-
-
 def _allowed(kind: Any) -> list[str]:
     """Return the values that an option of this type accepts, in words."""
     if typing.get_origin(kind) is Literal:
         return [str(choice) for choice in typing.get_args(kind)]
     if typing.get_origin(kind) is list:
         return ['a list such as ["a", "b"]']
-    words = {
-        int: ["a whole number"],
-        float: ["a number"],
-        bool: ["true", "false"],
-        str: ["a text"],
-        type(None): ["null"],
-    }
-    return words.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member)]
+    names = {int: ["a whole number"], float: ["a number"], str: ["a text"], bool: ["true", "false"], NoneType: ["null"]}
+    return names.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member)]

@@ -1,7 +1,6 @@
 """Recipes: YAML files with the options of a command, or the fields of a model.
 
-Recipes may come from strangers, so `read_recipe` refuses files that would exhaust memory or crash the reader. `read_plan`
-returns the model and the training that a recipe describes, without reading its data.
+Recipes may come from strangers, so `read_recipe` refuses files that would exhaust memory or crash the reader.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from MyGPT.config import GPTConfig, as_config
 from MyGPT.files import read_text
 from MyGPT.training.config import TrainConfig
 
-GPT2_VOCABULARY = 50257
-# Typical sizes of vocabularies that are learned from a text, for estimates that do not read the text.
-USUAL_VOCABULARY = {"chars": 100, "words": 10_000}
-
+VOCABULARY_SIZES = {"gpt2": 50257, "chars": 100, "words": 10_000}
+"""GPT-2's size, and typical sizes of vocabularies that are learned from a text."""
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 
@@ -29,9 +26,8 @@ _MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the keys and values of a recipe. Numbers are read as on the command line, so that 1e-3 is a number.
 
-    Raises:
-        ValueError: the file is not YAML, has no keys, is nested too deeply, or uses an alias. A few lines of aliases can
-            expand to terabytes.
+    Raises ValueError for a file that is not YAML, has no keys, is nested too deeply, or uses an alias (a few lines of
+    aliases can expand to terabytes).
     """
     from jsonargparse import get_loader
 
@@ -50,22 +46,21 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML that MyGPT reads as a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe: it has no keys")
-    for key in recipe:
-        if not isinstance(key, str):
-            raise ValueError(f"{path} is not a recipe: the key {key!r} is not a string")
+    if wrong := [key for key in recipe if not isinstance(key, str)]:
+        raise ValueError(f"{path} is not a recipe: the key {wrong[0]!r} is not a string")
     return recipe
 
 
 def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any]]:
     """Return the model, the training (None if the file describes only a model), and all options of a recipe.
 
-    Missing options have the defaults of mygpt train. If the vocabulary is learned from the text, its size is an estimate.
+    Missing options have the defaults of mygpt train. The text is not read, so the size of a vocabulary that would be
+    learned from it is an estimate.
     """
     recipe = read_recipe(path)
     if "model" in recipe:
-        raise ValueError(
-            f"{path} is a recipe for mygpt finetune and does not describe a model: its model is {recipe['model']!r}"
-        )
+        reason = f"does not describe a model: its model is {recipe['model']!r}"
+        raise ValueError(f"{path} is a recipe for mygpt finetune and {reason}")
     is_training = "data" in recipe or "max_steps" in recipe
     try:
         model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}
@@ -85,7 +80,7 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
         return load_tokenizer(data).n_vocab
     if name == "bpe":
         return int(recipe.get("tokenizer_size", 1024))
-    return GPT2_VOCABULARY if name == "gpt2" else USUAL_VOCABULARY.get(name) or load_tokenizer(name).n_vocab
+    return VOCABULARY_SIZES.get(name) or load_tokenizer(name).n_vocab
 
 
 def fields_of(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Run = Callable[["Tensor", int], object]
 """A function that continues prompts (B, T) by n tokens with greedy decoding."""
+MYGPT = {"GPTModel": "plain", "fp32, no compiler": "eager", "fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+"""The rows of the table, and the kind that `open_mygpt` opens for each."""
 
 
 def bench(
@@ -46,13 +49,11 @@ def bench(
     """
     import torch
 
-    from MyGPT.config import GPT2_CONFIGS
+    from MyGPT.config import GPT2_CONFIGS, require_positive
     from MyGPT.model import GPTModel
     from MyGPT.weights.pretrained import find_model
 
-    for name, value in (("n_tokens", n_tokens), ("prompt", prompt), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_positive(n_tokens=n_tokens, prompt=prompt, rounds=rounds)
     if size not in GPT2_CONFIGS:
         raise ValueError(f"size must be one of {', '.join(GPT2_CONFIGS)}, got {size!r}")
     if threads:
@@ -61,61 +62,42 @@ def bench(
         if model is None:
             GPTModel(GPT2_CONFIGS[size]).save_pretrained(directory)
         gpt = GPTModel.from_pretrained(directory if model is None else find_model(model))
-        if prompt + n_tokens + 1 > gpt.config.context_length:
-            context = gpt.config.context_length
-            raise ValueError(
-                f"prompt + n_tokens must be below the model's context of {context}, got {prompt + n_tokens}"
-            )
-        peer = directory if model is None else model
-        has_peer = Path(peer, "config.json").is_file() and importlib.util.find_spec("transformers") is not None
+        context, n = gpt.config.context_length, prompt + n_tokens
+        if n >= context:
+            raise ValueError(f"prompt + n_tokens must be below the model's context of {context}, got {n}")
         programs = {name: open_mygpt(gpt, kind) for name, kind in MYGPT.items()}
-        if has_peer:
+        peer = model or directory
+        if Path(peer, "config.json").is_file() and importlib.util.find_spec("transformers") is not None:
             programs["transformers fp32"] = open_transformers(peer, "float32")
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, gpt.config.vocab_size, (8, prompt), generator=generator)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-    speeds = []
-    for turn in range(rounds + 1):  # the first round warms up
-        speeds.append(read_bandwidth())
+    ids = torch.randint(0, gpt.config.vocab_size, (8, prompt), generator=torch.Generator().manual_seed(1))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    bandwidths = []
+    for turn in range(rounds + 1):
+        bandwidths.append(read_bandwidth())
         for name, run in programs.items():
-            times = (seconds_per_token(run, ids[:1], n_tokens), seconds_per_token(run, ids, n_tokens))
-            if turn:
-                found[name].append(times)
-    print_table(found, statistics.median(speeds[1:]), gpt)
+            pair = (seconds_per_token(run, ids[:1], n_tokens), seconds_per_token(run, ids, n_tokens))
+            if turn > 0:  # the first round warms up
+                times[name].append(pair)
+    print_table(times, statistics.median(bandwidths[1:]), gpt)
 
 
-MYGPT = {
-    "GPTModel": "plain",
-    "fp32, no compiler": "eager",
-    "fp32": "fp32",
-    "bf16": "bf16",
-    "int8": "int8",
-}
-"""The rows of the table, and the kind that `open_mygpt` opens for each."""
+def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:
+    """Print each program's tokens per second.
 
-
-def print_table(found: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:
-    """Print each program's tokens per second for one and for eight sequences.
-
-    Args:
-        found: for each program the seconds per token of one and of eight sequences, in every round
-        bandwidth: bytes per second that the memory delivers
-        gpt: the model
+    `times` has the seconds per token of one and of eight sequences for each round; `bandwidth` is in bytes per second.
     """
     import torch
 
-    n_bytes = {"int8": 1, "bf16": 2}
     # A token reads one row of the token embedding; an output head that shares the embedding reads all rows.
     n_read = gpt.num_parameters(exclude_embeddings=True)
     n_read += gpt.transformer.wte.weight.numel() if gpt.config.tie_weights else 0
+    rounds = len(next(iter(times.values())))
     print(f"{gpt.num_parameters():,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        f"memory bandwidth {bandwidth / 1e9:.1f} GB/s; median (lowest to highest) of {len(next(iter(found.values())))} rounds"
-    )
+    print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s; median (lowest to highest) of {rounds} rounds")
     print(f"{'':<24} {'1 sequence, tokens/s':>26} {'of the limit':>14} {'8 sequences, tokens/s':>24}")
-    for name, times in found.items():
-        one, eight = ([B / row[i] for row in times] for i, B in ((0, 1), (1, 8)))
-        limit = bandwidth / (n_read * n_bytes.get(name, 4))
+    for name, pairs in times.items():
+        one, eight = [1 / first for first, _ in pairs], [8 / second for _, second in pairs]
+        limit = bandwidth / (n_read * {"int8": 1, "bf16": 2}.get(name, 4))
         print(
             f"{name:<24} {statistics.median(one):10.1f} ({min(one):.1f} to {max(one):.1f}) "
             f"{statistics.median(one) / limit:12.0%} {statistics.median(eight):10.1f} ({min(eight):.0f} to {max(eight):.0f})"
@@ -123,11 +105,9 @@ def print_table(found: dict[str, list[tuple[float, float]]], bandwidth: float, g
 
 
 def open_mygpt(gpt: Any, kind: str) -> Run:
-    """Return a function that generates with MyGPT.
+    """Return a function that generates with the model itself (kind "plain") or an accelerated copy.
 
-    Args:
-        gpt: the model
-        kind: "plain" (the model itself), "eager" (accelerated in float32 without a compiler), or a precision
+    Kind "eager" accelerates in float32 without a compiler; any other kind is a precision.
     """
     from MyGPT.acceleration.step import accelerate
     from MyGPT.generation import generate
@@ -144,12 +124,8 @@ def open_transformers(directory: str, dtype: str) -> Run:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    options: dict[str, Any] = {"do_sample": False, "use_cache": True}
-    return lambda ids, n: model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, **options
-    )
+    model.generation_config.update(do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    return lambda ids, n: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n)
 
 
 def seconds_per_token(run: Run, ids: Tensor, n: int) -> float:
@@ -165,10 +141,4 @@ def read_bandwidth(n_bytes: int = 2**28) -> float:
     """Return the bytes per second at which all threads read a tensor larger than the caches: the best of five sums."""
     import torch
 
-    numbers = torch.ones(n_bytes // 4)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        best = min(best, time.perf_counter() - start)
-    return n_bytes / best
+    return n_bytes / min(timeit.repeat(torch.ones(n_bytes // 4).sum, number=1, repeat=5))

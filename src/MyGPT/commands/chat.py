@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from MyGPT.commands._model import make_fast, start_build
 from MyGPT.config import Precision
-from MyGPT.data.templates import Template
+from MyGPT.data.instructions import encode_prompt
+from MyGPT.data.templates import Template, load_template
+from MyGPT.generation import stream_text
+from MyGPT.opening import find_model_files, open_model
 from MyGPT.sampling import SamplingConfig
-
-if TYPE_CHECKING:
-    from MyGPT.tokenizers import Tokenizer
+from MyGPT.tokenizers import Tokenizer
 
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
-COMMON = (
-    *("model", "adapter", "template", "system", "memory", "max_new_tokens", "temperature", "top_k", "top_p"),
-    *("device", "precision", "seed"),
-)
+COMMON = "model adapter template system memory max_new_tokens temperature top_k top_p device precision seed".split()
 HELP = "/reset clears the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 TRANSCRIPT = Template(
     without_input="User: {instruction}\nAssistant:",
@@ -56,13 +55,7 @@ class Conversation:
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
-        """Return the token ids of the prompt; drop the oldest turns until at most `room` ids are left.
-
-        Raises:
-            ValueError: the question alone has more than `room` ids.
-        """
-        from MyGPT.data.instructions import encode_prompt
-
+        """Return at most `room` token ids of the prompt, after dropping the oldest turns that do not fit."""
         # The model need not generate the text with which the template starts every answer.
         begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         while True:
@@ -70,9 +63,8 @@ class Conversation:
             if len(ids) <= room:
                 return ids
             if not self.turns or not self.remembers:
-                raise ValueError(
-                    f"the question has {len(ids)} tokens, but the context leaves room for {room}; shorten the question"
-                )
+                limit = f"the context leaves room for {room}; shorten the question"
+                raise ValueError(f"the question has {len(ids)} tokens, but {limit}")
             del self.turns[0]
 
 
@@ -99,25 +91,13 @@ def chat(
         mygpt chat --model gpt2 --temperature 0.9
 
     Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
         template: Prompt template: alpaca, book or a JSON file. Without it, the model's own template or a plain transcript.
         memory: Show the model the earlier questions and answers. Without it, on for models trained on conversations and for
             models that were not fine-tuned.
         system: A text at the start of the conversation. A model trained on instructions receives it as the input.
         max_new_tokens: Maximum length of an answer in tokens. Without it, 200 or half the model's context.
-        seed: Seed that makes the conversation repeatable.
-        device: Where to compute: auto, cpu, cuda or mps.
-        precision: Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.
-        lookup: Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.
     """
-    from MyGPT.commands._model import make_fast, start_build
-    from MyGPT.data.templates import load_template
-
     build = start_build(device)
-    from MyGPT.generation import stream_text  # after the build has started, because this imports torch
-    from MyGPT.opening import find_model_files, open_model
-
     gpt, tokenizer = open_model(model, device, adapter)
     context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
@@ -141,8 +121,7 @@ def chat(
         answer, n_turns = "", len(conversation.turns)
         try:
             ids = conversation.ids(question, tokenizer, room)
-            n_forgotten = n_turns - len(conversation.turns)
-            if n_forgotten:
+            if n_forgotten := n_turns - len(conversation.turns):
                 print(f"(the context is full: dropped the oldest {n_forgotten} of {n_turns} turns)", file=sys.stderr)
             turn_seed = None if seed is None else seed + n_turns
             for text in stream_text(fast, tokenizer, ids, longest, sampling, conversation.stops(), turn_seed):

@@ -31,15 +31,12 @@ def evaluate(
         mygpt evaluate --model gpt2 --data wiki.test.tokens --protocol wikitext2
 
     Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
         data: Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), or alice (built in) or
             tinyshakespeare (downloaded).
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
         protocol: The paper's protocol for this data set; without it, the text is used unchanged.
         stride: Tokens between the starts of two windows. A smaller stride gives each token more context and takes longer;
             without it, windows do not overlap.
         batch_size: Windows per forward pass.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
@@ -47,9 +44,8 @@ def evaluate(
 
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
-        raise ValueError(
-            f"stride cannot be used with protocol {protocol}, which predicts one word per passage, got {stride}"
-        )
+        reason = "which predicts one word per passage"
+        raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
     files = find_files(data)
     gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
@@ -58,8 +54,7 @@ def evaluate(
         rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, show_progress))
     else:
         measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, show_progress)
-        has_start = tokenizer.eot_token is not None
-        rows = text_rows(measured, way, gpt.config.context_length, stride, has_start)
+        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.eot_token is not None)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
 
@@ -73,19 +68,15 @@ def text_rows(
     if protocol.detokenizer is not None:
         spelling = f"de-tokenized; {measured.n_ambiguous:,} words of the corpus have no unique spelling"
     first = "first token after <|endoftext|>" if has_start else "first token not counted"
-    per_word = f"{measured.word_perplexity:.4f} per word"
     rows = [
         ("loss", f"{result.loss:.6f} nats per token"),
-        ("perplexity", f"{result.perplexity:.4f} per token, {per_word}"),
+        ("perplexity", f"{result.perplexity:.4f} per token, {measured.word_perplexity:.4f} per word"),
         ("bits per byte", f"{measured.bits_per_byte:.6f}"),
         ("counted", f"{result.n_tokens:,} tokens, {measured.n_words:,} words, {measured.n_bytes:,} bytes"),
         ("protocol", f"windows of {context} tokens, stride {stride or context}; {first}; {spelling}"),
     ]
-    if not measured.is_lossless:
-        rows.append(
-            ("warning", "the tokenizer loses part of the text, so the values per word and per byte are too low")
-        )
-    return rows
+    warning = ("warning", "the tokenizer loses part of the text, so the values per word and per byte are too low")
+    return rows if measured.is_lossless else [*rows, warning]
 
 
 def last_word_rows(measured: LastWordMeasurement) -> list[Row]:

@@ -18,10 +18,7 @@ def explain(
 
     Args:
         text: The text in quotes, at most 128 tokens.
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
         out: The .html file to write.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
     from MyGPT.commands._model import encode_for
     from MyGPT.files import atomic_write

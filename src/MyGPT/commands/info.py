@@ -14,8 +14,10 @@ from MyGPT.training.config import TrainConfig
 if TYPE_CHECKING:
     from MyGPT.costs import TrainingMemory
 
-ITEM_SIZES = {"fp32": 4, "bf16": 2}
-"""Bytes per number. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
+Row = tuple[str, str]
+ONE_SEQUENCE = TrainConfig(batch_size=1)
+PRECISIONS = ("fp32", "bf16")
+"""The columns of the memory table. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
 
 
 def info(*models: str) -> None:
@@ -37,13 +39,12 @@ def explain(name: str) -> str:
     """Return the description of a released model, a checkpoint or a recipe."""
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
-        return describe(name, config, training=training)
+        return describe(name, config, training=training or ONE_SEQUENCE)
     from MyGPT.weights.formats import find_format, open_checkpoint
     from MyGPT.weights.layout import fit
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
-
     checkpoint = open_checkpoint(name)
     config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
@@ -62,9 +63,7 @@ def explain(name: str) -> str:
     return describe(name, config, rows)
 
 
-def describe(
-    name: str, config: GPTConfig, rows: Sequence[tuple[str, str]] = (), training: TrainConfig | None = None
-) -> str:
+def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:
     """Return a table of a model's size, its operations per token, and the memory of generation and training."""
     import torch
 
@@ -80,35 +79,28 @@ def describe(
         ("parameters", f"{n:,} ({model.num_parameters(exclude_embeddings=True):,} without the embeddings)"),
         *((f"  {part}", f"{count:>13,}  {count / n:6.1%}") for part, count in parts.items() if count),
         ("", "the output head shares the token embedding" if config.tie_weights else ""),
-        (
-            "FLOPs per token",
-            f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training",
-        ),
+        ("FLOPs per token", f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training"),
     ]
-    context = config.context_length
+    context, widths = config.context_length, (4, 2)  # bytes per number in fp32 and bf16
     costs = [
-        ("weights", [n * itemsize for itemsize in ITEM_SIZES.values()]),
-        ("KV cache per token", [cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
-        (
-            f"KV cache, {context:,} tokens",
-            [context * cache_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()],
-        ),
-        ("generation, total", [generation_bytes(config, itemsize) for itemsize in ITEM_SIZES.values()]),
+        ("weights", [n * width for width in widths]),
+        ("KV cache per token", [cache_bytes(config, width) for width in widths]),
+        (f"KV cache, {context:,} tokens", [context * cache_bytes(config, width) for width in widths]),
+        ("generation, total", [generation_bytes(config, width) for width in widths]),
         *training_rows(config, training),
     ]
     text = [(label, value) for label, value in [*rows, *sizes] if value]
-    text.append(("memory", "".join(f"{precision:>13}" for precision in ITEM_SIZES)))
+    text.append(("memory", "".join(f"{precision:>13}" for precision in PRECISIONS)))
     text += [(f"  {label}", "".join(f"{_bytes(size):>13}" for size in of_precision)) for label, of_precision in costs]
     if config.drop_rate:
         text.append(("", f"on a CPU, dropout {config.drop_rate:g} stores all attention weights; drop_rate 0 does not"))
     return "\n".join([name, *(f"  {label:<28} {value}" for label, value in text)])
 
 
-def training_rows(config: GPTConfig, training: TrainConfig | None) -> list[tuple[str, list[int]]]:
-    """Return the memory of a training step: the recipe's batch, or one sequence as long as the context."""
-    training = training or TrainConfig(batch_size=1)
+def training_rows(config: GPTConfig, training: TrainConfig) -> list[tuple[str, list[int]]]:
+    """Return the memory of a training step on one micro-batch. On a CPU, only dropout makes a difference."""
     gpu, cpu = (
-        [step_memory(config, training, precision == "bf16", device) for precision in ITEM_SIZES]
+        [step_memory(config, training, precision == "bf16", device) for precision in PRECISIONS]
         for device in ("cuda", "cpu")
     )
     sequences = training.micro_batch_size or training.batch_size
@@ -124,14 +116,14 @@ def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: st
     """Return the memory of a training step on "cuda" or "cpu", with or without bf16 arithmetic."""
     from MyGPT.costs import training_memory
 
-    micro_batch_size = training.micro_batch_size or training.batch_size
+    n_sequences = training.micro_batch_size or training.batch_size
     return training_memory(
         config,
-        micro_batch_size,
+        n_sequences,
         bf16=bf16,
         optimizer=training.optimizer,
         gradient_checkpointing=training.gradient_checkpointing,
-        accumulates=micro_batch_size < training.batch_size,
+        accumulates=n_sequences < training.batch_size,
         device=device,
     )
 
@@ -140,5 +132,5 @@ def _bytes(n: int) -> str:
     """Return a number of bytes with three digits and its unit."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
-            return f"{n / size:,.{max(0, 2 - len(str(n // size)) + 1)}f} {unit}"
+            return f"{n / size:,.{max(0, 3 - len(str(n // size)))}f} {unit}"
     return f"{n} B"

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
+
+from MyGPT.commands._model import encode_for
+from MyGPT.commands._recipe import fields_of, read_recipe
+from MyGPT.files import atomic_write
+from MyGPT.inside import plots
+from MyGPT.inside.tracing import logit_lens, trace
+from MyGPT.model import GPTModel
+from MyGPT.opening import open_model
 from MyGPT.sampling import SamplingConfig
+from MyGPT.tokenizers import Tokenizer, get_tokenizer
+from MyGPT.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
-
-    from MyGPT.model import GPTModel
-    from MyGPT.tokenizers import Tokenizer
-
 
 DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model and the text that it reads: options of the kinds that show a model's activations."""
+
+    model: str
+    text: str
+    """The text that the model reads."""
+    adapter: str | None = None
+    device: str = "auto"
+
+    def open(self) -> tuple[GPTModel, Tokenizer, torch.Tensor]:
+        """Return the model, its tokenizer, and the token ids (1, T) of the text. Fail first if matplotlib is missing."""
+        _require_matplotlib()
+        model, tokenizer = open_model(self.model, self.device, self.adapter)
+        return model, tokenizer, encode_for(model, tokenizer, self.text)
 
 
 def plot(*runs: str, out: str = "loss.png") -> None:
@@ -31,129 +55,74 @@ def plot(*runs: str, out: str = "loss.png") -> None:
 
     Args:
         runs: Directories of the runs.
-        out: The picture to write: a .png, .svg or .pdf file.
     """
     _require_matplotlib()
-    from MyGPT.inside.plots import plot_losses
-
-    _write(plot_losses(runs), out)
+    _write(plots.plot_losses(runs), out)
 
 
-def attention(
-    model: str,
-    text: str,
-    layer: int = 0,
-    head: int | None = None,
-    adapter: str | None = None,
-    out: str = "attention.png",
-    device: str = "auto",
-) -> None:
+def attention(reading: Reading, layer: int = 0, head: int | None = None, out: str = "attention.png") -> None:
     """Plot how much each token attends to every other token, with one map per head of a layer.
+
+    The labels of a single head are readable up to about forty tokens.
 
     Example:
         mygpt plot attention --model runs/book --text "The wizard entered" --layer 1
 
     Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        text: The text. The labels of a single head are readable up to about forty tokens.
         layer: Layer, counted from 0.
         head: Plot only this head, counted from 0.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
-        out: The picture to write: a .png, .svg or .pdf file.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.inside.plots import plot_attention, token_labels
-    from MyGPT.inside.tracing import trace
-
-    gpt, tokenizer, ids = _open(model, text, adapter, device)
-    _check_count("layer", layer, gpt.config.n_layers)
-    if head is not None:
-        _check_count("head", head, gpt.config.n_heads)
-    weights = trace(gpt, ids)[f"h.{layer}.attn.weights"][0]
-    first = 0 if head is None else head
+    model, tokenizer, ids = reading.open()
+    first = head or 0
+    for name, value, count in (("layer", layer, model.config.n_layers), ("head", first, model.config.n_heads)):
+        if not 0 <= value < count:
+            raise ValueError(f"{name} must be from 0 to {count - 1}, got {value}")
+    weights = trace(model, ids)[f"h.{layer}.attn.weights"][0]  # (H, T, T)
     shown = weights if head is None else weights[head : head + 1]
-    _write(plot_attention(shown, token_labels(tokenizer, ids[0].tolist()), first), out)
+    _write(plots.plot_attention(shown, plots.token_labels(tokenizer, ids[0].tolist()), first), out)
 
 
-def lens(model: str, text: str, adapter: str | None = None, out: str = "lens.png", device: str = "auto") -> None:
+def lens(reading: Reading, out: str = "lens.png") -> None:
     """Plot the prediction if the model stopped after each layer (the logit lens).
+
+    The words in the cells are readable up to about thirty tokens.
 
     Example:
         mygpt plot lens --model runs/book --text "The wizard entered"
-
-    Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        text: The text. The words in the cells are readable up to about thirty tokens.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
-        out: The picture to write: a .png, .svg or .pdf file.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.inside.plots import plot_logit_lens, token_labels
-    from MyGPT.inside.tracing import logit_lens, trace
-
-    gpt, tokenizer, ids = _open(model, text, adapter, device)
-    said = logit_lens(gpt, trace(gpt, ids))[:, 0]
-    _write(plot_logit_lens(said, token_labels(tokenizer, ids[0].tolist()), tokenizer), out)
+    model, tokenizer, ids = reading.open()
+    logits = logit_lens(model, trace(model, ids))[:, 0]  # (layers, T, V)
+    _write(plots.plot_logit_lens(logits, plots.token_labels(tokenizer, ids[0].tolist()), tokenizer), out)
 
 
-def sampling(
-    model: str,
-    text: str,
-    config: SamplingConfig,
-    adapter: str | None = None,
-    out: str = "sampling.png",
-    device: str = "auto",
-) -> None:
-    """Plot the probabilities of the next token before and after each sampling filter.
+def sampling(reading: Reading, config: SamplingConfig, out: str = "sampling.png") -> None:
+    """Plot the probabilities of the token after a text, before and after each sampling filter.
 
     Example:
         mygpt plot sampling --model runs/book --text "The wizard" --temperature 0.7 --top_k 20
-
-    Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        text: The text before the next token.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
-        out: The picture to write: a .png, .svg or .pdf file.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
-    import torch
-
-    from MyGPT.inside.plots import plot_sampling
-
-    gpt, tokenizer, ids = _open(model, text, adapter, device)
+    model, tokenizer, ids = reading.open()
     with torch.no_grad():
-        logits = gpt(ids, last_only=True)[0, -1]
-    _write(plot_sampling(logits, config, tokenizer, seen=ids[0].tolist()), out)
+        logits = model(ids, last_only=True)[0, -1]  # (V,)
+    _write(plots.plot_sampling(logits, config, tokenizer, seen=ids[0].tolist()), out)
 
 
-def neighbours(
-    model: str,
-    text: str,
-    k: int = 8,
-    adapter: str | None = None,
-    out: str = "neighbours.png",
-    device: str = "auto",
-) -> None:
+def neighbours(reading: Reading, k: int = 8, out: str = "neighbours.png") -> None:
     """Plot the nearest tokens of each token in a text, by the similarity of their embeddings.
+
+    The text may have at most 16 different tokens.
 
     Example:
         mygpt plot neighbours --model runs/book --text "The wizard entered"
 
     Args:
-        model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.
-        text: The text, with at most 16 different tokens.
         k: Number of neighbours per token.
-        adapter: The directory of a LoRA adapter, or a run of mygpt finetune.
-        out: The picture to write: a .png, .svg or .pdf file.
-        device: Where to compute: auto, cpu, cuda or mps.
     """
-    from MyGPT.inside.plots import plot_neighbours
-
-    gpt, tokenizer, ids = _open(model, text, adapter, device)
+    model, tokenizer, ids = reading.open()
     different = list(dict.fromkeys(ids[0].tolist()))
     if len(different) > 16:
         raise ValueError(f"the text has {len(different)} different tokens, but the picture shows at most 16")
-    _write(plot_neighbours(gpt, tokenizer, different, k), out)
+    _write(plots.plot_neighbours(model, tokenizer, different, k), out)
 
 
 def schedule(*recipes: str, out: str = "schedule.png") -> None:
@@ -164,12 +133,9 @@ def schedule(*recipes: str, out: str = "schedule.png") -> None:
 
     Args:
         recipes: YAML files with training options, or directories of runs.
-        out: The picture to write: a .png, .svg or .pdf file.
     """
     _require_matplotlib()
-    from MyGPT.inside.plots import plot_schedule
-
-    _write(plot_schedule({_name_of(recipe): _read_training(recipe) for recipe in recipes}), out)
+    _write(plots.plot_schedule(dict(map(_read_training, recipes))), out)
 
 
 def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
@@ -185,32 +151,21 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
         tokenizer: gpt2, or the directory of a run, a model or a tokenizer.
         out: The .html file to write instead.
     """
-    from MyGPT.files import atomic_write
-    from MyGPT.inside.plots import tokens_to_html, tokens_to_terminal
-    from MyGPT.tokenizers import get_tokenizer
-
     inside = Path(tokenizer, "model")
     coder = get_tokenizer(inside if (inside / "tokenizer.json").is_file() else tokenizer)
     text = sys.stdin.read() if text == "-" else text
     if out is None:
-        print(tokens_to_terminal(coder, text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(plots.tokens_to_terminal(coder, text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
         return
     if Path(out).suffix not in (".html", ".htm"):
         raise ValueError(f"out must end in .html, got {out}")
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Tokens</title>\n'
     with atomic_write(out) as file:
-        file.write(f"{head}{tokens_to_html(coder, text)}\n</html>\n")
+        file.write(f"{head}{plots.tokens_to_html(coder, text)}\n</html>\n")
     print(out)
 
 
-KINDS = {
-    "attention": attention,
-    "lens": lens,
-    "sampling": sampling,
-    "neighbours": neighbours,
-    "schedule": schedule,
-    "tokens": tokens,
-}
+KINDS = {function.__name__: function for function in (attention, lens, sampling, neighbours, schedule, tokens)}
 """The kinds that the first argument of `mygpt plot` can name; any other argument is a run."""
 
 
@@ -221,44 +176,19 @@ def _require_matplotlib() -> None:
         raise ValueError("matplotlib is not installed: pip install 'mygpt[plots]'") from None
 
 
-def _open(model: str, text: str, adapter: str | None, device: str) -> tuple[GPTModel, Tokenizer, Tensor]:
-    """Return a model, its tokenizer, and the token ids (1, T) of the text. Fail first if matplotlib is missing."""
-    _require_matplotlib()
-    from MyGPT.commands._model import encode_for
-    from MyGPT.opening import open_model
-
-    gpt, tokenizer = open_model(model, device, adapter)
-    return gpt, tokenizer, encode_for(gpt, tokenizer, text)
-
-
-def _check_count(name: str, value: int, count: int) -> None:
-    if not 0 <= value < count:
-        raise ValueError(f"{name} must be from 0 to {count - 1}, got {value}")
-
-
-def _name_of(recipe: str) -> str:
-    """Return the name of a recipe's file or of a run's directory."""
-    path = Path(recipe)
-    return path.resolve().name if path.is_dir() else path.stem
-
-
-def _read_training(recipe: str) -> Any:
-    """Return the TrainConfig in a YAML file, or in the config.yaml of a run."""
-    from MyGPT.commands._recipe import fields_of, read_recipe
-    from MyGPT.training.config import TrainConfig
-
-    path = Path(recipe, "config.yaml") if Path(recipe).is_dir() else Path(recipe)
+def _read_training(recipe: str) -> tuple[str, TrainConfig]:
+    """Return the name and the TrainConfig of a YAML file, or of a run's directory."""
+    given = Path(recipe)
+    path, name = (given / "config.yaml", given.resolve().name) if given.is_dir() else (given, given.stem)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {recipe}: {path} does not exist")
     options = fields_of(TrainConfig, read_recipe(path))
     try:
-        return TrainConfig(**options)
+        return name, TrainConfig(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _write(figure: Figure, out: str) -> None:
-    from MyGPT.inside.plots import save_figure
-
-    save_figure(figure, out)
+    plots.save_figure(figure, out)
     print(out)

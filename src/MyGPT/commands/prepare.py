@@ -26,7 +26,6 @@ def prepare(
         out: Directory for the tokens.
         tokenizer: The tokenizer: gpt2, chars, words or bpe (the last three learned from the text), or a directory with a
             tokenizer.
-        tokenizer_size: Number of tokens that bpe learns.
         text_key: Key of the text in a .jsonl record.
         workers: Number of processes; without it, one per CPU core.
         overwrite: Replace a data set that is already in the directory.

@@ -1,0 +1,249 @@
+"""The checks of `mygpt doctor`: installed packages, speed, free space, and the time that each recipe takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from MyGPT.commands._recipe import read_plan
+from MyGPT.commands.info import step_memory
+from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.costs import estimate_step_seconds, matmul_speed, median_seconds
+from MyGPT.data.sources import BUILT_IN, DOWNLOADS
+from MyGPT.data.tokens import is_prepared
+from MyGPT.download import cache_directory
+from MyGPT.model import GPTModel
+from MyGPT.tokenizers import get_tokenizer
+from MyGPT.training.arithmetic import autocast_dtype
+from MyGPT.training.config import TrainConfig
+from MyGPT.training.trainer import Trainer
+from MyGPT.weights.released import FILES
+
+OPTIONAL = {
+    "peft": ("mygpt finetune", "finetune"),
+    "matplotlib": ("pictures", "plots"),
+    "huggingface_hub": ("models from the Hugging Face hub", "hub"),
+    "tensorboard": ("--tensorboard", "tensorboard"),
+}
+"""The optional packages: what each is for, and the extra that installs it."""
+
+
+class Finding(NamedTuple):
+    """A line of the report. `fix` is the remedy if something is missing."""
+
+    label: str
+    text: str
+    fix: str | None = None
+
+
+def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
+    """Yield the lines of the report; each check runs when its line is due."""
+    yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("torch", torch.__version__)
+    yield find_device(place)
+    yield find_threads(place)
+    speeds = {name: matmul_speed(place, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    is_emulated = speeds["bfloat16"] < speeds["float32"]
+    rates = ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds.items())
+    yield Finding("matrix products", f"{rates}{' (here bfloat16 saves only memory)' if is_emulated else ''}")
+    yield find_compiler(place)
+    yield find_vocabulary()
+    yield find_weights()
+    yield from find_packages()
+    free = free_memory(place)
+    unknown = "this system does not report its free memory"
+    yield Finding("memory", unknown if free is None else f"{free / 1e9:.1f} GB free")
+    yield find_disk()
+    yield from find_recipes(recipes, place, speeds["float32"])
+
+
+def find_device(place: torch.device) -> Finding:
+    """Name the GPU, or the instruction set of the CPU if torch uses no GPU."""
+    if place.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(place)
+        return Finding("device", f"cuda: {torch.cuda.get_device_name(place)}, compute capability {major}.{minor}")
+    if place.type == "mps":
+        return Finding("device", "mps: Apple's GPU")
+    fix = None
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        fix = "torch cannot use the NVIDIA driver of this machine: install torch for CUDA (see pytorch.org)"
+    return Finding("device", f"cpu: {torch.backends.cpu.get_cpu_capability()}; no GPU that torch can use", fix)
+
+
+def find_threads(place: torch.device) -> Finding:
+    """Compare the number of torch's threads with the number of available CPUs."""
+    n, available, fix = torch.get_num_threads(), _n_cpus(), None
+    if place.type == "cpu" and n < available // 2:  # two of the system's CPUs are often one core
+        source = "OMP_NUM_THREADS is set; " if "OMP_NUM_THREADS" in os.environ else ""
+        fix = f"{source}torch uses only {n} of {available} CPUs: set OMP_NUM_THREADS={available // 2} or more"
+    if place.type == "cpu" and n > available:
+        fix = f"{n} threads share {available} CPUs: set OMP_NUM_THREADS={available}"
+    return Finding("threads", f"torch uses {n}, {available} CPUs are available", fix)
+
+
+def find_compiler(place: torch.device) -> Finding:
+    """Compile a small function, because the requirements of torch.compile differ by version and machine."""
+    needs = "a C++ compiler (apt install g++, or xcode-select --install)" if place.type == "cpu" else "triton"
+    start = time.perf_counter()
+    try:
+        compiled = torch.compile(lambda x: (x * x).sum())
+        works = compiled(torch.ones(8, device=place)).item() == 8
+    except Exception as error:  # compilers and linkers fail in many ways, and the report shows them all
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = f"install {needs}; everything except --compile works without it"
+        return Finding("torch.compile", f"does not work: {reason[:90]}", fix)
+    if not works:
+        return Finding("torch.compile", "gives wrong results", "do not use --compile, or try another version of torch")
+    return Finding("torch.compile", f"works ({time.perf_counter() - start:.0f} s for a small function)")
+
+
+def find_vocabulary() -> Finding:
+    """Check GPT-2's vocabulary, which is installed with MyGPT."""
+    try:
+        n = get_tokenizer("gpt2").n_vocab
+    except (ValueError, OSError) as error:
+        fix = "pip install --force-reinstall --no-deps mygpt"
+        return Finding("vocabulary", f"GPT-2's cannot be opened: {error}", fix)
+    return Finding("vocabulary", f"GPT-2's {n:,} tokens; the hash equals OpenAI's")
+
+
+def find_weights() -> Finding:
+    """List the released models whose download is complete or incomplete."""
+    models = cache_directory() / "models"
+    sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]
+    complete = [size for size in sizes if all((models / size / name).is_file() for name in FILES)]
+    begun = [size for size in sizes if size not in complete and (models / size).is_dir()]
+    text = f"{', '.join(complete) or 'none'} in {models}"
+    if begun:
+        return Finding("GPT-2's weights", f"{text}; incomplete: {', '.join(begun)}", f"mygpt download {begun[0]}")
+    fix = None if complete else "mygpt download gpt2 (0.5 GB, needed only for OpenAI's model)"
+    return Finding("GPT-2's weights", text, fix)
+
+
+def find_packages() -> Iterator[Finding]:
+    """List the optional packages in one line, then each missing package in a line of its own."""
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in OPTIONAL if name not in missing]
+    yield Finding("packages", ", ".join(versions) or "no optional packages")
+    for name in missing:
+        purpose, extra = OPTIONAL[name]
+        yield Finding(f"  {name}", f"not installed; needed for {purpose}", f"pip install 'mygpt[{extra}]'")
+
+
+def find_disk() -> Finding:
+    """Report the free disk space for runs and downloads."""
+    cache = cache_directory()
+    places = {"here": Path.cwd(), "in the cache": next(path for path in (cache, *cache.parents) if path.exists())}
+    free = {name: shutil.disk_usage(path).free for name, path in places.items()}
+    fix = "free some space: a run of 124M needs 0.5 GB, OpenAI's four models 11 GB"
+    text = ", ".join(f"{n / 1e9:,.0f} GB free {name}" for name, n in free.items())
+    return Finding("disk", text, fix if min(free.values()) < 2e9 else None)
+
+
+def find_recipes(recipes: Path, place: torch.device, flops_per_second: float) -> Iterator[Finding]:
+    """Yield the time, the memory and the missing data of each recipe."""
+    paths = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        fix = "give a directory of YAML files with --recipes, such as configs/"
+        yield Finding("recipes", f"none in {recipes}", fix)
+    else:
+        yield Finding("recipes", f"estimated on {place.type} from a few steps, without compilation and sample texts")
+    for file in files:
+        yield find_recipe(file, place, flops_per_second)
+
+
+def find_recipe(file: Path, place: torch.device, flops_per_second: float) -> Finding:
+    """Estimate the time of a recipe if it fits into memory."""
+    label = f"  {file.stem}"
+    try:
+        config, training, recipe = read_plan(str(file))
+    except (ValueError, OSError) as error:
+        return Finding(label, f"cannot be read: {error}", f"correct {file}")
+    if training is None:
+        return Finding(label, "describes only a model")
+    bf16 = autocast_dtype(place, training.precision, config.emb_dim) is not None
+    needed, free = step_memory(config, training, bf16, place.type).peak, free_memory(place)
+    text = f"{needed / 1e9:.1f} GB"
+    if free is not None and needed > free:
+        fix = "use a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
+        return Finding(label, f"a step needs {text}, but only {free / 1e9:.1f} GB are free", fix)
+    step, whole = training_seconds(config, training, place, flops_per_second)
+    at_most = "at most " if training.early_stop else ""
+    text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
+    return Finding(label, text, missing_data(recipe.get("data", "alice")))
+
+
+def training_seconds(
+    config: GPTConfig, training: TrainConfig, place: torch.device, flops_per_second: float
+) -> tuple[float, float]:
+    """Return the estimated seconds of one step, and of the whole run with its evaluations.
+
+    The estimate comes from a few training steps on random tokens. It leaves out reading the text, sample texts, compilation
+    and writing files.
+    """
+    plain = dataclasses.replace(training, micro_batch_size=None, compile=False, tensorboard=False)
+
+    def measure_step(part: GPTConfig, batch_size: int) -> float:
+        tried = dataclasses.replace(plain, batch_size=batch_size)
+        ids = torch.randint(config.vocab_size, (2 * config.context_length * batch_size + 1,)).numpy()
+        with Trainer(GPTModel(part), tried, ids, device=place, progress=False) as trainer:
+            return median_seconds(trainer.step, place, 3)
+
+    micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    sequence = estimate_step_seconds(config, micro, measure_step, flops_per_second) / micro
+    step = sequence * training.batch_size
+    evaluation = sequence * training.eval_windows / 3  # without the backward pass
+    return step, training.max_steps * step + training.max_steps // training.eval_every * evaluation
+
+
+def missing_data(data: str | list[str]) -> str | None:
+    """Return how to get the data of a recipe, or None if the data is available."""
+    if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data):
+        return None
+    if data in DOWNLOADS:
+        is_cached = (cache_directory() / f"{data}.txt").is_file()
+        return None if is_cached else f"the text {data} will be downloaded at its first use"
+    return f"the data {data} does not exist: choose other data with --data, or make it with mygpt prepare"
+
+
+def free_memory(place: torch.device) -> int | None:
+    """Return the free bytes of the device, or None if the system does not report them."""
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    try:
+        values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux
+        return None
+
+
+def duration(seconds: float) -> str:
+    """Return a time with about two digits, in the largest unit that fits at least twice."""
+    for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size or (unit == "s" and seconds >= 1):
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+    return f"{1000 * seconds:.0f} ms"
+
+
+def _n_cpus() -> int:
+    """Return the number of CPUs that this process may use; a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _rate(speed: float) -> str:
+    if speed >= 1e12:
+        return f"{speed / 1e12:.1f} TFLOP/s"
+    return f"{speed / 1e9:.0f} GFLOP/s" if speed >= 2e9 else f"{speed / 1e6:.0f} MFLOP/s"
