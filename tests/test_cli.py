@@ -42,6 +42,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_training_leaves_a_run_that_generates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert names == {"config.yaml", "metrics.jsonl", "model", "checkpoints", "loss.png", "samples.txt"}
@@ -123,6 +124,7 @@ def test_a_prompt_from_standard_input_and_a_stop(
     assert " " not in printed
 
 
+@pytest.mark.slow
 def test_prepared_data_train_like_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
         file.write(TEXT)
@@ -149,6 +151,7 @@ def test_plot_and_info(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(GPT2_CONFIGS) >= {"124M", "gpt2"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_model_and_says_where(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "MyGPT", "train", "--out", str(tmp_path / "run"), *TINY]
     command[command.index("--max_steps") + 1] = "100000"
@@ -271,6 +274,7 @@ def test_other_errors_are_one_line_too(tmp_path: Path, capsys: pytest.CaptureFix
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_model(tmp_path: Path) -> None:
     """A limit on the size of files replaces the full disk: a write fails in the same way, in the middle of a file."""

@@ -106,6 +106,7 @@ def test_the_parts_add_up_to_the_model(tie_weights: bool) -> None:
     assert parts["LayerNorms"] == 5 * 2 * C
 
 
+@pytest.mark.slow
 def test_info_tells_the_cost_of_every_released_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "124M", "355M", "774M", "1558M"]) == 0
     printed = capsys.readouterr().out

@@ -25,6 +25,7 @@ PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS /
 INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:
     Path("book.txt").write_text(alice[:20_000], encoding="utf-8")

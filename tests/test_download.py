@@ -311,6 +311,7 @@ def test_wherever_the_connection_breaks_the_bytes_are_right(
 VERSIONS = {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 700}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 900), st.booleans(), st.booleans()), max_size=5))
 def test_versions_of_a_file_are_never_mixed(server: Server, answers: list[tuple[str, int, bool, bool]]) -> None:
@@ -593,6 +594,7 @@ def test_threads_that_want_the_same_file_download_it_once(server: Server, tmp_pa
     assert server.ranges() == [None, "bytes=1000-"]
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_file_download_it_once(server: Server, tmp_path: Path) -> None:
     server.will(file(cut=100_000, stall=0.5), file())
     path = tmp_path / "file.bin"
@@ -864,6 +866,7 @@ def test_a_repository_without_a_model_is_refused(hub: Server, tmp_path: Path) ->
         download_from_hub("user/model", tmp_path / "gpt2")
 
 
+@pytest.mark.slow
 def test_a_tuned_model_on_the_hub_is_opened_with_its_tokenizer_and_template(server: Server, tmp_path: Path) -> None:
     """A process opens the model by the name of its repository, in which are all files that `save_pretrained` writes."""
     import torch

@@ -73,6 +73,7 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left(use_cache: bool, 
     assert torch.equal(ours, greedy_by_hand(model, prompt, 4, CONTEXT))
 
 
+@pytest.mark.slow
 @given(
     length=st.integers(1, 20),
     n=st.integers(0, 12),
@@ -177,6 +178,7 @@ def test_each_row_of_a_padded_batch_continues_as_it_would_alone(
         assert torch.equal(together[row, 6:], alone[0, len(prompt) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_each_row_ends_at_its_eos_as_it_would_alone(pattern: str, model: GPTModel) -> None:
     mask = torch.tensor(PATTERNS[pattern])
@@ -394,6 +396,7 @@ def shown(stream: TextStream, ids: list[int]) -> Iterator[str]:
     yield stream.end()
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(deadline=None, max_examples=150)
 def test_any_ids_are_shown_as_they_are_decoded_together(bpe: BPETokenizer, data: st.DataObject) -> None:

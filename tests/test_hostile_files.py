@@ -286,6 +286,7 @@ def original(name: str) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused_with_its_name(name: str, in_tmp_path: Path) -> None:
@@ -328,6 +329,7 @@ def in_four_gigabytes(code: str, *arguments: object) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_files_that_demand_terabytes_are_refused_within_a_few_gigabytes(tmp_path: Path) -> None:
     """A header of 2 TB, 10**9 layers, tokens of 4 EB, sparse files of a terabyte, and three archives of gigabytes."""
@@ -377,6 +379,7 @@ def test_files_that_demand_terabytes_are_refused_within_a_few_gigabytes(tmp_path
     assert all(line.startswith("refused") and str(tmp_path) in line for line in printed), "\n".join(printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep", ['{"a":' * 100_000, "[" * 100_000, "- " * 100_000], ids=["objects", "lists", "blocks"])
 def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str) -> None:
     """jsonargparse uses libyaml where it is installed, and libyaml crashed with a segmentation fault."""
@@ -437,6 +440,7 @@ def test_a_regular_expression_of_the_usual_kind_is_still_a_target(tmp_path: Path
     open_adapter(copy.deepcopy(MODEL), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_token_of_many_bytes_is_checked_quickly(tmp_path: Path) -> None:
     """Each merge doubles the token. A check that tries every pair again would take hours for a file of a megabyte."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"a" * 2**i for i in range(1, 16)]

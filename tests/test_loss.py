@@ -126,6 +126,7 @@ def test_a_second_backward_is_an_error_and_no_wrong_gradient(monkeypatch: pytest
     same(weight.grad, kept)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +218,7 @@ def test_logits_of_any_precision_are_summed_in_float32_at_least(dtype: torch.dty
 
 
 # Dynamo itself causes this warning for every autograd function.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_step_gives_the_same_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     take("chunks", monkeypatch, [])

@@ -207,6 +207,7 @@ def test_no_logit_depends_on_a_later_token() -> None:
         assert touched[: t + 1].all() and not touched[t + 1 :].any()
 
 
+@pytest.mark.slow
 @given(
     pieces=st.lists(st.integers(1, 5), min_size=1, max_size=8).filter(lambda pieces: sum(pieces) <= 16),
     side=st.sampled_from(["none", "left", "right"]),

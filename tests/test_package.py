@@ -40,6 +40,7 @@ def test_an_unknown_name_raises_attribute_error() -> None:
         _ = MyGPT.GPT5
 
 
+@pytest.mark.slow
 def test_the_package_imports_nothing_and_its_names_import_only_torch_and_numpy() -> None:
     code = """
 import sys

@@ -39,12 +39,14 @@ bounded = settings(deadline=None, max_examples=60)
 
 
 # The float32 results must be equal, because the filters compute the same steps in the same order as transformers.
+@pytest.mark.slow
 @given(logits_of_any_kind, st.integers(1, V + 3))
 @bounded
 def test_top_k_keeps_what_transformers_keeps(logits: Tensor, k: int) -> None:
     assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(NO_IDS, logits))
 
 
+@pytest.mark.slow
 @given(logits_of_any_kind, st.floats(0, 1, exclude_min=True))
 @example(torch.zeros(1, 4), 0.5)  # exactly on the boundary: two of four equal tokens
 @bounded
@@ -52,12 +54,14 @@ def test_top_p_keeps_what_transformers_keeps(logits: Tensor, p: float) -> None:
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(NO_IDS, logits))
 
 
+@pytest.mark.slow
 @given(logits_of_any_kind, st.floats(0, 1))
 @bounded
 def test_min_p_keeps_what_transformers_keeps(logits: Tensor, p: float) -> None:
     assert torch.equal(keep_min_p(logits, p), MinPLogitsWarper(p)(NO_IDS, logits))
 
 
+@pytest.mark.slow
 @given(logits_of_any_kind, st.floats(0.01, 10), st.data())
 @bounded
 def test_the_repetition_penalty_is_that_of_transformers(logits: Tensor, penalty: float, data: st.DataObject) -> None:
@@ -85,6 +89,7 @@ options = {
 TWIN = transformers_twin(lively_model(GPTConfig(vocab_size=V, context_length=8, emb_dim=4, n_heads=1, n_layers=1)))
 
 
+@pytest.mark.slow
 @given(logits_of_any_kind, st.fixed_dictionaries(options), st.integers(0, V - 1))
 @bounded
 def test_all_filters_together_are_those_of_transformers_in_its_order(

@@ -42,6 +42,7 @@ def test_its_logits_are_the_models(tiny_model64: GPTModel) -> None:
     assert cache.length == 7
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8).filter(lambda pieces: sum(pieces) <= 16), st.booleans())
 @example([3, 1, 2, 1], False)

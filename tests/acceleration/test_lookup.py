@@ -25,6 +25,7 @@ def make_model(vocab_size: int = 5) -> GPTModel:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.lists(st.integers(0, 2), max_size=30), st.integers(1, 4))
 def test_whatever_is_chosen_the_logits_are_the_models(prompt: list[int], chosen: list[int], n_match: int) -> None:
@@ -42,6 +43,7 @@ def test_whatever_is_chosen_the_logits_are_the_models(prompt: list[int], chosen:
             assert cache.length == len(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,6 +67,7 @@ def test_generated_ids_are_those_without_it(options: dict[str, Any]) -> None:
         assert torch.equal(generate(lookup, ids, 60, **options), generate(model, ids, 60, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_an_accelerated_model_gives_the_same_ids_to_the_last_bit(precision: Any) -> None:

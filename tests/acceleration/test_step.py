@@ -129,6 +129,7 @@ def test_narrow_weights_without_a_compiler_are_near_the_plain_model(name: str, p
     assert error(in_pieces(fast, ids, mask, 4, 1, 3, 1), exact, mask) < 30 * rounding
 
 
+@pytest.mark.slow
 @ways
 @configs
 def test_greedy_tokens_are_the_plain_models(name: str, compiled: bool) -> None:
@@ -391,6 +392,7 @@ def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
@@ -401,6 +403,7 @@ def test_the_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_one_build_serves_several_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
@@ -418,6 +421,7 @@ def test_a_build_that_failed_gives_the_same_error_again(monkeypatch: pytest.Monk
             build.wait()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_build_that_is_killed_is_begun_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))

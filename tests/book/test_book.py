@@ -148,6 +148,7 @@ def test_arguments_have_the_order_and_defaults_of_the_book(name: str) -> None:
     assert positional == SIGNATURES[name] and list(positional) == list(SIGNATURES[name])
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, DOCUMENT.name, "exec"), {})
@@ -291,6 +292,7 @@ def test_heads_that_do_not_divide_the_width_raise_an_error() -> None:
 # Chapter 4: the model
 
 
+@pytest.mark.slow
 def test_seed_123_continues_as_in_the_book() -> None:
     torch.manual_seed(123)
     model = book.GPTModel(GPT2_SMALL)
@@ -565,6 +567,7 @@ def test_the_download_functions_are_those_of_mygpt() -> None:
 # Chapter 5: figures
 
 
+@pytest.mark.slow
 def test_figures_are_shown_and_saved(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
 

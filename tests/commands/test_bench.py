@@ -46,6 +46,7 @@ def generated(talker: Path, capsys: Any, *options: str) -> str:
     return out
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_generate_takes_the_weights_in_the_precision_that_is_asked_for(
@@ -57,6 +58,7 @@ def test_generate_takes_the_weights_in_the_precision_that_is_asked_for(
     assert generated(talker, capsys, "--precision", precision) == tokenizer.decode(out[0].tolist()) + "\n"
 
 
+@pytest.mark.slow
 def test_fp32_and_lookup_change_no_text(talker: Path, capsys: Any) -> None:
     tokenizer = load_tokenizer(talker)
     ids = torch.tensor([tokenizer.encode("the cat")])

@@ -70,6 +70,7 @@ def all_losses_of(run: Path) -> list[tuple[str, int, float]]:
     return [(key, record["step"], record[key]) for record in read_metrics(run) for key in record if "loss" in key]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path, tuned: Path, tmp_path: Path) -> None:
     names = {path.name for path in tuned.iterdir() if not path.name.startswith(".")}
     assert names == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "split.json", "loss.png", "samples.txt"}
@@ -81,6 +82,7 @@ def test_a_run_keeps_the_adapter_and_all_that_is_needed_to_repeat_it(base: Path,
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +102,7 @@ def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
         assert (ours(IDS) - untuned(IDS)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tmp_path: Path, capsys: Any) -> None:
     assert finetune(base, tmp_path / "run", "--merge") == 0
     assert "model saved in" in capsys.readouterr().out
@@ -115,6 +118,7 @@ def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tm
     assert (adapted(IDS) - merged(IDS)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,6 +138,7 @@ def test_each_way_of_tuning_lowers_the_loss(options: list[str], base: Path, tmp_
     assert ("test loss" in printed) == ("--test_fraction" not in options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [["--lora.dropout", "0.2", "--rows", "packed"], ["--full"], ["--gradient_checkpointing", "--lora.dropout", "0.2"]],
@@ -224,11 +229,13 @@ def test_the_best_adapter_is_put_back(base: Path, tmp_path: Path) -> None:
     assert merge(keeper.peft_model) is model
 
 
+@pytest.mark.slow
 def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, capsys: Any) -> None:
     assert finetune(base, tmp_path / "run", "--max_length", "45") == 0
     assert "more left out because they are longer than 45 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -261,6 +268,7 @@ def test_a_damaged_record_is_told_by_its_number_and_key(base: Path, tmp_path: Pa
     assert "records.json, line 1, record 29: the key 'output' is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_chat_and_generate_take_the_run_and_the_adapter(
     base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -305,6 +313,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -385,6 +394,7 @@ def test_an_empty_record_is_told_by_its_number_in_the_file(base: Path, tmp_path:
     assert "records.json, validation: record 27 has no tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompts_that_leave_no_room_for_a_sample_are_said(base: Path, tmp_path: Path, capsys: Any) -> None:
     assert finetune(base, tmp_path / "run", "--sample_tokens", "127") == 0
     assert "every held-out prompt is too long to add sample_tokens=127" in capsys.readouterr().out

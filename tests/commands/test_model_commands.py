@@ -114,6 +114,7 @@ def gpt2_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         yield server
 
 
+@pytest.mark.slow
 def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_path: Path, capsys: Any) -> None:
     assert main(["download", "gpt2", "--base_url", gpt2_server.address]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'cache/models/124M'}\n"

@@ -58,6 +58,7 @@ def naive_collate(batch: list[list[int]], pad: int, ignore: int, longest_allowed
 ITEMS = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=9), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(batch=ITEMS, ignore=st.sampled_from([-100, -1]), longest_allowed=st.none() | st.integers(1, 12))
 def test_batches_equal_the_books(batch: list[list[int]], ignore: int, longest_allowed: int | None) -> None:
@@ -79,6 +80,7 @@ def test_an_end_of_text_inside_an_item_does_not_hide_the_last_target() -> None:
     assert targets.tolist() == [[END, 2, END, -100], [2, 3, 4, END]]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(prompts=ITEMS, answers=ITEMS)
 def test_with_the_prompt_masked_exactly_the_answers_and_their_ends_are_targets(

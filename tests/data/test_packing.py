@@ -34,6 +34,7 @@ def naive_first_fit(lengths: list[int], max_length: int) -> list[list[int]]:
     return rows
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60), more=st.integers(0, 30))
 def test_each_example_goes_to_the_first_row_with_enough_space(lengths: list[int], more: int) -> None:

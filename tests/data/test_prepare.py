@@ -66,6 +66,7 @@ def test_all_kinds_of_files_become_one_token_file(tmp_path: Path) -> None:
     assert tokenize(paths, BPE).tolist() == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text(st.sampled_from("ab c\n\r\t.é中\U0001f680'"), max_size=80),
@@ -96,6 +97,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "a.txt") == ["text"]
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "TASK_CHARACTERS", 20_000)
     (tmp_path / "a.txt").write_text(ALICE)

@@ -85,6 +85,7 @@ def test_a_long_file_of_any_script_comes_in_pieces_of_bounded_size(
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text(st.sampled_from("aé中\U0001f680 \n"), max_size=30),

@@ -48,6 +48,7 @@ def test_alpacas_prompts_equal_stanfords() -> None:
     assert ALPACA.parts(PLAIN)[1] == Part("Green.", True)
 
 
+@pytest.mark.slow
 @given(instruction=st.text(), input=st.text(), output=st.text())
 def test_the_books_prompt_names_no_input_and_no_response(instruction: str, input: str, output: str) -> None:
     record = {"instruction": instruction, "input": input, "output": output}

@@ -18,6 +18,7 @@ from oracles import book_windows
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(2, 60), max_length=st.integers(1, 12), stride=st.integers(1, 15))
 def test_windows_equal_the_books_in_the_same_order(n: int, max_length: int, stride: int) -> None:
@@ -37,6 +38,7 @@ def test_windows_equal_the_books_in_the_same_order(n: int, max_length: int, stri
         dataset[len(expected)]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(2, 60), max_length=st.integers(1, 12), stride=st.integers(1, 12))
 def test_padding_the_last_window_loses_no_target(n: int, max_length: int, stride: int) -> None:

@@ -399,6 +399,7 @@ def test_merge_refuses_a_model_that_is_not_ours() -> None:
         merge(twin)
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_peft_or_transformers() -> None:
     code = "import sys, MyGPT.finetuning.lora; print({'peft', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -187,6 +187,7 @@ def test_trainable_parameters_are_counted_as_on_transformers(
     assert "trainable params: 3,072" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_type", [TaskType.CAUSAL_LM, None])
 @pytest.mark.parametrize(
     "options",
@@ -343,6 +344,7 @@ def test_an_untied_head_can_be_adapted() -> None:
     assert distance(model.merge_and_unload()(ids), before) < 1e-11
 
 
+@pytest.mark.slow
 @variants
 @turns_the_flag_off
 def test_an_adapter_of_transformers_gpt2_loads_onto_ours(options: dict[str, Any], tmp_path: Path) -> None:

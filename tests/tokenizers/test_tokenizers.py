@@ -29,6 +29,7 @@ def opened_by_transformers(tokenizer: Tokenizer, directory: Path) -> PreTrainedT
 # --- words and characters --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=TEXTS)
 def test_words_are_split_by_the_books_rule(text: str) -> None:
@@ -56,6 +57,7 @@ def test_an_unknown_word_without_an_unknown_token_is_refused() -> None:
         SimpleTokenizer({"hello": 0, ",": 1}).encode("hello, there")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
 def test_characters_have_ids_in_sorted_order_and_decode_to_the_text(text: str) -> None:
@@ -99,6 +101,7 @@ def each() -> dict[str, Tokenizer]:
     return {kind: make_tokenizer(kind, [ALICE], 500, progress=False) for kind in KINDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tokenizer_opens_in_transformers_and_here_with_equal_ids(
     each: dict[str, Tokenizer], kind: str, tmp_path: Path
@@ -131,6 +134,7 @@ def test_a_file_of_the_tokenizers_library_opens(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode(text) == theirs.encode(text).ids
 
 
+@pytest.mark.slow
 def test_gpt2s_merges_are_recognised_in_any_file_and_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +179,7 @@ def test_a_tokenizer_can_be_sent_to_another_process(each: dict[str, Tokenizer], 
     assert again.encode(ALICE[:300]) == each[kind].encode(ALICE[:300])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_raises_value_error_with_its_name_or_gives_a_tokenizer(

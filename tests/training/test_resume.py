@@ -104,6 +104,7 @@ def test_a_finetuning_that_is_killed_ends_like_an_untouched_one(options: str, tm
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_is_resumed(
     number: int, status: int, text: Path, untouched: Path, tmp_path: Path
@@ -141,6 +142,7 @@ def test_a_run_stopped_before_its_first_evaluation_has_a_model(text: Path, tmp_p
     GPTModel.from_pretrained(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_path: Path, capsys: Any) -> None:
     command = train_command(text, tmp_path / "run", "--max_steps", "1000000", "--sample_every", "0")
     first = start(command)

@@ -273,6 +273,7 @@ def test_a_tokenizer_that_looks_empty_is_used(chars: CharTokenizer, capsys: pyte
     assert printed[:2] == printed[2:]
 
 
+@pytest.mark.slow
 def test_training_on_a_text_learns_it(chars: CharTokenizer) -> None:
     """The text repeats one sentence, so its entropy is nearly 0; a uniform guess costs 2.9 nats per token."""
     loader = create_dataloader(TEXT * 20, batch_size=4, max_length=16, tokenizer=chars, seed=0)

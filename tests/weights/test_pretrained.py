@@ -240,6 +240,7 @@ def test_a_file_of_another_kind_is_no_checkpoint(content: bytes, tmp_path: Path)
         GPTModel.from_pretrained(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_damaged_checkpoint_file_is_a_value_error_with_its_name(
@@ -263,6 +264,7 @@ def test_a_damaged_checkpoint_file_is_a_value_error_with_its_name(
 # All or nothing
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_every_mismatch_is_listed_and_the_model_left_untouched(data: st.DataObject) -> None:

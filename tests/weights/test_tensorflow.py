@@ -210,6 +210,7 @@ def _stored(draw: st.DrawFn) -> Stored:
     return Stored(DTYPE_NUMBERS[dtype], shape, raw & 1 if dtype == "bool" else raw)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     tensors=st.dictionaries(_names, _stored(), max_size=60),
@@ -238,6 +239,7 @@ def test_bundles_of_the_test_writer_are_read_back(
             del array  # Windows cannot delete a mapped file
 
 
+@pytest.mark.slow
 def test_many_tensors_in_many_blocks_are_read_back(tmp_path: Path) -> None:
     tensors = {f"layer_{i % 97}/{'long_' * (i % 30)}{i}": np.full(i % 5, i, np.float32) for i in range(5000)}
     write_bundle(
@@ -277,6 +279,7 @@ def flips(path: Path) -> Iterator[tuple[int, int]]:
             file.write(bytes([byte]))
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_the_index_is_detected(prefix: Path) -> None:
     """All changes but one are refused. That one turns a length in the footer, 15, into a longer varint for the same 15."""
     index = Path(f"{prefix}.index")
@@ -301,6 +304,7 @@ def test_index_cut_off_anywhere_is_refused(prefix: Path) -> None:
         assert outcome(lambda: open_bundle(prefix)) is None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_damage_behind_a_right_checksum_is_refused_or_harmless(data: st.DataObject) -> None:
@@ -350,6 +354,7 @@ def test_flip_at_either_end_of_a_tensor_is_found_in_that_tensor_alone(prefix: Pa
     assert begin == len(whole)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(changes=st.dictionaries(st.integers(0, 109343), st.integers(1, 255), min_size=1, max_size=5))
 def test_flipped_bytes_of_the_data_are_found(changes: dict[int, int]) -> None:
@@ -626,6 +631,7 @@ def test_directory_without_checkpoint_is_a_missing_file(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_of_the_small_files_gives_other_weights(openai: Path) -> None:
     """Exceptions are harmless: white space, and the number of heads, which does not occur in the weights."""
     expected = fingerprints(load(openai))
