@@ -1,4 +1,4 @@
-"""The book's module of the same name: loads GPT-2's weights from OpenAI's files, without TensorFlow."""
+"""The functions of gpt_download.py from Raschka's book: download OpenAI's GPT-2 files and read them without TensorFlow."""
 
 from MyGPT import download_and_load_gpt2, load_gpt2_params_from_tf_ckpt
 

@@ -213,7 +213,7 @@ class GPTModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, counting shared parameters once.
 
-        only_trainable leaves out frozen parameters, and exclude_embeddings the token and position embeddings.
+        only_trainable leaves out frozen parameters. exclude_embeddings leaves out the token and position embeddings.
         """
         counted = {parameter for parameter in self.parameters() if parameter.requires_grad or not only_trainable}
         if exclude_embeddings:

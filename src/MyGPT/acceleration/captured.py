@@ -1,9 +1,11 @@
 """Faster generation on a GPU: the forward pass of one token is captured as a CUDA graph and replayed for every new token.
 
 The forward pass of one token starts about two hundred small GPU kernels, and starting a kernel takes longer than running it. A
-CUDA graph starts all kernels at once, but always with the same memory addresses. The captured forward pass therefore attends
-to all entries of the key-value cache under a mask, and reads the index of its token from a tensor. Without a GPU the same code
-runs without a graph, for the tests. B batch size, T new tokens, C embedding width, H heads, D = C // H, V vocabulary size.
+CUDA graph starts all kernels at once, but always with the same memory addresses and tensor sizes. A captured forward pass
+can therefore not use a cache that grows. It attends to a cache of full size, with a mask that hides the unused entries, and
+reads the position of its token from a tensor. Without a GPU the same code runs without a graph, so that tests can check it.
+
+B batch size, T new tokens, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
 
 
 def published_rows(protocol: Protocol, size: str | None) -> list[Row]:
-    """Return the paper's results for a model of this size."""
+    """Return the GPT-2 paper's results for a model of this size."""
     if size is None or not protocol.published:
         return []
     figures = ", ".join(f"{name} {of_size[size]:g}" for name, of_size in protocol.published.items())

@@ -153,7 +153,7 @@ def collate_instructions(
     pad_token_id as the end of the text, then ignore_index.
 
     This is the `custom_collate_fn` of "Build a Large Language Model (From Scratch)", chapter 7, with one correction: if
-    an example contains pad_token_id, the book's function also ignores targets that belong to the example.
+    an example contains pad_token_id, the function of Raschka's book also ignores targets that belong to the example.
 
     Args:
         batch: the examples, as lists of token ids with at least one id each

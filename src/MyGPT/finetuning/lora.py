@@ -30,8 +30,8 @@ class LoRALayer(nn.Module):
     """A layer that returns (alpha / rank) * x @ A @ B, with trainable matrices A (in_dim, rank) and B (rank, out_dim).
 
     B starts at zero, so the output is zero at first. A is initialised as in PEFT. The factor alpha / rank follows the
-    paper (section 4.1) and PEFT: the learning rate need not change with the rank. The book multiplies by alpha instead;
-    pass alpha * rank as `alpha` to get the book's results.
+    LoRA paper (section 4.1) and PEFT, so that the learning rate need not change with the rank. Raschka's book multiplies by
+    its alpha alone: to get the book's results, pass the book's alpha times the rank.
     """
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
@@ -152,8 +152,8 @@ def add_lora(
 def merge(peft_model: PeftModel) -> GPTModel:
     """Add the active adapters to the model's weights in place, remove PEFT's layers and return the trainable GPTModel.
 
-    If the adapter has its own output head or token embedding (modules_to_save), output head and token embedding are no
-    longer tied, and the model's config is updated.
+    If the adapter has its own output head or token embedding (modules_to_save), the two are no longer tied, and the
+    model's config is updated.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):

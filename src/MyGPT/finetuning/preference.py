@@ -145,7 +145,7 @@ def preferences(
 ) -> Preferences:
     """Compute the DPO loss of a batch from `PreferencePairs.batch`. The reference model is the model without its adapter.
 
-    `dpo_loss` explains beta and label_smoothing.
+    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
@@ -163,9 +163,9 @@ def train_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> list[Preferences]:
-    """Take one optimizer step per batch of `PreferencePairs.batches`; return the results on each batch before its update.
+    """Take one optimizer step per batch, and return the `Preferences` of each batch, computed before its update.
 
-    `dpo_loss` explains beta and label_smoothing.
+    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
     """
     device = next(peft_model.parameters()).device
     steps = []

@@ -138,12 +138,13 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
 
 
 def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> list[str]:
-    """Raise ValueError if the recipe or data of a run differ from its snapshot; return warnings about the machine.
+    """Raise ValueError if the recipe or the data have changed, and return a warning for each change of the machine.
 
     Args:
         snapshot: the state from which the run is to be resumed.
         context: the current values of what Snapshot.context stores: `recipe` (config.yaml), `data` and `machine`.
-        allowed: names of recipe keys that may differ; "data" and "model" allow other data and other frozen weights.
+        allowed: names of the recipe keys that may differ. It may also contain "data" (the data may differ) and "model" (the
+            weights that are not trained may differ).
     """
     before, now = snapshot.context["recipe"], context["recipe"]
     differences = [

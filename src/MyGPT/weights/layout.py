@@ -190,7 +190,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 
 
 def _qkv_biases(config: GPTConfig) -> list[str]:
-    """Return the names of the query, key and value biases (one tensor per block) for a model with this many layers."""
+    """Return the names of the query, key and value biases (one tensor per block) for the config's number of layers."""
     return [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]
 
 
@@ -207,7 +207,7 @@ def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
 
 
 def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
-    """Return the book's weights under MyGPT's names, with the matrices of queries, keys and values joined into one.
+    """Return the weights of Raschka's book under MyGPT's names, with the matrices of queries, keys and values joined into one.
 
     Tensors with unknown names are returned unchanged.
     """

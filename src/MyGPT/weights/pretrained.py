@@ -68,7 +68,7 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
 
     Args:
         model: a GPTModel.
-        params: the weights that `download_and_load_gpt2` returns; a state dict from Hugging Face, the book, nanoGPT or
+        params: the weights that `download_and_load_gpt2` returns; a state dict from Hugging Face, Raschka's book, nanoGPT or
             MyGPT; or a checkpoint with one under "model", "state_dict" or "model_state_dict".
     """
     config, parameters = getattr(model, "config", None), dict(model.named_parameters(remove_duplicate=False))

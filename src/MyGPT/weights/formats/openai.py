@@ -61,7 +61,7 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of a GPT-2 as nested dicts of arrays, as the book's function of this name does.
+    """Return the weights of a GPT-2 as nested dicts of arrays, as the function of this name in Raschka's book does.
 
     The keys are wte, wpe, g, b and blocks; each block has attn, mlp, ln_1 and ln_2. params["wte"] is (n_vocab, n_embd)
     and params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd), because axes of length 1 are removed. The

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote: nanoGPT's ckpt.pt, the book's model.pth, and state dicts from other training scripts.
+"""Files that torch.save wrote: nanoGPT's ckpt.pt, model.pth of Raschka's book, and state dicts from other training scripts.
 
 These files are pickles, which can run arbitrary code when they are loaded. They are opened only with torch's
 `weights_only` loader, which refuses everything except tensors and plain values.
