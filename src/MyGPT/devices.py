@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """Return the device with this name; "auto" is a GPU if there is one (CUDA, then MPS), otherwise the CPU.
+    """Return the torch device called `name`. "auto" means a CUDA GPU if there is one, else an MPS GPU, else the CPU.
 
     Raises ValueError if the device is not available on this machine.
     """

@@ -1,6 +1,6 @@
 """Downloads that resume after an interruption, and get their final name only when they are complete and verified.
 
-An unfinished download is stored as `NAME.part`, and `NAME.part.json` describes which version of which file it is.
+An unfinished download is stored as `NAME.part`; `NAME.part.json` stores its address and the version of the file.
 Finished downloads are listed in `.downloads.json`, so a complete file needs no network. Requests use urllib and obey
 http_proxy and no_proxy.
 """
@@ -28,20 +28,20 @@ from MyGPT.files import atomic_write, sha256_of
 
 BLOCK_BYTES = 1 << 18
 LONGEST_WAIT = 60.0
-"""Seconds. If a server asks for a longer wait, the next mirror is tried instead."""
+"""The longest wait before a retry, in seconds. If a server asks for more, the next mirror is tried instead."""
 _FINISHED = ".downloads.json"
 
 
 class DownloadError(OSError):
-    """No mirror provided the file. The message lists what was tried and where to copy the file by hand."""
+    """Error raised when no mirror provided the file. Its message lists the failures and a way out."""
 
 
 class _PermanentError(Exception):
-    """An error that another request to this address would repeat."""
+    """An error for which a retry at the same address is useless, such as HTTP status 404."""
 
 
 class _TemporaryError(Exception):
-    """An error that the next request may not have. `wait` is the number of seconds the server asked for, or None."""
+    """An error after which a retry may succeed. `wait`: seconds to wait as asked by the server, or None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -61,9 +61,10 @@ def download(
 ) -> Path:
     """Download a file to `path`, unless it is already complete, and return `path`.
 
-    The length and checksums that the server sends are verified too. An existing file that contradicts neither `sha256`,
-    `size` nor `.downloads.json` is kept, because it may have been copied by hand. After an error the received part is
-    kept, and the next call resumes there. If several threads or processes need the same file, one of them downloads it.
+    The file must also have the length and the checksums that the server sends. A file that exists already is kept if it
+    agrees with `sha256`, `size` and `.downloads.json` (the list of finished downloads), as far as they are given. After
+    an error the received bytes are kept, and the next call resumes after them. If several threads or processes need the
+    same file, one of them downloads it and the others wait.
 
     Args:
         urls: one address, or mirrors that are tried in this order.
@@ -71,8 +72,8 @@ def download(
         sha256, size: the expected hash in hexadecimal and the expected number of bytes.
         progress: show a progress bar.
         timeout: seconds without data after which a request fails.
-        attempts: requests in a row without new data after which the next mirror is tried.
-        sleep: waits between two requests; for tests.
+        attempts: after this many consecutive requests without new data, the next mirror is tried.
+        sleep: the function that waits between two requests. Tests replace it.
 
     Raises:
         DownloadError: no mirror provided the file.
@@ -106,20 +107,20 @@ def download(
 
 
 def cache_directory() -> Path:
-    """Return the directory for downloads: $MYGPT_CACHE, or mygpt in the user's cache directory."""
+    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt."""
     if "MYGPT_CACHE" in os.environ:
         return Path(os.environ["MYGPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
-    """Return the address from which `download` got a file, or None if it was not downloaded."""
+    """Return the URL from which `download` got the file at `path`, or None if `download` did not write this file."""
     address: str | None = _read_json(Path(path).with_name(_FINISHED)).get(Path(path).name, {}).get("url")
     return address
 
 
 def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
-    """Return whether the file exists and agrees with the arguments and with `.downloads.json`."""
+    """Return whether the file exists with this hash and size. Default: the values recorded in `.downloads.json`."""
     if not path.is_file():
         return False
     found, recorded = path.stat(), _read_json(path.with_name(_FINISHED)).get(path.name, {})
@@ -133,7 +134,7 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
 
 @dataclass
 class _PartInfo:
-    """The file and version to which the bytes in a `.part` file belong, from the response headers."""
+    """The address and version of the file whose first bytes are in a `.part` file; the contents of `.part.json`."""
 
     url: str = ""
     total: int | None = None
@@ -144,13 +145,13 @@ class _PartInfo:
     resumed: bool = False
 
     def contradicts(self, headers: Message, total: int | None) -> bool:
-        """Return whether response headers describe another version of the file. Not every server obeys If-Range."""
+        """Return whether response headers or the file length `total` show that the file has changed on the server."""
         stated = ((self.etag, headers["ETag"]), (self.modified, headers["Last-Modified"]), (self.total, total))
         return any(None not in pair and pair[0] != pair[1] for pair in stated)
 
 
 class _Transfer:
-    """The download of one file from one address."""
+    """The download of one file from one URL. The received bytes are stored in a `.part` file until all have arrived."""
 
     def __init__(self, url: str, path: Path, sha256: str | None, size: int | None, timeout: float, bar: Any) -> None:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
@@ -163,7 +164,11 @@ class _Transfer:
             self.info = _PartInfo()
 
     def run(self, attempts: int, sleep: Callable[[float], object]) -> None:
-        """Download the file to its final place. Raises _PermanentError if this address cannot provide it."""
+        """Download the file to `self.path`. `sleep` is called to wait between two requests.
+
+        Raises _PermanentError if the address cannot provide the file, or after `attempts` consecutive requests without
+        new data. Raises OSError if the file cannot be written.
+        """
         failures, furthest = 0, self._position()
         while True:
             try:
@@ -185,14 +190,17 @@ class _Transfer:
                 self.bar.set_postfix_str("")
 
     def _position(self) -> int:
-        """Return the number of bytes to resume after: 0 if the part is from another address or its version is unknown."""
+        """Return how many bytes of the `.part` file can be kept: 0 if its address differs or its version is unknown."""
         info = self.info
         if info.url != self.url or not info.validator or self.size not in (None, info.total):
             return 0
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def _request(self) -> None:
-        """Send one request, for the rest of the part or for the whole file, and store the response."""
+        """Send one HTTP request and store the response's body in the `.part` file.
+
+        If some bytes of the file are on disk already, only the rest is requested, otherwise the whole file.
+        """
         start, info = self._position(), self.info
         headers = {"User-Agent": "MyGPT", "Accept-Encoding": "identity"}
         if start and start == info.total:
@@ -215,7 +223,7 @@ class _Transfer:
                 self._receive(response, info.total or total)
 
     def _open(self, headers: Mapping[str, str]) -> Any:
-        """Send the request and return the response, with any status."""
+        """Send a GET request with these headers and return the response, also if its status is an error such as 404."""
         try:
             return self.opener.open(urllib.request.Request(self.url, headers=dict(headers)), timeout=self.timeout)
         except urllib.error.HTTPError as answer:
@@ -224,7 +232,7 @@ class _Transfer:
             raise _TemporaryError(_reason(getattr(error, "reason", error))) from None
 
     def _begin(self, response: Any) -> int | None:
-        """Create an empty part for the whole file and return its length, or None if the length is unknown."""
+        """Create an empty `.part` file and return the length that the whole file will have, or None if unknown."""
         headers, total = response.headers, content_length(response.headers)
         if None not in (total, self.size) and total != self.size:
             raise _PermanentError(f"the file there has {total:,} bytes, expected {self.size:,}")
@@ -242,7 +250,7 @@ class _Transfer:
             json.dump(asdict(info), file)
 
     def _receive(self, response: Any, total: int | None) -> None:
-        """Append the body of the response to the part; `total` is the length of the whole file, if known."""
+        """Append the response's body to the `.part` file. `total`: the length of the whole file, or None if unknown."""
         position = self.part.stat().st_size
         self.bar.total, self.bar.initial, self.bar.n = total, position, position
         # Unbuffered, so that received bytes survive if the process is killed.
@@ -260,7 +268,7 @@ class _Transfer:
             raise _TemporaryError(f"the connection ended after {position:,} of {total:,} bytes")
 
     def _finish(self) -> None:
-        """Verify the part, rename it to the final name and record it in `.downloads.json`."""
+        """Verify the `.part` file's checksums, rename it to `self.path` and record it in `.downloads.json`."""
         found = sha256_of(self.part)
         checks = [("sha256", self.sha256.lower(), found)] if self.sha256 else []
         checks += [(kind, value, _digest(self.part, kind)) for kind, value in self.info.checksums.items()]
@@ -279,14 +287,14 @@ class _Transfer:
             json.dump(entries, file, indent=2)
 
     def _drop(self) -> None:
-        """Delete the part."""
+        """Delete the `.part` file and its description in `.part.json`."""
         self.part.unlink(missing_ok=True)
         self.info_path.unlink(missing_ok=True)
         self.info = _PartInfo()
 
 
 def _check_response(response: Any) -> None:
-    """Raise an error unless the response contains the whole file."""
+    """Raise an error unless an HTTP response is the whole file: status 200, not compressed and not a web page."""
     status, headers = response.status, response.headers
     reason, wait = f"{status} {response.reason}", retry_after(response.headers)
     if status in (408, 425, 429) or status >= 500:
@@ -302,7 +310,7 @@ def _check_response(response: Any) -> None:
 
 
 def _read(response: Any) -> bytes:
-    """Return the next bytes as soon as some have arrived, or b"" at the end."""
+    """Wait until some bytes of the response's body have arrived, and return them; return b"" at the end of the body."""
     try:
         return response.read1(BLOCK_BYTES)
     except (OSError, HTTPException) as error:
@@ -310,18 +318,18 @@ def _read(response: Any) -> bytes:
 
 
 def _reason(error: object) -> str:
-    """Return a short description of an error."""
+    """Return the error's message without error number and file name, or its class name if it has no message."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    """Return the hexadecimal digest of a file."""
+    """Return the hexadecimal checksum of a file; `algorithm` is a name of hashlib's, such as "md5"."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or {} if the file is missing or damaged: that costs at most another download."""
+    """Return the object in a JSON file, or {} if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -330,13 +338,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def validator(headers: Message) -> str | None:
-    """Return the value for If-Range (RFC 9110, 13.1.5): a strong ETag, else the date of the last change, else None."""
+    """Return the value for the If-Range header (RFC 9110, 13.1.5): a strong ETag, else Last-Modified, else None."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified")
 
 
 def content_range(headers: Message) -> tuple[int | None, int | None]:
-    """Return the position of the first byte and the total length of the file; each is None if it is not given."""
+    """Read Content-Range. Return the first byte's position and the whole file's length; None for an unknown value."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", headers.get("Content-Range", "").strip())
     if match is None:
         return None, None
@@ -345,15 +353,16 @@ def content_range(headers: Message) -> tuple[int | None, int | None]:
 
 
 def content_length(headers: Message) -> int | None:
-    """Return the number of bytes of the body, or None if it is sent in chunks or ends with the connection."""
+    """Return the number of bytes in the response's body, or None if the headers do not say it (chunked encoding)."""
     length = headers.get("Content-Length", "").strip()
     return int(length) if length.isdecimal() and "Transfer-Encoding" not in headers else None
 
 
 def checksums(headers: Message) -> dict[str, str]:
-    """Return the hexadecimal digests of the whole file, by algorithm. The response must contain the whole file.
+    """Return the file's checksums in hexadecimal: a dict with the keys "md5" and "sha1", if the headers contain them.
 
-    Reads the headers of Azure, Google and Backblaze, and the Content-MD5 of RFC 1864.
+    Reads the headers that Azure, Google and Backblaze send, and Content-MD5 (RFC 1864). The headers must belong to a
+    response with the whole file, because Content-MD5 describes only the bytes sent.
     """
     digests = {}
     google = re.findall(r"\bmd5=([^\s,]+)", ",".join(headers.get_all("x-goog-hash", [])))
@@ -367,7 +376,7 @@ def checksums(headers: Message) -> dict[str, str]:
 
 
 def retry_after(headers: Message) -> float | None:
-    """Return the seconds to wait before the next request, from a number or a date; None if neither is given."""
+    """Return the seconds to wait, from the header Retry-After (seconds or a date); None if missing or invalid."""
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)

@@ -1,8 +1,8 @@
 """Opening a model by name or path, with its tokenizer, prompt template and LoRA adapter.
 
-`find_model_files` finds the parts. Released models and repositories are downloaded (weights/pretrained.py), a run's
-directory contains `model/` or `adapter/`, and an adapter names the model that it was trained on. `open_model` builds the
-model (weights/formats reads its config and weights), merges the adapter, and opens the tokenizer.
+`find_model_files` finds the files and downloads them if necessary (weights/pretrained.py). The directory of a training
+run contains `model/` or `adapter/`, and an adapter names the model that it was trained on. `open_model` builds the
+model (weights/formats reads its config and weights), merges the adapter into it, and opens the tokenizer.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ def open_model(
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[GPTModel, Tokenizer]:
-    """Return a model in evaluation mode, and its tokenizer.
+    """Open a saved or released model, and return the model (in evaluation mode) and its tokenizer.
 
     Args:
-        name_or_path: a released model ("gpt2", "hf://user/model"), which is downloaded once; the directory of a model, a
-            run, an adapter or OpenAI's files; or a file in safetensors or written by torch.save. An adapter is opened
-            with the model that it was trained on.
+        name_or_path: the name of a released model ("gpt2", "hf://user/model"), which is downloaded once; the directory
+            of a model, a training run, a LoRA adapter or OpenAI's files; or a file in safetensors format or written by
+            torch.save. An adapter is opened with the model that it was trained on.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
-        adapter: the directory of a LoRA adapter, or of a run of `mygpt finetune`; it is merged into the weights.
+        adapter: the directory of a LoRA adapter or of a run of `mygpt finetune`. The adapter is merged into the model.
 
     Raises:
-        FileNotFoundError: there is no model, or the model of an adapter is missing.
-        ValueError: a file is damaged, the parts do not fit together, or there is no tokenizer or no such device.
+        FileNotFoundError: there is no model, or the model that an adapter was trained on is missing.
+        ValueError: a file is damaged, the model's files do not fit together, the tokenizer is missing, or the device is
+            not available.
     """
     place = pick_device(device)
     files = find_model_files(name_or_path, adapter)
@@ -55,22 +56,22 @@ def open_model(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The local paths of a model's parts."""
+    """The paths of a model and its LoRA adapter, with methods that open the tokenizer and prompt template."""
 
     path: Path
     """The directory or file with the weights."""
     adapter: Path | None = None
-    """The directory of the LoRA adapter, if there is one."""
+    """The directory of the LoRA adapter, or None."""
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer saved with the model, or GPT-2's if there is none and the vocabulary size fits."""
+        """Return the tokenizer saved with the model. If there is none and `vocab_size` is GPT-2's, return GPT-2's."""
         directory = self._directory()
         if vocab_size in _GPT2_VOCABULARY_SIZES and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             return get_tokenizer("gpt2")
         return get_tokenizer(directory)
 
     def template(self) -> Template | None:
-        """Return the prompt template saved with the adapter or else with the model; None if neither has one."""
+        """Return the prompt template saved with the adapter, else the one saved with the model, else None."""
         for directory in filter(None, (self.adapter, self._directory())):
             if (directory / TEMPLATE_FILE).is_file():
                 return load_template(directory)
@@ -83,9 +84,10 @@ class ModelFiles:
 
 
 def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> ModelFiles:
-    """Return the parts of a model (arguments as for `open_model`), after downloading what is missing.
+    """Return the paths of a model's files and adapter. Download a released model that is not in the cache.
 
-    Raises FileNotFoundError if the model that an adapter was trained on is not where the adapter's config says.
+    The arguments are those of `open_model`. Raises FileNotFoundError if there is no model, or if the model that an
+    adapter was trained on is not at the path in the adapter's config.
     """
     if adapter is not None:
         return ModelFiles(find_model(name_or_path), find_adapter(adapter) or Path(adapter))
@@ -100,11 +102,11 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path | None:
-    """Return the directory of a LoRA adapter: `path` itself, or `path`/adapter for a run; None if there is none."""
+    """Return the directory of the LoRA adapter at `path`, which is `path` or `path`/adapter; None if there is none."""
     candidates = (Path(path), Path(path, "adapter"))
     return next((directory for directory in candidates if (directory / "adapter_config.json").is_file()), None)
 
 
 def adapter_without_model(path: str | os.PathLike[str]) -> Path | None:
-    """Return the directory of the LoRA adapter at a path that has no complete model; otherwise None."""
+    """Return the directory of the LoRA adapter at `path`, or None if `path` has no adapter or is a complete model."""
     return find_adapter(path) if find_format(Path(path)) is None else None

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def base_of_adapter(directory: str | os.PathLike[str]) -> str:
-    """Return the name or path of the model that an adapter was trained on, from the adapter's config."""
+    """Return the name or path of the model that an adapter was trained on, as stored in adapter_config.json.
+
+    Raises ValueError if the file does not name a model.
+    """
     base = _read_config(Path(directory)).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {directory} does not name the model it was trained on: name it with --model")
@@ -34,14 +37,14 @@ def base_of_adapter(directory: str | os.PathLike[str]) -> str:
 
 
 def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftModel:
-    """Return a PEFT model with a saved adapter on `model`, frozen and in evaluation mode.
+    """Add a saved LoRA adapter to `model`, in place, and return the PEFT model, frozen and in evaluation mode.
 
-    The directory was written by a PeftModel's `save_pretrained`. Adapters of transformers' GPT-2 fit too: W is transposed
-    there, but A and B are not. The model is changed in place, as PEFT does.
+    The directory was written by a PeftModel's `save_pretrained`. Adapters for transformers' GPT-2 fit too: transformers
+    stores the weights W transposed, but the adapter's matrices A and B have the same shapes as here.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: the adapter is damaged or does not fit the model, which is then unchanged.
+        FileNotFoundError: the directory contains no adapter.
+        ValueError: the adapter is damaged or does not fit the model. The model is then unchanged.
     """
     from peft import PeftModel
 
@@ -59,7 +62,10 @@ def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftMode
 
 
 def _read_config(directory: Path) -> LoraConfig:
-    """Return the adapter's config. Raises ValueError if it is damaged, or has an option that is not known to be harmless."""
+    """Return the config of the adapter in a directory.
+
+    Raises ValueError if the config is damaged or sets an option that is not in the list of safe options.
+    """
     from peft import LoraConfig
 
     path = directory / "adapter_config.json"
@@ -83,7 +89,7 @@ def _read_config(directory: Path) -> LoraConfig:
 
 
 def _describe(error: Exception) -> str:
-    """Return the message of a ValueError, and the type and message of any other error."""
+    """Return the message of an error, preceded by the error's type unless it is a ValueError."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -97,7 +103,7 @@ _OPTIONS = frozenset(
 
 
 def _refuse_unsafe_options(config: LoraConfig) -> None:
-    """Raise ValueError if the value of an option could make PEFT load other files, fail or hang."""
+    """Raise ValueError if an option's value could make PEFT load other files, fail obscurely or never finish."""
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
         allowed = "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
@@ -122,7 +128,7 @@ def _refuse_unsafe_options(config: LoraConfig) -> None:
 
 
 def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError if the adapter's tensors, `found`, do not fit the model. PEFT has not changed the model yet."""
+    """Raise ValueError if the adapter does not fit the model. `found`: the shapes of the adapter's tensors by name."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -150,7 +156,7 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[i
 
 
 def _tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an adapter."""
+    """Return the names and shapes of the tensors of the adapter in a directory."""
     from peft.utils import load_peft_weights
 
     files = ("adapter_model.safetensors", "adapter_model.bin")  # without one of them PEFT would ask the hub
@@ -165,6 +171,6 @@ def _tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _on_meta_device(model: GPTModel) -> GPTModel:
-    """Return a copy of the model on the meta device, where tensors have shapes but no memory."""
+    """Return a copy of the model on torch's meta device, where tensors have shapes but no values."""
     bare = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in model.parameters()}
     return copy.deepcopy(model, bare)

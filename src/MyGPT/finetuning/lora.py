@@ -1,8 +1,8 @@
-"""LoRA (Hu et al., 2021): a weight W stays frozen, and the product of two thin matrices is trained beside it.
+"""LoRA (Hu et al., 2021): each weight W stays frozen, and the product of two thin matrices, added to W, is trained.
 
-The first part is LoRA written out to be read, with the names of "Build a Large Language Model (From Scratch)",
-appendix E; the rest does not use it. The second part uses PEFT: `add_lora` and `merge` refuse what PEFT would silently
-do wrong. Opening an adapter that was saved elsewhere is in foreign_adapters.py.
+LoRALayer, LinearWithLoRA and replace_linear_with_lora show how LoRA works, with the names of appendix E of "Build a
+Large Language Model (From Scratch)". `mygpt finetune` uses the other functions, which are based on PEFT and raise an
+error where PEFT would silently give wrong results. foreign_adapters.py opens adapters that were saved elsewhere.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class LoRALayer(nn.Module):
-    """The trainable product (alpha / rank) x A B, with A (in_dim, rank) and B (rank, out_dim).
+    """A layer that returns (alpha / rank) * x @ A @ B, with trainable matrices A (in_dim, rank) and B (rank, out_dim).
 
-    B starts at zero, so the layer adds nothing at first. A is initialised as in PEFT. The factor alpha / rank follows the
-    paper (section 4.1) and PEFT, so the learning rate need not change with the rank. The book multiplies by alpha: pass
-    alpha * rank to get its results.
+    B starts at zero, so the output is zero at first. A is initialised as in PEFT. The factor alpha / rank follows the
+    paper (section 4.1) and PEFT: the learning rate need not change with the rank. The book multiplies by alpha instead;
+    pass alpha * rank as `alpha` to get the book's results.
     """
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
@@ -46,7 +46,7 @@ class LoRALayer(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """The sum of a linear layer and a LoRALayer with the same input."""
+    """A layer that applies a linear layer and a LoRALayer to the same input and returns the sum of their outputs."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -58,7 +58,10 @@ class LinearWithLoRA(nn.Module):
 
 
 def replace_linear_with_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    """Replace every nn.Linear by a LinearWithLoRA, in place. Freeze the model first: `model.requires_grad_(False)`."""
+    """Replace every nn.Linear in the model by a LinearWithLoRA with this rank and alpha, in place.
+
+    Call `model.requires_grad_(False)` first, so that only the LoRA matrices are trained.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
@@ -66,12 +69,12 @@ def replace_linear_with_lora(model: nn.Module, rank: int, alpha: float) -> None:
 
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")
-"""The linear layers of a block; two of the four are called c_proj."""
+"""The names of the four linear layers of a block (attention and MLP both have a layer called c_proj)."""
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Options of LoRA on the command line. Raises ValueError for a value out of range."""
+    """The LoRA options of the command line and of config files. Raises ValueError for a value out of range."""
 
     r: int = 8
     """Rank of the two adapter matrices."""
@@ -82,7 +85,7 @@ class LoraOptions:
     targets: list[str] | str = dataclasses.field(default_factory=lambda: list(TARGET_MODULES))
     """Layers that get an adapter: one name, a list such as [c_attn, c_fc], or all-linear."""
     dora: bool = False
-    """Train the length and the direction of each weight row separately (DoRA, Liu et al., 2024)."""
+    """Use DoRA (Liu et al., 2024): train the length and the direction of each row of a weight matrix separately."""
     rslora: bool = False
     """Multiply the adapter's output by alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023)."""
 
@@ -95,7 +98,7 @@ class LoraOptions:
             raise ValueError("lora.targets must name at least one layer, got none")
 
     def for_peft(self) -> dict[str, Any]:
-        """Return the options as keyword arguments of `add_lora`."""
+        """Return the options as a dict of keyword arguments for `add_lora`."""
         is_layer = isinstance(self.targets, str) and self.targets != "all-linear"
         targets = [self.targets] if is_layer else self.targets
         basic = {"r": self.r, "alpha": self.alpha, "dropout": self.dropout}
@@ -110,16 +113,23 @@ def add_lora(
     target_modules: str | Iterable[str] = TARGET_MODULES,
     **options: Any,
 ) -> PeftModel:
-    """Return a PEFT model with a new, trainable adapter on `model`, whose own weights are frozen.
+    """Freeze `model`, add a new trainable LoRA adapter to it in place, and return the PEFT model.
 
-    An adapted layer computes W x + alpha / r * B A dropout(x), where A and B have the rank r. B starts at zero, so the
-    output is unchanged at first. The model is changed in place, as PEFT does. If a name fits no layer, a target is a
-    tied weight, or the model already has an adapter, ValueError is raised, and the model is unchanged.
+    A linear layer with the weights W then computes W x + alpha / r * B A dropout(x), where A has r rows and B has r
+    columns. B starts at zero, so the model's output is unchanged at first.
 
     Args:
-        target_modules: the last parts of layer names, one regular expression for whole names, or "all-linear", which
-            excludes a tied output head.
+        model: the model; it is changed in place.
+        r: the rank of the adapter's matrices.
+        alpha: the scale of the adapter.
+        dropout: the dropout probability of the adapter's input during training.
+        target_modules: the layers that are adapted: a list of the last parts of their names; one text, a regular
+            expression for complete names; or "all-linear", all linear layers except a tied output head.
         options: other options of PEFT's LoraConfig, such as use_rslora, use_dora and modules_to_save.
+
+    Raises:
+        ValueError: a name fits no layer, a target is a tied weight, or the model already has an adapter. The model is
+            then unchanged.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -140,10 +150,10 @@ def add_lora(
 
 
 def merge(peft_model: PeftModel) -> GPTModel:
-    """Add the active adapters to the weights and return the adapted model, without PEFT's layers and fully trainable.
+    """Add the active adapters to the model's weights in place, remove PEFT's layers and return the trainable GPTModel.
 
-    If the adapter has its own output head or token embedding (modules_to_save), the two are no longer tied, and the
-    model's config is updated.
+    If the adapter has its own output head or token embedding (modules_to_save), output head and token embedding are no
+    longer tied, and the model's config is updated.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
@@ -158,7 +168,10 @@ def merge(peft_model: PeftModel) -> GPTModel:
 
 
 class KeptAdapter:
-    """The adapter of a run's best model, stored in `adapter/` with the template and the name of the base model."""
+    """The LoRA adapter of a training run's best model, saved in the run's subdirectory `adapter`.
+
+    The prompt template and the name of the base model are saved with the adapter.
+    """
 
     def __init__(self, peft_model: PeftModel, base: str, template: Template) -> None:
         self.peft_model = peft_model
@@ -182,7 +195,7 @@ class KeptAdapter:
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raise ValueError if the model has an adapter. PEFT would only warn and wrap the adapted layers a second time."""
+    """Raise ValueError if the model already has an adapter, because PEFT would only warn and adapt its layers twice."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -190,7 +203,10 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def refuse_tied(model: GPTModel, config: Any) -> None:
-    """Raise ValueError if the adapter targets a tied weight: merging would change its other use too (PEFT issue 2018)."""
+    """Raise ValueError if the adapter would adapt the output head or token embedding while they share one weight.
+
+    Merging such an adapter into one of the two layers would change the other layer too (PEFT issue 2018).
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
     tied = ("lm_head", "transformer.wte") if model.config.tie_weights else ()

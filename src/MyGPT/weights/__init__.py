@@ -1,1 +1,1 @@
-"""GPT-2 weights on disk: their names, layouts and file formats. Nothing here depends on the model."""
+"""GPT-2 weights on disk: their names, layouts and file formats. No module here imports GPTModel."""

@@ -1,4 +1,4 @@
-"""The class Checkpoint, into which every file format is read: a config and tensors by MyGPT's names."""
+"""The class Checkpoint, which every file format's reader returns: a config, and tensors under MyGPT's names."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from MyGPT.weights.layout import HEAD, WTE, config_of, drop_zero_biases, fit, to
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 COPY_WEIGHTS = os.name == "nt"
-"""True to copy opened weights into memory. Windows can neither replace nor delete a file that is mapped."""
+"""True if opened weights are copied into memory, because Windows cannot replace or delete a memory-mapped file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint; its tensors are read when they are needed."""
+    """The config and weights of a saved model. The values of the weights are read only when they are needed."""
 
     format: str
     """A description of the file format, such as "nanoGPT's checkpoint"."""
     path: Path
-    """The file that holds the weights, their index, or the common prefix of OpenAI's files."""
+    """The file with the weights, or the index of several such files, or the common prefix of OpenAI's files."""
     config: GPTConfig | None
-    """None if the file does not contain it. The tensor shapes determine everything except the number of heads."""
+    """The model's config, or None if the files do not contain one (as in files of nn.Module.state_dict)."""
     tensors: dict[str, LazyTensor]
-    """The weights by MyGPT's names. The matrices of linear layers are (out, in)."""
+    """The weights under MyGPT's names. The matrices of linear layers have the shape (out_features, in_features)."""
 
     @classmethod
     def of(cls, path: Path, tensors: LazyTensors, config: GPTConfig | None, format: str | None = None) -> Checkpoint:
-        """Return the checkpoint for the tensors of a file in any known layout; by default, `format` names the layout.
+        """Return a checkpoint, with `tensors` renamed and transposed to MyGPT's layout from any known layout.
 
-        Raises ValueError if the layout is unknown.
+        `format` describes the file format. Default: the name of the layout. Raises ValueError if the layout is unknown.
         """
         try:
             ours, layout = to_ours(tensors)
@@ -45,17 +45,17 @@ class Checkpoint:
         return cls(format or f"a state dict in {layout} layout", path, config, ours)
 
     def guess_config(self) -> GPTConfig:
-        """Return the config; if the file has none, infer it from the shapes and assume heads of width 64, as in GPT-2."""
+        """Return the config. If there is none, infer it from the tensor shapes; heads have size 64, as in GPT-2."""
         if self.config is not None:
             return self.config
         emb_dim = config_of(self.tensors, n_heads=1).emb_dim
         return config_of(self.tensors, n_heads=emb_dim // 64 if emb_dim % 64 == 0 else 1)
 
     def read(self, dtype: torch.dtype | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
-        """Return the config and the state dict, in `dtype` or in the stored type.
+        """Return the config and the state dict, with all weights in `dtype`. Default: the dtypes in the file.
 
-        Weights that need no conversion are views of the mapped file (see `MappedFile`). Weights that need one are
-        converted one at a time. Raises ValueError if the config is unknown or does not fit the tensors.
+        Weights that need no conversion are views of the memory-mapped file (see `MappedFile`). Other weights are
+        converted one at a time. Raises ValueError if the config is missing or does not fit the tensors.
         """
         if self.config is None:
             raise ValueError(
@@ -75,10 +75,10 @@ class Checkpoint:
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the weight in `dtype`, as a view of the file if no conversion is needed.
+    """Return the weight in `dtype` (None: unchanged), as a view of the mapped file if no conversion is needed.
 
     A transposed view costs nothing in float32 and float64. In bfloat16 and float16 some CPUs multiply a transposed
-    matrix ten times more slowly, so those are copied into contiguous memory.
+    matrix ten times more slowly, so transposed views in these dtypes are copied into contiguous memory.
     """
     tensor = tensor.to(dtype or tensor.dtype, copy=COPY_WEIGHTS)
     return tensor if tensor.dtype.itemsize >= 4 else tensor.contiguous()

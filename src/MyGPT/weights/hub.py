@@ -1,6 +1,6 @@
 """Downloads from the Hugging Face hub, with the optional library huggingface_hub.
 
-That library resumes, retries and verifies downloads, and uses another server if HF_ENDPOINT is set.
+huggingface_hub resumes, retries and verifies downloads. The variable HF_ENDPOINT selects another server.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weight
 _OTHER_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
     vocab.json merges.txt encoder.json vocab.bpe template.json""".split()
 _UNFINISHED = ".mygpt-unfinished-download"
-"""A file that lists the files of a download. It exists until all of them have arrived."""
+"""The name of a file that lists the files to download. It is deleted when all of them have arrived."""
 
 
 def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
     """Download the model in a repository such as openai-community/gpt2 to `directory`, and return `directory`.
 
-    A directory that is already complete, downloaded or copied by hand, needs no network.
+    Nothing is downloaded if the directory is already complete.
 
     Raises:
         OSError: the repository cannot be downloaded or contains no model.
@@ -54,7 +54,7 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Return whether the directory contains all files of the last download, or a config and all weights."""
+    """Return whether the directory contains every file of an unfinished download, or else config and all weights."""
     unfinished = directory / _UNFINISHED
     if unfinished.is_file():
         return all((directory / name).is_file() for name in unfinished.read_text(encoding="utf-8").split())
@@ -65,7 +65,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _choose_files(names: list[str]) -> list[str]:
-    """Return the files of a repository that MyGPT or transformers needs, with the weights in one format only."""
+    """Return those of a repository's file names that must be downloaded: config, weights in one format, tokenizer."""
     names = [name for name in names if re.fullmatch(r"[\w.-]+", name)]  # not in subdirectories
     other_files = [name for name in _OTHER_FILES if name in names]
     for weights in WEIGHTS if "config.json" in names else ():

@@ -1,8 +1,8 @@
 """The table of weight names and matrix layouts of all known GPT-2 formats.
 
-MyGPT uses Hugging Face's names, and stores the matrices of linear layers as (out, in), like `nn.Linear`. OpenAI and
-Hugging Face store them as (in, out). No other module renames or transposes weights. All functions work on lazy tensors,
-so a checkpoint of any size is read one tensor at a time. C embedding width, T context length.
+MyGPT uses Hugging Face's names. Matrices of linear layers have the shape (out, in) in MyGPT, as in `nn.Linear`, and
+(in, out) in the files of OpenAI and Hugging Face. No other module renames or transposes weights. All functions work on
+lazy tensors, so a checkpoint of any size is read one tensor at a time. C is the embedding width, T the context length.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # added by torch.compile an
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor in the state dict of a model."""
+    """Return the name and shape of every tensor in the state dict of a model with this config."""
     C = config.emb_dim
     block = {ours: tuple(n * C for n in shape) for ours, _, _, shape in BLOCK}
     if not config.qkv_bias:
@@ -66,9 +66,9 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def openai_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every variable in OpenAI's checkpoint.
+    """Return the name and shape of every variable in OpenAI's checkpoint of a model with this config.
 
-    Linear layers are convolutions of width 1 there, so their matrices are (1, in, out).
+    OpenAI's linear layers are convolutions of width 1, so their matrices have the shape (1, in, out).
     """
     ours = shapes(config)
     names = _openai_names(config.n_layers).items()
@@ -76,7 +76,7 @@ def openai_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
-    """Return the weights by MyGPT's names with matrices as (out, in), and the name of the layout they were in.
+    """Return the weights with MyGPT's names and shapes, and the name of the layout that `tensors` had.
 
     The layout is detected from the tensor names and shapes. Raises ValueError if the names belong to no known layout.
     """
@@ -99,7 +99,7 @@ def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
 
 
 def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
-    """Return the config of a model with these weights (by MyGPT's names). Only `n_heads` does not follow from the shapes."""
+    """Infer the config from tensors under MyGPT's names. The shapes determine everything except `n_heads`."""
     for name in (WTE, WPE):
         if name not in tensors or len(tensors[name].shape) != 2:
             raise ValueError(f"the weights do not show the model's sizes: {name} is missing or not a matrix")
@@ -116,10 +116,10 @@ def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
 
 
 def align(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTensor], GPTConfig]:
-    """Return weights and config with the allowed differences between them resolved.
+    """Return the weights and the config, changed so that they agree on qkv biases and context length.
 
-    If only the weights have qkv biases, the returned config has them too. If only the config has them, zeros are added to
-    the weights. If the config has a shorter context, the position embedding is cut to its first rows.
+    If only the weights have qkv biases, the returned config has them too. If only the config has qkv biases, biases of
+    zero are added to the weights. If the config has a shorter context than the weights, the position embedding is cut.
     """
     aligned = dict(tensors)
     if any(name in tensors for name in _qkv_biases(config)):
@@ -135,7 +135,8 @@ def align(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTensor
 def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
     """Return exactly the tensors that a model with this config has, in the order of its state dict.
 
-    A missing output head is the token embedding. Raises one ValueError that lists every mismatch.
+    A missing output head is replaced by the token embedding. Raises ValueError with a list of all mismatches if names,
+    shapes or dtypes are wrong.
     """
     found = dict(tensors)
     if HEAD not in found and WTE in found:
@@ -160,9 +161,10 @@ def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
 
 
 def drop_zero_biases(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
-    """Remove the qkv biases that are all zero, if the config has none. Other biases stay, and `fit` reports them.
+    """Return the tensors without qkv biases that are all zero, if the config says that the model has no qkv biases.
 
-    Hugging Face's layout always contains these biases, so `to_hugging_face` writes zeros for a model without them.
+    Hugging Face's layout always contains qkv biases, so `to_hugging_face` writes zeros for a model without them. `fit`
+    raises an error for qkv biases that are not zero.
     """
     kept = dict(tensors)
     for name in () if config.qkv_bias else _qkv_biases(config):
@@ -174,7 +176,7 @@ def drop_zero_biases(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyT
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return a model's state dict in the layout of `model.safetensors`.
 
-    Matrices become (in, out), a tied output head is left out, and missing qkv biases become zeros.
+    Matrices are transposed to (in, out), a tied output head is left out, and missing qkv biases are added as zeros.
     """
     ours = {name: LazyTensor.of(tensor.detach()) for name, tensor in state_dict.items()}
     if config.tie_weights:
@@ -188,24 +190,27 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 
 
 def _qkv_biases(config: GPTConfig) -> list[str]:
-    """Return the names of the query, key and value biases of a model that has them."""
+    """Return the names of the query, key and value biases (one tensor per block) for a model with this many layers."""
     return [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]
 
 
 def _openai_names(n_layers: int) -> dict[str, str]:
-    """Return MyGPT's name for each of OpenAI's variable names."""
+    """Return a dict from OpenAI's variable names to MyGPT's names."""
     top = {path: ours for ours, path, _ in TOP if path is not None}
     return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, *_ in BLOCK}
 
 
 def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
-    """Return OpenAI's weights by MyGPT's names; unknown names are kept."""
+    """Return OpenAI's weights with MyGPT's names and shapes. Tensors with unknown names are returned unchanged."""
     ours = _openai_names(len({name.partition("/")[0] for name in tensors if re.match(r"h\d+/", name)}))
     return {ours.get(path, path): _transposed(ours.get(path, path), tensor) for path, tensor in tensors.items()}
 
 
 def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
-    """Return the book's weights by MyGPT's names, with queries, keys and values joined; unknown names are kept."""
+    """Return the book's weights under MyGPT's names, with the matrices of queries, keys and values joined into one.
+
+    Tensors with unknown names are returned unchanged.
+    """
     parts_of = {ours: [theirs] for ours, _, theirs in TOP}
     for i in _block_numbers(tensors):
         for ours, _, theirs, _ in BLOCK:
@@ -218,20 +223,20 @@ def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
 
 
 def _with_zero_biases(ours: LazyTensors) -> dict[str, LazyTensor]:
-    """Return the weights of a nanoGPT model that was made with bias=False, with zeros for all biases."""
+    """Return the weights of a nanoGPT model that was trained with bias=False, with zeros added for all biases."""
     config = dataclasses.replace(config_of(ours, n_heads=1), qkv_bias=True)
     zeros = {name: _zeros(shape, ours) for name, shape in shapes(config).items() if name.endswith(".bias")}
     return {**ours, **zeros}
 
 
 def _block_numbers(names: Iterable[str]) -> list[int]:
-    """Return the sorted indices of the blocks to which these tensors belong."""
+    """Return the sorted indices of the transformer blocks that occur in these tensor names."""
     found = map(re.compile(r"(?:^|\.)(?:h|trf_blocks)\.(\d+)\.").search, names)
     return sorted({int(match[1]) for match in found if match})
 
 
 def _transposed(name: str, tensor: LazyTensor) -> LazyTensor:
-    """Return the matrix of a linear layer from (in, out) or (1, in, out) to (out, in), or back; other tensors unchanged."""
+    """Return the transpose of a linear layer's matrix, (in, out) or (1, in, out). Return any other tensor unchanged."""
     *outer, n_in, n_out = tensor.shape if len(tensor.shape) >= 2 else (0, 0, 0)
     if not _MATRIX.search(name) or outer not in ([], [1]):
         return tensor
@@ -239,7 +244,7 @@ def _transposed(name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def _concatenated(parts: list[LazyTensor]) -> LazyTensor:
-    """Return the parts stacked along the rows. If their widths differ, the shape has width 0, which `fit` reports."""
+    """Return the tensors concatenated along axis 0. If they do not fit, the result has width 0, and `fit` fails."""
     if len(parts) == 1:
         return parts[0]
     widths = {part.shape[1:] for part in parts}
@@ -250,6 +255,6 @@ def _concatenated(parts: list[LazyTensor]) -> LazyTensor:
 
 
 def _zeros(shape: tuple[int, ...], tensors: LazyTensors) -> LazyTensor:
-    """Return zeros in the dtype of the other tensors."""
+    """Return a lazy tensor of zeros with this shape and the dtype of the token embedding in `tensors`."""
     dtype = (tensors[WTE].dtype if WTE in tensors else None) or torch.float32
     return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

@@ -17,17 +17,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose shape and dtype are known and whose values are read by `load`."""
+    """A tensor in a file or in memory: shape and dtype are known, and `load` reads the values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    """The floating-point type; None for any other type, which a weight cannot have."""
+    """The floating-point dtype, or None if the values are not floating-point numbers."""
     load: Callable[[], Tensor]
-    """Read and return the values."""
+    """A function that reads the values and returns them as a tensor."""
 
     @classmethod
     def of(cls, array: Any) -> LazyTensor:
-        """Wrap a torch tensor or a numpy array that is already in memory."""
+        """Return a lazy tensor for a torch tensor or numpy array that is already in memory."""
         if isinstance(array, Tensor):
             return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: array)
 
@@ -37,7 +37,7 @@ class LazyTensor:
         return cls(array.shape, torch_float_type(array.dtype), load)
 
     def map(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """Return a lazy tensor of this shape that applies `change` when it is loaded."""
+        """Return a lazy tensor that loads this tensor and applies `change`, which must return a tensor of `shape`."""
         return LazyTensor(shape, self.dtype, lambda: change(self.load()))
 
     def equals(self, other: LazyTensor) -> bool:
@@ -52,11 +52,11 @@ LazyTensors = Mapping[str, LazyTensor]
 
 
 class MappedFile:
-    """A file that is mapped at the first `read` and unmapped when the last array of it is deleted.
+    """A file that is memory-mapped at the first `read`, and unmapped when all arrays that `read` returned are deleted.
 
-    Tensors that are read and freed one after another therefore do not add up in memory, and no file stays open (macOS
-    allows 256 open files). Writing to an array changes memory only, never the file. The arrays stay valid if the file
-    is deleted or replaced, but not if it is truncated in place: reading past the new end kills the process.
+    Tensors that are read and freed one after another therefore do not fill the memory, and no file stays open (macOS
+    allows 256 open files). Writing to an array does not change the file. The arrays stay valid if the file is deleted
+    or replaced. If the file is truncated in place, reading past the new end kills the process.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,7 +64,7 @@ class MappedFile:
         self._mapped: weakref.ref[mmap.mmap] | None = None
 
     def read(self, offset: int, size: int) -> NDArray[np.uint8]:
-        """Return `size` bytes from `offset`. Raises ValueError if the file has become too short."""
+        """Return the `size` bytes that start at byte `offset`. Raises ValueError if the file is too short."""
         if size == 0:
             return np.empty(0, dtype=np.uint8)
         mapped = self._mapped() if self._mapped is not None else None
@@ -76,10 +76,11 @@ class MappedFile:
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Return the tensors of a state dict, or of nested parameters, as one flat dict.
+    """Return a state dict, or the nested dict that `download_and_load_gpt2` returns, as a flat dict of lazy tensors.
 
-    The keys of nested parameters, which `download_and_load_gpt2` returns, become OpenAI's variable names:
-    h0/attn/c_attn/w, ln_f/g, wte. Raises ValueError for a value that is not a tensor or an array.
+    The keys of a nested dict become OpenAI's variable names: h0/attn/c_attn/w, ln_f/g, wte.
+
+    Raises ValueError for a value that is not a tensor or an array.
     """
     if isinstance(params.get("blocks"), (list, tuple)):
         blocks = {f"h{i}": block for i, block in enumerate(params["blocks"])}
@@ -102,6 +103,6 @@ def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:
 
 
 def torch_float_type(dtype: np.dtype[Any]) -> torch.dtype | None:
-    """Return torch's equivalent of a floating-point dtype of numpy, or None for any other dtype."""
+    """Return the torch dtype that corresponds to a floating-point numpy dtype, or None for any other numpy dtype."""
     names = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
     return names.get(dtype.name) if dtype.isnative else None

@@ -1,4 +1,4 @@
-"""From the name or path of a model to its weights, and from weights to a model."""
+"""Functions that find or download a model by name, read its weights, and copy weights into a GPTModel."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the directory or file of a model, given its path or name. Download a named model that is not in the cache.
 
     The names gpt2, gpt2-medium, gpt2-large and gpt2-xl (or 124M, 355M, 774M, 1558M) mean OpenAI's original files. Names
-    such as openai-community/gpt2 or hf://user/model mean repositories on the Hugging Face hub. A model at a path with
-    such a name takes precedence.
+    such as openai-community/gpt2 or hf://user/model mean repositories on the Hugging Face hub. If a local path with the
+    same name contains a model, the local model is used.
     """
     path, name = Path(name_or_path), str(name_or_path)
     is_name = name in GPT2_CONFIGS or _repository(name) is not None
@@ -35,10 +35,10 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
-    """Download a model with a name as for `find_model`, unless it is already complete, and return its directory.
+    """Download a model by name (see `find_model`), unless it is already complete, and return its directory.
 
-    `directory` is the parent directory of all downloaded models; the default is `models` in the cache directory.
-    `base_url` is a server with OpenAI's files, used instead of the public servers.
+    `directory` is the parent directory of all downloaded models. Default: `models` in the cache directory. `base_url`
+    is a server with OpenAI's files. Default: the public servers.
     """
     parent = Path(directory) if directory is not None else cache_directory() / "models"
     repository = _repository(name)
@@ -52,16 +52,19 @@ def download_model(name: str, directory: str | os.PathLike[str] | None = None, b
 def read_weights(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the config and the state dict of a model by name or path (see `find_model` and `Checkpoint.read`)."""
+    """Return the config and the state dict of a model by name or path (see `find_model`).
+
+    All weights are converted to `dtype`. Default: the dtypes in the file.
+    """
     return open_checkpoint(find_model(name_or_path)).read(dtype)
 
 
 def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     """Copy the weights of a GPT-2 into a `GPTModel`. The model keeps its dtype and device.
 
-    If only the weights have qkv biases, they are added to the model and to its config; create the optimizer afterwards.
-    If the model has a shorter context, it gets the first positions. If the weights do not fit, ValueError lists every
-    mismatch, and the model is unchanged.
+    If only the weights have qkv biases, such biases are added to the model and its config; create the optimizer later.
+    If the model has a shorter context than the weights, only the first position embeddings are copied. Raises
+    ValueError with a list of all mismatches if the weights do not fit; the model is then unchanged.
 
     Args:
         model: a GPTModel.
@@ -93,7 +96,7 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def _repository(name: str) -> str | None:
-    """Return the repository on the Hugging Face hub that a name refers to, or None for any other name."""
+    """Return the repository user/model for "hf://user/model" or a name in openai-community; None for other names."""
     match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
     if match is None and name.startswith("hf://"):
         raise ValueError(f"a repository on the Hugging Face hub must be written as hf://user/model, got {name!r}")

@@ -1,6 +1,6 @@
 """OpenAI's released GPT-2 models: their files and servers, and how to download them.
 
-`model.ckpt.meta`, the seventh file of a release, is not downloaded: it contains TensorFlow's graph, which is not needed.
+The file `model.ckpt.meta` of a release is not downloaded, because it contains only TensorFlow's graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SERVERS = (
 # Short files first, so that a wrong address fails before gigabytes are downloaded.
 FILES = "checkpoint hparams.json encoder.json vocab.bpe model.ckpt.index model.ckpt.data-00000-of-00001".split()
 DATA_BYTES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320, "1558M": 6_230_444_800}
-"""The length of each model's data file, which contains only the parameters in float32."""
+"""The number of bytes of each model's data file, which contains the parameters in float32 and nothing else."""
 
 
 def download_gpt2(
@@ -33,8 +33,8 @@ def download_gpt2(
     Args:
         size: 124M, 355M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
         models_dir: the files are stored in its subdirectory 124M, 355M, 774M or 1558M.
-        base_url: a server with the files at `base_url`/124M/hparams.json and so on, used instead of the public servers.
-            The default is the environment variable MYGPT_GPT2_URL, if it is set.
+        base_url: the URL of a server with the files at `base_url`/124M/hparams.json and so on. Default: the environment
+            variable MYGPT_GPT2_URL if it is set, else the public servers.
         progress: show a progress bar.
 
     Raises:
@@ -80,7 +80,7 @@ def download_and_load_gpt2(
 
 
 def released_size(name: str) -> str:
-    """Return OpenAI's name of a model, such as 124M, given that name or Hugging Face's. Others raise ValueError."""
+    """Return OpenAI's name of a released model: "124M" for "124M" or "gpt2". Raises ValueError for an unknown name."""
     if name not in GPT2_CONFIGS:
         raise ValueError(f"there is no GPT-2 of the size {name!r}; the sizes are {', '.join(GPT2_CONFIGS)}")
     return next(size for size in DATA_BYTES if GPT2_CONFIGS[size] == GPT2_CONFIGS[name])

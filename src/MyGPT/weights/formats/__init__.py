@@ -1,4 +1,4 @@
-"""The file formats from which a GPT-2 model can be opened: one module per format, with the functions of `Format`.
+"""The file formats from which a GPT-2 model can be opened. Each format is a module with the functions of `Format`.
 
 To add a format, write its module and add it to FORMATS.
 """
@@ -17,11 +17,11 @@ class Format(Protocol):
     """The functions that every format's module defines."""
 
     def matches(self, path: Path) -> bool:
-        """Return whether a directory or file looks like this format, without reading tensors."""
+        """Return whether the directory or file at `path` seems to have this format. No tensors are read."""
         ...
 
     def read(self, path: Path) -> Checkpoint:
-        """Return the checkpoint. Raises ValueError, with the path in its message, if the files are damaged."""
+        """Return the checkpoint at `path`. Raises ValueError, naming the path, if the files are damaged."""
         ...
 
 
@@ -30,14 +30,14 @@ FORMATS: tuple[Format, ...] = (openai, huggingface, safetensors, torch_file)
 
 
 def find_format(path: Path) -> Format | None:
-    """Return the format of a directory or file, or None if there is no model at `path`."""
+    """Return the first format that matches the directory or file at `path`, or None if there is no model."""
     return next((candidate for candidate in FORMATS if candidate.matches(path)), None)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint in a directory or file, in any known format. Tensors are read when they are needed.
+    """Open the model at `path`, a directory or file in any known format. Tensors are read only when they are needed.
 
-    Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or not a GPT-2's.
+    Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or are not a GPT-2.
     """
     path = Path(path)
     return (find_format(path) or huggingface).read(path)  # raises FileNotFoundError if no format matches

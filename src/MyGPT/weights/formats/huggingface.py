@@ -1,6 +1,6 @@
 """Model directories in Hugging Face's GPT-2 layout: config.json, weights, the tokenizer's files and a model card.
 
-MyGPT writes only this format. There is no export step: transformers opens the same directory.
+MyGPT writes models only in this format. transformers opens the same directory, so no export is needed.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from MyGPT.weights.layout import to_hugging_face
 from MyGPT.weights.lazy import LazyTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The weights in one file, the preferred format first. `pytorch_model.bin` is read but never written."""
+"""The possible names of a file with all weights, the preferred name first. MyGPT never writes `pytorch_model.bin`."""
 INDEX_SUFFIX = ".index.json"
-"""The weights in several files have an index, named like the single file with this suffix."""
+"""If the weights are in several files, the index that lists them is called `model.safetensors` plus this suffix."""
 MAX_SHARD_BYTES = 5_000_000_000
-"""Larger weights are written to several files, as transformers does."""
+"""The size above which weights are split into several files. transformers has the same rule."""
 _REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a model directory, or a run's directory with a model in it."""
+    """Return whether `path` is a model directory or a training run's directory that contains a model."""
     return find_directory(path) is not None
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in a model directory, or in the `model/` of a run's directory."""
+    """Return the checkpoint in a model directory, or in the subdirectory `model` of a training run's directory."""
     config, weights = read_config(path), find_weights(_model_directory(path))
     return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
 
 
 def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
-    """Return the config of a model directory, or of a run's directory."""
+    """Return the config of the model in a model directory or in a training run's directory."""
     return read_config_json(_model_directory(directory) / "config.json")
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path | None:
-    """Return the directory that contains config.json: `path`, or `path`/model for a run; None if neither does."""
+    """Return the directory that contains config.json: `path`, or `path`/model for a training run, or None."""
     for directory in (Path(path), Path(path, "model")):
         restore_directory(directory)
         if (directory / "config.json").is_file():
@@ -58,7 +58,10 @@ def find_directory(path: str | os.PathLike[str]) -> Path | None:
 
 
 def find_weights(directory: Path) -> Path:
-    """Return the file with the weights or their index. Raises FileNotFoundError if a file or a shard is missing."""
+    """Return the path of the file with all weights, or of the index if the weights are in several files.
+
+    Raises FileNotFoundError if a file is missing.
+    """
     for name in WEIGHTS:
         if (directory / name).is_file():
             return directory / name
@@ -80,10 +83,10 @@ def write_directory(
     more_config: Mapping[str, Any] | None = None,
     more_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model directory completely or not at all. Other files that are already in it are kept.
+    """Write config, weights, tokenizer and model card to a directory. If an error occurs, no file changes.
 
-    The tokenizer is saved too, and its end-of-text token becomes the model's. For a model with another head,
-    `more_config` and `more_tensors` are added to config.json and to the weights unchanged.
+    Other files in the directory are kept. The tokenizer's end-of-text token is written to config.json. `more_config`
+    and `more_tensors` are added to config.json and to the weights unchanged, for a model with a classification head.
     """
     eot_token = getattr(tokenizer, "eot_token", None)
     special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
@@ -101,7 +104,7 @@ def write_directory(
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:
-    """Return the directory that contains config.json. Raises FileNotFoundError if there is none."""
+    """Return the result of `find_directory`. Raises FileNotFoundError instead of returning None."""
     directory = find_directory(path)
     if directory is None:
         raise FileNotFoundError(f"no model at {path}: neither it nor {Path(path, 'model')} has a config.json")
@@ -109,7 +112,7 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_tensors(weights: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a weights file, or of all files that an index lists, under the names they have there."""
+    """Return the tensors by name from a weights file, or from all files that an index lists. Names are unchanged."""
     if weights.suffix == ".safetensors":
         return read_safetensors(weights)
     if not weights.name.endswith(INDEX_SUFFIX):
@@ -120,7 +123,10 @@ def _read_tensors(weights: Path) -> dict[str, LazyTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor, from an index. Raises ValueError for a file that is not in the index's directory."""
+    """Read an index file and return a dict from tensor names to file names.
+
+    Raises ValueError if the index is damaged or lists a file outside its own directory.
+    """
     try:
         file_of: dict[str, str] = read_json(index)["weight_map"]
         files = set(file_of.values())
@@ -134,7 +140,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write the weights to one file, or to several files and an index. At most one file's tensors are copied at a time."""
+    """Write the weights to `temporary`: one file, or several files and an index if they exceed MAX_SHARD_BYTES.
+
+    `directory`, where the files will be moved later, is the path that errors name. At most one file's tensors are
+    copied into memory at a time.
+    """
     sizes = {name: tensor.load().nbytes for name, tensor in tensors.items()}  # loads views, not copies
     shards: list[list[str]] = [[]]
     for name in tensors:

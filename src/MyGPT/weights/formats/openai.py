@@ -1,7 +1,7 @@
-"""OpenAI's GPT-2 checkpoints: TensorFlow bundles with hparams.json, as arrays and as a checkpoint.
+"""OpenAI's GPT-2 models: a TensorFlow checkpoint and hparams.json, opened as numpy arrays or as a `Checkpoint`.
 
 `load_gpt2_params_from_tf_ckpt` returns the names, nesting and squeezed shapes of `gpt_download.py` in "Build a Large
-Language Model (From Scratch)", which reads the same files with TensorFlow. Its matrices stay (in, out).
+Language Model (From Scratch)", which reads the same files with TensorFlow. Matrices keep OpenAI's order (in, out).
 """
 
 from __future__ import annotations
@@ -64,15 +64,16 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
     """Return the weights of a GPT-2 as nested dicts of arrays, as the book's function of this name does.
 
     The keys are wte, wpe, g, b and blocks; each block has attn, mlp, ln_1 and ln_2. params["wte"] is (n_vocab, n_embd)
-    and params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd): axes of length 1 are removed. The arrays are
-    views of the mapped file. Writing to them changes memory only; do not truncate the file while they exist.
+    and params["blocks"][0]["attn"]["c_attn"]["w"] is (n_embd, 3 * n_embd), because axes of length 1 are removed. The
+    arrays are views of the memory-mapped file. Writing to an array does not change the file. Do not truncate the file
+    while the arrays exist.
 
     Args:
         ckpt_path: the prefix of the checkpoint's files, such as "gpt2/124M/model.ckpt"; `latest_checkpoint` returns it.
         settings: the contents of hparams.json, as `read_settings` returns them.
 
     Raises:
-        CheckpointError: the files are damaged, or do not contain a model with these settings; lists every difference.
+        CheckpointError: the files are damaged, or do not contain a model with these settings.
     """
     tensors = _open_model(ckpt_path, settings)
     params: dict[str, Any] = {"blocks": [{} for _ in range(settings["n_layer"])]}
@@ -88,13 +89,16 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
 
 
 def _config(settings: Mapping[str, Any]) -> GPTConfig:
-    """Return the config for the sizes in hparams.json. OpenAI's models have biases everywhere and a tied output head."""
+    """Return the config for the sizes in hparams.json, with qkv biases and a tied output head as in OpenAI's models."""
     vocab, context, width, heads, layers = (settings[name] for name in _SIZES)
     return GPTConfig(vocab, context, width, heads, layers, qkv_bias=True)
 
 
 def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, BundleTensor]:
-    """Return the tensors. Raises CheckpointError unless they are those of a model with these settings."""
+    """Return the tensors by TensorFlow's names. `ckpt_path` is the prefix of the files, `settings` hparams.json.
+
+    Raises CheckpointError unless the tensors are exactly the weights of a model with these settings.
+    """
     problems = _settings_problems(settings)
     if problems:
         raise CheckpointError(f"the settings do not describe a GPT-2 model: {'; '.join(problems)}")
@@ -108,7 +112,7 @@ def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) 
 
 
 def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return a description of every missing or invalid size."""
+    """Return one error message for each size in `settings` that is missing or invalid."""
     problems = [
         f"{key} must be a whole number of at least 1, got {settings[key]!r}" if key in settings else f"{key} is missing"
         for key in _SIZES
@@ -120,7 +124,7 @@ def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(tensors: Mapping[str, BundleTensor], settings: Mapping[str, Any]) -> list[str]:
-    """Return a description of every difference between a bundle and a model with these settings."""
+    """Return one error message for each tensor that a model with these settings lacks or does not allow."""
     n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, tensors) if match})
     if n_blocks != settings["n_layer"]:
         return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]

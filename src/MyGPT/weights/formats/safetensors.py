@@ -1,4 +1,4 @@
-"""Safetensors files: reading, writing, and opening one file on its own as a checkpoint."""
+"""Reading and writing safetensors files, and opening a model that consists of one such file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in one file, with the config from the config.json next to it, if there is one."""
+    """Return the checkpoint in one safetensors file. The config comes from config.json next to it, if any."""
     config = path.parent / "config.json"
     return Checkpoint.of(path, read_safetensors(path), read_config_json(config) if config.is_file() else None)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Return the lazy tensors in a file by name. Loaded tensors are views of the mapped file.
+    """Return the lazy tensors in a file by name. Loaded tensors are views of the memory-mapped file.
 
     Raises ValueError if the file is damaged.
     """
@@ -49,9 +49,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None = None) -> None:
-    """Write contiguous CPU tensors to a file.
+    """Write contiguous CPU tensors to a safetensors file.
 
-    Raises OSError if writing fails; its message names `shown_as` instead of `path`, for files that are renamed later.
+    Raises OSError if writing fails. Its message names the file `shown_as`, to which a temporary file will be renamed
+    later. Default: `path`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -63,7 +64,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path 
 
 
 def _lazy_tensor(file: MappedFile, start: int, name: str, entry: Mapping[str, Any]) -> LazyTensor:
-    """Return the tensor with this entry in the header. The offsets in the entry count from position `start`."""
+    """Return the tensor that `entry` in the file's header describes: dtype, shape, and offsets from byte `start`."""
     shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
 
     def load() -> Tensor:

@@ -1,7 +1,7 @@
 """Files that torch.save wrote: nanoGPT's ckpt.pt, the book's model.pth, and state dicts from other training scripts.
 
-These files are pickles, which can run arbitrary code when they are loaded. They are opened only with torch's `weights_only`
-loader, which refuses everything except tensors and plain values.
+These files are pickles, which can run arbitrary code when they are loaded. They are opened only with torch's
+`weights_only` loader, which refuses everything except tensors and plain values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NANOGPT_SIZES = ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a file. Only reading it shows whether torch.save wrote it."""
+    """Return whether `path` is a file. `read` then checks whether torch.save wrote the file."""
     return path.is_file()
 
 
@@ -35,7 +35,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None]:
-    """Return the tensors in a file under the names they have there, and nanoGPT's config if the file contains one."""
+    """Return the tensors by name from a file written by torch.save, and the config (None unless from nanoGPT)."""
     content = _load(path)
     try:
         weights, config = split_checkpoint(content)
@@ -47,7 +47,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None
 
 
 def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPTConfig | None]:
-    """Return the weights in a training script's checkpoint, and the config in nanoGPT's `model_args`, if present."""
+    """Return the state dict in a training script's checkpoint, and the config from nanoGPT's `model_args`, or None."""
     weights = next((content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), content)
     arguments = content.get("model_args")
     if not isinstance(arguments, Mapping):
@@ -61,7 +61,10 @@ def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPT
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    """Return the dict in the file. Raises ValueError for any other content, and for a pickle that could run code."""
+    """Return the dict that torch.save wrote to a file.
+
+    Raises ValueError if the file contains something else, or is a pickle that could run code.
+    """
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -1,8 +1,8 @@
-"""TensorFlow's checkpoint format, the tensor bundle: an index and shards with the raw bytes of the tensors.
+"""TensorFlow's checkpoint format, the tensor bundle: an index file, and data files ("shards") with the tensors' bytes.
 
 The index, such as `model.ckpt.index`, is a LevelDB table. It maps the empty key to a BundleHeaderProto and the name of
-each tensor to a BundleEntryProto: two protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The files
-may be malicious, so the index is compared with the lengths of the shards before any memory is allocated.
+each tensor to a BundleEntryProto. Both are protocol buffers, defined in TensorFlow's protobuf/tensor_bundle.proto. The
+files may be malicious, so the index is compared with the lengths of the shards before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ _DTYPES = {  # DataType numbers of TensorFlow's types.proto with numpy's equival
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete or not supported. The message names the file and the tensor."""
+    """Error raised for a TensorFlow checkpoint that is damaged, incomplete or not supported."""
 
 
 @dataclass(frozen=True)
 class BundleTensor:
-    """A tensor of a TensorFlow checkpoint: its index entry, and `read` for its values."""
+    """A tensor of a TensorFlow checkpoint. Its entry in the index is in memory, and `read` reads its values."""
 
     name: str
     label: str
-    """The path of the index and the name, for errors."""
+    """The path of the index file and the tensor's name, as error messages show them."""
     type_number: int
     shape: tuple[int, ...]
     file: MappedFile
-    """The shard that contains the tensor, unless it is partitioned."""
+    """The data file with the values. (A partitioned tensor, in several files, cannot be read.)"""
     offset: int
     size: int
     crc: int
     is_partitioned: bool
 
     def dtype(self) -> np.dtype[Any]:
-        """Return the dtype of the array that `read` returns: float32 for bfloat16, otherwise the tensor's own."""
+        """Return the dtype of `read`'s array: float32 for a bfloat16 tensor, otherwise the stored dtype."""
         if self.type_number not in _DTYPES:
             raise CheckpointError(f"{self.label} has TensorFlow's type number {self.type_number}, which numpy lacks")
         return np.dtype(_DTYPES[self.type_number])
 
     def read(self) -> NDArray[Any]:
-        """Return the values as an array, after their checksum was verified.
+        """Verify the checksum of the values and return them as an array.
 
-        The array is a view of the mapped file (see `MappedFile`), or a copy for bfloat16 and for unaligned data.
+        The array is a view of the memory-mapped file (see `MappedFile`), or a copy for bfloat16 or unaligned values.
         """
         if self.is_partitioned:
             raise CheckpointError(f"{self.label} is a partitioned variable, which is not supported")
@@ -79,7 +79,7 @@ class BundleTensor:
         return np.require(raw.view(dtype).reshape(self.shape), requirements=["ALIGNED"])
 
     def check_position(self) -> None:
-        """Raise CheckpointError unless the tensor is inside its shard and has the length that its shape requires."""
+        """Raise CheckpointError if the tensor is not inside its data file or its byte count contradicts its shape."""
         path = self.file.path
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is missing, but it contains tensor {self.name!r}")
@@ -93,9 +93,9 @@ class BundleTensor:
 
 
 def open_bundle(prefix: str | os.PathLike[str]) -> dict[str, BundleTensor]:
-    """Return the tensors of the checkpoint whose files start with `prefix`, in the order of the names' UTF-8 bytes.
+    """Return the tensors by name of the checkpoint whose files start with `prefix`, sorted by the names' UTF-8 bytes.
 
-    Reads the index and checks the lengths of the shards. Raises FileNotFoundError if there is no index, and
+    Reads only the index file and the lengths of the data files. Raises FileNotFoundError if there is no index file, and
     CheckpointError for any other missing or damaged file.
     """
     index = f"{os.fspath(prefix)}.index"
@@ -123,9 +123,10 @@ def open_bundle(prefix: str | os.PathLike[str]) -> dict[str, BundleTensor]:
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
-    """Return the prefix in the text file `directory`/checkpoint: `directory`/model.ckpt for OpenAI's models.
+    """Return the prefix of the latest checkpoint's files, which the text file `directory`/checkpoint names.
 
-    Raises FileNotFoundError without that file, CheckpointError if the prefix is outside the directory or has no index.
+    The prefix is `directory`/model.ckpt for OpenAI's models. Raises FileNotFoundError if the text file is missing, and
+    CheckpointError if the prefix is outside the directory or there is no index file.
     """
     state = Path(directory) / "checkpoint"
     try:
@@ -145,7 +146,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
 
 
 def _read_header(value: bytes | None) -> int:
-    """Return the number of shards from a BundleHeaderProto."""
+    """Return the number of data files. `value` is the serialized BundleHeaderProto; None if the index has no header."""
     if value is None:
         raise ValueError("a LevelDB table without a checkpoint's header")
     header = _fields(value)
@@ -158,7 +159,11 @@ def _read_header(value: bytes | None) -> int:
 
 
 def _read_entry(index: str, key: bytes, value: bytes, shard: Callable[[int], MappedFile]) -> BundleTensor:
-    """Return the tensor in a BundleEntryProto. Negative numbers decode as huge ones, which the length checks refuse."""
+    """Return the tensor that an entry of the index describes. Values are not read.
+
+    `index` is the path of the index for errors, `key` the tensor's name and `value` the serialized BundleEntryProto.
+    `shard` returns the data file with a given number. Negative numbers decode as huge ones, which length checks reject.
+    """
     try:
         name = key.decode("utf-8")
     except UnicodeDecodeError:
@@ -183,7 +188,7 @@ _Value = TypeVar("_Value", int, bytes)
 
 
 def _fields(message: bytes) -> _Fields:
-    """Return the fields of a protocol buffer by field number: numbers as int, texts and nested messages as bytes."""
+    """Parse a protocol buffer and return the values of each field number: ints, or bytes for texts and messages."""
     fields: _Fields = {}
     at = 0
     while at < len(message):
@@ -205,7 +210,7 @@ def _fields(message: bytes) -> _Fields:
 
 
 def _values(fields: _Fields, number: int, kind: type[_Value]) -> list[_Value]:
-    """Return all values of a field. Raises ValueError if one has another type."""
+    """Return all values of the protobuf field with this number. Raises ValueError if a value is not of type `kind`."""
     values = [value for value in fields.get(number, []) if isinstance(value, kind)]
     if len(values) != len(fields.get(number, [])):
         raise ValueError(f"field {number} of a protocol buffer has the wrong type")
@@ -213,5 +218,8 @@ def _values(fields: _Fields, number: int, kind: type[_Value]) -> list[_Value]:
 
 
 def _last(fields: _Fields, number: int, default: _Value) -> _Value:
-    """Return the last value of a field, which must have the type of its default."""
+    """Return the last value of the protobuf field with this number, or `default` if there is none.
+
+    Raises ValueError if a value does not have the type of `default`.
+    """
     return (_values(fields, number, type(default)) or [default])[-1]

@@ -1,4 +1,4 @@
-"""LevelDB tables: sorted maps from keys to values, stored in blocks with checksums. They index TensorFlow's checkpoints.
+"""LevelDB tables: sorted maps from keys to values, in blocks with checksums. TensorFlow's index files have this format.
 
     table   data blocks, metaindex block, index block, footer
     block   entries, the restart points (offsets, uint32) and their number (uint32),
@@ -25,7 +25,7 @@ _MAX_KEY_RATIO = 64  # total key bytes per byte of a block; at most 16 with the 
 
 
 def read_table(table: bytes) -> dict[bytes, bytes]:
-    """Return all keys and values of a table in order. Raises ValueError if the table is damaged."""
+    """Return the keys and values of a LevelDB table, in the order of the keys. Raises ValueError if it is damaged."""
     if len(table) < _FOOTER_BYTES or int.from_bytes(table[-8:], "little") != _MAGIC:
         raise ValueError("truncated or not a LevelDB table: it does not end with the magic number")
     footer = table[-_FOOTER_BYTES:-8]
@@ -49,9 +49,10 @@ def read_table(table: bytes) -> dict[bytes, bytes]:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the varint at position `at` and the position after it.
+    """Return the varint that starts at byte `at` of `data`, and the position of the byte after it.
 
-    A varint is an unsigned number, seven bits per byte, low bits first. All bytes but the last have the eighth bit set.
+    A varint is an unsigned number, stored with seven bits per byte, low bits first. The eighth bit is 0 only in the
+    last byte.
     """
     number = 0
     for i, byte in enumerate(data[at : at + 10]):
@@ -62,7 +63,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def masked_crc(data: bytes | NDArray[Any]) -> int:
-    """Return the rotated and shifted CRC-32C that LevelDB stores, since the plain CRC of data with its own CRC is constant."""
+    """Return LevelDB's checksum of `data`: the CRC-32C, rotated right by 15 bits, plus a constant."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
@@ -70,14 +71,14 @@ def masked_crc(data: bytes | NDArray[Any]) -> int:
 
 
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:
-    """Return the offset and length of a block, and the position after them in `data`."""
+    """Read a block's handle at byte `at`. Return the block's offset and length, and the position after the handle."""
     offset, at = read_varint(data, at)
     size, at = read_varint(data, at)
     return offset, size, at
 
 
 def _block(table: bytes, offset: int, size: int) -> bytes:
-    """Return the entries and restart points of a block, after its checksum was verified."""
+    """Verify the checksum of the block of `size` bytes at `offset`. Return the block's entries and restart points."""
     end = offset + size
     if end + _TRAILER_BYTES > len(table) - _FOOTER_BYTES:
         raise ValueError(f"a block of {size} bytes at offset {offset} does not fit in a table of {len(table)} bytes")
@@ -91,7 +92,7 @@ def _block(table: bytes, offset: int, size: int) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a block in order. The restart points are ignored: only a binary search needs them."""
+    """Yield the keys and values of a block in order. The restart points are for binary search and are ignored."""
     end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")
     if len(block) < 4 or end < 0:
         raise ValueError("the restart points of a block are damaged")
