@@ -59,6 +59,7 @@ def test_training_leaves_a_run_that_generates(run: Path, capsys: pytest.CaptureF
     assert printed == tokenizer.decode(expected[0].tolist()) + "\n"
 
 
+@pytest.mark.slow
 def test_config_yaml_is_all_that_is_needed_to_run_it_again(run: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert main(["train", "--config", str(run / "config.yaml"), "--out", str(again)]) == 0

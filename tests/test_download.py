@@ -733,6 +733,7 @@ def test_released_sizes_have_exactly_two_names() -> None:
         released_size("117M")
 
 
+@pytest.mark.slow
 def test_the_data_file_has_four_bytes_per_parameter() -> None:
     import torch
 

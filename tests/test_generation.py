@@ -277,6 +277,7 @@ def text_and_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
     return text, stops
 
 
+@pytest.mark.slow
 @given(st.lists(text_and_stops(), min_size=1, max_size=3))
 @settings(deadline=None, max_examples=60)
 def test_a_stop_text_ends_each_row_at_the_token_that_completes_it(
@@ -422,6 +423,7 @@ def test_a_whole_character_is_shown_at_once(bpe: BPETokenizer) -> None:
     assert stream.end() == ""
 
 
+@pytest.mark.slow
 @given(text_and_stops())
 @settings(deadline=None, max_examples=150)
 def test_no_part_of_a_stop_text_is_shown(bpe: BPETokenizer, drawn: tuple[str, list[str]]) -> None:

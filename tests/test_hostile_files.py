@@ -459,6 +459,7 @@ def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(t
         open_tokens(tmp_path / "tokens")
 
 
+@pytest.mark.slow
 def test_samples_of_a_long_token_file_are_compared(tmp_path: Path) -> None:
     """Only samples are compared, so the cost is constant. A swapped file is detected, one changed byte may not be."""
     n_bytes = 256 << 20

@@ -55,6 +55,7 @@ def test_a_model_without_tokenizer_gets_gpt2s_only_if_the_vocabulary_is_as_large
         open_model(tmp_path / "ckpt.pt", "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("has_template", [True, False])
 def test_an_adapter_opens_with_its_model_and_the_nearest_template(

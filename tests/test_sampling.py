@@ -72,6 +72,7 @@ def test_the_repetition_penalty_is_that_of_transformers(logits: Tensor, penalty:
     assert torch.equal(penalize_repetition(logits, seen, penalty), expected)
 
 
+@pytest.mark.slow
 @given(logits_of_any_kind, st.floats(0.01, 100))
 @bounded
 def test_temperature_is_that_of_transformers(logits: Tensor, temperature: float) -> None:

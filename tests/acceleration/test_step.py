@@ -98,6 +98,7 @@ def narrowed(model: GPTModel, precision: str) -> GPTModel:
     return narrow
 
 
+@pytest.mark.slow
 @needs_compiler
 @configs
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

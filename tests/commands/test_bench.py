@@ -89,6 +89,7 @@ def test_an_unknown_precision_is_refused(talker: Path, capsys: Any) -> None:
     assert "precision" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_bench_prints_a_row_for_each_program(talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(bench, "read_bandwidth", lambda: 20e9)

@@ -245,6 +245,7 @@ def dataset_of(lengths: list[int]) -> InstructionDataset:
     return InstructionDataset([{"text": "a" * length} for length in lengths], LETTERS)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40),

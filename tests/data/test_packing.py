@@ -56,6 +56,7 @@ def test_a_packed_batch_by_hand() -> None:
     assert inputs.dtype == targets.dtype == segments.dtype == torch.int64
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12),

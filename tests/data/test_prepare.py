@@ -223,6 +223,7 @@ def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_data_set(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
+@pytest.mark.slow
 def test_a_disk_full_at_any_flush_leaves_one_whole_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, out, before = prepared(tmp_path)
     fsync = os.fsync

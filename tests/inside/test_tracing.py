@@ -200,6 +200,7 @@ def test_a_patch_with_its_own_trace_changes_nothing_and_a_full_patch_gives_the_c
         assert (patched - plain).abs().max() > 1e-3 < (patched - clean["logits"]).abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_patching_effects_equal_edits_of_the_states_of_transformers(tiny_model64: GPTModel) -> None:
     twin = transformers_twin(tiny_model64)

@@ -73,6 +73,7 @@ def test_gpt2_ids_equal_those_of_transformers_and_tiktoken_and_decode_to_the_tex
     assert ours.decode(ids) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["", "Hello, world. Is this-- a test?", "The wizard entered the room", "Every effort moves you", ALICE],
