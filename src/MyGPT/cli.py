@@ -1,7 +1,7 @@
 """The command `mygpt`: a table of commands, and the single place that turns errors into messages and exit statuses.
 
-A command is a function in the module of its name in `commands/`, and the function's parameters are the command's options.
-Commands are imported only when they run, which keeps `mygpt --help` fast.
+Each command, such as `train`, is the function of the same name in `commands/train.py`, and the function's parameters are
+the command's options. A command is imported only when it runs, which keeps `mygpt --help` fast.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
+    """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
     The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM.
-    An error is one line on stderr; with MYGPT_DEBUG=1 the exception is raised instead.
+    An error is printed as one line on stderr. If the environment variable MYGPT_DEBUG is set, the exception is raised.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -66,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Parse the options and call the command's function, or the function of `KINDS` that the first argument names."""
+    """Parse the arguments of the command `name`, such as "train", and call the command's function.
+
+    If the first argument is a key of `KINDS` in the command's module, such as "attention" for "plot", the function stored
+    under that key is called instead.
+    """
     from MyGPT.commands._options import call, make_parser, underscored
 
     module = importlib.import_module(f"MyGPT.commands.{name}")

@@ -1,1 +1,1 @@
-"""One file a command: parse (by signature), call the library, print. Results to stdout, progress to stderr."""
+"""One module per command of `mygpt`. A command calls the library, and prints results to stdout and progress to stderr."""

@@ -1,4 +1,4 @@
-"""The checks of `mygpt doctor`: installed packages, speed, free space, and the time that each recipe takes."""
+"""The checks of `mygpt doctor`: packages, speed, free space, and the training time of each recipe (YAML file of options)."""
 
 from __future__ import annotations
 
@@ -36,44 +36,44 @@ OPTIONAL = {
     "huggingface_hub": ("models from the Hugging Face hub", "hub"),
     "tensorboard": ("--tensorboard", "tensorboard"),
 }
-"""The optional packages: what each is for, and the extra that installs it."""
+"""For each optional package: what needs the package, and the extra of MyGPT that installs it, as in mygpt[plots]."""
 
 
 class Finding(NamedTuple):
-    """A line of the report. `fix` is the remedy if something is missing."""
+    """One line of the report of `mygpt doctor`. `fix` says how to solve the problem that was found, if any."""
 
     label: str
     text: str
     fix: str | None = None
 
 
-def examine(place: torch.device, recipes: Path) -> Iterator[Finding]:
-    """Yield the lines of the report; each check runs when its line is due."""
+def examine(device: torch.device, recipes: Path) -> Iterator[Finding]:
+    """Yield the report of `mygpt doctor` line by line. `recipes` is a YAML file of training options or a directory of them."""
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", torch.__version__)
-    yield find_device(place)
-    yield find_threads(place)
-    speeds = {name: matmul_speed(place, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    yield find_device(device)
+    yield find_threads(device)
+    speeds = {name: matmul_speed(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     is_emulated = speeds["bfloat16"] < speeds["float32"]
     rates = ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds.items())
     yield Finding("matrix products", f"{rates}{' (here bfloat16 saves only memory)' if is_emulated else ''}")
-    yield find_compiler(place)
+    yield find_compiler(device)
     yield find_vocabulary()
     yield find_weights()
     yield from find_packages()
-    free = free_memory(place)
+    free = free_memory(device)
     unknown = "this system does not report its free memory"
     yield Finding("memory", unknown if free is None else f"{free / 1e9:.1f} GB free")
     yield find_disk()
-    yield from find_recipes(recipes, place, speeds["float32"])
+    yield from find_recipes(recipes, device, speeds["float32"])
 
 
-def find_device(place: torch.device) -> Finding:
-    """Name the GPU, or the instruction set of the CPU if torch uses no GPU."""
-    if place.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(place)
-        return Finding("device", f"cuda: {torch.cuda.get_device_name(place)}, compute capability {major}.{minor}")
-    if place.type == "mps":
+def find_device(device: torch.device) -> Finding:
+    """Report the name of the GPU, or the instruction set of the CPU if `device` is the CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return Finding("device", f"cuda: {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}")
+    if device.type == "mps":
         return Finding("device", "mps: Apple's GPU")
     fix = None
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
@@ -81,24 +81,24 @@ def find_device(place: torch.device) -> Finding:
     return Finding("device", f"cpu: {torch.backends.cpu.get_cpu_capability()}; no GPU that torch can use", fix)
 
 
-def find_threads(place: torch.device) -> Finding:
-    """Compare the number of torch's threads with the number of available CPUs."""
+def find_threads(device: torch.device) -> Finding:
+    """Report the numbers of torch's threads and of available CPUs, with a fix if there are too few or too many threads."""
     n, available, fix = torch.get_num_threads(), _n_cpus(), None
-    if place.type == "cpu" and n < available // 2:  # two of the system's CPUs are often one core
+    if device.type == "cpu" and n < available // 2:  # two of the system's CPUs are often one core
         source = "OMP_NUM_THREADS is set; " if "OMP_NUM_THREADS" in os.environ else ""
         fix = f"{source}torch uses only {n} of {available} CPUs: set OMP_NUM_THREADS={available // 2} or more"
-    if place.type == "cpu" and n > available:
+    if device.type == "cpu" and n > available:
         fix = f"{n} threads share {available} CPUs: set OMP_NUM_THREADS={available}"
     return Finding("threads", f"torch uses {n}, {available} CPUs are available", fix)
 
 
-def find_compiler(place: torch.device) -> Finding:
-    """Compile a small function, because the requirements of torch.compile differ by version and machine."""
-    needs = "a C++ compiler (apt install g++, or xcode-select --install)" if place.type == "cpu" else "triton"
+def find_compiler(device: torch.device) -> Finding:
+    """Check that torch.compile works on `device` by compiling a small function, and report how long that takes."""
+    needs = "a C++ compiler (apt install g++, or xcode-select --install)" if device.type == "cpu" else "triton"
     start = time.perf_counter()
     try:
         compiled = torch.compile(lambda x: (x * x).sum())
-        works = compiled(torch.ones(8, device=place)).item() == 8
+        works = compiled(torch.ones(8, device=device)).item() == 8
     except Exception as error:  # compilers and linkers fail in many ways, and the report shows them all
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = f"install {needs}; everything except --compile works without it"
@@ -109,7 +109,7 @@ def find_compiler(place: torch.device) -> Finding:
 
 
 def find_vocabulary() -> Finding:
-    """Check GPT-2's vocabulary, which is installed with MyGPT."""
+    """Check that GPT-2's vocabulary, which is installed with MyGPT, can be opened, and report its size."""
     try:
         n = get_tokenizer("gpt2").n_vocab
     except (ValueError, OSError) as error:
@@ -119,7 +119,7 @@ def find_vocabulary() -> Finding:
 
 
 def find_weights() -> Finding:
-    """List the released models whose download is complete or incomplete."""
+    """Report which released models are in the cache directory, and whose download is incomplete."""
     models = cache_directory() / "models"
     sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]
     complete = [size for size in sizes if all((models / size / name).is_file() for name in FILES)]
@@ -132,7 +132,7 @@ def find_weights() -> Finding:
 
 
 def find_packages() -> Iterator[Finding]:
-    """List the optional packages in one line, then each missing package in a line of its own."""
+    """Yield one line with the installed optional packages, then a line for each missing package."""
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in OPTIONAL if name not in missing]
     yield Finding("packages", ", ".join(versions) or "no optional packages")
@@ -142,7 +142,7 @@ def find_packages() -> Iterator[Finding]:
 
 
 def find_disk() -> Finding:
-    """Report the free disk space for runs and downloads."""
+    """Report the free disk space in the current directory and in the cache directory for downloads."""
     cache = cache_directory()
     places = {"here": Path.cwd(), "in the cache": next(path for path in (cache, *cache.parents) if path.exists())}
     free = {name: shutil.disk_usage(path).free for name, path in places.items()}
@@ -151,21 +151,24 @@ def find_disk() -> Finding:
     return Finding("disk", text, fix if min(free.values()) < 2e9 else None)
 
 
-def find_recipes(recipes: Path, place: torch.device, flops_per_second: float) -> Iterator[Finding]:
-    """Yield the time, the memory and the missing data of each recipe."""
+def find_recipes(recipes: Path, device: torch.device, flops_per_second: float) -> Iterator[Finding]:
+    """Yield a line about each recipe: a YAML file of training options in the directory `recipes`, or that file itself.
+
+    `flops_per_second` is the measured speed of matrix products, from which the training time is estimated.
+    """
     paths = sorted(recipes.glob("*.yaml")) if recipes.is_dir() else [recipes]
     files = [path for path in paths if path.is_file()]
     if not files:
         fix = "give a directory of YAML files with --recipes, such as configs/"
         yield Finding("recipes", f"none in {recipes}", fix)
     else:
-        yield Finding("recipes", f"estimated on {place.type} from a few steps, without compilation and sample texts")
+        yield Finding("recipes", f"estimated on {device.type} from a few steps, without compilation and sample texts")
     for file in files:
-        yield find_recipe(file, place, flops_per_second)
+        yield find_recipe(file, device, flops_per_second)
 
 
-def find_recipe(file: Path, place: torch.device, flops_per_second: float) -> Finding:
-    """Estimate the time of a recipe if it fits into memory."""
+def find_recipe(file: Path, device: torch.device, flops_per_second: float) -> Finding:
+    """Report the estimated training time and memory of the recipe in `file`, or why the recipe cannot be used here."""
     label = f"  {file.stem}"
     try:
         config, training, recipe = read_plan(str(file))
@@ -173,33 +176,33 @@ def find_recipe(file: Path, place: torch.device, flops_per_second: float) -> Fin
         return Finding(label, f"cannot be read: {error}", f"correct {file}")
     if training is None:
         return Finding(label, "describes only a model")
-    bf16 = autocast_dtype(place, training.precision, config.emb_dim) is not None
-    needed, free = step_memory(config, training, bf16, place.type).peak, free_memory(place)
+    bf16 = autocast_dtype(device, training.precision, config.emb_dim) is not None
+    needed, free = step_memory(config, training, bf16, device.type).peak, free_memory(device)
     text = f"{needed / 1e9:.1f} GB"
     if free is not None and needed > free:
         fix = "use a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
         return Finding(label, f"a step needs {text}, but only {free / 1e9:.1f} GB are free", fix)
-    step, whole = training_seconds(config, training, place, flops_per_second)
+    step, whole = training_seconds(config, training, device, flops_per_second)
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
     return Finding(label, text, missing_data(recipe.get("data", "alice")))
 
 
 def training_seconds(
-    config: GPTConfig, training: TrainConfig, place: torch.device, flops_per_second: float
+    config: GPTConfig, training: TrainConfig, device: torch.device, flops_per_second: float
 ) -> tuple[float, float]:
-    """Return the estimated seconds of one step, and of the whole run with its evaluations.
+    """Return the estimated seconds of one training step, and of the whole run with its evaluations.
 
-    The estimate comes from a few training steps on random tokens. It leaves out reading the text, sample texts, compilation
-    and writing files.
+    The estimate uses a few training steps on random tokens and `flops_per_second`, the measured speed of matrix products.
+    The time to read the text, generate sample texts, compile and write files is not included.
     """
     plain = dataclasses.replace(training, micro_batch_size=None, compile=False, tensorboard=False)
 
     def measure_step(part: GPTConfig, batch_size: int) -> float:
         tried = dataclasses.replace(plain, batch_size=batch_size)
         ids = torch.randint(config.vocab_size, (2 * config.context_length * batch_size + 1,)).numpy()
-        with Trainer(GPTModel(part), tried, ids, device=place, progress=False) as trainer:
-            return median_seconds(trainer.step, place, 3)
+        with Trainer(GPTModel(part), tried, ids, device=device, progress=False) as trainer:
+            return median_seconds(trainer.step, device, 3)
 
     micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
     sequence = estimate_step_seconds(config, micro, measure_step, flops_per_second) / micro
@@ -209,7 +212,7 @@ def training_seconds(
 
 
 def missing_data(data: str | list[str]) -> str | None:
-    """Return how to get the data of a recipe, or None if the data is available."""
+    """Return a hint how to get the recipe's `data` (a text's name, path or list of paths), or None if it is available."""
     if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data):
         return None
     if data in DOWNLOADS:
@@ -218,10 +221,10 @@ def missing_data(data: str | list[str]) -> str | None:
     return f"the data {data} does not exist: choose other data with --data, or make it with mygpt prepare"
 
 
-def free_memory(place: torch.device) -> int | None:
-    """Return the free bytes of the device, or None if the system does not report them."""
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
+def free_memory(device: torch.device) -> int | None:
+    """Return the free memory of the device in bytes, or None if the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(values["MemAvailable"].split()[0]) * 1024
@@ -230,7 +233,7 @@ def free_memory(place: torch.device) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with about two digits, in the largest unit that fits at least twice."""
+    """Return a time as text in the largest unit that makes it at least 2: 90 seconds are "90 s", 300 seconds "5.0 min"."""
     for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size or (unit == "s" and seconds >= 1):
             value = seconds / size

@@ -1,6 +1,6 @@
 """The help pages: the headings, the options under each heading, and the description of each option.
 
-`--help` shows the options that the command's module lists in `COMMON`, `--help-all` shows all of them.
+`--help` shows the options that the command's module lists in `COMMON`; `--help-all` shows all options.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS = {
     "Execution": "device precision compile gradient_checkpointing lookup seed deterministic",
     "Configuration": "config print_config help help_all",
 }
-"""The headings of a long help page, and the options under each, in the order in which they are shown."""
+"""The headings of a long help page, and the options under each heading, in the order in which they are shown."""
 
 SHARED_HELP = {
     "model": "A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.",
@@ -41,24 +41,24 @@ SHARED_HELP = {
     "tokenizer_size": "Number of tokens that bpe learns.",
     "out": "The picture to write: a .png, .svg or .pdf file.",
 }
-"""The descriptions of options that several commands have."""
+"""The descriptions of options that several commands share, by the option's name."""
 
 MAX_UNGROUPED = 10
-"""A command with at most this many options of its own lists them under the single heading "Options"."""
+"""The help page of a command with at most this many options lists them under the single heading "Options"."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """A help page with short descriptions: `--max_steps INT  Number of optimizer steps. (default: 2000)`."""
+    """A formatter that describes options briefly: `--max_steps INT  Number of optimizer steps. (default: 2000)`."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 28, **options})
 
     def format_help(self) -> str:
-        """Return the page. The non-breaking spaces, which keep "(default: 8)" on one line, become plain spaces."""
+        """Return the help page. Non-breaking spaces, which keep "(default: 8)" on one line, are replaced by plain spaces."""
         return super().format_help().replace("\u00a0", " ")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wrap each paragraph; keep the lines of examples."""
+        """Break the lines of each paragraph of the description at `width` characters. Lines of examples stay unchanged."""
         fill = super()._fill_text
         return "\n\n".join(p if p.startswith("Example") else fill(p, width, indent) for p in text.split("\n\n"))
 
@@ -67,7 +67,7 @@ class HelpFormatter(DefaultHelpFormatter):
         return f"{', '.join(names)} {value_name(action)}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        """Return the description and the default. A default of null, or of a switch that is off, is not shown."""
+        """Return the option's description, followed by its default value unless that is null, false or empty."""
         text, default = action.help or "", action.default
         if action.required:
             return f"{text} (required)" if action.option_strings else text
@@ -78,7 +78,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class HelpAllAction(argparse._HelpAction):
-    """The option --help-all, which prints every option and exits."""
+    """The action of the option --help-all, which prints the descriptions of all options and exits."""
 
     def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
         show_options(parser)
@@ -87,7 +87,7 @@ class HelpAllAction(argparse._HelpAction):
 
 
 def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
-    """Let the help page show the options named in `common`, or all options under the headings of `GROUPS`."""
+    """Make the parser's help page show the options named in `common`, or all options if `common` is empty."""
     actions = {action.dest: action for action in parser._actions}
     configuration = GROUPS["Configuration"].split()
     own = [name for name in actions if name not in configuration]
@@ -107,7 +107,7 @@ def show_options(parser: ArgumentParser, common: Sequence[str] = ()) -> None:
 
 
 def value_name(action: argparse.Action) -> str:
-    """Return what a help page shows as the option's value: INT, FLOAT, the choices, or the last word of the option's name."""
+    """Return the placeholder for an option's value on a help page: INT, FLOAT, the choices, or a word of the option's name."""
     if action.nargs == 0 or action.dest == "print_config":
         return ""
     if isinstance(action.metavar, str):

@@ -1,10 +1,8 @@
-"""Helpers shared by the commands that run a model. Opening a model is in opening.py."""
+"""Helpers shared by the commands that run a model. The functions that open a model are in opening.py."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import sys
 from typing import TYPE_CHECKING
 
 from MyGPT.config import Precision
@@ -19,21 +17,24 @@ if TYPE_CHECKING:
 
 
 def start_build(device: str) -> Build | None:
-    """Start compiling the CPU kernel in the background if it will be used, so that torch is imported meanwhile."""
-    from MyGPT.acceleration.kernel import Build
+    """Start compiling the CPU kernel in a process of its own, so that the caller can open the model at the same time.
 
-    may_use_gpu = device == "auto" and (sys.platform == "darwin" or shutil.which("nvidia-smi") is not None)
-    if device in ("auto", "cpu") and not may_use_gpu:
+    Return None if `device` (such as "auto" or "cpu") selects a GPU, or if the compilation cannot start.
+    """
+    from MyGPT.acceleration.kernel import Build
+    from MyGPT.devices import pick_device
+
+    if pick_device(device).type == "cpu":
         with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
     return None
 
 
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
-    """Return the fastest form of an opened model for generation on its device.
+    """Return a model that generates faster: on a CPU an accelerated copy, on a GPU `model` itself in the given precision.
 
-    The precision "auto" keeps the stored precision of the weights. `lookup` wraps the result in PromptLookup. `build`
-    is the compilation that `start_build` started.
+    The precision "auto" keeps the stored precision of the weights. If `lookup` is true, the result is wrapped in
+    PromptLookup, which guesses repeated tokens. `build` is the result of `start_build`.
     """
     import torch
 
@@ -52,7 +53,10 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
 
 
 def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """Return the ids of a text, (1, T), on the model's device. Raises ValueError if it is empty or exceeds the context."""
+    """Return the token ids of a text as a tensor (1, T) on the model's device.
+
+    Raises ValueError if the text is empty or has more tokens than the model's context.
+    """
     import torch
 
     ids = tokenizer.encode(text)

@@ -1,10 +1,10 @@
-"""From a command's function to its options: build the parser, and call the function with the parsed values.
+"""Build the parser of a command from its function, and call the function with the parsed values.
 
-The parameters of the function are the options. A command's module may also set:
+The parameters of the function are the options of the command. A command's module may also define:
     COMMON    names of the options that --help shows; --help-all shows all of them
     DEFAULTS  default values that differ from those of the function and its dataclasses
     HIDDEN    fields of dataclasses that are not options
-    NESTED    parameters whose fields are options behind the parameter's name, such as --lora.r
+    NESTED    dataclass parameters whose fields become options with a prefix, such as --lora.r
     KINDS     functions that the command's first argument selects, such as mygpt plot attention
     EXPAND    a function that changes the arguments before they are parsed
 """
@@ -33,23 +33,24 @@ Command = Callable[..., Any]
 
 
 class CommandParser(ArgumentParser):
-    """A parser that raises ValueError with one plain sentence for every error."""
+    """A command-line parser that reports every error as a ValueError with one plain sentence."""
 
     example = ""
     recipe: str | os.PathLike[str] | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        """Rewrite jsonargparse's message in plain words and raise it as a ValueError, with `ex` as its cause."""
         source = f"options from {self.recipe} and the command line; " if self.recipe else ""
         raise ValueError(f"{self._plain(message)} ({source}see {self.prog} --help)") from ex
 
     def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-        """Parse a YAML file; `read_recipe` first refuses files that are harmful to read."""
+        """Parse a YAML file of options, after `read_recipe` has refused files that could fill the memory or crash the parser."""
         self.recipe = path
         read_recipe(path)
         return super().parse_path(path, *arguments, **options)
 
     def _plain(self, message: str) -> str:
-        """Return jsonargparse's message in one line and in the words of a user."""
+        """Return an error message of jsonargparse as one line, in words that the user of a command understands."""
         message = " ".join(message.split())
         if found := re.fullmatch("the following arguments are required: (.*)", message):
             options = self._option_string_actions
@@ -72,18 +73,18 @@ class CommandParser(ArgumentParser):
         return message.replace('Parser key "', 'option "')
 
     def _unknown(self, option: str) -> str:
-        """Return the message for an unknown option, with the most similar name."""
+        """Return the error message for an unknown option. The message suggests the existing option with the most similar name."""
         names = [name.removeprefix("--") for name in self._option_string_actions]
         near = difflib.get_close_matches(option.partition("=")[0].strip("-").replace("-", "_"), names, 1, cutoff=0.7)
         return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
 def make_parser(name: str, command: Command) -> CommandParser:
-    """Return a parser whose options are the function's parameters.
+    """Return the parser for the command `mygpt name`, whose options are the parameters of the function `command`.
 
-    A parameter that is a dataclass gives an option for each of its fields. A `*names: str` parameter takes one or more
-    values without an option's name. The function's docstring is the help text; `SHARED_HELP` describes the options that
-    the docstring leaves out.
+    If the type of a parameter is a dataclass, each field of the dataclass becomes an option. A `*names: str` parameter
+    takes one or more values without an option's name. The function's docstring is the help text; `SHARED_HELP` describes
+    the options that the docstring does not describe.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]
@@ -101,7 +102,9 @@ def make_parser(name: str, command: Command) -> CommandParser:
     parser.add_function_arguments(command, as_group=False, skip={*listed, *groups})
     for parameter, kind in groups.items():
         parser.add_class_arguments(kind, parameter if parameter in nested else None, skip=set(hidden))
-    parser.add_argument("--config", action="config", help="Read options from a YAML file; options given after it win.")
+    parser.add_argument(
+        "--config", action="config", help="Read options from a YAML file; options after --config override the file."
+    )
     which = "the most used" if common else "all"
     parser.add_argument("-h", "--help", action="help", help=f"Show {which} options and exit.")
     parser.add_argument("--help-all", action=HelpAllAction, help="Show all options and exit." if common else SUPPRESS)
@@ -122,14 +125,14 @@ def make_parser(name: str, command: Command) -> CommandParser:
 
 
 def underscored(argument: str, parser: CommandParser) -> str:
-    """Return an option that is written with hyphens, such as --max-steps, as --max_steps; return other arguments unchanged."""
+    """Replace hyphens in the name of an option by underscores: --max-steps becomes --max_steps. Keep other arguments."""
     option, equals, value = argument.partition("=")
     name = "--" + option[2:].replace("-", "_")
     return f"{name}{equals}{value}" if option.startswith("--") and name in parser._option_string_actions else argument
 
 
 def call(command: Command, options: Any) -> None:
-    """Call the function with the parsed options, after building its dataclasses from their fields."""
+    """Call the function `command` with the parsed options, after building its dataclass arguments from their fields."""
     values = {name: value for name, value in options.as_dict().items() if name != "config"}
     groups = _dataclasses_of(command)
     positional: list[Any] = []
@@ -149,13 +152,13 @@ def call(command: Command, options: Any) -> None:
 
 
 def _dataclasses_of(command: Command) -> dict[str, Any]:
-    """Return the parameters whose type is a dataclass, with that type."""
+    """Return a dict from the name of each parameter whose type is a dataclass to this dataclass."""
     hints = typing.get_type_hints(command)
     return {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
 
 
 def _allowed(kind: Any) -> list[str]:
-    """Return the values that an option of this type accepts, in words."""
+    """Return descriptions of the values that an option of type `kind` accepts: ["a number", "null"] for float | None."""
     if typing.get_origin(kind) is Literal:
         return [str(choice) for choice in typing.get_args(kind)]
     if typing.get_origin(kind) is list:

@@ -1,6 +1,6 @@
-"""Recipes: YAML files with the options of a command, or the fields of a model.
+"""Recipes: YAML files with the options of a command, or with the fields of a GPTConfig.
 
-Recipes may come from strangers, so `read_recipe` refuses files that would exhaust memory or crash the reader.
+Recipes may come from strangers, so `read_recipe` refuses files that would fill the memory or crash the YAML parser.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from MyGPT.files import read_text
 from MyGPT.training.config import TrainConfig
 
 VOCABULARY_SIZES = {"gpt2": 50257, "chars": 100, "words": 10_000}
-"""GPT-2's size, and typical sizes of vocabularies that are learned from a text."""
+"""The vocabulary size of each tokenizer: exact for gpt2, and typical for chars and words, which learn it from a text."""
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the keys and values of a recipe. Numbers are read as on the command line, so that 1e-3 is a number.
+    """Return the keys and values of a recipe (YAML file of options). 1e-3 is a number, as on the command line.
 
     Raises ValueError for a file that is not YAML, has no keys, is nested too deeply, or uses an alias (a few lines of
     aliases can expand to terabytes).
@@ -52,10 +52,10 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | None, dict[str, Any]]:
-    """Return the model, the training (None if the file describes only a model), and all options of a recipe.
+    """Return the model's config, the training options, and all keys and values of a recipe (YAML file of options).
 
-    Missing options have the defaults of mygpt train. The text is not read, so the size of a vocabulary that would be
-    learned from it is an estimate.
+    The training options are None if the file describes only a model; otherwise, missing options get the defaults of mygpt
+    train. The text is not read: if the tokenizer would learn its vocabulary from the text, the vocabulary size is an estimate.
     """
     recipe = read_recipe(path)
     if "model" in recipe:
@@ -71,7 +71,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
 
 
 def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
-    """Return the vocabulary size of the recipe's tokenizer, or an estimate."""
+    """Return the vocabulary size of the recipe's tokenizer, or an estimate if the tokenizer would learn it from the text."""
     from MyGPT.data.tokens import is_prepared
     from MyGPT.tokenizers import load_tokenizer
 
@@ -84,5 +84,5 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
 
 
 def fields_of(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values in a recipe whose keys are fields of the dataclass `kind`."""
+    """Return the keys and values of `recipe` whose keys are names of fields of the dataclass `kind`."""
     return {field.name: recipe[field.name] for field in dataclasses.fields(kind) if field.name in recipe}

@@ -1,4 +1,4 @@
-"""The options of train and finetune about the run itself. A resumed run keeps the options that it started with."""
+"""The options of `mygpt train` and `mygpt finetune` for starting and resuming a run, which writes into a directory."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of train and finetune about the directory and the device of the run."""
+    """Options of `mygpt train` and `mygpt finetune` for the run directory, for resuming a run, and for the device."""
 
     out: str | None = None
-    """Directory of the run; without it, runs/ and the current time."""
+    """Directory for the run. Default: runs/ and the current time."""
     device: str = "auto"
     overwrite: bool = False
     """Replace a run that is already in the directory."""
     resume: str | None = None
-    """Directory of a run to resume with its own options; auto resumes the run in --out, or starts it if it has no
-    checkpoint."""
+    """Directory of a run to resume with its stored options; auto resumes the run in --out if it has a checkpoint, and
+    otherwise starts it."""
     allow_changed: str | list[str] | None = None
-    """Options that may differ from those of the resumed run."""
+    """Names of options whose values may differ from the values in the resumed run."""
 
     def for_trainer(self) -> dict[str, Any]:
-        """Return arguments of Trainer. The device and the directory are checked here, before the data is read."""
+        """Return the keyword arguments of Trainer for these options, after checking that device and directory can be used."""
         from MyGPT.devices import pick_device
         from MyGPT.training.directory import check_run_directory, is_empty_run
 
@@ -41,7 +41,10 @@ class RunOptions:
 
 
 def with_options_of_run(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, preceded by the config.yaml of the run that they resume. Later options override earlier ones."""
+    """Return the command-line arguments. If they resume a run, --config with the config.yaml of this run comes first.
+
+    The given options follow --config, so they override the run's stored options.
+    """
     run = run_to_resume(_value(arguments, "resume"), _value(arguments, "out"))
     if run is None:
         return list(arguments)
@@ -52,7 +55,10 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:
-    """Return the directory of the run to resume, or None for a new run. "auto" selects `out` if it has a checkpoint."""
+    """Return the directory of the run to resume, or None to start a new run, given the values of --resume and --out.
+
+    If `resume` is "auto", this directory is `out` if `out` has a checkpoint.
+    """
     if resume is None:
         return None
     if resume != "auto":
@@ -67,7 +73,7 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:
-    """Return the last value of an option in arguments that are not parsed yet."""
+    """Return the last value of the option --name in unparsed arguments, or None if the option is not given."""
     value = None
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == f"--{name}":

@@ -1,6 +1,6 @@
 """`mygpt bench`: the speed of generation on this machine.
 
-`benchmarks/decode.py` uses the same functions to compare more programs, each in a process of its own.
+`benchmarks/decode.py` uses these functions to compare more programs, each of which runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Run = Callable[["Tensor", int], object]
-"""A function that continues prompts (B, T) by n tokens with greedy decoding."""
+"""A function run(ids, n) that continues each prompt in `ids`, a tensor (B, T), by n tokens with greedy decoding."""
 MYGPT = {"GPTModel": "plain", "fp32, no compiler": "eager", "fp32": "fp32", "bf16": "bf16", "int8": "int8"}
-"""The rows of the table, and the kind that `open_mygpt` opens for each."""
+"""For each label in the printed table: the argument `kind` of `open_mygpt`."""
 
 
 def bench(
@@ -33,14 +33,14 @@ def bench(
 ) -> None:
     """Measure how fast this machine generates text, and compare with transformers if it is installed.
 
-    The time per token is the time of a long continuation minus that of a single token. The limit is the speed at which the
-    memory could deliver all weights for every token, measured by summing a long tensor.
+    The time for the prompt is not counted. The table compares each speed with a limit: the memory bandwidth, which is
+    measured by summing a long tensor, divided by the bytes of all weights, which must be read for every token.
 
     Example:
         mygpt bench --size 124M
 
     Args:
-        model: The name or path of a model; without it, random weights of the given size.
+        model: The name or path of a model. Default: random weights of the given size.
         size: Size of the random weights: 124M, 355M, 774M or 1558M.
         n_tokens: Number of tokens to generate per measurement.
         prompt: Number of tokens in the prompt.
@@ -82,9 +82,12 @@ def bench(
 
 
 def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:
-    """Print each program's tokens per second.
+    """Print a table of the generation speed of each program, with the model's size and the memory bandwidth above it.
 
-    `times` has the seconds per token of one and of eight sequences for each round; `bandwidth` is in bytes per second.
+    Args:
+        times: for each program and round, the seconds to generate one token for 1 sequence and for 8 sequences at once.
+        bandwidth: memory bandwidth in bytes per second.
+        gpt: the model that all programs run.
     """
     import torch
 
@@ -105,9 +108,9 @@ def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, g
 
 
 def open_mygpt(gpt: Any, kind: str) -> Run:
-    """Return a function that generates with the model itself (kind "plain") or an accelerated copy.
+    """Return a function that generates with the GPTModel `gpt` itself (kind "plain") or with an accelerated copy.
 
-    Kind "eager" accelerates in float32 without a compiler; any other kind is a precision.
+    Kind "eager" is a float32 copy that does not use the C++ kernel. Any other kind is the precision of a copy that does.
     """
     from MyGPT.acceleration.step import accelerate
     from MyGPT.generation import generate
@@ -119,7 +122,10 @@ def open_mygpt(gpt: Any, kind: str) -> Run:
 
 
 def open_transformers(directory: str, dtype: str) -> Run:
-    """Return a function that generates with transformers and does not stop at an end of text."""
+    """Return a function that generates with transformers from the model in `directory`, with weights of type `dtype`.
+
+    The function always generates n tokens, even after an end of text.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,7 +135,10 @@ def open_transformers(directory: str, dtype: str) -> Run:
 
 
 def seconds_per_token(run: Run, ids: Tensor, n: int) -> float:
-    """Return the seconds per token for n tokens. Subtracting a run for one token removes the time of the prompt."""
+    """Return the seconds per token in which `run` continues the prompts `ids`, measured over n tokens.
+
+    The time for the prompt and the first token is measured separately and subtracted.
+    """
     start = time.perf_counter()
     run(ids, 1)
     middle = time.perf_counter()
@@ -138,7 +147,7 @@ def seconds_per_token(run: Run, ids: Tensor, n: int) -> float:
 
 
 def read_bandwidth(n_bytes: int = 2**28) -> float:
-    """Return the bytes per second at which all threads read a tensor larger than the caches: the best of five sums."""
+    """Return the memory bandwidth in bytes per second: the best of five sums over a tensor of `n_bytes` bytes."""
     import torch
 
     return n_bytes / min(timeit.repeat(torch.ones(n_bytes // 4).sum, number=1, repeat=5))

@@ -26,12 +26,15 @@ TRANSCRIPT = Template(
     turn_end="\n",
     asks="messages",
 )
-"""The template for a model that was not fine-tuned, which continues the transcript of a conversation."""
+"""The template for a model that was not fine-tuned: the prompt is the transcript of a conversation to continue."""
 
 
 @dataclass
 class Conversation:
-    """The turns of a conversation, and their prompt format. Without `remembers`, each prompt has only the last question."""
+    """The questions and answers of a conversation (`turns`), and the template of its prompts.
+
+    If `remembers` is false, a prompt contains only the latest question. `system` is a text at the start of the conversation.
+    """
 
     template: Template = TRANSCRIPT
     remembers: bool = True
@@ -39,12 +42,12 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def stops(self) -> list[str]:
-        """Return the texts that end an answer: the start of the user's next turn."""
+        """Return the strings at which an answer ends: the text that the template puts before a question, if any."""
         before = self.template.user.partition("{content}")[0].strip()
         return [f"\n{before}"] if before else []
 
     def record(self, question: str) -> dict[str, Any]:
-        """Return the question as a record of the kind that the model was trained on."""
+        """Return the question, and the earlier turns if they are remembered, as a record like those in the training data."""
         if not self.remembers and self.template.asks == "prompt":
             return {"prompt": f"{self.system}\n\n{question}" if self.system else question}
         if not self.remembers and self.template.asks == "instruction":
@@ -55,7 +58,10 @@ class Conversation:
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
-        """Return at most `room` token ids of the prompt, after dropping the oldest turns that do not fit."""
+        """Return the token ids of the prompt for a question. The oldest turns are deleted until at most `room` ids are left.
+
+        Raises ValueError if the question alone has more tokens than `room`.
+        """
         # The model need not generate the text with which the template starts every answer.
         begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         while True:
@@ -91,11 +97,11 @@ def chat(
         mygpt chat --model gpt2 --temperature 0.9
 
     Args:
-        template: Prompt template: alpaca, book or a JSON file. Without it, the model's own template or a plain transcript.
-        memory: Show the model the earlier questions and answers. Without it, on for models trained on conversations and for
+        template: Prompt template: alpaca, book or a JSON file. Default: the model's own template, or a plain transcript.
+        memory: Show the model the earlier questions and answers. Default: on for models trained on conversations and for
             models that were not fine-tuned.
         system: A text at the start of the conversation. A model trained on instructions receives it as the input.
-        max_new_tokens: Maximum length of an answer in tokens. Without it, 200 or half the model's context.
+        max_new_tokens: Maximum length of an answer in tokens. Default: 200, or half the context if that is smaller.
     """
     build = start_build(device)
     gpt, tokenizer = open_model(model, device, adapter)
@@ -137,7 +143,7 @@ def chat(
 
 
 def ask() -> str | None:
-    """Return the user's next line, or None at the end of the input. The prompt "> " is shown only in a terminal."""
+    """Read and return the next line of the user, or None at the end of the input. In a terminal, print "> " first."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

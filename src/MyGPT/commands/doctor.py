@@ -8,14 +8,14 @@ from pathlib import Path
 def doctor(recipes: str = "configs", device: str = "auto") -> None:
     """Check this machine: what is installed, what works, how fast it is, and how long each recipe takes.
 
-    The report ends with a remedy for everything that is missing. The check takes about half a minute, in which it compiles a
-    small function and runs a few training steps.
+    A recipe is a YAML file of training options. The report ends with a solution for each problem. The check compiles a small
+    function and runs a few training steps, which takes about half a minute.
 
     Example:
         mygpt doctor --recipes configs
 
     Args:
-        recipes: A YAML file, or a directory of YAML files.
+        recipes: A recipe, or a directory of recipes.
     """
     from MyGPT.commands._findings import examine
     from MyGPT.devices import pick_device

@@ -16,9 +16,9 @@ def download(*models: str, out: str | None = None, base_url: str | None = None) 
 
     Args:
         models: Names of the models.
-        out: Directory for the files; without it, the cache directory, where --model gpt2 finds them.
-        base_url: A server with OpenAI's files under URL/124M/hparams.json and so on; the environment variable MYGPT_GPT2_URL
-            sets it too.
+        out: Directory for the files. Default: the cache directory, where --model gpt2 finds them.
+        base_url: URL of a server that has OpenAI's files as URL/124M/hparams.json and so on. Default: the environment
+            variable MYGPT_GPT2_URL, or OpenAI's server if it is not set.
     """
     from MyGPT.weights.pretrained import download_model
 

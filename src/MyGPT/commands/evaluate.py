@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from MyGPT.evaluation.protocols import LastWordMeasurement, Protocol, TextMeasurement
 
 Row = tuple[str, str]
+"""A line of the printed table: a label and a value."""
 
 
 def evaluate(
@@ -22,21 +23,22 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on whole texts.
 
-    The model reads each text in windows as long as its context, and every token counts once. A protocol reproduces a
-    measurement of the GPT-2 paper: wikitext2, wikitext103, ptb and 1bw (perplexity per word), enwik8 and text8 (bits per
-    byte), lambada (last words). docs/evaluation.md names the file that each protocol expects.
+    The model reads each text in windows (sections as long as its context), and the loss of every token counts once. A
+    protocol reproduces a measurement of the GPT-2 paper: wikitext2, wikitext103, ptb and 1bw (perplexity per word), enwik8 and
+    text8 (bits per byte), lambada (accuracy and perplexity of the last word of each passage). docs/evaluation.md names the
+    file that each protocol expects.
 
     Examples:
         mygpt evaluate --model runs/book --data book.txt --stride 32
         mygpt evaluate --model gpt2 --data wiki.test.tokens --protocol wikitext2
 
     Args:
-        data: Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), or alice (built in) or
-            tinyshakespeare (downloaded).
-        protocol: The paper's protocol for this data set; without it, the text is used unchanged.
-        stride: Tokens between the starts of two windows. A smaller stride gives each token more context and takes longer;
-            without it, windows do not overlap.
-        batch_size: Windows per forward pass.
+        data: Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', or one of the names
+            alice (built in) and tinyshakespeare (downloaded).
+        protocol: The paper's protocol for this data set. Default: measure the text unchanged.
+        stride: Number of tokens between the starts of two windows. A smaller stride gives each token more context and takes
+            longer. Default: the context length, so windows do not overlap.
+        batch_size: Number of windows per forward pass.
     """
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
@@ -62,7 +64,10 @@ def evaluate(
 def text_rows(
     measured: TextMeasurement, protocol: Protocol, context: int, stride: int | None, has_start: bool
 ) -> list[Row]:
-    """Return the rows of the table for a text."""
+    """Return the labels and values to print for a text that was measured by `protocol` in windows of `context` tokens.
+
+    `has_start` is true if the first token was predicted after <|endoftext|>, and false if it was not counted.
+    """
     result = measured.result
     spelling = "text unchanged"
     if protocol.detokenizer is not None:
@@ -80,7 +85,7 @@ def text_rows(
 
 
 def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
-    """Return the rows of the table for predicted last words."""
+    """Return the labels and values to print for a measurement of predicted last words."""
     n = measured.n_passages
     return [
         ("perplexity", f"{measured.word_perplexity:.4f} per last word"),
@@ -93,7 +98,7 @@ def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
 
 
 def published_rows(protocol: Protocol, size: str | None) -> list[Row]:
-    """Return the GPT-2 paper's results for a model of this size."""
+    """Return the results of the GPT-2 paper for this model size, such as "124M", as table rows; an empty list without any."""
     if size is None or not protocol.published:
         return []
     figures = ", ".join(f"{name} {of_size[size]:g}" for name, of_size in protocol.published.items())

@@ -35,7 +35,7 @@ EXPAND = with_options_of_run
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Options for the weights to train, and for how long. Raises ValueError for options that exclude each other."""
+    """Options that say which weights are trained and for how long. Raises ValueError for options that exclude each other."""
 
     full: bool = False
     """Train all weights instead of an adapter; use a lower learning rate, such as 2e-5."""
@@ -44,7 +44,7 @@ class TuneOptions:
     epochs: float = 2.0
     """Number of passes over the training examples."""
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the weights that LoRA does not train; bf16 halves their memory."""
+    """Data type of the weights that LoRA does not train; bf16 halves their memory."""
 
     def __post_init__(self) -> None:
         if not 0 < self.epochs < math.inf:
@@ -113,7 +113,10 @@ def finetune(
 
 
 def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
-    """Train, then print the losses. The run directory receives split.json and loss.png even after an error."""
+    """Train the model, then print the validation loss and, if there is test data, the test loss.
+
+    split.json and loss.png are written to the run directory `run` even if the training raises an error.
+    """
     try:
         loss = trainer.run()
     finally:

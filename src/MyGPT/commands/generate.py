@@ -35,11 +35,11 @@ def generate(
         mygpt generate --model gpt2 --prompt - < prompt.txt
 
     Args:
-        prompt: The text to continue; - reads it from standard input. Without it, the model starts from <|endoftext|>, or
-            from the first token of its vocabulary.
+        prompt: The text to continue; - reads it from standard input. Default: start from <|endoftext|>, or from the first
+            token of a vocabulary that has no <|endoftext|>.
         max_new_tokens: Maximum number of tokens to generate.
         n_samples: Number of texts to generate.
-        stop: Texts that end the generation, as '["first", "second"]'.
+        stop: Texts at which the generation stops, written as a list: '["first", "second"]'.
         slide: Allow a prompt longer than the model's context; the model sees only its end.
     """
     require_positive(n_samples=n_samples)

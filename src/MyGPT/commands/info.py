@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 Row = tuple[str, str]
 ONE_SEQUENCE = TrainConfig(batch_size=1)
 PRECISIONS = ("fp32", "bf16")
-"""The columns of the memory table. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
+"""The precisions for which memory is shown. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
 
 
 def info(*models: str) -> None:
     """Show the size and cost of models: parameters, operations per token and memory.
 
-    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with the options of a model or training, or a
-    checkpoint: the directory of a run, a model or OpenAI's files, or a file of nanoGPT, the book or safetensors.
+    A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with the options of a model or of training, or
+    a checkpoint. A checkpoint is the directory of a run, of a model or of OpenAI's files, or a file that was written by
+    nanoGPT, by the book's code or in the safetensors format.
 
     Example:
         mygpt info gpt2 runs/book configs/gpt2_small.yaml
@@ -36,7 +37,7 @@ def info(*models: str) -> None:
 
 
 def explain(name: str) -> str:
-    """Return the description of a released model, a checkpoint or a recipe."""
+    """Return the report of `mygpt info` on the released model, checkpoint or YAML file with this name or path."""
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
         return describe(name, config, training=training or ONE_SEQUENCE)
@@ -64,7 +65,10 @@ def explain(name: str) -> str:
 
 
 def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:
-    """Return a table of a model's size, its operations per token, and the memory of generation and training."""
+    """Return a table of a model's size, its FLOPs per token, and the memory for generation and for a training step.
+
+    `rows` are labels and values to show first. `training` sets the batch size and the optimizer of the training step.
+    """
     import torch
 
     from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part
@@ -98,7 +102,10 @@ def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: T
 
 
 def training_rows(config: GPTConfig, training: TrainConfig) -> list[tuple[str, list[int]]]:
-    """Return the memory of a training step on one micro-batch. On a CPU, only dropout makes a difference."""
+    """Return the memory for a training step on one micro-batch: labels, each with the bytes in fp32 and in bf16.
+
+    The total on a CPU is included only if the model has dropout, because otherwise it equals the total on a GPU.
+    """
     gpu, cpu = (
         [step_memory(config, training, precision == "bf16", device) for precision in PRECISIONS]
         for device in ("cuda", "cpu")
@@ -113,7 +120,7 @@ def training_rows(config: GPTConfig, training: TrainConfig) -> list[tuple[str, l
 
 
 def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
-    """Return the memory of a training step on "cuda" or "cpu", with or without bf16 arithmetic."""
+    """Return the memory in bytes for a training step on `device` ("cuda" or "cpu"), with bfloat16 arithmetic if `bf16`."""
     from MyGPT.costs import training_memory
 
     n_sequences = training.micro_batch_size or training.batch_size
@@ -129,7 +136,7 @@ def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: st
 
 
 def _bytes(n: int) -> str:
-    """Return a number of bytes with three digits and its unit."""
+    """Return a number of bytes as text with three digits and a unit: 1,234,567 gives "1.23 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
             return f"{n / size:,.{max(0, 3 - len(str(n // size)))}f} {unit}"

@@ -1,4 +1,4 @@
-"""`mygpt plot`, and `mygpt plot KIND` for other pictures: each kind is a function with its own options."""
+"""`mygpt plot` for loss curves, and `mygpt plot KIND` for other pictures. Each kind is a function with its own options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 
 @dataclass(frozen=True)
 class Reading:
-    """A model and the text that it reads: options of the kinds that show a model's activations."""
+    """Options of the plots that show how a model reads a text: the model, its adapter and device, and the text."""
 
     model: str
     text: str
@@ -38,7 +38,10 @@ class Reading:
     device: str = "auto"
 
     def open(self) -> tuple[GPTModel, Tokenizer, torch.Tensor]:
-        """Return the model, its tokenizer, and the token ids (1, T) of the text. Fail first if matplotlib is missing."""
+        """Return the model, its tokenizer, and the token ids of the text as a tensor (1, T).
+
+        Raises ValueError before the model is opened if matplotlib is not installed.
+        """
         _require_matplotlib()
         model, tokenizer = open_model(self.model, self.device, self.adapter)
         return model, tokenizer, encode_for(model, tokenizer, self.text)
@@ -47,8 +50,8 @@ class Reading:
 def plot(*runs: str, out: str = "loss.png") -> None:
     """Plot the loss curves of one or more runs in one picture.
 
-    The other kinds of pictures are mygpt plot attention, lens, sampling, neighbours, schedule and tokens; mygpt plot attention
-    --help shows the options of the first. Write a run with such a name as ./attention.
+    The commands for other pictures are mygpt plot attention, lens, sampling, neighbours, schedule and tokens; for example, mygpt
+    plot attention --help shows the options of the first. Write ./attention for a run directory that has one of these names.
 
     Example:
         mygpt plot runs/a runs/b --out compared.png
@@ -61,9 +64,9 @@ def plot(*runs: str, out: str = "loss.png") -> None:
 
 
 def attention(reading: Reading, layer: int = 0, head: int | None = None, out: str = "attention.png") -> None:
-    """Plot how much each token attends to every other token, with one map per head of a layer.
+    """Plot how much each token attends to every other token, with one heat map for each attention head of a layer.
 
-    The labels of a single head are readable up to about forty tokens.
+    With --head, the labels are readable for texts of up to about forty tokens.
 
     Example:
         mygpt plot attention --model runs/book --text "The wizard entered" --layer 1
@@ -83,9 +86,9 @@ def attention(reading: Reading, layer: int = 0, head: int | None = None, out: st
 
 
 def lens(reading: Reading, out: str = "lens.png") -> None:
-    """Plot the prediction if the model stopped after each layer (the logit lens).
+    """Plot which token the model would predict if it stopped after each layer (the logit lens).
 
-    The words in the cells are readable up to about thirty tokens.
+    The predicted tokens are readable for texts of up to about thirty tokens.
 
     Example:
         mygpt plot lens --model runs/book --text "The wizard entered"
@@ -108,7 +111,7 @@ def sampling(reading: Reading, config: SamplingConfig, out: str = "sampling.png"
 
 
 def neighbours(reading: Reading, k: int = 8, out: str = "neighbours.png") -> None:
-    """Plot the nearest tokens of each token in a text, by the similarity of their embeddings.
+    """Plot, for each token in a text, the tokens whose embeddings have the largest cosine similarity to its embedding.
 
     The text may have at most 16 different tokens.
 
@@ -126,7 +129,7 @@ def neighbours(reading: Reading, k: int = 8, out: str = "neighbours.png") -> Non
 
 
 def schedule(*recipes: str, out: str = "schedule.png") -> None:
-    """Plot the learning rate of one or more trainings at every step.
+    """Plot the learning rate at every step of one or more training runs.
 
     Example:
         mygpt plot schedule configs/quickstart.yaml runs/book --out schedule.png
@@ -149,7 +152,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
     Args:
         text: The text; - reads it from standard input.
         tokenizer: gpt2, or the directory of a run, a model or a tokenizer.
-        out: The .html file to write instead.
+        out: The .html file to write instead of printing to the terminal.
     """
     inside = Path(tokenizer, "model")
     coder = get_tokenizer(inside if (inside / "tokenizer.json").is_file() else tokenizer)
@@ -166,7 +169,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
 
 
 KINDS = {function.__name__: function for function in (attention, lens, sampling, neighbours, schedule, tokens)}
-"""The kinds that the first argument of `mygpt plot` can name; any other argument is a run."""
+"""The function for each kind that the first argument of `mygpt plot` can name. Any other first argument is a run."""
 
 
 def _require_matplotlib() -> None:
@@ -177,7 +180,7 @@ def _require_matplotlib() -> None:
 
 
 def _read_training(recipe: str) -> tuple[str, TrainConfig]:
-    """Return the name and the TrainConfig of a YAML file, or of a run's directory."""
+    """Return a name for the legend, and the training options, of a YAML file or of the run in a directory."""
     given = Path(recipe)
     path, name = (given / "config.yaml", given.resolve().name) if given.is_dir() else (given, given.stem)
     if not path.is_file():

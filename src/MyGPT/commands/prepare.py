@@ -14,20 +14,21 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tokenize text files once and store the tokens in a file that training maps into memory.
+    """Tokenize text files once and store the tokens in a file, which mygpt train memory-maps.
 
-    The directory receives tokens.bin, tokens.json (counts and SHA-256) and the tokenizer. mygpt train --data opens it.
+    The output directory receives tokens.bin, tokens.json (counts and SHA-256) and the tokenizer. Give this
+    directory to mygpt train as --data.
 
     Example:
         mygpt prepare 'texts/*.txt' more.jsonl.gz --out data/mine --tokenizer gpt2
 
     Args:
-        files: Text files, .jsonl files with one text per line, either also as .gz, patterns, or the names of built-in texts.
+        files: Text files (.txt, or .jsonl with one text per line, optionally compressed as .gz) or patterns such as
+            'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
         out: Directory for the tokens.
-        tokenizer: The tokenizer: gpt2, chars, words or bpe (the last three learned from the text), or a directory with a
-            tokenizer.
-        text_key: Key of the text in a .jsonl record.
-        workers: Number of processes; without it, one per CPU core.
+        tokenizer: The tokenizer: gpt2; chars, words or bpe, which are learned from the text; or a directory with a tokenizer.
+        text_key: The key of the text in each JSON object of a .jsonl file.
+        workers: Number of processes. Default: one per CPU core.
         overwrite: Replace a data set that is already in the directory.
     """
     from MyGPT.data.prepare import prepare as prepare_files

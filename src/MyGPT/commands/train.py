@@ -25,13 +25,13 @@ EXPAND = with_options_of_run
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Options for the text to train on, and for its tokens."""
+    """Options for the training text and its tokenizer."""
 
     data: str | list[str] = "alice"
-    """Text files (.txt, .jsonl, also as .gz, or patterns such as 'texts/*.txt'), a directory made by mygpt prepare, or alice
-    (built in) or tinyshakespeare (downloaded)."""
+    """Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', a directory made by mygpt
+    prepare, or one of the names alice (built in) and tinyshakespeare (downloaded)."""
     tokenizer: str = "chars"
-    """The tokenizer: chars, words or bpe (learned from the text), gpt2, or a directory with a tokenizer."""
+    """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer."""
     tokenizer_size: int = 1024
     val_fraction: float = 0.1
     """Fraction of the text, taken from its end, for validation."""
@@ -82,7 +82,11 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
-    """Return the token ids of a prepared directory or of text files, and their tokenizer."""
+    """Return the token ids of `data` and their tokenizer.
+
+    `data` is a directory made by mygpt prepare, or one or several text files. Text files are tokenized with the tokenizer
+    named `tokenizer`; `tokenizer_size` is the number of tokens that bpe learns.
+    """
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
@@ -98,7 +102,7 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 
 
 def draw_losses(run: Path) -> None:
-    """Write loss.png, if matplotlib is installed and the run has recorded a loss."""
+    """Draw the recorded losses, if any, of the run directory `run` as loss.png. If matplotlib is missing, print a hint."""
     if not (run / "metrics.jsonl").is_file():
         return
     try:
