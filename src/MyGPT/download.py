@@ -331,7 +331,7 @@ def _read(response: Any) -> bytes:
 
 
 def _reason(error: object) -> str:
-    """Return the message of an error without error number and file name, or its class name if it has no message."""
+    """Return an error's message with the error number and file name left out, or its class name if the message is empty."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 

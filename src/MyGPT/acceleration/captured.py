@@ -1,7 +1,7 @@
 """Faster generation on a GPU: the forward pass of one token is captured as a CUDA graph and replayed for every new token.
 
 The forward pass of one token starts about two hundred small GPU kernels, and starting a kernel takes longer than running it. A
-CUDA graph starts all kernels at once, but always with the same memory addresses and tensor sizes. A captured forward pass
+CUDA graph starts all kernels with one call, but always with the same memory addresses and tensor sizes. A captured forward pass
 can therefore not use a cache that grows. It attends to a cache of full size, with a mask that hides the unused entries, and
 reads the position of its token from a tensor. Without a GPU the same code runs without a graph, so that tests can check it.
 

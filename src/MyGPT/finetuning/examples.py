@@ -61,7 +61,7 @@ class Examples:
         self.test = self._encode("test", self.split.test)
 
     def describe(self) -> str:
-        """Return one line per data set, such as training: the numbers of its examples, tokens and too long records."""
+        """Return one line for each data set: how many examples and tokens it has, and how many records were too long."""
         parts = {"training": self.train, "validation": self.val, "test": self.test}
         return "\n".join(f"{name}: {part.describe()}" for name, part in parts.items() if part is not None)
 

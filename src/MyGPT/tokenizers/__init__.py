@@ -55,7 +55,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_json(data: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `data`, the content of a `tokenizer.json`, describes."""
+    """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.

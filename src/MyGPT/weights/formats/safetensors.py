@@ -25,7 +25,7 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in one safetensors file.
 
-    The config comes from config.json in the same directory. It is None if there is no such file.
+    The config comes from config.json in the same directory. Without that file the config is None.
     """
     config = path.parent / "config.json"
     return Checkpoint.of(path, read_safetensors(path), read_config_json(config) if config.is_file() else None)
