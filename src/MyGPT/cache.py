@@ -16,14 +16,15 @@ from MyGPT.loss import IGNORED
 class KVCache:
     """A key-value cache: the keys and values of all tokens so far, so that a forward pass computes only the new tokens.
 
-    Every forward pass with the cache appends the new tokens. The cache stores no gradients: use it under `torch.no_grad()`.
+    Every forward pass with the cache appends the keys and values of the new tokens. Gradients cannot flow through the cache,
+    so it must be used under `torch.no_grad()`.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None, like: Tensor) -> None:
         """Allocate memory for batch_size sequences of up to `length` tokens (None: the model's context length).
 
-        The memory has the dtype and the device of the tensor `like`. Raises ValueError for a length outside 1 to the context
-        length.
+        The memory has the dtype and the device of the tensor `like`. Raises ValueError if `length` is below 1 or above
+        the model's context length.
         """
         context = config.context_length
         length = context if length is None else length
@@ -52,7 +53,10 @@ class KVCache:
             raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values (B, H, T, D) to a layer. Return all keys and values of the layer, each (B, H, S, D)."""
+        """Append the keys k and values v of T new tokens, each (B, H, T, D), to those of a layer.
+
+        Return the keys and the values of all S tokens so far in this layer, each (B, H, S, D).
+        """
         S = self.length + k.shape[2]
         keys, values = self.storage[layer]
         keys[:, :, self.length : S] = k
@@ -68,7 +72,8 @@ def positions_and_mask(
     The positions are an int64 tensor, (T,) if attention_mask is None and otherwise (B, T). The mask is a bool tensor
     (B or 1, 1, T, S) that is True where a query may see a key. It is None if attention_mask is None and T is 1 or S, because
     causal attention then needs no mask. attention_mask (B, S) has 0 for padding, 1 for the tokens of a sequence's first text,
-    2 for the second text, and so on. None means that all S tokens are one text; the results are then on `device`.
+    2 for the second text, and so on. If attention_mask is None, all S tokens are one text and the results are on `device`.
+    Otherwise the results are on the device of attention_mask.
     """
     if attention_mask is None:
         positions = torch.arange(S - T, S, device=device)
@@ -152,5 +157,8 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int) -> No
 
 
 def _can_read(ids: Tensor) -> bool:
-    """Return False for ids on a GPU, where a check would make the CPU wait, and while torch.compile traces the model."""
+    """Return True if the values of `ids` can be checked without delay.
+
+    Return False if they are on a GPU, because the CPU would wait for the GPU, or while torch.compile traces the model.
+    """
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()

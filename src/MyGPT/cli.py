@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
     The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM.
-    An error is printed as one line on stderr. If the environment variable MYGPT_DEBUG is set, the exception is raised.
+    An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
+    Then the exception is raised instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -34,11 +34,11 @@ _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
-"""Number formats of matrix products in training; "auto" selects bf16 (bfloat16) on hardware where it is faster."""
+"""Number formats of matrix products in training; "auto" selects bf16 (bfloat16) where it is faster than fp32 (float32)."""
 Precision = Literal[TrainingPrecision, "int8"]
 """Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
 _MAX_SIZES = {**dict.fromkeys(("vocab_size", "context_length", "emb_dim", "n_heads"), 2**31 - 1), "n_layers": 10_000}
-"""The five required sizes and their largest accepted values, so that no hostile config.json exhausts memory."""
+"""The five required sizes and their largest accepted values. The limits keep a hostile config.json from exhausting memory."""
 _MAX_PARAMETERS = 10**15
 
 
@@ -65,7 +65,8 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     """Small number that every LayerNorm adds to the variance, to avoid division by zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial weights. None: PyTorch's own initialisation; needs tie_weights=False."""
+    """Standard deviation of the initial weights. None uses PyTorch's own initialisation, and is allowed only with
+    tie_weights=False."""
     activation: Activation = "gelu_new"
     """Activation function of the MLP: gelu_new (tanh approximation of GELU, used by GPT-2) or gelu (exact GELU)."""
     init: Init = "gpt2"
@@ -144,7 +145,7 @@ class GPTConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTConfig:
-        """Return the config of a released model, such as "gpt2", or of a model directory. PEFT calls this method."""
+        """Return the config of a released model, such as "gpt2", or of a model directory. The PEFT library calls this method."""
         name = str(name_or_dir).removeprefix("openai-community/")
         if name in GPT2_CONFIGS:
             return GPT2_CONFIGS[name]
@@ -160,7 +161,10 @@ def read_config_json(path: Path) -> GPTConfig:
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:
-    """Raise ValueError unless each keyword value is a whole number of at least 1. `optional` also allows None."""
+    """Raise ValueError unless each keyword value is a whole number of at least 1.
+
+    If `optional` is true, None is also allowed. The names of the keywords appear in the error message.
+    """
     for name, value in values.items():
         if (type(value) is not int or value < 1) and not (optional and value is None):
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
@@ -200,7 +204,8 @@ GPT_CONFIG: dict[str, Any] = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-"""The sizes of GPT-2 124M: a dict with the seven keys of the book "Build a Large Language Model (From Scratch)"."""
+"""The sizes of GPT-2 124M: a dict with the seven keys that Raschka's book
+"Build a Large Language Model (From Scratch)" uses."""
 GPT_CONFIG_SMALL: dict[str, Any] = {**GPT_CONFIG, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
 """The sizes of a model with 30 million parameters and a context of 256 tokens, small enough to train on a laptop."""
 

@@ -22,7 +22,10 @@ from MyGPT.loss import MAX_LOGITS
 
 
 def parameters_by_part(config: GPTConfig) -> dict[str, int]:
-    """Return the number of parameters of each part of the model, such as "attention". A tied output head has 0."""
+    """Return the number of parameters of each part of the model, such as "attention".
+
+    A tied output head counts as 0, because its weight is the token embedding, which is already counted.
+    """
     V, T, C, L = config.vocab_size, config.context_length, config.emb_dim, config.n_layers
     return {
         "token embedding": V * C,
@@ -35,7 +38,10 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
 
 
 def count_matrix_weights(model: nn.Module) -> int:
-    """Return the number of weights in all matrix products of the model. An embedding table counts only if the head uses it."""
+    """Return the number of weights in all matrix products of the model.
+
+    An embedding table is counted only if the output head multiplies by it (tied weights).
+    """
     # A tied head multiplies too; its weight is found in the head.
     layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
     weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
@@ -48,8 +54,9 @@ def flops_per_token(
     """Return the floating-point operations per token in a sequence of n_tokens (default: the model's context length).
 
     A forward pass takes 2 operations per matrix weight, and 4 * emb_dim * n_tokens per layer for attention, which is counted
-    without the causal mask (Chowdhery et al., 2022, appendix B). With `backward`, the backward pass is included, which takes
-    twice as many operations. n_weights is the number of matrix weights (default: computed from `config`).
+    without the causal mask (Chowdhery et al., 2022, appendix B). If `backward` is true, the backward pass is added, which
+    takes twice as many operations as the forward pass. n_weights is the number of matrix weights (default:
+    computed from `config`).
     """
     C, L = config.emb_dim, config.n_layers
     T = config.context_length if n_tokens is None else n_tokens
@@ -60,7 +67,7 @@ def flops_per_token(
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the speed of multiplying two square matrices, in floating-point operations per second (median of 3 runs)."""
+    """Return the measured speed of multiplying two square matrices, in floating-point operations per second (median of 3)."""
     n = 512 if device.type == "cpu" else 4096  # a CPU without bf16 instructions takes seconds for larger matrices
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, device, 3)
@@ -85,7 +92,7 @@ def estimate_step_seconds(
 
     `measure_step(config, n_sequences)` runs a step and returns its seconds. If the whole step would take over one second at
     half of flops_per_second (see `matmul_speed`), a step with fewer sequences, and if necessary fewer layers, is measured
-    instead. Its time is then multiplied by the ratio of the floating-point operations of the two steps.
+    instead. The measured time is then multiplied by the ratio of the whole step's operations to the smaller step's.
     """
 
     def flops(part: GPTConfig, n_sequences: int) -> int:
@@ -100,7 +107,7 @@ def estimate_step_seconds(
 
 
 def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
-    """Return the bytes that the KV cache needs per token, with `itemsize` bytes per number."""
+    """Return the bytes that the KV cache needs per token of one sequence, with `itemsize` bytes per number."""
     return 2 * config.n_layers * config.emb_dim * itemsize
 
 
@@ -119,14 +126,15 @@ def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The estimated memory of a training step, in bytes for each purpose."""
+    """The estimated memory of a training step, in bytes for each purpose, such as weights or gradients."""
 
     weights: int
     """Bytes for the weights, which are float32 even if training uses bf16."""
     gradients: int
-    """Bytes for the gradients; the same size as the weights."""
+    """Bytes for the gradients, which take as much memory as the weights."""
     moments: int
-    """Bytes for the optimizer's moments: two per weight, but Muon keeps only one per weight of the blocks' matrices."""
+    """Bytes for the optimizer's moments. AdamW stores two numbers per weight. Muon stores one per weight of the blocks'
+    matrices, and two per other weight."""
     activations: int
     """Bytes for the activations of one micro-batch that the forward pass stores for the backward pass."""
     head: int
@@ -136,7 +144,7 @@ class TrainingMemory:
     copies: int
     """Bytes for the bf16 copies of the weight matrices, which autocast keeps until the step ends."""
     accumulates: bool
-    """True if a step has several micro-batches, so that gradients exist during the next forward pass."""
+    """True if a step has several micro-batches, so that the gradients of one exist during the forward pass of the next."""
 
     @property
     def peak(self) -> int:
@@ -169,7 +177,7 @@ def training_memory(
         optimizer: "adamw" or "muon".
         gradient_checkpointing: True if each block is recomputed in the backward pass.
         accumulates: True if a step adds up the gradients of several micro-batches.
-        device: "cpu", or any other name for a GPU. Dropout takes more memory on a CPU.
+        device: "cpu", or any other name for a GPU. The result depends on it, because dropout takes more memory on a CPU.
     """
     T = config.context_length if length is None else length
     C, n_tokens = config.emb_dim, batch_size * T
@@ -216,5 +224,8 @@ def _bytes_saved_by_block(config: GPTConfig, T: int, itemsize: int, device: str)
 
 
 def _dropout_bytes(itemsize: int, n: int, device: str) -> int:
-    """Return the bytes that dropout of n numbers stores: n factors of `itemsize` bytes on a CPU, n one-byte flags on a GPU."""
+    """Return the bytes that dropout of n numbers stores for the backward pass.
+
+    On a CPU, dropout stores n factors of `itemsize` bytes. On any other device, it stores n flags of one byte.
+    """
     return n * (itemsize if device == "cpu" else 1)

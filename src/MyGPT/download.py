@@ -33,7 +33,7 @@ _FINISHED = ".downloads.json"
 
 
 class DownloadError(OSError):
-    """Error raised when no mirror provided the file. Its message lists the failures and a way out."""
+    """Error raised when no mirror provided the file. Its message gives the reason for each mirror, and advice."""
 
 
 class _PermanentError(Exception):
@@ -41,7 +41,7 @@ class _PermanentError(Exception):
 
 
 class _TemporaryError(Exception):
-    """An error after which a retry may succeed. `wait`: seconds to wait as asked by the server, or None."""
+    """An error after which a retry may succeed. `wait` is how many seconds the server asked to wait, or None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -61,10 +61,10 @@ def download(
 ) -> Path:
     """Download a file to `path`, unless it is already complete, and return `path`.
 
-    The file must also have the length and the checksums that the server sends. A file that exists already is kept if it
-    agrees with `sha256`, `size` and `.downloads.json` (the list of finished downloads), as far as they are given. After
-    an error the received bytes are kept, and the next call resumes after them. If several threads or processes need the
-    same file, one of them downloads it and the others wait.
+    A download must have the given `sha256` and `size`, and the length and the checksums that the server sends. A
+    file that exists already is kept if it agrees with `sha256`, `size` and `.downloads.json` (the list of finished
+    downloads), as far as they are given. After an error the received bytes are kept, and the next call resumes after
+    them. If several threads or processes need the same file, one of them downloads it and the others wait.
 
     Args:
         urls: one address, or mirrors that are tried in this order.
@@ -120,7 +120,10 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
-    """Return whether the file exists with this hash and size. Default: the values recorded in `.downloads.json`."""
+    """Return whether `path` is a file with this hash and size.
+
+    If `sha256` or `size` is None, the value recorded for the file in `.downloads.json` is used, if there is one.
+    """
     if not path.is_file():
         return False
     found, recorded = path.stat(), _read_json(path.with_name(_FINISHED)).get(path.name, {})
@@ -134,7 +137,7 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
 
 @dataclass
 class _PartInfo:
-    """The address and version of the file whose first bytes are in a `.part` file; the contents of `.part.json`."""
+    """The URL and version of the file whose first bytes are in a `.part` file. It is stored as `.part.json`."""
 
     url: str = ""
     total: int | None = None
@@ -190,7 +193,11 @@ class _Transfer:
                 self.bar.set_postfix_str("")
 
     def _position(self) -> int:
-        """Return how many bytes of the `.part` file can be kept: 0 if its address differs or its version is unknown."""
+        """Return how many bytes of the `.part` file can be kept: all of them, or 0 if the download must start again.
+
+        It must start again if the bytes are from another URL, if the version of the file is unknown, or if the file
+        does not have the expected size.
+        """
         info = self.info
         if info.url != self.url or not info.validator or self.size not in (None, info.total):
             return 0
@@ -199,7 +206,7 @@ class _Transfer:
     def _request(self) -> None:
         """Send one HTTP request and store the response's body in the `.part` file.
 
-        If some bytes of the file are on disk already, only the rest is requested, otherwise the whole file.
+        If some bytes of the file are on disk already, only the missing bytes are requested, otherwise the whole file.
         """
         start, info = self._position(), self.info
         headers = {"User-Agent": "MyGPT", "Accept-Encoding": "identity"}
@@ -232,7 +239,10 @@ class _Transfer:
             raise _TemporaryError(_reason(getattr(error, "reason", error))) from None
 
     def _begin(self, response: Any) -> int | None:
-        """Create an empty `.part` file and return the length that the whole file will have, or None if unknown."""
+        """Create an empty `.part` file, and store the file's version from the response's headers in `.part.json`.
+
+        Return the length that the whole file will have, or None if it is unknown.
+        """
         headers, total = response.headers, content_length(response.headers)
         if None not in (total, self.size) and total != self.size:
             raise _PermanentError(f"the file there has {total:,} bytes, expected {self.size:,}")
@@ -250,7 +260,10 @@ class _Transfer:
             json.dump(asdict(info), file)
 
     def _receive(self, response: Any, total: int | None) -> None:
-        """Append the response's body to the `.part` file. `total`: the length of the whole file, or None if unknown."""
+        """Append the body of the response to the `.part` file.
+
+        `total` is the length that the complete file must have, or None if it is unknown.
+        """
         position = self.part.stat().st_size
         self.bar.total, self.bar.initial, self.bar.n = total, position, position
         # Unbuffered, so that received bytes survive if the process is killed.
@@ -268,7 +281,7 @@ class _Transfer:
             raise _TemporaryError(f"the connection ended after {position:,} of {total:,} bytes")
 
     def _finish(self) -> None:
-        """Verify the `.part` file's checksums, rename it to `self.path` and record it in `.downloads.json`."""
+        """Verify the checksums of the `.part` file, rename it to `self.path`, and record it in `.downloads.json`."""
         found = sha256_of(self.part)
         checks = [("sha256", self.sha256.lower(), found)] if self.sha256 else []
         checks += [(kind, value, _digest(self.part, kind)) for kind, value in self.info.checksums.items()]
@@ -318,12 +331,12 @@ def _read(response: Any) -> bytes:
 
 
 def _reason(error: object) -> str:
-    """Return the error's message without error number and file name, or its class name if it has no message."""
+    """Return an error's message with the error number and file name left out, or its class name if the message is empty."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    """Return the hexadecimal checksum of a file; `algorithm` is a name of hashlib's, such as "md5"."""
+    """Return the hexadecimal checksum of a file. `algorithm` is the name of a hash function, such as "md5"."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
@@ -338,13 +351,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def validator(headers: Message) -> str | None:
-    """Return the value for the If-Range header (RFC 9110, 13.1.5): a strong ETag, else Last-Modified, else None."""
+    """Return the ETag of a file if it is a strong one, else its Last-Modified, else None.
+
+    With this value in the header If-Range (RFC 9110, 13.1.5), a download is resumed only if the file has not changed.
+    """
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified")
 
 
 def content_range(headers: Message) -> tuple[int | None, int | None]:
-    """Read Content-Range. Return the first byte's position and the whole file's length; None for an unknown value."""
+    """Return the position of the first byte sent and the length of the whole file, from the header Content-Range.
+
+    A value that the header does not give is None.
+    """
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", headers.get("Content-Range", "").strip())
     if match is None:
         return None, None
@@ -376,7 +395,10 @@ def checksums(headers: Message) -> dict[str, str]:
 
 
 def retry_after(headers: Message) -> float | None:
-    """Return the seconds to wait, from the header Retry-After (seconds or a date); None if missing or invalid."""
+    """Return how many seconds to wait, from the header Retry-After (seconds or a date).
+
+    Return None if the header is missing or invalid.
+    """
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_TEXT_BYTES = 1 << 32
-"""Size in bytes of the largest file that `read_text` accepts. data/sources.py reads longer texts in pieces."""
+"""Size in bytes of the largest file that `read_text` accepts by default. data/sources.py reads larger files in pieces."""
 MAX_JSON_BYTES = 1 << 28
 """Size in bytes of the largest file that `read_json` accepts: ten times the largest tokenizer.json in use."""
 _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
@@ -65,8 +65,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     directory has the permissions of the old one. If `path` is a symbolic link, the directory to which it points is
     replaced. A `path` that contains the current directory raises ValueError.
 
-    Between the renaming of the old and of the new directory, `path` is missing for an instant. If the process is killed
-    then, `restore_directory` puts the old directory back.
+    For an instant, the old directory is already renamed and the new one is not, so `path` does not exist. If the process
+    is killed then, `restore_directory` puts the old directory back.
     """
     path = _real(path)
     if Path.cwd().is_relative_to(path):
@@ -126,7 +126,7 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file as a hexadecimal string. The file may be larger than the memory."""
+    """Return the SHA-256 of a file as a hexadecimal string. The file is read in pieces, so it may be larger than the memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -146,7 +146,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file. A damaged, too large or too deeply nested file, or a pipe, raises ValueError."""
+    """Return the value in a JSON file. Raises ValueError if the file is damaged, too large, too deeply nested, or a pipe."""
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
@@ -171,7 +171,10 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
 
 
 def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
-    """Raise ValueError if a text has a NUL character, as binary files do. `text` starts at `offset` in the file `path`."""
+    """Raise ValueError if `text` has a NUL character, as binary files do.
+
+    The error message names the file `path` and the position in it. `text` starts at position `offset` in the file.
+    """
     position = text.find("\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
@@ -189,7 +192,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a new path in the directory of `path`, with a hidden name that `remove_leftovers` recognises."""
+    """Return an unused path for a temporary file beside `path`, with a hidden name that `remove_leftovers` recognises."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"
 
 

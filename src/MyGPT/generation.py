@@ -54,7 +54,8 @@ def generate(
         seed: makes the sampled tokens reproducible, independently of torch's global seed.
         attention_mask: (B, T), 1 for tokens and 0 for padding, for prompts of unequal length padded on either side. Each
             prompt is continued as if it were alone.
-        use_cache: False recomputes all tokens in every step. The result is the same, but slower.
+        use_cache: True computes only the newest token in every step. False recomputes all tokens, which gives the same
+            result more slowly.
         tokenizer: decodes the new tokens to find stop texts.
 
     Raises:
@@ -135,9 +136,10 @@ def generate_stream(
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor | None, window: int | None, cache: Any) -> Tensor:
-    """Return the logits (B, V) of the token that follows `ids` (B, T). The model sees only the last `window` ids (None: all).
+    """Return the logits (B, V) of the token that follows `ids` (B, T).
 
-    `mask` (B, T) is False for padding. With a cache, the model computes only the ids that are not yet in the cache.
+    The model sees only the last `window` ids, or all of them if `window` is None. `mask` (B, T) is False for padding. None
+    means that there is no padding. With a cache, the model computes only the ids that are not yet in the cache.
     """
     if window is not None:
         ids, mask = ids[:, -window:], None if mask is None else mask[:, -window:]
@@ -162,11 +164,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class TextStream:
-    """A decoder for token ids that arrive one by one. `add` and `end` return the new text.
+    """A decoder for token ids that arrive one by one. `add` returns the new text after each id, and `end` returns the rest.
 
     Only whole characters are returned, without the text of the prompt and without any of the `stop` texts. Every call decodes
-    all ids again, because the text of a token can depend on the tokens before it. Compared with a forward pass this takes
-    almost no time.
+    all ids again, because the text of a token can depend on the tokens before it. Decoding takes almost no time compared with
+    the model's forward pass.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
@@ -176,7 +178,10 @@ class TextStream:
         self.shown = 0
 
     def add(self, id_: int) -> str:
-        """Append a token id and return the new text, often an empty string. Incomplete characters are held back."""
+        """Append a token id and return the new text, which is often an empty string.
+
+        An incomplete character, or the possible beginning of a stop text, is held back until later ids complete it.
+        """
         self.ids.append(id_)
         # The next id may complete a character or a stop text, so incomplete ones are held back.
         text = self._text().rstrip("\ufffd")
@@ -213,7 +218,8 @@ def stream_text(
 ) -> Iterator[str]:
     """Yield the continuation of the prompt `ids` as short strings, until a stop text or the tokenizer's end-of-text token.
 
-    The stop text is left out. `sampling` holds the sampling options. For the other arguments, see `generate`.
+    The stop text itself is not yielded. `sampling` contains the temperature and the other sampling options. For the other
+    arguments, see `generate`.
     """
     stream = TextStream(tokenizer, ids, stop)
     device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
@@ -225,16 +231,16 @@ def stream_text(
 
 
 def _context(model: Any, context_size: int | None) -> int | None:
-    """Return the smaller of context_size and the model's own context length; None if neither exists."""
+    """Return the smaller of context_size and the model's own context length, or None if both are missing."""
     require_positive(context_size=context_size, optional=True)
     own = getattr(getattr(model, "config", None), "context_length", None)
     return min((length for length in (context_size, own) if length is not None), default=None)
 
 
 def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the prompts `idx` with all padding moved to the left, and their bool mask, which is None without padding.
+    """Return the prompts `idx` (B, T) with all padding moved to the left, and a bool mask that is False for padding.
 
-    New tokens are appended on the right, so the tokens of every prompt must end there.
+    The padding is moved because new tokens are appended on the right. Without padding, the mask is None.
     """
     if attention_mask is None:
         return idx, None
@@ -254,8 +260,8 @@ def _pad_left(idx: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tenso
 def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
     """Return a bool tensor (B, V) that is True where a sequence already contains the token. Padding does not count.
 
-    `seen` is the result of the previous step, to which only the newest ids are added; None in the first step. `logits` (B, V)
-    gives the first result its shape and device.
+    `seen` is the result of the previous step, to which only the last column of `ids` is added. In the first step `seen` is
+    None, and all ids are added. `mask` is False for padding. The result has the shape and the device of `logits`.
     """
     if seen is not None:
         return seen.scatter(1, ids[:, -1:], True)
@@ -265,7 +271,10 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
 
 
 def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
-    """Return a function that checks if the new ids of a sequence have reached one of the stops. None if `stop` is None."""
+    """Return a function that takes the new ids of a sequence and returns True if they have reached one of the stops.
+
+    If `stop` is None, return None. Stops that are texts need the tokenizer, which decodes the new ids.
+    """
     if stop is None:
         return None
     stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop

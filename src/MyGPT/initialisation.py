@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from MyGPT.config import GPTConfig
 
 QUERY_SCALE = 2.0
-"""Factor by which init="local" enlarges the query and key weights, so that attention to one token stands out."""
+"""Factor by which init="local" enlarges the query and key weights, so that each head at first attends mostly to one token."""
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: GPTConfig) -> None:
-    """Set the initial weights of a GPTModel in place, drawn at random in the order of its parameters.
+    """Set the weights of a GPTModel to random initial values, in place and in the order of model.named_parameters().
 
     Matrices and embeddings are drawn from a normal distribution with mean 0 and standard deviation config.init_std. For the
     2·n_layers projections into the residual stream (c_proj), the standard deviation is init_std / √(2·n_layers). Biases are 0
@@ -55,7 +55,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
 
 
 def _make_local(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:
-    """Change the random weights in place so that head h attends to the token h positions before.
+    """Change the random weights in place so that head h of every block attends to the token h positions before.
 
     wte (V, C) and wpe (T, C), with an even C, are the token and position embeddings. c_attn has the weight (3 C, C) of
     queries, keys and values of each block. `std` is the standard deviation of the random weights.

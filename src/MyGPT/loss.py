@@ -21,13 +21,13 @@ MAX_LOGITS = 1 << 24
 """Largest number of logits that `linear_token_loss` computes at one time (64 MB in float32)."""
 
 VOCAB_CHUNK = 2048
-"""Number of vocabulary entries whose logits a CPU computes at a time, so that the results stay in the CPU's cache."""
+"""Number of vocabulary entries whose logits a CPU computes at a time: few enough that the logits fit in the CPU's cache."""
 
 
 class TiedHead(nn.Module):
     """An output head that shares the weight (V, C) of the token embedding.
 
-    It is not an nn.Linear, because PEFT and quantizers change every nn.Linear, and would change the embedding with it.
+    It is not an nn.Linear, because PEFT and quantizers change every nn.Linear, and would change the shared embedding too.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -61,9 +61,11 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `token_loss(head(hidden), targets)` for an output head and its input, hidden (..., C).
+    """Return the summed cross-entropy in nats and the number of targets that were counted.
 
-    If the head is only a product with its weight, `linear_token_loss` computes the same with less memory.
+    The logits are head(hidden), where hidden (..., C) is the input of the output head. targets is an int64 tensor (...) in
+    which -100 is not counted. If the head is a linear layer without bias, this function uses `linear_token_loss`, which needs
+    less memory than computing all logits.
     """
     # A head with an adapter or a bias computes more than that product.
     if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
@@ -72,12 +74,12 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `token_loss(hidden @ weight.T, targets)` without storing all logits at once.
+    """Return the summed cross-entropy of the logits hidden @ weight.T and the number of targets that were counted.
 
     hidden is (..., C), weight is (V, C), and targets is an int64 tensor (...) in which -100 is not counted. For GPT-2's
-    vocabulary of 50,257 tokens the logits would take most of the memory of a training step. Large products are therefore
-    computed for a part of the positions at a time. The forward pass already computes the gradients of each part, so a second
-    backward pass raises an error.
+    vocabulary of 50,257 tokens the logits would take most of the memory of a training step. If there are many
+    logits, they are therefore computed for some of the positions at a time. The forward pass already computes the gradients,
+    and the backward pass changes them in place, so a second backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     # On a GPU the number of counted targets is not known without waiting for the GPU.

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the final hidden states (B, T, C), the input of the output head. For the arguments, see GPTModel.forward."""
+        """Return the hidden states after the last LayerNorm, (B, T, C). For the arguments, see GPTModel.forward."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.shape[1]
         S = T if cache is None else cache.length + T
@@ -188,7 +188,7 @@ class GPTModel(nn.Module):
         return head_loss(self.lm_head, self.transformer(input_ids, attention_mask), targets)
 
     def row_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the summed cross-entropy of each sequence in nats, (B,). For the arguments, see `token_loss`."""
+        """Return the summed cross-entropy of each sequence in nats, (B,). For the arguments, see `GPTModel.token_loss`."""
         check_inputs(self.config, input_ids, attention_mask, labels=targets)
         hidden = self.transformer(input_ids, attention_mask)
         return torch.stack([head_loss(self.lm_head, *row)[0] for row in zip(hidden, targets, strict=True)])
@@ -203,7 +203,10 @@ class GPTModel(nn.Module):
         self.transformer.gradient_checkpointing = value
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments that transformers' decoding loop passes to `forward`. PEFT requires this method."""
+        """Return input_ids and attention_mask as the arguments for `forward` in Hugging Face's decoding loop.
+
+        This library does not call the method, but PEFT requires that a model has it.
+        """
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
@@ -213,7 +216,8 @@ class GPTModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, counting shared parameters once.
 
-        only_trainable leaves out frozen parameters. exclude_embeddings leaves out the token and position embeddings.
+        If only_trainable is true, frozen parameters are not counted. If exclude_embeddings is true, the token and position
+        embeddings are not counted.
         """
         counted = {parameter for parameter in self.parameters() if parameter.requires_grad or not only_trainable}
         if exclude_embeddings:
@@ -236,7 +240,10 @@ class GPTModel(nn.Module):
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
     def train(self, mode: bool = True) -> GPTModel:
-        """Set training or evaluation mode. If `mode` is True, memory-mapped weights are first copied to contiguous memory."""
+        """Set training mode if `mode` is True, otherwise evaluation mode, and return the model.
+
+        Before training, weights that are not contiguous in memory are copied, because torch's fused AdamW needs this.
+        """
         # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
         if mode and not all(parameter.is_contiguous() for parameter in self.parameters()):
             for parameter in self.parameters():

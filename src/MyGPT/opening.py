@@ -64,7 +64,10 @@ class ModelFiles:
     """The directory of the LoRA adapter, or None."""
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer saved with the model. If there is none and `vocab_size` is GPT-2's, return GPT-2's."""
+        """Return the tokenizer that is saved with the model. `vocab_size` is the number of tokens of the model.
+
+        If no tokenizer is saved and `vocab_size` is that of GPT-2, GPT-2's tokenizer is returned.
+        """
         directory = self._directory()
         if vocab_size in _GPT2_VOCABULARY_SIZES and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             return get_tokenizer("gpt2")

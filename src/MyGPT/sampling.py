@@ -18,10 +18,11 @@ from MyGPT.config import require_positive
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Options for choosing the next token. Raises ValueError for a value out of range."""
+    """Options for choosing the next token from the logits. Raises ValueError if a value is out of range."""
 
     temperature: float = 0.0
-    """Divisor of the logits: low values give predictable text, high values varied text; 0 takes the most likely token."""
+    """Divisor of the logits: low values give predictable text, and high values give varied text.
+    0 is a special case: the most likely token is always taken."""
     top_k: int | None = None
     """Sample only from the k most likely tokens."""
     top_p: float | None = None
@@ -52,13 +53,16 @@ def _is_number(value: object) -> bool:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all logits (B, V) to -inf except the k largest of each sequence and those equal to the k-th (Fan et al., 2018)."""
+    """Return the logits (B, V) with all but the k largest of each sequence set to -inf (Fan et al., 2018).
+
+    Logits that are equal to the k-th largest are also kept.
+    """
     smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Set all logits (B, V) to -inf except those of the most likely tokens (Holtzman et al., 2020).
+    """Return the logits (B, V) with all set to -inf except those of the most likely tokens (Holtzman et al., 2020).
 
     The kept tokens are the smallest set with a total probability of at least p.
     """
@@ -69,7 +73,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Set the logits of tokens with less than p times the highest probability to -inf (Nguyen et al., 2024)."""
+    """Return the logits (B, V) with those of improbable tokens set to -inf (Nguyen et al., 2024).
+
+    A token is improbable if its probability is less than p times that of the most likely token of its sequence.
+    """
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
 
@@ -87,7 +94,8 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
     """Return the logits (B, V) after the repetition penalty, the temperature and the filters of `config`.
 
-    `seen` is a bool tensor (B, V) that is True for tokens that already occurred. Temperature 0 applies only the penalty.
+    `seen` is a bool tensor (B, V) that is True for tokens that already occurred. If the temperature is 0,
+    only the penalty is applied, because greedy decoding needs no filters.
     """
     if config.repetition_penalty is not None and seen is not None:
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
@@ -110,7 +118,7 @@ def pick_next(
     """Return the next token of each sequence as int64 ids (B,), given the logits of the last position (B, V).
 
     Random numbers come from `generator` (default: torch's global generator). `seen` is a bool tensor (B, V) that is True for
-    tokens that already occurred; the repetition penalty needs it.
+    tokens that already occurred. Without `seen`, no repetition penalty is applied.
     """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:

@@ -1,7 +1,7 @@
 """Faster generation on a GPU: the forward pass of one token is captured as a CUDA graph and replayed for every new token.
 
 The forward pass of one token starts about two hundred small GPU kernels, and starting a kernel takes longer than running it. A
-CUDA graph starts all kernels at once, but always with the same memory addresses and tensor sizes. A captured forward pass
+CUDA graph starts all kernels with one call, but always with the same memory addresses and tensor sizes. A captured forward pass
 can therefore not use a cache that grows. It attends to a cache of full size, with a mask that hides the unused entries, and
 reads the position of its token from a tensor. Without a GPU the same code runs without a graph, so that tests can check it.
 
@@ -18,7 +18,10 @@ from MyGPT.model import GPTModel
 
 
 class StaticCache(KVCache):
-    """A KVCache that also holds the inputs and the logits of the captured CUDA graph, in tensors with fixed addresses."""
+    """A KVCache that also holds the inputs and the logits of the captured CUDA graph.
+
+    They are stored in tensors with fixed addresses, because a CUDA graph always reads and writes the same addresses.
+    """
 
     def __init__(self, model: GPTModel, batch_size: int, length: int | None) -> None:
         weight = model.transformer.wte.weight.detach()
@@ -47,7 +50,10 @@ class StaticCache(KVCache):
 
 
 class CapturedModel(nn.Module):
-    """A faster replacement for a GPTModel on a GPU, for use in `generate`. It returns logits without gradients."""
+    """A wrapper that makes generation with `model`, a GPTModel on a GPU, faster. Pass it to `generate` instead of `model`.
+
+    The forward pass of one new token is captured as a CUDA graph and replayed. The logits have no gradients.
+    """
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
@@ -88,7 +94,10 @@ class CapturedModel(nn.Module):
         return cache.logits.clone()  # the next step overwrites cache.logits
 
     def _run(self, cache: StaticCache) -> None:
-        """Compute cache.logits from the inputs in the cache. On a GPU, the first call captures the CUDA graph."""
+        """Compute the logits from the inputs in the cache, and write them into cache.logits.
+
+        On a GPU, the first call captures the CUDA graph, and every call replays it. On a CPU, the model runs directly.
+        """
         if cache.ids.device.type != "cuda":
             self._step(cache)
             return
@@ -105,7 +114,7 @@ class CapturedModel(nn.Module):
         cache.graph.replay()
 
     def _step(self, cache: StaticCache) -> None:
-        """Run the model on the newest token of each sequence, cache.ids (B, 1), and write cache.logits (B, 1, V)."""
+        """Run the model on the newest token of each sequence, cache.ids (B, 1). Write the logits into cache.logits (B, 1, V)."""
         transformer = self.model.transformer
         x = transformer.wte(cache.ids) + transformer.wpe(cache.positions)  # (B, 1, C)
         for block in transformer.h:

@@ -70,9 +70,9 @@ class ModelStruct(Structure):
 
 
 class Build:
-    """A compilation of the kernel in a process of its own, so that the caller can load a model at the same time.
+    """A compilation of the C++ kernel in a separate process, so that the caller can load a model at the same time.
 
-    A kernel that is already in the cache directory is not compiled again.
+    If the cache directory already contains the compiled kernel, no compilation is started.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ def _abandon(compiler: subprocess.Popen[str], unfinished: Path) -> None:
 
 
 def find_compiler() -> str | None:
-    """Return the path of a C++ compiler: $CXX if it is set, otherwise c++, g++ or clang++. None if there is none."""
+    """Return the path of a C++ compiler: $CXX if it is set, otherwise c++, g++ or clang++. Return None if none is found."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -132,7 +132,10 @@ def _cache_key() -> str:
 
 
 class Kernel:
-    """The functions of the compiled kernel. All tensors are contiguous, on the CPU, and float32 unless stated otherwise."""
+    """The functions of the compiled C++ kernel, as Python methods.
+
+    All tensors that are passed to them must be contiguous, on the CPU, and float32 unless a method states another dtype.
+    """
 
     def __init__(self, library: CDLL) -> None:
         self._library = library
@@ -157,7 +160,8 @@ class Kernel:
         """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
 
         weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8). then=0 stores the result in y, and
-        then=1 adds it to y. then=2 stores its GELU in the tanh approximation, and then=3 its exact GELU.
+        then=1 adds the result to y. then=2 stores the GELU of the result in the tanh approximation, and then=3 stores the
+        exact GELU of the result.
         """
         self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then)
 
@@ -167,7 +171,7 @@ class Kernel:
         """Write the logits of the last n of the T new tokens of every sequence into `logits`, (B, n, V).
 
         ids (B, T) int64 are the new tokens, which must be in the vocabulary. cache (n_layers, 2, B, H, capacity, D) holds the
-        keys and values of `past` earlier tokens per sequence; the keys and values of the new tokens are appended. first (B)
+        keys and values of `past` earlier tokens per sequence, and those of the new tokens are written after them. first (B)
         int32 is the index of the first token of each sequence after its left padding. scratch is memory for 6 B T C numbers.
         """
         B, T = ids.shape
@@ -178,5 +182,5 @@ class Kernel:
 
 
 def address(tensor: Tensor | None) -> c_void_p:
-    """Return a pointer to the tensor's memory, as an argument for the kernel. None becomes a null pointer."""
+    """Return a pointer to the tensor's memory, as an argument for the kernel. For None, return a null pointer."""
     return c_void_p(None if tensor is None else tensor.data_ptr())

@@ -21,15 +21,18 @@ from torch.overrides import TorchFunctionMode
 from MyGPT.acceleration.operators import has_onednn_linear, onednn_linear
 
 MIN_MULTIPLICATIONS = 1 << 27
-"""Smallest matrix product that uses oneDNN, in multiplications. For smaller products, oneDNN's setup takes too long."""
+"""Number of multiplications from which a matrix product is computed by oneDNN.
+
+Smaller products stay with MKL, because oneDNN's setup would take longer than it saves."""
 
 
 def fast_linear() -> contextlib.AbstractContextManager[Any]:
     """Return a context manager in which `F.linear` uses oneDNN for large float32 products on the CPU, forward and backward.
 
-    The context manager does nothing on a CPU where MKL is as fast. The choice depends only on the CPU and on how torch was
-    built, so results are reproducible. Gradient checkpointing is not supported: the backward pass would recompute with MKL,
-    outside of the context, and torch would report that the recomputed tensors differ.
+    oneDNN is used only on AMD CPUs with AVX-512. On other CPUs the context manager does nothing. The
+    choice depends only on the CPU and on how torch was built, so results are reproducible. Gradient checkpointing is not
+    supported: the backward pass would recompute with MKL, outside of the context, and torch would report that the
+    recomputed tensors differ.
     """
     return OneDNNLinear() if onednn_is_faster() else contextlib.nullcontext()
 

@@ -26,25 +26,31 @@ class LookupCache:
         self.continuations: dict[tuple[int, ...], int] = {}
         """Map from n_match consecutive ids to the index in `ids` of the id that followed their last occurrence."""
         self.source: int | None = None
-        """Index in `ids` of the id that followed an earlier occurrence of the last n_match ids; None if there is none."""
+        """Index in `ids` of the id that followed an earlier occurrence of the last n_match ids. None if they are new."""
         self.guesses: list[int] = []
         self.logits: list[Tensor] = []
         """One tensor (1, 1, V) per guess: the logits for the token that follows the guess."""
 
     @property
     def length(self) -> int:
-        """Number of tokens in the text so far, without guesses. The model's own cache may also hold guesses."""
+        """Number of tokens in the text so far, without guesses. The cache of the wrapped model may also contain guesses."""
         return len(self.ids)
 
     def add(self, id_: int) -> None:
-        """Append a token id to the text, and look up where the last n_match ids occurred before."""
+        """Append a token id to `ids`, and look up where the last n_match ids occurred before.
+
+        The answer, the index after that occurrence or None, is stored in `source`, from which `guess` copies.
+        """
         self.ids.append(id_)
         if len(self.ids) >= self.n_match:
             run = tuple(self.ids[-self.n_match :])
             self.source, self.continuations[run] = self.continuations.get(run), len(self.ids)
 
     def guess(self, n: int) -> list[int]:
-        """Return n guesses, copied from what followed an earlier occurrence of the last n_match ids; [] if there is none."""
+        """Return n guesses for the next token ids, copied from the ids after an earlier occurrence of the last n_match ids.
+
+        If the last n_match ids have not occurred before, return an empty list.
+        """
         if self.source is None:
             return []
         text = list(self.ids)
@@ -58,7 +64,8 @@ class PromptLookup(nn.Module):
 
     If the last n_match tokens have occurred before in the text, the next tokens are guessed to be the same as after that
     occurrence. One forward pass then computes the logits for up to n_guesses guesses. Pass the wrapper to `generate` instead
-    of `model`. Batches of several sequences, and calls without a cache, are not faster.
+    of `model`. A call with several sequences or
+    without a cache gives the same result, but is not faster.
     """
 
     def __init__(self, model: Any, n_guesses: int = 7, n_match: int = 3) -> None:

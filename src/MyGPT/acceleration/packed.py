@@ -21,9 +21,10 @@ from MyGPT.acceleration.kernel import Kernel, LinearStruct, address
 from MyGPT.acceleration.operators import int8_linear, onednn_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-"""The dtype in which weights are stored, for each precision."""
+"""The dtype in which an accelerated model stores its weights, by the name of the precision."""
 Then = Literal["store", "add", "gelu_new", "gelu"]
-"""What a linear layer does with its output: store it, add it to a tensor, or apply GELU ("gelu_new": tanh approximation)."""
+"""What a linear layer does with its output: "store" only stores it, and "add" adds it to a given tensor.
+"gelu_new" applies the tanh approximation of GELU before storing, and "gelu" applies the exact GELU."""
 _THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in kernel.cpp
 
 
@@ -34,7 +35,10 @@ def row_scales(weight: Tensor) -> Tensor:
 
 
 class HugePages:
-    """One block of memory for all weight matrices. Linux provides it in pages of 2 MB if possible, which are read 20% faster."""
+    """One block of memory for all weight matrices of a model.
+
+    If possible, Linux provides it in pages of 2 MB instead of smaller ones, so that the weights are read 20% faster.
+    """
 
     def __init__(self, n_bytes: int) -> None:
         self.used = 0
@@ -47,7 +51,10 @@ class HugePages:
             self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the next free part of the memory as a tensor of zeros. The memory stays valid as long as the tensor exists."""
+        """Reserve the next free bytes of the memory for a tensor of this shape and dtype, and return it filled with zeros.
+
+        The memory is released only after all of these tensors are deleted.
+        """
         n, offset = math.prod(shape), self.used
         self.used += -(-n * dtype.itemsize // 64) * 64
         return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
@@ -56,7 +63,8 @@ class HugePages:
 def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, int, int, int]:
     """Return the shape in which kernel.cpp stores a weight matrix (N, K) with P = kernel.panel rows interleaved.
 
-    The shape is (N / P, K, P, 1) in float32, and (N / P, K / 2, P, 2) in bf16 and int8. Quotients are rounded up.
+    The shape is (N / P, K, P, 1) in float32, and (N / P, K / 2, P, 2) in bf16 and int8. If N / P or K / 2 is not a
+    whole number, it is rounded up.
     """
     N, K = weight.shape
     interleave = 1 if precision == "fp32" else 2
@@ -84,7 +92,8 @@ class PanelLinear:
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b, with shape (..., N), for x with shape (..., K).
 
-        `then` can name a GELU that is applied to the result. With then="add" the result is added to `onto` in place.
+        With then="gelu_new" or then="gelu", that GELU is applied to the result. With then="add", the result is added to the
+        tensor `onto` (..., N) in place, and `onto` is returned.
         """
         y = x.new_empty(*x.shape[:-1], self.shape[0]) if onto is None else onto
         rows = x.reshape(-1, self.shape[1])
@@ -100,7 +109,7 @@ class PanelLinear:
 
 
 class PlainLinear:
-    """A replacement for PanelLinear that uses torch's operators, for machines without a C++ compiler."""
+    """A linear layer x Wᵀ + b that torch's operators compute. It replaces PanelLinear if there is no C++ compiler."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: str) -> None:
         self.bias = None if bias is None else copied(bias)

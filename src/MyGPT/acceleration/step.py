@@ -22,7 +22,7 @@ from MyGPT.loss import TiedHead
 from MyGPT.model import Block, GPTModel
 
 MAX_KERNEL_TOKENS = 32
-"""Largest number of new tokens per sequence that kernel.cpp computes in one call. For more tokens, torch is faster."""
+"""Largest number of new tokens per sequence for which kernel.cpp is used. With more tokens torch is used, which is faster."""
 
 
 def accelerate(
@@ -34,12 +34,12 @@ def accelerate(
 
     Args:
         model: a GPTModel on the CPU in float32, bfloat16 or float16. Merge adapters first.
-        precision: "fp32" reproduces the model's logits up to rounding. "bf16" and "int8" need half and a quarter of the
-            memory; reading the weights from memory is what limits the speed of generation. "auto" is "bf16" for a model in
-            bfloat16 and "fp32" for any other.
-        build: a compilation of the C++ kernel that was started before. Default: start one if needed.
-        compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available; the
-            first call on a machine compiles for about 3 seconds.
+        precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", and "int8" a
+            quarter. Both are faster, because less memory is read for each token, but the logits are less exact.
+            "auto" is "bf16" for a model in bfloat16 and "fp32" for any other.
+        build: a compilation of the C++ kernel that is already running or finished (default: start one if needed).
+        compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available. The
+            first call on a machine takes about 3 seconds longer, because it compiles the kernel.
 
     Raises:
         ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
@@ -115,14 +115,20 @@ class FastModel(nn.Module):
         self.train(False)
 
     def _pack(self, linear: nn.Linear | TiedHead) -> AnyLinear:
-        """Return a copy of a linear layer with its weight in this model's precision, for kernel.cpp if that is compiled."""
+        """Return a copy of a linear layer with its weight in this model's precision.
+
+        The copy is a PanelLinear if kernel.cpp is compiled, and otherwise a PlainLinear.
+        """
         bias = getattr(linear, "bias", None)
         if self.kernel is None or self._memory is None:
             return PlainLinear(linear.weight, bias, self.precision)
         return PanelLinear(linear.weight, bias, self.precision, self.kernel, self._memory)
 
     def _make_struct(self) -> c.ModelStruct | None:
-        """Return this model as the `struct Model` of kernel.cpp, with the addresses of all weights. None without the kernel."""
+        """Return the `struct Model` of kernel.cpp with the addresses of this model's weights.
+
+        Return None if the model does not use kernel.cpp.
+        """
         if not isinstance(self.head, PanelLinear):
             return None
         blocks = (c.BlockStruct * self.config.n_layers)()
@@ -189,7 +195,10 @@ class FastModel(nn.Module):
 
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
-    """Return the index of the first token of each of B left-padded sequences, (B,) int64. None for any other kind of mask."""
+    """Return the index of the first token after the left padding of each of B sequences, (B,) int64.
+
+    Without a mask, all indices are 0. If the mask is anything other than left padding, return None.
+    """
     if attention_mask is None:
         return torch.zeros(B, dtype=torch.int64)
     mask = attention_mask.long()

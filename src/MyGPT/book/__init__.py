@@ -1,10 +1,11 @@
 """The functions and classes of "Build a Large Language Model (From Scratch)" (Raschka, 2024).
 
 `from MyGPT.book import *` replaces the book's `previous_chapters.py` and `gpt_download.py` (chapters 2 to 7, appendices
-D and E). Names, argument order, defaults and return values are the book's; docs/coming_from_the_book.md lists the
-exceptions. The layers have the book's names and structure, so a seed gives the same weights as in the book, a `model.pth`
-of the book loads, and the book's code can read or replace `trf_blocks[-1]`, `att.W_query.weight` and `out_head`. The
-attention kernel, the KV cache, the loss and the decoding loop are MyGPT's own.
+D and E). Names, argument order, defaults and return values are the same as in the book;
+docs/coming_from_the_book.md lists the exceptions. The layers have the book's names and structure, so a seed gives the same
+weights as in the book, a `model.pth` file that the book's code saved can be loaded, and the book's code can read or replace
+`trf_blocks[-1]`, `att.W_query.weight` and `out_head`. The attention kernel, the KV cache, the loss and the decoding loop are
+MyGPT's own.
 """
 
 from MyGPT.book.attention import (

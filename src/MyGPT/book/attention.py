@@ -1,8 +1,9 @@
-"""The attention layers of chapter 3 of the book, from one head without a mask to multi-head attention.
+"""The attention layers of chapter 3 of Raschka's book, from one head without a mask to multi-head attention.
 
 torch's fused attention kernel replaces the book's softmax. On a CPU, the kernel draws the same random numbers for dropout
-as the book's code, in the same order. Shapes: B sequences, T new tokens, S tokens so far (new and cached), H heads,
-D = d_out // H.
+as the book's code, in the same order, so a seed gives the same dropout.
+
+Shapes: B sequences, T new tokens, S tokens so far (new and cached), H heads, D = d_out // H.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class CausalAttention(SelfAttention_v2):
         return self._attend(self.W_query(x), self.W_key(x), self.W_value(x))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the output of causal attention. q belongs to the newest T tokens; k and v belong to all S tokens so far."""
+        """Return the output of causal attention, (..., T, width): one vector for each of the newest T tokens.
+
+        The queries q belong to the newest T tokens. The keys k and values v belong to all S tokens so far.
+        """
         T, S = q.shape[-2], k.shape[-2]
         if len(self.mask) < T:
             raise ValueError(f"the sequence has {T} tokens, the context_length is {len(self.mask)}")
@@ -66,7 +70,7 @@ class CausalAttention(SelfAttention_v2):
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """Several `CausalAttention` heads, concatenated; maps (batch, tokens, d_in) to (batch, tokens, num_heads * d_out)."""
+    """`CausalAttention` heads with concatenated outputs; maps (batch, tokens, d_in) to (batch, tokens, num_heads * d_out)."""
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False

@@ -68,7 +68,7 @@ def _read_examples(csv_file: str | os.PathLike[str]) -> list[tuple[int, str]]:
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the accuracy, from 0 to 1, on the first num_batches batches (default: all); NaN without examples."""
+    """Return the accuracy, from 0 to 1, on the first num_batches batches (default: all), or NaN if there are no examples."""
     correct, n_examples = 0, 0
     with evaluation_mode(model):
         for input_batch, target_batch in islice(data_loader, num_batches):

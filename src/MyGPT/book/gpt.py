@@ -1,4 +1,4 @@
-"""The GPT model of chapter 4 of the book. The layers have the book's names and order, so a seed gives the same weights.
+"""The GPT model of chapter 4 of Raschka's book. The layers have the book's names and order, so a seed gives the same weights.
 
 Shapes: B sequences, T tokens (without the cached ones), C embedding width, V vocabulary size.
 """
@@ -76,7 +76,7 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """The GPT model of the book; maps token ids (batch, tokens) to logits (batch, tokens, vocabulary size).
+    """The GPT model of Raschka's book; maps token ids (batch, tokens) to logits (batch, tokens, vocabulary size).
 
     `cfg` is a GPTConfig, or a dict with the book's seven keys, such as "vocab_size" and "emb_dim". The output head never
     shares the weights of the token embedding. Every layer can be replaced, for example `out_head` by a classifier.
@@ -115,7 +115,7 @@ class GPTModel(nn.Module):
         return self.out_head(hidden[:, -1:] if last_only else hidden)
 
     def token_loss(self, in_idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy in nats, and the number of targets. Targets of -100 are ignored in both."""
+        """Return the summed cross-entropy in nats, and the number of targets. Targets equal to -100 count in neither."""
         return head_loss(self.out_head, self._hidden_states(in_idx), targets)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache | None:
@@ -130,7 +130,10 @@ class GPTModel(nn.Module):
         return KVCache(config, batch_size, length, like=self.tok_emb.weight.detach())
 
     def _hidden_states(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the hidden states (B, T, C) after the final LayerNorm; add the keys and values to the cache, if any."""
+        """Return the hidden states (B, T, C) after the final LayerNorm.
+
+        If a cache is given, the keys and values of these tokens are added to it.
+        """
         B, T = in_idx.shape
         past = 0 if cache is None else cache.length
         context = len(self.pos_emb.weight)

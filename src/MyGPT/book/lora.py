@@ -1,4 +1,4 @@
-"""LoRA as in appendix E of the book: the book's initial weights, and an update that is scaled by alpha.
+"""LoRA as in appendix E of Raschka's book: the book's initial weights, and an update that is scaled by alpha.
 
 `MyGPT.finetuning.lora` scales the update by alpha / rank, as the LoRA paper does, and saves adapters with PEFT.
 """

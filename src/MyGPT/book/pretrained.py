@@ -1,4 +1,7 @@
-"""Load OpenAI's GPT-2 weights into the book's model (chapter 5). weights/layout.py lists the corresponding names."""
+"""Load OpenAI's GPT-2 weights into the model of Raschka's book (chapter 5).
+
+weights/layout.py lists which names in the book's model and in OpenAI's files belong together.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def load_weights_into_gpt(gpt: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-    """Load tensors that have MyGPT's names, and return them with the book's names. c_attn is split in three."""
+    """Load tensors that have MyGPT's names, and return them with the names of Raschka's book.
+
+    c_attn, which holds the weights of queries, keys and values, is split into three tensors.
+    """
     top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
     in_block = {ours: theirs for ours, _, theirs, _ in BLOCK}
     weights: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Losses, evaluation and training (chapters 5 and 6, appendix D).
+"""Losses, evaluation and training (Raschka's book, chapters 5 and 6 and appendix D).
 
 Chapters 5 and 6 of the book use the same function names for two losses. Here, the shape of the targets selects the loss:
 targets (batch, tokens) are next tokens (chapter 5), targets (batch,) are classes that the last token predicts (chapter 6).
@@ -18,7 +18,7 @@ from MyGPT.training.simple import Device, calc_loss_batch, evaluate_model, gener
 
 
 def calc_loss_loader(data_loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
-    """Return the mean cross-entropy in nats over the first num_batches batches (default: all); NaN if there are no targets."""
+    """Return the mean cross-entropy in nats over the first num_batches batches (default: all), or NaN without targets."""
     return simple.calc_loss_loader(data_loader, model, device, num_batches)
 
 
@@ -81,7 +81,7 @@ def train_step(
 ) -> None:
     """Take one optimizer step on a batch, with gradients clipped to the norm max_norm (default: no clipping).
 
-    If the loss is not finite, FloatingPointError is raised before the step.
+    If the loss is not finite, FloatingPointError is raised before the step, so the weights stay unchanged.
     """
     optimizer.zero_grad()
     loss = calc_loss_batch(inputs, targets, model, device)

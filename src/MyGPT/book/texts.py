@@ -1,4 +1,4 @@
-"""Functions of chapters 2, 4, 5 and 7 that encode text, form batches, generate text and decode token ids."""
+"""Functions of Raschka's book, chapters 2, 4, 5 and 7, that encode text, form batches, generate text and decode token ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SimpleTokenizerV1 = SimpleTokenizerV2 = SimpleTokenizer
 class GPTDatasetV1(GPTDataset):
     """Training examples from a text: item i is a pair of inputs and targets, each (max_length,) int64.
 
-    The inputs are the token ids from position i * stride on, the targets are the next token after each input.
+    The inputs are the token ids from position i * stride on, and the targets are the next token after each input.
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
@@ -44,7 +44,7 @@ def create_dataloader_v1(
     """Return a DataLoader of inputs and targets from a text in GPT-2 token ids, each (batch_size, max_length) int64.
 
     Targets are the inputs shifted by one token. Sequences start `stride` tokens apart. The last tokens of the text are left
-    out if they do not fill a sequence. drop_last leaves out a last batch with fewer sequences.
+    out if they do not fill a sequence. If drop_last is true, a last batch of fewer than batch_size sequences is left out.
     """
     if drop_last:
         return create_dataloader(txt, batch_size, max_length, stride, shuffle, num_workers=num_workers)
@@ -65,7 +65,8 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: Any) -> str:
 def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
     """Extend each prompt in `idx` (B, T) by max_new_tokens tokens, always with the most likely token.
 
-    Return prompts and new tokens, (B, T + max_new_tokens). The model reads at most the last context_size tokens.
+    Return each prompt followed by its new tokens, (B, T + max_new_tokens). For each new token, the model reads at most the
+    last context_size tokens.
     """
     return generate(model, idx, max_new_tokens, context_size)
 
@@ -79,8 +80,8 @@ def custom_collate_fn(
 ) -> Batch:
     """Return the inputs and targets of a batch of token id lists, each (batch, length of the longest list) int64.
 
-    Inputs are padded with pad_token_id. Targets are the inputs shifted by one token, then one pad_token_id, then
-    ignore_index. Both are cut to allowed_max_length (default: no limit). See `MyGPT.collate_instructions`.
+    Inputs are padded with pad_token_id. Targets are the inputs shifted by one token, followed by one pad_token_id and then
+    by ignore_index. Inputs and targets are cut to allowed_max_length (default: no limit). See `MyGPT.collate_instructions`.
     """
     return instructions.collate_instructions(batch, pad_token_id, ignore_index, allowed_max_length, device=device)
 

@@ -82,7 +82,10 @@ def find_device(device: torch.device) -> Finding:
 
 
 def find_threads(device: torch.device) -> Finding:
-    """Report the numbers of torch's threads and of available CPUs, with a fix if there are too few or too many threads."""
+    """Report how many threads torch uses and how many CPUs are available.
+
+    If `device` is the CPU and there are too few or too many threads, the finding says how to correct their number.
+    """
     n, available, fix = torch.get_num_threads(), _n_cpus(), None
     if device.type == "cpu" and n < available // 2:  # two of the system's CPUs are often one core
         source = "OMP_NUM_THREADS is set; " if "OMP_NUM_THREADS" in os.environ else ""
@@ -119,7 +122,7 @@ def find_vocabulary() -> Finding:
 
 
 def find_weights() -> Finding:
-    """Report which released models are in the cache directory, and whose download is incomplete."""
+    """Report which released models are in the cache directory, and which of their downloads are incomplete."""
     models = cache_directory() / "models"
     sizes = [size for size in GPT2_CONFIGS if size[0].isdigit()]
     complete = [size for size in sizes if all((models / size / name).is_file() for name in FILES)]
@@ -212,7 +215,10 @@ def training_seconds(
 
 
 def missing_data(data: str | list[str]) -> str | None:
-    """Return a hint how to get the recipe's `data` (a text's name, path or list of paths), or None if it is available."""
+    """Return a sentence that says how to get the training text `data`, or None if the text is available.
+
+    `data` is a name such as "alice", a path or a list of paths.
+    """
     if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data):
         return None
     if data in DOWNLOADS:
@@ -233,7 +239,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text in the largest unit that makes it at least 2: 90 seconds are "90 s", 300 seconds "5.0 min"."""
+    """Return a time as text, in the largest unit that gives at least 2: 90 seconds give "90 s", 300 seconds "5.0 min"."""
     for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size or (unit == "s" and seconds >= 1):
             value = seconds / size
@@ -242,7 +248,7 @@ def duration(seconds: float) -> str:
 
 
 def _n_cpus() -> int:
-    """Return the number of CPUs that this process may use; a container may have fewer than the machine."""
+    """Return the number of CPUs that this process may use. In a container, this can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

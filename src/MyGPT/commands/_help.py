@@ -44,7 +44,7 @@ SHARED_HELP = {
 """The descriptions of options that several commands share, by the option's name."""
 
 MAX_UNGROUPED = 10
-"""The help page of a command with at most this many options lists them under the single heading "Options"."""
+"""A help page with at most this many options has the single heading "Options". A longer one has the headings in GROUPS."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -58,7 +58,7 @@ class HelpFormatter(DefaultHelpFormatter):
         return super().format_help().replace("\u00a0", " ")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Break the lines of each paragraph of the description at `width` characters. Lines of examples stay unchanged."""
+        """Return the description with paragraphs broken into lines of `width` characters. Examples stay unchanged."""
         fill = super()._fill_text
         return "\n\n".join(p if p.startswith("Example") else fill(p, width, indent) for p in text.split("\n\n"))
 

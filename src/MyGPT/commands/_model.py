@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def start_build(device: str) -> Build | None:
-    """Start compiling the CPU kernel in a process of its own, so that the caller can open the model at the same time.
+    """Start compiling the CPU kernel in a separate process, so that the caller can open the model at the same time.
 
-    Return None if `device` (such as "auto" or "cpu") selects a GPU, or if the compilation cannot start.
+    The caller passes the result to `make_fast`. Return None if `device` (such as "auto" or "cpu") selects a GPU, or if the
+    compilation cannot start.
     """
     from MyGPT.acceleration.kernel import Build
     from MyGPT.devices import pick_device
@@ -31,10 +32,16 @@ def start_build(device: str) -> Build | None:
 
 
 def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
-    """Return a model that generates faster: on a CPU an accelerated copy, on a GPU `model` itself in the given precision.
+    """Prepare an opened model for fast generation, and return the model to generate with.
 
-    The precision "auto" keeps the stored precision of the weights. If `lookup` is true, the result is wrapped in
-    PromptLookup, which guesses repeated tokens. `build` is the result of `start_build`.
+    On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, it is `model` itself,
+    converted to this precision.
+
+    Args:
+        model: the opened model, on the device that will compute.
+        precision: the precision of the weights. "auto" keeps the precision in which they are stored.
+        lookup: wrap the result in PromptLookup, which guesses the next tokens from earlier repetitions in the text.
+        build: the compilation of the CPU kernel that `start_build` started, or None.
     """
     import torch
 

@@ -39,7 +39,7 @@ class CommandParser(ArgumentParser):
     recipe: str | os.PathLike[str] | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        """Rewrite jsonargparse's message in plain words and raise it as a ValueError, with `ex` as its cause."""
+        """Raise a ValueError with jsonargparse's error message, rewritten in plain language, and with `ex` as its cause."""
         source = f"options from {self.recipe} and the command line; " if self.recipe else ""
         raise ValueError(f"{self._plain(message)} ({source}see {self.prog} --help)") from ex
 
@@ -50,7 +50,10 @@ class CommandParser(ArgumentParser):
         return super().parse_path(path, *arguments, **options)
 
     def _plain(self, message: str) -> str:
-        """Return an error message of jsonargparse as one line, in words that the user of a command understands."""
+        """Return jsonargparse's error message as one line that names options and values as the user typed them.
+
+        For example, an unknown option gives "unknown option --temprature; did you mean --temperature?".
+        """
         message = " ".join(message.split())
         if found := re.fullmatch("the following arguments are required: (.*)", message):
             options = self._option_string_actions
@@ -158,7 +161,10 @@ def _dataclasses_of(command: Command) -> dict[str, Any]:
 
 
 def _allowed(kind: Any) -> list[str]:
-    """Return descriptions of the values that an option of type `kind` accepts: ["a number", "null"] for float | None."""
+    """Return which values an option of the type `kind` accepts, for error messages.
+
+    The type float | None gives ["a number", "null"], and a Literal type gives its values.
+    """
     if typing.get_origin(kind) is Literal:
         return [str(choice) for choice in typing.get_args(kind)]
     if typing.get_origin(kind) is list:

@@ -24,7 +24,7 @@ _MAX_NESTING = 20  # libyaml crashes at a depth of about ten thousand
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the keys and values of a recipe (YAML file of options). 1e-3 is a number, as on the command line.
+    """Return the keys and values of a recipe (YAML file of options). A value such as 1e-3 is a number.
 
     Raises ValueError for a file that is not YAML, has no keys, is nested too deeply, or uses an alias (a few lines of
     aliases can expand to terabytes).
@@ -71,7 +71,10 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
 
 
 def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
-    """Return the vocabulary size of the recipe's tokenizer, or an estimate if the tokenizer would learn it from the text."""
+    """Return the vocabulary size of the recipe's tokenizer, or an estimate if the tokenizer would learn it from the text.
+
+    If the recipe names no tokenizer, it is chars for a recipe with training options (is_training) and gpt2 otherwise.
+    """
     from MyGPT.data.tokens import is_prepared
     from MyGPT.tokenizers import load_tokenizer
 

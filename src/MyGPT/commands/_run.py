@@ -55,9 +55,10 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:
-    """Return the directory of the run to resume, or None to start a new run, given the values of --resume and --out.
+    """Return the directory of the run to resume, or None to start a new run.
 
-    If `resume` is "auto", this directory is `out` if `out` has a checkpoint.
+    `resume` and `out` are the values of the options --resume and --out. If `resume` is "auto", return `out` if this
+    directory has a checkpoint, and None otherwise. Any other `resume` is itself the directory of the run.
     """
     if resume is None:
         return None

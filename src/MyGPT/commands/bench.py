@@ -110,7 +110,8 @@ def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, g
 def open_mygpt(gpt: Any, kind: str) -> Run:
     """Return a function that generates with the GPTModel `gpt` itself (kind "plain") or with an accelerated copy.
 
-    Kind "eager" is a float32 copy that does not use the C++ kernel. Any other kind is the precision of a copy that does.
+    Kind "eager" is a float32 copy that does not use the C++ kernel. Any other kind, such as "bf16", is the
+    precision of a copy that uses this kernel.
     """
     from MyGPT.acceleration.step import accelerate
     from MyGPT.generation import generate
@@ -124,7 +125,7 @@ def open_mygpt(gpt: Any, kind: str) -> Run:
 def open_transformers(directory: str, dtype: str) -> Run:
     """Return a function that generates with transformers from the model in `directory`, with weights of type `dtype`.
 
-    The function always generates n tokens, even after an end of text.
+    The function always generates the requested number of tokens, even after an end-of-text token.
     """
     import torch
     from transformers import AutoModelForCausalLM

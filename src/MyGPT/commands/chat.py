@@ -42,12 +42,18 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def stops(self) -> list[str]:
-        """Return the strings at which an answer ends: the text that the template puts before a question, if any."""
+        """Return the strings at which an answer ends: the text that the template puts before each question.
+
+        The list is empty if the template has no such text.
+        """
         before = self.template.user.partition("{content}")[0].strip()
         return [f"\n{before}"] if before else []
 
     def record(self, question: str) -> dict[str, Any]:
-        """Return the question, and the earlier turns if they are remembered, as a record like those in the training data."""
+        """Return the question as a record with the same keys as the training data, such as {"messages": [...]}.
+
+        If the conversation remembers earlier turns, the record contains them too.
+        """
         if not self.remembers and self.template.asks == "prompt":
             return {"prompt": f"{self.system}\n\n{question}" if self.system else question}
         if not self.remembers and self.template.asks == "instruction":
@@ -58,9 +64,10 @@ class Conversation:
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
     def ids(self, question: str, tokenizer: Tokenizer, room: int) -> list[int]:
-        """Return the token ids of the prompt for a question. The oldest turns are deleted until at most `room` ids are left.
+        """Return the token ids of the prompt for a question, at most `room` ids.
 
-        Raises ValueError if the question alone has more tokens than `room`.
+        If the prompt is longer, the oldest turns are deleted from `turns` until it fits. Raises ValueError if the prompt
+        is still longer without any turns.
         """
         # The model need not generate the text with which the template starts every answer.
         begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""

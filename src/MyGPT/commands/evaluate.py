@@ -98,7 +98,7 @@ def last_word_rows(measured: LastWordMeasurement) -> list[Row]:
 
 
 def published_rows(protocol: Protocol, size: str | None) -> list[Row]:
-    """Return the results of the GPT-2 paper for this model size, such as "124M", as table rows; an empty list without any."""
+    """Return the GPT-2 paper's results for a model size, such as "124M", as table lines, or [] if it has no results."""
     if size is None or not protocol.published:
         return []
     figures = ", ".join(f"{name} {of_size[size]:g}" for name, of_size in protocol.published.items())

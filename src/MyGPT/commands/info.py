@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str]
 ONE_SEQUENCE = TrainConfig(batch_size=1)
 PRECISIONS = ("fp32", "bf16")
-"""The precisions for which memory is shown. Training in bf16 keeps weights, gradients and the optimizer state in fp32."""
+"""The precisions for which memory is shown. Even in bf16, training keeps weights, gradients and optimizer state in fp32."""
 
 
 def info(*models: str) -> None:

@@ -169,7 +169,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
 
 
 KINDS = {function.__name__: function for function in (attention, lens, sampling, neighbours, schedule, tokens)}
-"""The function for each kind that the first argument of `mygpt plot` can name. Any other first argument is a run."""
+"""The function for each kind that the first argument of `mygpt plot` can name. Other arguments are run directories."""
 
 
 def _require_matplotlib() -> None:

@@ -25,7 +25,7 @@ EXPAND = with_options_of_run
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Options for the training text and its tokenizer."""
+    """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] = "alice"
     """Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', a directory made by mygpt
@@ -102,7 +102,10 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 
 
 def draw_losses(run: Path) -> None:
-    """Draw the recorded losses, if any, of the run directory `run` as loss.png. If matplotlib is missing, print a hint."""
+    """Draw the losses that were recorded in the run directory `run`, and write the picture to loss.png in this directory.
+
+    Without recorded losses, nothing is written. If matplotlib is missing, a hint is printed.
+    """
     if not (run / "metrics.jsonl").is_file():
         return
     try:

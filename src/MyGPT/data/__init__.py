@@ -3,4 +3,5 @@
 from typing import Literal
 
 Order = Literal["random", "shuffled", "sequential"]
-"""Allowed values of WindowSampler.order. They are defined here, because this module imports neither torch nor numpy."""
+"""Allowed values of WindowSampler.order. This module imports neither torch nor numpy, so training/config.py can import
+the values without loading these libraries."""

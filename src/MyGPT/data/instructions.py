@@ -66,7 +66,7 @@ class InstructionDataset(Dataset[Example]):
         self.max_length = max_length
         self.n_too_long = 0
         self.longest = 0
-        """Number of tokens in the longest example; examples that are left out count too."""
+        """Number of tokens in the longest example, including the examples that are left out as too long."""
         ids: list[npt.NDArray[np.uint32]] = []
         is_answer: list[npt.NDArray[np.bool_]] = []
         if names is None:
@@ -113,12 +113,18 @@ class InstructionDataset(Dataset[Example]):
 
 
 def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> list[int]:
-    """Return the token ids of a record's prompt in the given template, as in training. The record needs no answer."""
+    """Return the token ids of a record's prompt, which are the same as in training.
+
+    `template` adds text around the fields of the record. The record needs no answer.
+    """
     return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
-    """Return the token ids of a record. An invalid record raises ValueError with a message that starts with `where`."""
+    """Return the token ids of a record's prompt and answer, with the text that `template` adds.
+
+    An invalid record raises ValueError with a message that starts with `where`, the name of the record.
+    """
     check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
@@ -210,7 +216,8 @@ class LengthGroupedSampler:
     mask_prompt: bool = False
     seed: int = 0
     pool_batches: int = 50
-    """Number of batches that are sorted together. More batches mean less padding and less randomness; 1 only shuffles."""
+    """Number of batches whose examples are sorted by length together. More batches mean less padding and less
+    randomness. With 1, each batch is a random choice of examples."""
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, pool_batches=self.pool_batches)

@@ -95,25 +95,32 @@ def prepare(
 
 
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:
-    """Encode text files and return the token ids as one array in memory, equal to the ids that `prepare` writes."""
+    """Encode text files and return the token ids as one array in memory, equal to the ids that `prepare` writes.
+
+    `text_key` is the key of the text in each line of a .jsonl file.
+    """
     _refuse_split_specials(tokenizer)
     parts = [_encode(tokenizer, task)[0] for task in _tasks(paths, text_key, tqdm(disable=True))]
     return np.concatenate([*parts, np.empty(0, id_dtype(tokenizer.n_vocab))])
 
 
 def _refuse_split_specials(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a special token contains a space inside it: long texts are split at spaces."""
+    """Raise ValueError if a special token contains a space, where a long text may be cut into pieces."""
     for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
         if TOKEN_END.search(token):
             raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
-"""The token ids of a list of text pieces, the number of documents that end in it, and its number of characters."""
+"""A tuple: the token ids of several text pieces, the number of documents that end in these pieces, and the number of
+characters in these pieces."""
 
 
 def _encode_all(tasks: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode tasks (lists of pieces) in parallel and yield the results in order. Few tasks wait, to limit memory."""
+    """Encode tasks (lists of text pieces) in parallel, and yield the results in the order of the tasks.
+
+    Only about 2 * workers tasks are read ahead of the next result, so memory does not grow with the amount of text.
+    """
     pool, encode = _pool(workers, tokenizer)
     with pool:
         pending: deque[Future[Encoded]] = deque()
@@ -126,7 +133,10 @@ def _encode_all(tasks: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int
 
 
 def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[Piece]], Encoded]]:
-    """Return an executor and the function that encodes a task in it. One worker is a thread; several are processes."""
+    """Return an executor, and the function that encodes a task when the executor calls it.
+
+    If `workers` is 1, the executor is a thread of this process. Otherwise it starts `workers` new processes.
+    """
     if workers == 1:
         return ThreadPoolExecutor(1), partial(_encode, tokenizer)
     # A forked copy of a process that has used torch's threads can hang, so processes are spawned. The tokenizer is sent
@@ -137,7 +147,10 @@ def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[
 
 
 def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[list[Piece]]:
-    """Yield the text pieces of files in lists of at least TASK_CHARACTERS characters. `bar` counts the bytes read."""
+    """Yield the text pieces of files in lists of at least TASK_CHARACTERS characters; the last list may be shorter.
+
+    `text_key` is the key of the text in each line of a .jsonl file. The progress bar `bar` counts the bytes read.
+    """
     task, size = [], 0
     for path in paths:
         for piece in read_pieces(path, text_key, bar.update):
@@ -154,7 +167,7 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer in a global variable of a new worker process, which serves only one call of `prepare`."""
+    """Store the tokenizer in a global variable of a new worker process, so that it need not be sent with every task."""
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
 
@@ -164,7 +177,10 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
-    """Return (ids, number of documents, number of characters) of text pieces. `<|endoftext|>` ends each document."""
+    """Encode text pieces. Return (token ids, number of documents that end in the pieces, number of characters).
+
+    The id of `<|endoftext|>` follows each document if the tokenizer has this token.
+    """
     ids: list[int] = []
     for piece in task:
         ids += tokenizer.encode(piece.text)

@@ -29,7 +29,8 @@ ROLES = ("system", "user", "assistant")
 Kind = Literal["instruction", "messages", "prompt", "text"]
 
 _ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
-"""Maps each kind of record to the key of its answer, if any. A record's kind is the first of these keys in it."""
+"""Maps each kind of record to the key of its answer, or to None if no key contains only the answer. The kind of a
+record is the first key of this dict that the record has."""
 _BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON array
 
 
@@ -45,8 +46,8 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
     """Return the values in a file, which contains a JSON array or one JSON value per line.
 
-    `check` is called with each value and the text "a.json, line 3" (its file and line). It raises ValueError if the
-    value is not valid.
+    `check` is called with each value and a text such as "a.json, line 3", which names the file and line of the value.
+    It must raise ValueError if the value is not valid.
     """
     text = read_text(path)
     records = []
@@ -59,7 +60,10 @@ def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], 
 
 
 def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each item of the JSON array `text`. A place is, for example, "a.json, line 3, record 1"."""
+    """Yield (where, value) for each item of the JSON array `text`, which was read from the file `path`.
+
+    `where` names the file and line of the item, for example "a.json, line 3, record 1".
+    """
     records = parse_json(text, path)
     # Decode each record a second time to find its line, which the parser of the whole array does not report.
     decoder, end, line = json.JSONDecoder(), text.index("[") + 1, 1
@@ -73,7 +77,10 @@ def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str,
 
 
 def _line_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each line of JSON that is not empty. A place is, for example, "a.json, line 3"."""
+    """Yield (where, value) for each line of JSON in `text`, which was read from the file `path`.
+
+    `where` names the file and line of the value, for example "a.json, line 3". Empty lines are skipped.
+    """
     # str.splitlines would also split at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -118,7 +125,10 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
 
 
 def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
-    """Raise ValueError if `messages` is not a list of messages or, with needs_answer, does not end with an answer."""
+    """Raise ValueError if `messages` is not a list of valid messages. The error message starts with `where`.
+
+    If needs_answer is True, the last message must also have the role "assistant".
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of at least one message, got {_short(messages)}")
     for number, message in enumerate(messages, start=1):
@@ -136,7 +146,7 @@ def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
-    """Raise ValueError if record[key] is missing or not valid text. The message starts with `where`."""
+    """Raise ValueError if record[key] is missing or not valid text. The error message starts with `where`."""
     if key not in record:
         raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
     if not isinstance(record[key], str):

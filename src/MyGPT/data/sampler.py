@@ -72,7 +72,10 @@ class WindowSampler:
 
 @dataclass(eq=False)
 class WindowValidation:
-    """Validation batches: the whole text, or `n_windows` fixed sequences of `max_length` ids at equal distances."""
+    """Validation batches, which contain the whole text or `n_windows` fixed sequences of `max_length` ids from it.
+
+    The fixed sequences start at equal distances in the text.
+    """
 
     ids: TokenArray
     max_length: int
@@ -80,12 +83,14 @@ class WindowValidation:
 
     def __post_init__(self) -> None:
         self.batch_size = max(1, 4096 // self.max_length)
-        """Number of windows per validation batch, about 4,096 tokens; independent of the batch size in training."""
+        """Number of windows per validation batch, chosen so that a batch has about 4,096 tokens. It does not depend on
+        the batch size in training."""
 
     def batches(self, whole: bool) -> Iterator[Batch]:
         """Yield batches of inputs and targets, each (B, T) int64, from the same `n_windows` sequences in each call.
 
-        If `whole` is True, or if the text is not longer than these sequences, the batches cover the whole text.
+        If `whole` is True, or if the text is not longer than these sequences together, the batches cover the whole
+        text.
         """
         if whole or len(self.ids) - 1 <= self.n_windows * self.max_length:
             yield from walk_windows(self.ids, self.max_length, self.batch_size)
@@ -102,7 +107,7 @@ class WindowValidation:
 def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
     """Cut `ids` into adjacent windows of T = max_length ids and yield batches of inputs and targets, each (B, T) int64.
 
-    The last window is padded. Every id except the first is a target exactly once.
+    The last window is padded if it is incomplete. Every id except the first is a target exactly once.
     """
     starts = np.arange(0, len(ids) - 1, max_length)
     for first in range(0, len(starts), batch_size):

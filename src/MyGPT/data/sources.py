@@ -25,14 +25,19 @@ from MyGPT.tokenizers.base import refuse_surrogates
 BLOCK_BYTES = 1 << 22
 """Number of bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
-"""Limit for the characters between two spaces, and for the bytes of a JSON line; both must fit in memory as a whole."""
+"""Maximum number of characters between two spaces of a text file, and of bytes in a line of a .jsonl file. Such a
+stretch of text is held in memory as a whole, so a longer one raises ValueError."""
 MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
 """A text in a .gz file may have at most MAX_UNPACKING * (size of the .gz file) + FREE_BYTES bytes. Books compress by a
-factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000."""
+factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000. So only malicious files
+exceed the limit."""
 
 
 class Piece(NamedTuple):
-    """A part of a document, or a whole one. It ends where a token ends, so pieces can be encoded one by one."""
+    """A part of a document, or a whole one. It ends where a token ends, so pieces can be encoded one by one.
+
+    `ends_document` is True for the last piece of each document.
+    """
 
     text: str
     ends_document: bool
@@ -88,11 +93,11 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a text file or .jsonl file, also compressed as .gz; long documents come in several pieces.
+    """Yield the documents of a text file or .jsonl file, both of which may be compressed as .gz.
 
-    Each line of a .jsonl file has its text under the key `text_key`. After each piece, `advance` is called with the
-    number of bytes that were read since its last call. A damaged or binary file raises ValueError with the path and the
-    position.
+    A long text file is yielded in several pieces. Each line of a .jsonl file has its text under the key `text_key`.
+    After each piece, `advance` is called with the number of bytes that were read since its last call. A damaged or
+    binary file raises ValueError with the path and the position.
     """
     with open(path, "rb") as raw:
         inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -112,7 +117,10 @@ def read_pieces(
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
-    """Return an iterator over the texts in files, to train a tokenizer. Long documents are split into several texts."""
+    """Return an iterator over the texts in files, to train a tokenizer. Long documents are split into several texts.
+
+    `text_key` is the key of the text in each line of a .jsonl file.
+    """
     return (piece.text for path in paths for piece in read_pieces(path, text_key))
 
 

@@ -1,8 +1,8 @@
 """Prompt templates, which turn a fine-tuning record into text.
 
 Built-in templates are those of Stanford Alpaca (Taori et al., 2023) and of "Build a Large Language Model (From
-Scratch)". The template of a fine-tuned model is saved beside its weights, so that later questions get the same form as
-in training.
+Scratch)". The template of a fine-tuned model is saved beside its weights, so that later questions are written with the
+same template as in training.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ class Template:
     with_input: str
     """Prompt of an instruction record with input; must contain {instruction} and {input}."""
     response: str = "{output}"
-    """Form of the answer to an instruction record; must contain {output}."""
+    """Text of the answer to an instruction record; must contain {output}, which the record's output replaces."""
     system: str = "{content}\n\n"
-    """Form of a system message in a conversation; must contain {content}, the message's text."""
+    """Text of a system message in a conversation; must contain {content}, which the message's text replaces."""
     user: str = "### Instruction:\n{content}\n\n"
-    """Form of a user's message in a conversation; must contain {content}, the message's text."""
+    """Text of a user's message in a conversation; must contain {content}, which the message's text replaces."""
     assistant: str = "### Response:\n{content}"
-    """Form of an assistant's message; must contain {content}, its text. Text before {content} belongs to the prompt."""
+    """Text of an assistant's message; must contain {content}, which the message's text replaces. The text before
+    {content} belongs to the prompt, the text from there on to the answer."""
     turn_end: str = ENDOFTEXT
-    """Text at the end of each assistant's message except the last, after which training adds the end-of-text id."""
+    """Text after each of the assistant's messages except the last. Training ends the last one with the end-of-text id."""
     asks: Asks = "instruction"
-    """Kind of record that `mygpt chat` makes of a question. `mygpt finetune` stores the kind of its training data."""
+    """`mygpt chat` turns each question into a record of this kind. `mygpt finetune` sets it to the kind of its data."""
 
     def __post_init__(self) -> None:
         if self.asks not in get_args(Asks):
@@ -95,7 +96,10 @@ class Template:
         return _merge([Part(prompt, False), Part(answer, True)])
 
     def _conversation(self, messages: list[Record], with_answer: bool) -> list[Part]:
-        """Return the parts of a conversation; if with_answer is False, leave out the text of the final answer."""
+        """Return the prompt and answer parts of a conversation.
+
+        If `with_answer` is False, the text of the final answer is left out.
+        """
         before, after = self.assistant.split("{content}")
         if not with_answer and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -137,14 +141,15 @@ ALPACA = Template(
     with_input=f"{_TASK}{_FURTHER}{_REQUEST}{_INPUT}\n\n### Response:",
     assistant="### Response:{content}",
 )
-"""Stanford Alpaca's template. There is no space between "### Response:" and the output."""
+"""Stanford Alpaca's template. The output follows "### Response:" directly, without a space or line end."""
 
 BOOK = Template(
     without_input=f"{_TASK}{_REQUEST}",
     with_input=f"{_TASK}{_REQUEST}{_INPUT}",
     response="\n\n### Response:\n{output}",
 )
-"""The template of "Build a Large Language Model (From Scratch)", where "### Response:" is part of the answer."""
+"""The template of "Build a Large Language Model (From Scratch)". Its heading "### Response:" is part of the answer, so
+the model learns to produce it."""
 
 TEMPLATES = {"alpaca": ALPACA, "book": BOOK}
 """The built-in templates by name."""
@@ -152,6 +157,8 @@ TEMPLATES = {"alpaca": ALPACA, "book": BOOK}
 
 def format_input(record: Record, template: Template = BOOK) -> str:
     """Return the prompt of an instruction record, that is, its text before the answer. The record needs no output.
+
+    `template` adds text around the record's fields.
 
     >>> format_input({"instruction": "Name a colour.", "input": ""}).splitlines()[-2:]
     ['### Instruction:', 'Name a colour.']
@@ -182,11 +189,17 @@ def load_template(name_or_path: str | os.PathLike[str]) -> Template:
 
 
 def _fill(text: str, **values: str) -> str:
-    """Replace the placeholders in `text` by `values` in one pass, so that braces inside a value are not replaced."""
+    """Return `text` with each placeholder {name} replaced by the value of that name in `values`.
+
+    All placeholders are replaced in one pass, so that braces inside a value are not replaced.
+    """
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def _merge(parts: list[Part]) -> list[Part]:
-    """Drop empty parts, and join adjacent parts that are both prompt or both answer, to encode each text as a whole."""
+    """Return the parts that are not empty, with adjacent prompt parts joined, and adjacent answer parts joined.
+
+    The joined texts are then encoded as a whole.
+    """
     groups = groupby((part for part in parts if part.text), key=lambda part: part.is_answer)
     return [Part("".join(part.text for part in group), is_answer) for is_answer, group in groups]

@@ -50,11 +50,17 @@ class Result:
         return _exp(self.loss)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Return the loss in bits per byte for a text of n_bytes bytes. Models with different tokenizers can be compared."""
+        """Return the loss in bits per byte for a text of n_bytes bytes.
+
+        It does not depend on the number of tokens, so models with different tokenizers can be compared.
+        """
         return self.total_nats / math.log(2) / n_bytes
 
     def word_perplexity(self, n_words: int) -> float:
-        """Return the perplexity per word, exp(total_nats / n_words), for a text of n_words words; infinity above 1e308."""
+        """Return the perplexity per word, exp(total_nats / n_words), for a text of n_words words.
+
+        The result is infinity if it is too large for a float.
+        """
         return _exp(self.total_nats / n_words)
 
 
@@ -74,13 +80,13 @@ def strided_loss(
 ) -> Result:
     """Compute the loss of the model on a text in windows; every predicted token (target) is scored exactly once.
 
-    The last window ends with the text and is as long as the others. Losses of batches are summed in float64. With the
-    default stride and a bos_id, the result agrees with lm-evaluation-harness. The perplexity guide of transformers, with
-    windows of max_length + 1 tokens, gives another loss for the last window. If windows do not overlap, the guide also
-    skips one target per window.
+    If the text is longer than a window, the last window ends with the text and is as long as the others. Losses of batches
+    are summed in float64. With the default stride and a bos_id, the result agrees with lm-evaluation-harness. The code in
+    the perplexity guide of transformers, with windows of max_length + 1 tokens, gives another loss for the last window. If
+    windows do not overlap, that code also skips one target per window.
 
     Args:
-        model: the model to evaluate. It runs in evaluation mode without gradients; its former mode is restored.
+        model: the model to evaluate. It runs in evaluation mode without gradients. Afterwards, its former mode is restored.
         ids: token ids of the text as a list, array, memory map or tensor.
         stride: tokens between the starts of two windows, from 1 to max_length. Default: max_length (no overlap).
         max_length: tokens per window, at most the model's context length. Default: the model's context length.
@@ -103,10 +109,11 @@ def documents_loss(
     bos_id: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Compute the loss of the model, summed over several independent texts, each given as token ids.
+    """Compute the loss of the model, summed over several independent texts.
 
-    Each window belongs to one text, but a batch may contain windows of several texts. `strided_loss` explains the other
-    arguments and the errors.
+    `documents` contains the token ids of each text. Each window belongs to one text, so a text is never the context of
+    another text, but a batch may contain windows of several texts. `strided_loss` explains the other arguments and the
+    errors.
     """
     context, vocab_size = model.config.context_length, model.config.vocab_size
     length = context if max_length is None else max_length
@@ -145,9 +152,12 @@ def continuation_logits(
 ) -> Iterator[Tensor]:
     """Yield, for each pair (context ids, continuation ids), the logits that predict the continuation's n tokens.
 
-    The logits have the shape (n, vocabulary size). Contexts and continuations need at least one token. If a pair is too
-    long for the model, the beginning of its context is left out. Each forward pass reads batch_size pairs, in evaluation
-    mode and without gradients. The model has its former mode again whenever a result is yielded.
+    The logits have the shape (n, vocabulary size). Each context and each continuation needs at least one token. If a pair
+    is too long for the model, the first tokens of its context are left out. Each forward pass reads batch_size pairs. If
+    `progress` is true, a progress bar is shown.
+
+    The model runs in evaluation mode without gradients, but only during a forward pass: the code of the caller, which runs
+    between two results, finds the model in the training or evaluation mode that the caller had set.
     """
     require_positive(batch_size=batch_size)
     length = model.config.context_length
@@ -169,7 +179,8 @@ def continuation_logits(
 def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tensor]:
     """Return, for each pair (context, continuation), the logits (n, V) that predict the continuation's n tokens.
 
-    One forward pass computes all logits. The model reads at most the last `length` tokens of a pair.
+    V is the vocabulary size. One forward pass computes all logits. The model reads each pair without its final token, which
+    is only predicted, and at most the last `length` tokens of the rest.
     """
     rows = [torch.tensor([*context, *rest][-length - 1 : -1]) for context, rest in batch]
     with evaluation_mode(model):
@@ -178,9 +189,10 @@ def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tenso
 
 
 def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the inputs and the targets of each window, both (T,) int64 with T at most `length`.
+    """Yield the inputs and the targets of each window of a text, both (T,) int64 with T at most `length`.
 
-    Windows end `stride` tokens apart. Targets that an earlier window has scored are -100, which the loss ignores.
+    Each window ends `stride` tokens after the one before, and the last window ends with the text. Targets
+    that an earlier window has scored are -100, which the loss ignores.
     """
     n_targets, scored = len(ids) - 1, 0
     while scored < n_targets:
@@ -201,7 +213,10 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
-    """Return bos_id (unless None) and the ids as an integer array; raise ValueError for ids outside the vocabulary."""
+    """Return the ids as an integer array, which starts with bos_id unless bos_id is None.
+
+    Raises ValueError if one of the ids is not in the vocabulary of vocab_size tokens.
+    """
     array = compact_ids(ids)
     if len(array) and int(array.max()) >= vocab_size:
         raise ValueError(

@@ -48,7 +48,7 @@ class Detokenizer:
     opening: str
     """A regular expression for tokens that are written without a space after them, such as opening brackets."""
     inner: str = "(?!)"
-    """A regular expression for characters inside words that are separate tokens, such as @-@ for "-". Default: none."""
+    """A regular expression for characters in a word that become tokens such as @-@ for "-". The default matches none."""
 
     def join(self, tokens: Sequence[str]) -> str:
         """Return the tokens of a line as ordinary text: ["Yes", ",", "sir"] becomes "Yes, sir"."""
@@ -71,11 +71,14 @@ class Detokenizer:
         return [token for word in _split_spaces(text) for token in self._split_word(word)]
 
     def is_ambiguous(self, token: str) -> bool:
-        """Return True if `split` would split this token into several, so the text does not show the original token."""
+        """Return True if `split` turns the text of this token into other tokens, so that split(join([token])) != [token]."""
         return self._split_word(_write_word([token])) != [token]
 
     def _is_attached(self, before: str, token: str, in_quotes: bool) -> bool:
-        """Return True if no space stands between `before` and `token`. in_quotes is True after an opening quotation mark."""
+        """Return True if `token` can be written directly after the token `before`, without a space between them.
+
+        in_quotes says whether `token` follows an opening quotation mark that has not been closed.
+        """
         return (
             (in_quotes and '"' in (before, token))
             or _is_inner(token)
@@ -133,7 +136,7 @@ STOP_WORDS = frozenset(
     these they this those through to too under until up very was we were what when where which while who whom why will
     with would you your yours yourself yourselves""".split()
 )
-"""Frequent English words that rarely end a passage. The GPT-2 paper does not list its own stop words."""
+"""Frequent English words that rarely end a passage. The GPT-2 paper does not list its stop words, so they may differ."""
 
 
 def _by_size(*figures: float) -> dict[str, float]:
@@ -150,7 +153,7 @@ class Protocol:
     data: str
     """A description of the file to evaluate on, such as "wiki.test.tokens of WikiText-2"."""
     detokenizer: Detokenizer | None = None
-    """Rules for a corpus of tokens that are separated by spaces; each line end counts as a word. None for ordinary text."""
+    """Rules for a corpus of tokens separated by spaces, where each line end counts as a word. None for ordinary text."""
     by_line: bool = False
     """True if each line of the file is a separate text."""
     last_word: bool = False
@@ -189,13 +192,19 @@ def find_protocol(name: str | None) -> Protocol:
 
 
 def released_size(config: GPTConfig) -> str | None:
-    """Return the name of the released GPT-2 with these layer sizes, such as "124M", or None. Weights are not compared."""
+    """Return the size, such as "124M", of the released GPT-2 whose layers have the same sizes as in `config`.
+
+    Return None if there is no such model. Weights are not compared, so a model with other weights also gives a size.
+    """
     shape = attrgetter("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
     return next((name for name, known in GPT2_CONFIGS.items() if shape(known) == shape(config)), None)
 
 
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
-    """Yield each file as one text or, with by_line, each non-blank line. A .jsonl file yields the text of each record."""
+    """Yield each text file as one text or, if by_line is true, each of its lines that is not blank as one text.
+
+    A .jsonl file always yields the text of each record.
+    """
     for path in paths:
         is_jsonl, text = ".jsonl" in path.suffixes[-2:], ""
         for piece in read_pieces(path):
@@ -216,9 +225,10 @@ class TextMeasurement:
     n_words: int
     """Number of words, separated by white space. If the protocol has a detokenizer, each line end counts as a word."""
     n_ambiguous: int
-    """Number of corpus tokens that are lost by detokenization: the original token cannot be told from the text."""
+    """Number of corpus tokens that `Detokenizer.split` does not restore from the detokenized text."""
     is_lossless: bool
-    """True if decoding the token ids returns the same texts. If False, the figures per word and per byte are too low."""
+    """True if decoding the token ids returns the same texts. If False, the tokenizer loses characters that the model then
+    does not predict, so the loss per word and per byte is too low."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -297,8 +307,8 @@ def measure_last_words(
 ) -> LastWordMeasurement:
     """Measure how well the model predicts the last word of each passage from the text before this word.
 
-    The space before the word belongs to the prediction. A forward pass reads batch_size passages; `progress` shows a
-    progress bar.
+    The predicted text is the space before the last word, followed by this word. A forward pass reads batch_size passages.
+    If `progress` is true, a progress bar is shown.
 
     Raises:
         ValueError: there is no passage, or a passage has only one word.

@@ -1,1 +1,1 @@
-"""A trained model made to do one thing well."""
+"""Fine-tuning: a pretrained model is trained further for one task, such as classifying texts."""

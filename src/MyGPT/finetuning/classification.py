@@ -84,10 +84,11 @@ class GPTForClassification(nn.Module):
 
         Args:
             input_ids: token ids of B sequences of T tokens, (B, T) int64.
-            attention_mask: a tensor (B, T) that is 1 for tokens and 0 for padding, on the left or on the right.
+            attention_mask: a tensor (B, T) that is 1 for tokens and 0 for padding. The padding may be on the left or on
+                the right. Default: no padding.
             labels: the index of the correct label of each sequence in `self.labels`, (B,) int64.
             inputs_embeds, output_attentions, output_hidden_states: not supported; they exist because PEFT passes them.
-            return_dict: ignored.
+            return_dict: ignored; it exists because PEFT passes it.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
@@ -180,7 +181,10 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
 
 
 def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file as dicts. `check` receives each row and its position, such as "a.csv, line 3"."""
+    """Return the lines of a CSV file, except the first, as dicts whose keys are the column names in the first line.
+
+    `check` is called with each dict and its position, such as "a.csv, line 3", and raises ValueError for a wrong dict.
+    """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:

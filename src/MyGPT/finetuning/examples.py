@@ -25,7 +25,7 @@ class ExampleOptions:
     data: str
     """JSON or JSONL file of records. Keys: instruction, input, output (Alpaca); prompt, completion; messages; or text."""
     template: str = "alpaca"
-    """Prompt template: alpaca, book, or a JSON file with your own template. The template is saved with the model."""
+    """Prompt template: alpaca, book (Raschka's book) or a JSON file with your own. It is saved with the model."""
     mask_prompt: bool = True
     """Compute the loss on the answers only, not on the prompts."""
     max_length: int | None = None
@@ -35,7 +35,7 @@ class ExampleOptions:
     train_fraction: float = 0.85
     """Fraction of the records for training."""
     test_fraction: float = 0.1
-    """Fraction of the records for the final test; the remaining records are for validation."""
+    """Fraction of the records for the final test. Those in neither train_fraction nor test_fraction are for validation."""
     split_seed: int | None = None
     """Seed for splitting the records at random. Default: split the records in the order of the file."""
 
@@ -61,12 +61,15 @@ class Examples:
         self.test = self._encode("test", self.split.test)
 
     def describe(self) -> str:
-        """Return a line each for training, validation and test: the numbers of examples, tokens and left-out examples."""
+        """Return one line for each data set: how many examples and tokens it has, and how many records were too long."""
         parts = {"training": self.train, "validation": self.val, "test": self.test}
         return "\n".join(f"{name}: {part.describe()}" for name, part in parts.items() if part is not None)
 
     def sampler(self, batch_size: int, seed: int) -> LengthGroupedSampler | PackedSampler:
-        """Return a sampler of training batches of batch_size sequences. A batch depends only on the seed and the step."""
+        """Return a sampler of training batches of batch_size sequences.
+
+        A batch depends only on the seed and the step, so a resumed run gets the same batches.
+        """
         assert self.train is not None  # `split_records` raises an error if no record is left for training
         if self.options.rows == "packed":
             return PackedSampler(self.train, self.max_length, batch_size, seed=seed, **self._targets())
@@ -77,22 +80,29 @@ class Examples:
         return None if dataset is None else ExampleValidation(dataset, **self._targets())
 
     def prompts(self, n: int, n_new_tokens: int) -> list[list[int]]:
-        """Return the token ids of the prompts of n records, for which the model can generate samples.
+        """Return the token ids of the prompts of at most n records, for which the model can generate sample answers.
 
-        The records are the first ones for validation and test or, if there are none, for training. Prompts that leave no
-        room for n_new_tokens in max_length are left out.
+        The first n records for validation and test are used or, if there are none, the first n for training. A prompt is
+        left out if it is empty, or if the prompt and n_new_tokens new tokens would exceed `self.max_length`.
         """
         held_out = [*self.split.val, *self.split.test] or list(self.split.train)
         prompts = [encode_prompt(self.records[i], self.tokenizer, self.template) for i in held_out[:n]]
         return [ids for ids in prompts if 0 < len(ids) <= self.max_length - n_new_tokens]
 
     def _template(self) -> Template:
-        """Return the chosen template. Its `asks`, the record type of later prompts, is the most frequent type in the file."""
+        """Return the chosen template. Its field `asks` is set to the most frequent record type in the file.
+
+        `mygpt chat` later turns questions into records of this type. If the most frequent type is "text", which has no
+        prompt, `asks` is "prompt" instead.
+        """
         kind = Counter(map(kind_of, self.records)).most_common(1)[0][0]
         return replace(load_template(self.options.template), asks="prompt" if kind == "text" else kind)
 
     def _encode(self, name: str, part: tuple[int, ...]) -> InstructionDataset | None:
-        """Return the examples of the records with the indices `part`, or None for no indices. Errors contain `name`."""
+        """Return the examples of the records with the indices `part`, or None if `part` is empty.
+
+        Error messages contain `name`, such as "training".
+        """
         if not part:
             return None
         records, names = [self.records[i] for i in part], [f"record {i + 1}" for i in part]
@@ -115,7 +125,10 @@ class ExampleValidation:
     mask_prompt: bool
 
     def batches(self, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets, each (batch, tokens) int64, about 4096 tokens per batch. `whole` has no effect."""
+        """Yield inputs and targets, each (batch, tokens) int64, for all examples. `whole` is ignored.
+
+        A batch has at most 4096 tokens including padding, unless a single example is longer.
+        """
         batch: list[list[int]] = []
         for index in self.dataset.lengths.argsort(kind="stable"):
             example = self.dataset[int(index)]

@@ -103,7 +103,7 @@ _OPTIONS = frozenset(
 
 
 def _refuse_unsafe_options(config: LoraConfig) -> None:
-    """Raise ValueError if an option's value could make PEFT load other files, fail obscurely or never finish."""
+    """Raise ValueError if an option's value could make PEFT load other files, raise an unclear error or never finish."""
     init = config.init_lora_weights
     if not isinstance(init, bool) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d\d?)?", str(init)):
         allowed = "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_16"
@@ -128,7 +128,7 @@ def _refuse_unsafe_options(config: LoraConfig) -> None:
 
 
 def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError if the adapter does not fit the model. `found`: the shapes of the adapter's tensors by name."""
+    """Raise ValueError if the adapter does not fit the model. `found` maps the adapter's tensor names to shapes."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 
 class LoRALayer(nn.Module):
-    """A layer that returns (alpha / rank) * x @ A @ B, with trainable matrices A (in_dim, rank) and B (rank, out_dim).
+    """A layer that maps an input x of shape (..., in_dim) to (alpha / rank) * x @ A @ B, of shape (..., out_dim).
 
-    B starts at zero, so the output is zero at first. A is initialised as in PEFT. The factor alpha / rank follows the
-    LoRA paper (section 4.1) and PEFT, so that the learning rate need not change with the rank. Raschka's book multiplies by
-    its alpha alone: to get the book's results, pass the book's alpha times the rank.
+    The matrices A (in_dim, rank) and B (rank, out_dim) are trained. A is initialised with random numbers, as in PEFT. B
+    starts at zero, so the output is zero at first. The factor alpha / rank is that of PEFT and of the LoRA paper (Hu et
+    al., 2021, section 4.1), so the learning rate need not change with the rank. "Build a Large Language Model (From
+    Scratch)" (Raschka, 2024) uses the factor alpha instead: to get the results of Raschka's book, pass its alpha
+    multiplied by the rank.
     """
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
@@ -152,8 +154,8 @@ def add_lora(
 def merge(peft_model: PeftModel) -> GPTModel:
     """Add the active adapters to the model's weights in place, remove PEFT's layers and return the trainable GPTModel.
 
-    If the adapter has its own output head or token embedding (modules_to_save), the two are no longer tied, and the
-    model's config is updated.
+    If the adapter contains its own output head or token embedding (PEFT's option modules_to_save), these two layers no
+    longer share one weight, so tie_weights becomes False in the model's config.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):
@@ -168,9 +170,9 @@ def merge(peft_model: PeftModel) -> GPTModel:
 
 
 class KeptAdapter:
-    """The LoRA adapter of a training run's best model, saved in the run's subdirectory `adapter`.
+    """Saves the LoRA adapter of a training run's best model in the subdirectory `adapter` of the run's directory.
 
-    The prompt template and the name of the base model are saved with the adapter.
+    The prompt template and `base`, the name of the base model, are saved with the adapter.
     """
 
     def __init__(self, peft_model: PeftModel, base: str, template: Template) -> None:

@@ -70,7 +70,10 @@ def dpo_loss(
 
 
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Return the records of a JSON or JSONL file; raise ValueError with file, line and key unless `check_pair` accepts them."""
+    """Return the records of a JSON or JSON Lines file of preference pairs.
+
+    Raises ValueError, with the file, line and key in its message, if `check_pair` refuses a record.
+    """
     return read_json_records(path, check_pair)
 
 
@@ -121,7 +124,10 @@ class PreferencePairs:
         return len(self.pairs)
 
     def batches(self, batch_size: int, seed: int, epochs: int = 1) -> Iterator[Batch]:
-        """Yield the pairs in batches of at most batch_size (see `batch`), in a new random order in each of `epochs` epochs."""
+        """Yield the pairs in batches of at most batch_size pairs (see `batch`), all pairs in each of `epochs` epochs.
+
+        Each epoch has a new random order, which depends on the seed.
+        """
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for part in torch.randperm(len(self.pairs), generator=generator).split(batch_size):
@@ -143,9 +149,9 @@ class PreferencePairs:
 def preferences(
     peft_model: PeftModel, inputs: Tensor, targets: Tensor, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Preferences:
-    """Compute the DPO loss of a batch from `PreferencePairs.batch`. The reference model is the model without its adapter.
+    """Compute the DPO loss of a batch. The reference model is the model without its adapter.
 
-    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
+    `inputs` and `targets` come from `PreferencePairs.batch`. `dpo_loss` explains beta and label_smoothing.
     """
     model = peft_model.get_base_model()
     if not isinstance(model, GPTModel):

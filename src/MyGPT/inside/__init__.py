@@ -1,7 +1,7 @@
 """Look inside a model: record and edit activations (tracing.py), draw figures (plots.py), explain a text as HTML (page.py).
 
-The functions of tracing.py can be imported from here. tracing.py is loaded at first use, because drawing a loss curve with
-plots.py should not import torch.
+The functions of tracing.py can be imported from here. tracing.py, which imports torch, is loaded when one of its functions
+is first used, so drawing a loss curve with plots.py does not import torch.
 """
 
 from __future__ import annotations

@@ -80,7 +80,10 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
-    """Return, for each position of probabilities (T, V), the k most likely tokens, each as [label, probability, id]."""
+    """Return, for each of T positions, the k most likely tokens, each as [label, probability, id].
+
+    `probabilities` (T, V) has the probability of each of the V tokens of the vocabulary at each position.
+    """
     best, rows = probabilities.topk(min(k, probabilities.shape[-1])), []
     for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         labels = token_labels(tokenizer, ids)

@@ -31,11 +31,11 @@ __all__ = [
 ]  # fmt: skip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that colour-blind readers can distinguish (Okabe and Ito, 2008)."""
+"""The colours of curves and bars, which colour-blind readers can distinguish (Okabe and Ito, 2008)."""
 LIGHT_TO_DARK = "Blues"
 """The name of matplotlib's colour map for all heat maps."""
 WIDTH = 9.0
-"""The width of a wide figure in inches. Notebooks show figures of this width without scaling them."""
+"""The width of a wide figure in inches. Notebooks show this width unscaled, so text keeps its size."""
 
 _FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 """The options of SamplingConfig that change probabilities, in the order in which `sampling.filter_logits` applies them."""
@@ -58,7 +58,10 @@ def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the centred moving average of the values; each average covers 2% of all values."""
+    """Return a moving average at the position of each value, over the 2% of all values around this position.
+
+    Fewer than 100 values are returned unchanged.
+    """
     half = len(values) // 100
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -215,7 +218,11 @@ def plot_sampling(
 
 
 def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """Return pairs of a title and the probabilities (V,): first unfiltered, then after each active filter of `config`."""
+    """Return pairs of a title and the next-token probabilities (V,), where V is the vocabulary size.
+
+    The first pair is unfiltered, and the others follow each active filter of `config`. `seen` contains the ids of the text
+    so far, for the repetition penalty.
+    """
     import torch
 
     from MyGPT.sampling import SamplingConfig, filter_logits
@@ -238,7 +245,7 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
 
 
 def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int = 8) -> Figure:
-    """Draw, for each token in `ids`, the k tokens whose embeddings have the largest cosine similarity to its embedding."""
+    """Draw one bar chart for each token in `ids`: the k tokens with the most similar embeddings (cosine similarity)."""
     from MyGPT.inside.tracing import nearest_tokens
 
     if not ids:
@@ -265,7 +272,7 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write the figure to a .png, .svg or .pdf file; a path without a suffix gets a PNG file."""
+    """Write the figure to the file `path`. The suffix .png, .svg or .pdf selects the format; without a suffix, it is PNG."""
     kind = Path(path).suffix.lstrip(".") or "png"
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
@@ -296,7 +303,7 @@ def _heat_map(
     """Draw a heat map of `values` (rows, columns) with row 0 at the bottom; return its axes.
 
     `labels` are the labels of the columns, which are `width` inches wide together. `label` is the title of the colour bar,
-    `limits` are the values with the lightest and the darkest colour.
+    and `limits` are the values with the lightest and the darkest colour.
     """
     axes: Any = figure.subplots()
     low, high = limits
@@ -311,12 +318,15 @@ def _heat_map(
 
 
 def _array(values: Tensor) -> Any:
-    """Return the values as a float32 numpy array; matplotlib cannot convert tensors itself."""
+    """Return the values as a float32 numpy array, because matplotlib cannot read bfloat16 tensors or tensors on a GPU."""
     return values.detach().float().cpu().numpy()
 
 
 def _readable(labels: Sequence[str], inches: float) -> tuple[list[str], int]:
-    """Return shortened labels, and n: every n-th label fits on an axis of length `inches` without overlap."""
+    """Return the shortened labels and a number n: if only every n-th label is drawn on an axis, labels do not overlap.
+
+    `inches` is the length of the axis.
+    """
     return shorten(_drawable(labels), 12), math.ceil(len(labels) / max(1, int(inches / 0.09)))
 
 

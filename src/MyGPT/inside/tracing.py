@@ -167,8 +167,8 @@ def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) 
         model: the model to edit. Its weights do not change.
         source: the trace of the other forward pass, with the same number of sequences and tokens.
         place: the name of the activation, such as "h.3.mlp"; `edit` must accept it.
-        index: the position of the only token to replace (in all sequences), or for the heads of layer i, "h.i.attn.heads",
-            the only head to replace. Default: replace the whole activation.
+        index: replace the activation only at the token with this position or, for "h.i.attn.heads", only in the head with
+            this number, in all sequences. Default: replace the whole activation.
 
     Raises:
         ValueError: `place` or `index` is not in the trace, or the two forward passes have different shapes.
@@ -303,8 +303,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """Return the attention output softmax(q kᵀ / √D) v with a mask, computed in separate steps (Vaswani et al., 2017).
 
     Args:
-        q: queries (..., T, D). They belong to the last T of the S tokens.
-        k, v: keys and values (..., S, D).
+        q: queries (..., T, D) of the last T of S tokens; D is the width of a head.
+        k, v: keys and values (..., S, D) of all S tokens.
         mask: a bool tensor (..., T, S) that is True where a query may attend to a key. Default: causal attention, where
             a query attends to the keys up to its own position.
     """
@@ -338,9 +338,10 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
 
 
 def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
-    """Return a hook function that applies `function` and raises ValueError if the shape changes.
+    """Return a hook function that applies `function` to the activation `place`.
 
-    For "h.i.attn.heads", `function` receives the outputs of the heads as (B, H, T, D) instead of (B, T, C).
+    The hook function raises ValueError if `function` returns a tensor of another shape.
+    For "h.i.attn.heads", `function` receives the outputs of the H = n_heads heads as (B, H, T, D) instead of (B, T, C).
     """
     by_head = place.endswith(".attn.heads")
 
@@ -356,7 +357,7 @@ def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:
 
 
 def _abridged(all_places: Iterable[str]) -> list[str]:
-    """Return the names for an error message, with "h.i" for the layers "h.0", "h.1" and so on, without repetitions."""
+    """Return a shorter list of activation names for an error message: "h.0.mlp", "h.1.mlp" and so on become "h.i.mlp"."""
     return list(dict.fromkeys(re.sub(r"^h\.\d+", "h.i", place) for place in all_places))
 
 
@@ -368,6 +369,6 @@ def _require_gpt(model: object) -> None:
 
 
 def _check_number(name: str, value: object, count: int) -> None:
-    """Raise a ValueError unless the value is an integer from 0 to count - 1."""
+    """Raise a ValueError, with `name` in its message, unless the value is an integer from 0 to count - 1."""
     if type(value) is not int or not 0 <= value < count:
         raise ValueError(f"{name} must be a whole number from 0 to {count - 1}, got {value!r}")

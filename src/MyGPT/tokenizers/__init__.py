@@ -55,7 +55,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_json(data: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `data`, the content of a `tokenizer.json`, describes."""
+    """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
@@ -100,7 +100,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, prog
     """Train a tokenizer on texts, or open an existing one.
 
     `kind` is "words", "chars" or "bpe" to train a tokenizer; any other value is the name or directory of an existing
-    tokenizer, see `get_tokenizer`. Only "bpe" uses `vocab_size`, the number of tokens, and `progress`, a progress bar.
+    tokenizer, see `get_tokenizer`. Only "bpe" uses `vocab_size`, the number of tokens, and `progress`. If
+    `progress` is True, a progress bar is shown.
     """
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))

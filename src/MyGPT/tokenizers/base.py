@@ -51,7 +51,10 @@ class Tokenizer(ABC):
         """Return the content of the `tokenizer.json` that `save` writes for this tokenizer."""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` to a directory. The transformers library needs both files."""
+        """Write `tokenizer.json` and `tokenizer_config.json` to a directory.
+
+        `load_tokenizer` needs only the first file; the transformers library needs both.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
@@ -66,7 +69,10 @@ class Tokenizer(ABC):
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a regular expression that matches the tokens, longest first. Its `split` puts matches at odd indices."""
+    """Return a regular expression that matches any of the tokens, and the longest one if several match.
+
+    Its method `split` returns a list with the matched tokens at odd indices and the texts between them at even indices.
+    """
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
@@ -115,7 +121,10 @@ def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: i
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
-    """Return a dict from ids to tokens, given a dict from tokens to ids. An invalid vocabulary raises ValueError."""
+    """Return a dict from ids to tokens, given a dict from tokens to ids.
+
+    An invalid vocabulary, for example with the same id for two tokens, raises ValueError.
+    """
     if not vocab:
         raise ValueError("the vocabulary is empty: a tokenizer needs at least one token")
     for token, id_ in vocab.items():
@@ -132,7 +141,7 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
 
 
 def hugging_face_json(model: dict[str, Any], special_tokens: Mapping[str, int], **parts: Any) -> dict[str, Any]:
-    """Return the content of a `tokenizer.json` in Hugging Face's format, with `model` under the key model.
+    """Return the content of a `tokenizer.json` in Hugging Face's format, with `model` as the value of the key "model".
 
     `special_tokens` maps each special token to its id. `parts` are values of other keys, such as pre_tokenizer and
     decoder; the keys that are not given are null.

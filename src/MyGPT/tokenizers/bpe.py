@@ -45,7 +45,8 @@ class BPETokenizer(Tokenizer):
         vocab: maps each token (bytes) to its id. The tokens are the 256 single bytes and the results of `merges`.
         merges: pairs of tokens to join, in the order in which they are joined
         special_tokens: maps each special token (str) to its id. Where two special tokens match, the longer one wins.
-        known: True skips a check of `merges` that takes half a second for the 50,000 merges of GPT-2
+        known: True means that `merges` are known to be correct, and skips a check of them that takes half a second for
+            the 50,000 merges of GPT-2
     """
 
     def __init__(
@@ -189,7 +190,10 @@ class BPETokenizer(Tokenizer):
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
-    """Count each chunk (a match of GPT-2's pattern, as UTF-8 bytes) in texts, after special tokens are removed."""
+    """Return how often each chunk (a match of GPT-2's pattern, as UTF-8 bytes) occurs in texts.
+
+    The special tokens are removed from the texts first.
+    """
     import regex
 
     pattern = regex.compile(GPT2_PATTERN)
@@ -270,7 +274,8 @@ def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
-"""Maps each byte to its character in GPT-2's files: the usual one if visible, else a character from U+0100 on."""
+"""Maps each byte to the character that stands for it in GPT-2's files: the character with the same number if it is
+visible, else a character from U+0100 on."""
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
@@ -279,7 +284,8 @@ def from_visible(
 ) -> BPETokenizer:
     """Return a BPETokenizer for tokens that are written with the characters of BYTE_TO_CHARACTER, as in GPT-2's files.
 
-    `vocab` may include the special tokens, whose ids are in `special`. `known` skips the check of the merges.
+    `vocab` may include the special tokens, whose ids are in `special`. If `known` is True, the merges are
+    not checked.
     """
 
     @cache  # Nearly every token occurs three times.
@@ -294,7 +300,11 @@ def from_visible(
 
 
 def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: Mapping[str, int]) -> None:
-    """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, with increasing ids."""
+    """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, all with valid ids.
+
+    All ids, including those of the special tokens, must be distinct whole numbers from 0 to MAX_ID. The ids of the
+    results must increase in the order of the merges.
+    """
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
@@ -344,7 +354,10 @@ def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[b
     heap: list[tuple[int, int, int]] = []
 
     def push(start: int) -> None:
-        """Push the pair of parts at byte `start` to the heap if it makes a token with a smaller id than `token`."""
+        """Push the part at byte `start` and the next part to the heap, as one pair.
+
+        The pair is skipped unless it joins to a token with a smaller id than `token`.
+        """
         after = start + len(part_at.get(start, b""))
         if start in part_at and after in part_at:
             joined = token[start : after + len(part_at[after])]

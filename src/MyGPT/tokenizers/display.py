@@ -22,7 +22,7 @@ def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return the text of each token id, decoded alone. A part of a character is written as an escape (\\xe2)."""
+    """Return the text of each token id, decoded alone. A part of a character is written as an escape such as \\xe2."""
     ids = list(ids)
     if hasattr(tokenizer, "decode_tokens_bytes"):
         return [token.decode("utf-8", errors="backslashreplace") for token in tokenizer.decode_tokens_bytes(ids)]
@@ -30,7 +30,10 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:
-    """Return a text for a terminal, with coloured backgrounds for tokens or, if `colour` is False, | between tokens."""
+    """Return a text for a terminal, in which each token has a coloured background.
+
+    If `colour` is False, a vertical bar (|) is written between the tokens instead.
+    """
     texts = token_texts(tokenizer, encode_with_specials(tokenizer, text))
     if not colour:
         return "|".join(_visible(text, _KEPT) for text in texts)
@@ -59,5 +62,5 @@ def shorten(labels: Sequence[str], longest: int) -> list[str]:
 
 
 def _visible(text: str, marks: Mapping[str, str] = _MARKS) -> str:
-    """Replace each character of `text` that is a key of `marks`; escape the others that are not printable."""
+    """Return `text` with each key of `marks` replaced by its value, and other unprintable characters as escapes."""
     return "".join(marks.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

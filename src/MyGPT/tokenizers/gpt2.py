@@ -20,7 +20,7 @@ VOCABULARY_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""The SHA-256 of the two files of OpenAI's GPT-2 tokenizer. tiktoken checks the same values."""
+"""Maps the names of the two files of OpenAI's GPT-2 tokenizer to their SHA-256. tiktoken checks the same values."""
 
 
 @lru_cache(maxsize=1)
@@ -60,7 +60,7 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
 
 
 def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    """Return the pair of tokens on each line of a `vocab.bpe` file, except a first line with the version."""
+    """Return the pair of tokens on each line of a `vocab.bpe` file. A first line with the version is skipped."""
     lines = read_text(path).rstrip("\n").split("\n")
     merges = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines)]
     for merge in merges:

@@ -78,7 +78,7 @@ class SimpleTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the tokens joined by spaces, without a space before a punctuation mark."""
+        """Return the tokens of the ids, joined by spaces, without a space before a punctuation mark."""
         text = " ".join(lookup_tokens(self.int_to_str, ids, self.n_vocab))
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
 
@@ -88,5 +88,5 @@ class SimpleTokenizer(Tokenizer):
 
 
 def _words(text: str) -> list[str]:
-    """Split a text that contains no special tokens into words and punctuation marks; white space is dropped."""
+    """Return the words and punctuation marks of a text that contains no special tokens. White space is dropped."""
     return [word for word in _SPLIT.split(text) if word.strip()]

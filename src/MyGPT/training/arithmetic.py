@@ -47,7 +47,11 @@ def deterministic_algorithms(required: bool) -> Iterator[None]:
 
 @contextmanager
 def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the `with` block in autocast to `dtype` (None: no autocast), with the fastest kernels for `config`."""
+    """Run the `with` block in autocast to `dtype`, or without autocast if `dtype` is None.
+
+    Linear layers use the kernels of `fast_linear`, unless `config` turns on compile or gradient_checkpointing, which
+    cannot use these kernels.
+    """
     # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
     kernels = nullcontext() if config.compile or config.gradient_checkpointing else fast_linear()
     with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -55,7 +59,10 @@ def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype |
 
 
 def uncompiled(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return a context that runs compiled blocks without the compiler, which would recompile them for new shapes."""
+    """Return a context in which compiled blocks run uncompiled, because torch would recompile them for new shapes.
+
+    If config.compile is False, the context does nothing.
+    """
     # Without config.compile, torch's compiler need not be installed.
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 

@@ -3,8 +3,8 @@
 `checkpoints/step-000500/` holds weights.safetensors (the trained parameters), optimizer.safetensors (the optimizer
 state of each parameter, named `parameter/key`), state.json (the counters, random states, config and versions) and
 manifest.json (size and SHA-256 of the other three files). The file `checkpoints/latest` holds the name of the newest
-checkpoint. None of the files is a pickle. A process may be killed at any moment, because a checkpoint gets its name
-only when it is complete, and old checkpoints are removed after that.
+checkpoint. None of the files is a pickle. If a process is killed, the newest complete checkpoint remains, because
+a checkpoint gets its name only when it is complete, and old checkpoints are removed after that.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
 def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> None:
     """Remove old checkpoints, except the keep_last newest ones and the keep_best ones with the lowest validation loss.
 
-    Checkpoints of steps after `step` remain and do not count, because a run that was resumed from an earlier checkpoint
-    will overwrite them.
+    Checkpoints of steps after `step` are neither removed nor counted among the newest and best ones, because a run that
+    was resumed from an earlier checkpoint will overwrite them.
     """
     past = [path for path_step, path in _by_step(directory).items() if path_step <= step]
     kept = set(past[-keep_last:])
@@ -117,13 +117,16 @@ def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> No
 
 @dataclass
 class CheckpointWriter:
-    """Writes snapshots of a run as checkpoints, one at a time, in a background thread or at once."""
+    """Writes snapshots of a run as checkpoints, one at a time.
+
+    `start` writes in a background thread, and `write` finishes writing before it returns.
+    """
 
     directory: Path
     keep_last: int
     keep_best: int
     written: Path | None = None
-    """Path of the newest checkpoint that this writer completed; written_step is the step of this checkpoint."""
+    """Path of the newest checkpoint that this writer completed. Before the first checkpoint is complete, it is None."""
     written_step: int | None = None
     n_written: int = 0
     blocking_seconds: float = 0.0
@@ -188,7 +191,7 @@ def _by_step(directory: Path) -> dict[int, Path]:
 
 
 def _val_loss(path: Path) -> float | None:
-    """Return the validation loss in the checkpoint `path`; None if it has none or is damaged."""
+    """Return the validation loss in the checkpoint `path`, or None if the checkpoint has none or is damaged."""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         loss = read_json(path / _STATE).get("val_loss")
         return loss if isinstance(loss, float) else None

@@ -19,7 +19,7 @@ _RANGES = {
     **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _BELOW_1),
     "decay_fraction": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
 }
-"""Maps float options to a test of the value and its description. Other float options must be at least 0."""
+"""Maps float options to a test of the value and a text with the allowed range. Other floats must be at least 0."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainConfig:
     batch_size: int = 12
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; gradients are summed over the batch. Default: the whole batch in one pass."""
+    """Sequences per forward pass. The gradients of all passes are added. Default: the whole batch in one pass."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 1e-4
@@ -39,7 +39,7 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0 to its peak."""
     schedule: Schedule = "cosine"
-    """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) is constant and then falls linearly."""
+    """Shape of the learning rate after the warmup. wsd (warmup, stable, decay) stays constant, then falls linearly."""
     decay_fraction: float = 0.2
     """Fraction of all steps, at the end of the run, in which wsd lowers the learning rate."""
     optimizer: OptimizerName = "adamw"
@@ -57,9 +57,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down. 0 turns clipping off."""
     order: Order = "random"
-    """Order of the training sequences: drawn at random, shuffled in each epoch, or in the order of the text."""
+    """Order of training sequences: random (drawn at random), shuffled (in each epoch) or sequential (as in the text)."""
     precision: TrainingPrecision = "auto"
-    """Precision of matrix products; auto uses bf16 where it is faster."""
+    """Precision of matrix products: fp32, bf16, or auto, which uses bf16 where it is faster and fp32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
     compile: bool = False
@@ -69,13 +69,13 @@ class TrainConfig:
     eval_windows: int = 200
     """Validation sequences per evaluation; the last evaluation uses the whole validation text."""
     early_stop: int | None = None
-    """Stop after this many evaluations without a new lowest validation loss."""
+    """Stop after this many evaluations without a new lowest validation loss. Default: never stop early."""
     sample_every: int = 500
-    """Steps between sample texts; 0 turns them off."""
+    """Steps between sample texts. 0 turns sample texts off."""
     sample_tokens: int = 200
     """Length of a sample text in tokens."""
     sample_temperature: float = 0.8
-    """Sampling temperature of the sample texts; 0 always takes the most likely token."""
+    """Sampling temperature of the sample texts. 0 always takes the most likely token."""
     sample_to_end: bool = False
     """End a sample text at the end-of-text token."""
     sample_prompt: str = ""
@@ -83,17 +83,17 @@ class TrainConfig:
     log_every: int = 10
     """Steps between the entries in metrics.jsonl."""
     checkpoint_every: int = 250
-    """Steps between checkpoints, from which --resume continues with identical results; 0 turns them off."""
+    """Steps between checkpoints, from which --resume continues with identical results. 0 turns them off."""
     checkpoint_minutes: float = 10.0
-    """Also save a checkpoint when this many minutes have passed; 0 turns this off."""
+    """Also save a checkpoint when this many minutes have passed since the last one. 0 turns this off."""
     keep_last: int = 2
     """Number of newest checkpoints to keep; older checkpoints are deleted."""
     keep_best: int = 0
-    """Number of checkpoints with the lowest validation loss to keep as well; model/ always holds the best model."""
+    """Number of checkpoints with the lowest validation loss that are also kept. model/ always holds the best model."""
     max_skipped_steps: int = 10
     """Stop the run if more steps than this were skipped because their loss or gradient was not finite."""
     deterministic: bool = False
-    """Use only torch's deterministic algorithms. On a GPU, some are slower or missing; a CPU always uses them."""
+    """Use only deterministic algorithms. On a GPU, some are slower, others are missing (an error). CPUs always use them."""
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = 1337

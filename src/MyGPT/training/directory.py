@@ -1,4 +1,4 @@
-"""The directory of a training run. One process at a time locks it; files that belong to no run stay."""
+"""Check, lock and clean up the directory of a training run. Files that MyGPT did not write are not removed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_empty_run(run: Path) -> bool:
 
 
 def lock_directory(run: Path) -> FileLock:
-    """Create the directory `run`, lock it and return the lock. The lock also ends with the process.
+    """Create the directory `run`, lock it and return the lock. The end of the process also releases the lock.
 
     Raises ValueError if the directory is locked already.
     """
@@ -60,7 +60,7 @@ def lock_directory(run: Path) -> FileLock:
 
 
 def log_lengths(run: Path) -> dict[str, int]:
-    """Return the size in bytes of metrics.jsonl and samples.txt in the directory `run`; 0 for a missing file."""
+    """Return the size in bytes of metrics.jsonl and samples.txt in the directory `run`. A missing file has size 0."""
     return {name: (run / name).stat().st_size if (run / name).is_file() else 0 for name in _LOGS}
 
 

@@ -13,8 +13,8 @@ from MyGPT.files import parse_json, read_text
 class MetricsLog:
     """Appends records to `metrics.jsonl` in the directory `run`, and to TensorBoard event files if requested.
 
-    `after` is the step from which a run is resumed (None: a new run). TensorBoard then ignores events that were written
-    before for later steps.
+    `after` is the step from which the run is resumed, or None for a new run. TensorBoard ignores the events of steps
+    after `after` that the interrupted process wrote, because the resumed run writes them again.
     """
 
     def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
@@ -22,7 +22,10 @@ class MetricsLog:
         self._writer = _summary_writer(run, after) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
-        """Append a record with `step` and the named values that were measured after this step."""
+        """Append `step` and the named values, which were measured after this step, to metrics.jsonl as one record.
+
+        If TensorBoard files were requested, the values are also added to them.
+        """
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:

@@ -92,8 +92,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """Return a nearly orthogonal matrix for each matrix of `matrices`, a tensor (n, rows, columns).
 
     A matrix with the singular value decomposition UΣVᵀ becomes approximately UVᵀ. Singular values above 0.002 times
-    its Frobenius norm become 0.18 to 1.87 instead of exactly 1. A closer approximation with twice as many polynomials
-    did not improve the training loss.
+    the Frobenius norm of the matrix become numbers from 0.18 to 1.87 instead of exactly 1. Only three polynomials are
+    used, because a closer approximation with twice as many did not improve the training loss.
     """
     has_bf16 = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.bfloat16() if has_bf16 else matrices
@@ -115,7 +115,7 @@ def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: in
 
 
 def schedule_factor(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of `step` (counted from 0) divided by its peak, from the warmup or the schedule."""
+    """Return the learning rate that `config` sets for `step` (counted from 0), divided by the peak learning rate."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

@@ -99,9 +99,10 @@ class Run:
         self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
     def __enter__(self) -> Snapshot | None:
-        """Lock the directory. Return the snapshot from which the run is resumed; None for a new run.
+        """Lock the directory. Return the snapshot from which the run is resumed, or None for a new run.
 
-        An existing run is removed, or its logs are cut back to the snapshot, only after all checks have passed.
+        A new run removes an existing run, and a resumed run cuts its logs back to the snapshot. Both happen only after
+        all checks have passed.
 
         Raises:
             FileExistsError: the directory is not empty and may not be overwritten.
@@ -148,7 +149,10 @@ class Run:
             self._metrics.write(step, **values)
 
     def record_step(self, state: RunState, loss: float, grad_norm: float) -> None:
-        """Add the last step to the moving averages in `state`; report a skipped step or a large gradient norm."""
+        """Add `loss` and `grad_norm` of the last step to the moving averages in `state`.
+
+        A skipped step or a large gradient norm is reported on the console.
+        """
         self.console.stepped()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self.log(state.step, skipped_steps=state.n_skipped)
@@ -158,13 +162,16 @@ class Run:
             self.console.spiked(state.step, grad_norm, ratio)
 
     def record_speed(self, state: RunState, values: Mapping[str, float], tokens_per_second: float) -> None:
-        """Append the values that Trainer.step returned to metrics.jsonl, if the loss is finite, and show the speed."""
+        """Append `values`, the result of Trainer.step, and the speed to metrics.jsonl if the loss is finite.
+
+        The speed is also shown on the console.
+        """
         if math.isfinite(values["loss"]):
             self.log(state.step, **values, tokens_per_second=tokens_per_second)
         self.console.logged(state.smoothed_loss, tokens_per_second)
 
     def record_evaluation(self, state: RunState, loss: float) -> None:
-        """Store the validation loss of the current step in `state` and metrics.jsonl, and report it."""
+        """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console."""
         self.console.evaluated(state.step, loss, state.add_evaluation(loss))
         self.log(state.step, val_loss=loss)
         if state.has_lost_patience(self.config.early_stop):
@@ -178,11 +185,14 @@ class Run:
                 file.write(f"--- step {step} ---\n{text}\n\n")
 
     def save_model(self) -> Path | None:
-        """Save the current model as the best model and return its directory; None if the run has no directory."""
+        """Save the current model as the best model and return its directory, or None if the run has none."""
         return None if self.directory is None else self.best_model.save(self.directory)
 
     def restore_best_model(self, state: RunState) -> None:
-        """Load the best model, unless it is the current one. Raises FloatingPointError if no loss was finite."""
+        """Load the weights of the run's best model, unless the model after the last step is the best one.
+
+        Raises FloatingPointError if no validation loss was finite.
+        """
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
@@ -192,7 +202,7 @@ class Run:
             self.best_model.restore(self.directory)
 
     def check_divergence(self, state: RunState, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Raise FloatingPointError, with these values, if more than config.max_skipped_steps steps were skipped."""
+        """Raise FloatingPointError, with the arguments in its message, if more than max_skipped_steps were skipped."""
         if state.n_skipped > self.config.max_skipped_steps:
             raise FloatingPointError(
                 f"at step {state.step} the loss is {loss} and the gradient norm {grad_norm}; {state.n_skipped} steps "

@@ -92,7 +92,8 @@ def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module,
 def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches: int | None = None) -> float:
     """Return the mean cross-entropy in nats per token over the first num_batches batches (default: all).
 
-    The result is NaN if there is no target token or `loader` is None. In training mode, dropout stays active.
+    The result is NaN if there is no target token or `loader` is None. The model's mode is not changed, so dropout is
+    active if the model is in training mode.
     """
     total, count = 0.0, 0
     for i, (input_batch, target_batch) in enumerate(() if loader is None else loader):
@@ -106,7 +107,7 @@ def calc_loss_loader(loader: Any, model: nn.Module, device: Device, num_batches:
 def evaluate_model(
     model: nn.Module, train_loader: Any, val_loader: Any, device: Device, eval_iter: int
 ) -> tuple[float, float]:
-    """Return the mean loss over eval_iter batches of each loader, without dropout; NaN for a loader None."""
+    """Return the mean loss over eval_iter batches of each loader, without dropout. A loader that is None gives NaN."""
     with evaluation_mode(model):
         train_loss = calc_loss_loader(train_loader, model, device, eval_iter)
         return train_loss, calc_loss_loader(val_loader, model, device, eval_iter)
@@ -122,9 +123,10 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
 
 
 def _loss_sum(inputs: Tensor, targets: Tensor, model: Any) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of a batch and the number of its targets.
+    """Return the summed cross-entropy of a batch and the number of targets in the batch.
 
-    Targets of shape (batch,) are classes, which the logits of the last token predict.
+    Targets of shape (batch, tokens) are next tokens. Targets of shape (batch,) are class labels; they are compared with
+    the logits at the last position.
     """
     if targets.dim() == 1:
         return token_loss(model(inputs)[:, -1], targets)

@@ -59,7 +59,7 @@ def take_snapshot(
 def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
     """Load a snapshot into the model, its optimizers and the random generators, and return a copy of its RunState.
 
-    Raises ValueError if the names of the parameters that require gradients differ.
+    Raises ValueError if the parameters of the model that require gradients have other names than those in the snapshot.
     """
     weights = trained_parameters(model)
     if weights.keys() != snapshot.weights.keys():

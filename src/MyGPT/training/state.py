@@ -41,9 +41,13 @@ class RunState:
     """Exponential moving average of the training loss; None before the first finite loss."""
 
     def add_to_means(self, loss: float, grad_norm: float, limit: float) -> float:
-        """Update the two moving averages with a step, and return grad_norm divided by its average before this update.
+        """Update the moving averages of loss and gradient norm with the values of a step.
 
-        A gradient norm above `limit` times its average is counted as `limit` times the average.
+        Return grad_norm divided by its moving average before this update.
+
+
+        A gradient norm above `limit` times its average is counted as `limit` times the average, so a single very large
+        norm changes the average little.
         """
         self.smoothed_loss = loss if self.smoothed_loss is None else 0.9 * self.smoothed_loss + 0.1 * loss
         mean = grad_norm if self.mean_grad_norm is None else self.mean_grad_norm
@@ -60,7 +64,7 @@ class RunState:
         return is_best
 
     def has_lost_patience(self, early_stop: int | None) -> bool:
-        """Return True if the last early_stop evaluations did not lower the best loss; False if early_stop is None."""
+        """Return True if the last early_stop evaluations did not lower the best loss. With None, return False."""
         return early_stop is not None and self.evals_since_best >= early_stop
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +79,9 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
-        """Return a RunState from the values that `to_json` of this or an earlier version returned. Ignore other keys.
+        """Return a RunState from the values that `to_json` of this or an earlier version returned.
+
+        Other keys are ignored.
 
         Raises IncompatibleCheckpointError if a field is missing, and ValueError if its value has the wrong type.
         """

@@ -22,8 +22,8 @@ def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig)
     """Return the training batches, the validation batches (or None), and the default prompts of sample texts.
 
     Token ids are cut into sequences of context_length tokens; a `train` or `val` that already makes batches is returned
-    unchanged. Fewer than two validation ids count as None. The default prompt is the first 8 tokens of the validation
-    text or, without validation text, of the training text.
+    unchanged. With fewer than two validation ids, the validation batches are None. The default prompt is the first 8
+    tokens of the validation text or, without validation text, of the training text.
     """
     text: Any = []
     if not hasattr(train, "batch"):
@@ -39,7 +39,7 @@ def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig)
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Move the tensors of a batch to `device`."""
+    """Return the tensors of a batch on `device`. They are copied if they are on another device."""
     # On Apple's GPUs a non-blocking copy may read the source tensor after its memory has been freed.
     return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
 

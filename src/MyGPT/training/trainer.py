@@ -173,7 +173,10 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the validation loss in nats per token, on all data if `whole`, else on a part; NaN without data."""
+        """Return the validation loss in nats per token, or NaN if there is no validation data.
+
+        If `whole` is True, all validation data is used, otherwise the same few batches in every call.
+        """
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
@@ -182,18 +185,18 @@ class Trainer:
         return total / n_targets if n_targets else math.nan
 
     def save(self) -> Path | None:
-        """Save the current model as the run's best model and return its directory; None without a run_dir."""
+        """Save the current model as the run's best model and return its directory, or None if run_dir is None."""
         return self.files.save_model()
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of everything on which the next step depends; a checkpoint stores this copy."""
+        """Return a copy of everything on which the next step depends. A checkpoint stores such a copy."""
         return take_snapshot(self.model, self.optimizers, self.state, self.files.context())
 
     def run(self) -> float:
         """Train until the last step or an early stop, close the trainer, and return the best model's validation loss.
 
-        The loss is measured on all validation data; NaN without any. Afterwards `trainer.model` and run_dir hold the
-        best model. Without run_dir, the last model is kept and evaluated instead.
+        The loss is measured on all validation data. It is NaN if there is none. Afterwards `trainer.model` and
+        run_dir hold the best model. Without run_dir, the last model is kept and evaluated instead.
 
         Raises:
             Stopped: SIGINT (Ctrl-C) or SIGTERM arrived. A checkpoint was saved before.

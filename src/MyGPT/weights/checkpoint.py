@@ -14,7 +14,7 @@ from MyGPT.weights.layout import HEAD, WTE, config_of, drop_zero_biases, fit, to
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 COPY_WEIGHTS = os.name == "nt"
-"""True if opened weights are copied into memory, because Windows cannot replace or delete a memory-mapped file."""
+"""True on Windows, where opened weights are copied into memory, because it cannot replace or delete a mapped file."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,16 @@ class Checkpoint:
 
     @classmethod
     def of(cls, path: Path, tensors: LazyTensors, config: GPTConfig | None, format: str | None = None) -> Checkpoint:
-        """Return a checkpoint, with `tensors` renamed and transposed to MyGPT's layout from any known layout.
+        """Return a checkpoint, with `tensors` renamed and transposed from any known layout to MyGPT's layout.
 
-        `format` describes the file format. Default: the name of the layout. Raises ValueError if the layout is unknown.
+        Args:
+            path: the file from which the tensors come. It is stored in the checkpoint and named in errors.
+            tensors: the weights under the names that they have in the file.
+            config: the model's config, or None if the file does not contain one.
+            format: a description of the file format. Default: a text with the name of the layout.
+
+        Raises:
+            ValueError: the layout is unknown.
         """
         try:
             ours, layout = to_ours(tensors)
@@ -45,7 +52,11 @@ class Checkpoint:
         return cls(format or f"a state dict in {layout} layout", path, config, ours)
 
     def guess_config(self) -> GPTConfig:
-        """Return the config. If there is none, infer it from the tensor shapes; heads have size 64, as in GPT-2."""
+        """Return the config. If there is none, infer it from the tensor shapes.
+
+        The shapes do not show the number of heads, so heads of size 64 are assumed, as in GPT-2, or one head if the
+        embedding width is not a multiple of 64.
+        """
         if self.config is not None:
             return self.config
         emb_dim = config_of(self.tensors, n_heads=1).emb_dim

@@ -1,6 +1,7 @@
 """Downloads from the Hugging Face hub, with the optional library huggingface_hub.
 
-huggingface_hub resumes, retries and verifies downloads. The variable HF_ENDPOINT selects another server.
+huggingface_hub resumes, retries and verifies downloads. The environment variable HF_ENDPOINT selects another
+server.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Return whether the directory contains every file of an unfinished download, or else config and all weights."""
+    """Return whether the directory contains every file that is to be downloaded.
+
+    An unfinished download has a list of these files. Without the list, config.json and all weights must be there.
+    """
     unfinished = directory / _UNFINISHED
     if unfinished.is_file():
         return all((directory / name).is_file() for name in unfinished.read_text(encoding="utf-8").split())

@@ -207,8 +207,9 @@ def _from_openai(tensors: LazyTensors) -> dict[str, LazyTensor]:
 
 
 def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
-    """Return the weights of Raschka's book under MyGPT's names, with the matrices of queries, keys and values joined into one.
+    """Return `tensors`, which have the names of the model in Raschka's book, under MyGPT's names.
 
+    The separate weights of queries, keys and values in each block are joined into one tensor.
     Tensors with unknown names are returned unchanged.
     """
     parts_of = {ours: [theirs] for ours, _, theirs in TOP}
@@ -236,7 +237,10 @@ def _block_numbers(names: Iterable[str]) -> list[int]:
 
 
 def _transposed(name: str, tensor: LazyTensor) -> LazyTensor:
-    """Return the transpose of a linear layer's matrix, (in, out) or (1, in, out). Return any other tensor unchanged."""
+    """Return the matrix of a linear layer transposed to shape (out, in). Return any other tensor unchanged.
+
+    `name` decides whether `tensor` is such a matrix. The shape of `tensor` is then (in, out) or (1, in, out).
+    """
     *outer, n_in, n_out = tensor.shape if len(tensor.shape) >= 2 else (0, 0, 0)
     if not _MATRIX.search(name) or outer not in ([], [1]):
         return tensor
@@ -244,7 +248,10 @@ def _transposed(name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def _concatenated(parts: list[LazyTensor]) -> LazyTensor:
-    """Return the tensors concatenated along axis 0. If they do not fit, the result has width 0, and `fit` fails."""
+    """Return the tensors concatenated along axis 0.
+
+    If their other axes differ, the result has width 0, so `fit` reports the wrong shape later.
+    """
     if len(parts) == 1:
         return parts[0]
     widths = {part.shape[1:] for part in parts}
@@ -255,6 +262,6 @@ def _concatenated(parts: list[LazyTensor]) -> LazyTensor:
 
 
 def _zeros(shape: tuple[int, ...], tensors: LazyTensors) -> LazyTensor:
-    """Return a lazy tensor of zeros with this shape and the dtype of the token embedding in `tensors`."""
+    """Return a lazy tensor of zeros with this shape and the token embedding's dtype (float32 if `tensors` has none)."""
     dtype = (tensors[WTE].dtype if WTE in tensors else None) or torch.float32
     return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

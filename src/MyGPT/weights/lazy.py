@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file or in memory: shape and dtype are known, and `load` reads the values."""
+    """A tensor in a file or in memory. Its shape and dtype are known from the start; `load` reads its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None

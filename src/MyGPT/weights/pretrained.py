@@ -96,7 +96,10 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def _repository(name: str) -> str | None:
-    """Return the repository user/model for "hf://user/model" or a name in openai-community; None for other names."""
+    """Return the hub repository that `name` means, such as user/model for "hf://user/model".
+
+    Names that start with openai-community/ are repositories too. The result is None for any other name.
+    """
     match = re.fullmatch(r"(?:hf://|(?=openai-community/))([\w.-]+/[\w.-]+)", name)
     if match is None and name.startswith("hf://"):
         raise ValueError(f"a repository on the Hugging Face hub must be written as hf://user/model, got {name!r}")

@@ -27,7 +27,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 """If the weights are in several files, the index that lists them is called `model.safetensors` plus this suffix."""
 MAX_SHARD_BYTES = 5_000_000_000
-"""The size above which weights are split into several files. transformers has the same rule."""
+"""If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
 _REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
@@ -49,7 +49,10 @@ def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path | None:
-    """Return the directory that contains config.json: `path`, or `path`/model for a training run, or None."""
+    """Return the directory with config.json: `path`, or `path`/model if `path` is the directory of a training run.
+
+    Return None if neither directory contains config.json.
+    """
     for directory in (Path(path), Path(path, "model")):
         restore_directory(directory)
         if (directory / "config.json").is_file():
@@ -86,7 +89,7 @@ def write_directory(
     """Write config, weights, tokenizer and model card to a directory. If an error occurs, no file changes.
 
     Other files in the directory are kept. The tokenizer's end-of-text token is written to config.json. `more_config`
-    and `more_tensors` are added to config.json and to the weights unchanged, for a model with a classification head.
+    is added to config.json, and `more_tensors` to the weights, both unchanged. A classifier needs them for its head.
     """
     eot_token = getattr(tokenizer, "eot_token", None)
     special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
@@ -140,9 +143,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write the weights to `temporary`: one file, or several files and an index if they exceed MAX_SHARD_BYTES.
+    """Write the weights to the directory `temporary`.
 
-    `directory`, where the files will be moved later, is the path that errors name. At most one file's tensors are
+    They are written as one file, or as several files and an index if they are larger than MAX_SHARD_BYTES.
+
+
+    The files will be moved to `directory` later, so error messages name `directory`. At most one file's tensors are
     copied into memory at a time.
     """
     sizes = {name: tensor.load().nbytes for name, tensor in tensors.items()}  # loads views, not copies

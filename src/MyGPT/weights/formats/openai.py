@@ -26,7 +26,7 @@ _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a directory with OpenAI's files."""
+    """Return whether `path` is a directory with OpenAI's files hparams.json and checkpoint."""
     return (path / "hparams.json").is_file() and (path / "checkpoint").is_file()
 
 
@@ -89,13 +89,18 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path: str | os.PathLike[str], settings: M
 
 
 def _config(settings: Mapping[str, Any]) -> GPTConfig:
-    """Return the config for the sizes in hparams.json, with qkv biases and a tied output head as in OpenAI's models."""
+    """Return the config of OpenAI's model with the sizes in `settings`, the content of hparams.json.
+
+    The config has qkv biases and a tied output head, as all of OpenAI's GPT-2 models do.
+    """
     vocab, context, width, heads, layers = (settings[name] for name in _SIZES)
     return GPTConfig(vocab, context, width, heads, layers, qkv_bias=True)
 
 
 def _open_model(ckpt_path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, BundleTensor]:
-    """Return the tensors by TensorFlow's names. `ckpt_path` is the prefix of the files, `settings` hparams.json.
+    """Return the tensors of a TensorFlow checkpoint by their names in the checkpoint.
+
+    `ckpt_path` is the prefix of the checkpoint's files, and `settings` is the content of hparams.json.
 
     Raises CheckpointError unless the tensors are exactly the weights of a model with these settings.
     """
@@ -124,7 +129,10 @@ def _settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(tensors: Mapping[str, BundleTensor], settings: Mapping[str, Any]) -> list[str]:
-    """Return one error message for each tensor that a model with these settings lacks or does not allow."""
+    """Return one error message for each tensor that is missing, unknown or wrong in a model with these settings.
+
+    If the number of blocks is wrong, return only one message about it.
+    """
     n_blocks = len({match[1] for match in map(re.compile(r"model/h(\d+)/").match, tensors) if match})
     if n_blocks != settings["n_layer"]:
         return [f"n_layer is {settings['n_layer']}, the checkpoint has {n_blocks} blocks"]

@@ -23,7 +23,10 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in one safetensors file. The config comes from config.json next to it, if any."""
+    """Return the checkpoint in one safetensors file.
+
+    The config comes from config.json in the same directory. Without that file the config is None.
+    """
     config = path.parent / "config.json"
     return Checkpoint.of(path, read_safetensors(path), read_config_json(config) if config.is_file() else None)
 
@@ -64,7 +67,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown_as: Path 
 
 
 def _lazy_tensor(file: MappedFile, start: int, name: str, entry: Mapping[str, Any]) -> LazyTensor:
-    """Return the tensor that `entry` in the file's header describes: dtype, shape, and offsets from byte `start`."""
+    """Return the tensor called `name`, as `entry` in the file's header describes it: dtype, shape and offsets.
+
+    The offsets are counted from byte `start` of the file. Errors contain `name`.
+    """
     shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
 
     def load() -> Tensor:

@@ -35,7 +35,10 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None]:
-    """Return the tensors by name from a file written by torch.save, and the config (None unless from nanoGPT)."""
+    """Return the tensors by name from a file that torch.save wrote, and the config.
+
+    The config is None unless the file is a checkpoint of nanoGPT.
+    """
     content = _load(path)
     try:
         weights, config = split_checkpoint(content)
@@ -47,7 +50,10 @@ def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None
 
 
 def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPTConfig | None]:
-    """Return the state dict in a training script's checkpoint, and the config from nanoGPT's `model_args`, or None."""
+    """Return the state dict and the config from `content`, the checkpoint of a training script.
+
+    The config comes from the key `model_args`, which nanoGPT writes. Without this key, the config is None.
+    """
     weights = next((content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), content)
     arguments = content.get("model_args")
     if not isinstance(arguments, Mapping):

@@ -146,7 +146,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path:
 
 
 def _read_header(value: bytes | None) -> int:
-    """Return the number of data files. `value` is the serialized BundleHeaderProto; None if the index has no header."""
+    """Return the number of data files. `value` is the serialized BundleHeaderProto, or None if there is none."""
     if value is None:
         raise ValueError("a LevelDB table without a checkpoint's header")
     header = _fields(value)
@@ -188,7 +188,7 @@ _Value = TypeVar("_Value", int, bytes)
 
 
 def _fields(message: bytes) -> _Fields:
-    """Parse a protocol buffer and return the values of each field number: ints, or bytes for texts and messages."""
+    """Return a dict from a protocol buffer's field numbers to their values: ints, or bytes for texts and messages."""
     fields: _Fields = {}
     at = 0
     while at < len(message):
