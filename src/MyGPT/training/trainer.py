@@ -47,8 +47,8 @@ class Trainer:
         val: token ids, or an object whose method `batches(whole)` yields such batches: all of them if `whole` is True,
             otherwise the same few every time. None trains without evaluation.
         tokenizer: decodes sample texts and is saved with the model.
-        prompts: lists of token ids that sample texts continue. Default: the first tokens of the validation text.
-            config.sample_prompt, if set, replaces them.
+        prompts: token ids that sample texts continue, unless config.sample_prompt is set. Default: the first validation
+            tokens.
         best_model: saves the best model of the run. Default: an object that saves it in the directory `model/`.
         run_dir: the directory for the files of the run. None writes no files.
         recipe: the content of config.yaml, such as the options of a command. Default: the options in `config`.
@@ -56,8 +56,7 @@ class Trainer:
         overwrite: replace an earlier run in run_dir.
         resume: continue the run in run_dir. The recipe and the data must be unchanged.
         allow_changed: recipe keys that may differ on resuming; "data" and "model" allow other data and frozen weights.
-        progress: show a progress bar, unless `console` is given.
-        console: prints all messages. `SilentConsole()` prints nothing.
+        console: prints all messages. Default: `Console(progress)`, with a progress bar if `progress` is True.
     """
 
     def __init__(
@@ -173,10 +172,7 @@ class Trainer:
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the validation loss in nats per token, or NaN if there is no validation data.
-
-        If `whole` is True, all validation data is used, otherwise the same few batches in every call.
-        """
+        """Return the mean validation loss in nats per token, on all data or on a fixed small part; NaN without data."""
         total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
