@@ -1,4 +1,4 @@
-"""Runs `mygpt` in a process of its own, kills it at a chosen moment, and collects what is left of the run.
+"""Runs `mygpt` in a process of its own, kills it at a chosen moment, and collects the files that the run left.
 
 The signal is SIGKILL, which no program can catch. It comes at the n-th call of a function (a training step, or a function
 that writes files), or after a given time.

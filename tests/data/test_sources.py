@@ -180,7 +180,7 @@ def test_a_vocabulary_is_learned_from_pieces_as_from_the_whole(
 
 
 def test_a_special_token_that_a_piece_could_cut_in_two_is_refused(tmp_path: Path) -> None:
-    """Such a token once became ordinary text if a block of four megabytes ended inside it."""
+    """A special token once became ordinary text if a block of four megabytes ended inside the token."""
     (tmp_path / "a.txt").write_text("xx<a b>yy")
     spaced = BPETokenizer.train("ab", 258, special_tokens=["<a b>"], progress=False)
     with pytest.raises(ValueError, match="the special token '<a b>' contains a space"):

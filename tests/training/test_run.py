@@ -1,4 +1,4 @@
-"""What a run owns: it is closed on every path, its checkpoints are valid JSON, and old ones can be read."""
+"""The files of a run are closed on every path, its checkpoints are valid JSON, and old checkpoints can be read."""
 
 from __future__ import annotations
 

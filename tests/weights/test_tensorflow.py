@@ -659,7 +659,7 @@ def fingerprints(params: Any) -> Any:
 
 
 def test_parameters_are_nested_as_in_the_book() -> None:
-    """As in the book's gpt_download.py: no prefix "model/", blocks in a list, and no axes of length 1."""
+    """The book's gpt_download.py gives the same: no prefix "model/", blocks in a list, and no axes of length 1."""
     bundle = open_bundle(OPENAI / "model.ckpt")
 
     def squeezed(name: str) -> tuple[Any, ...]:

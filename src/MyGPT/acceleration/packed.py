@@ -23,7 +23,7 @@ from MyGPT.acceleration.operators import int8_linear, onednn_linear
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """The dtype in which an accelerated model stores its weights, by the name of the precision."""
 Then = Literal["store", "add", "gelu_new", "gelu"]
-"""What a linear layer does with its output: "store" only stores it, and "add" adds it to a given tensor.
+"""The last step of a linear layer: "store" stores the output, and "add" adds the output to a given tensor.
 "gelu_new" applies the tanh approximation of GELU before storing, and "gelu" applies the exact GELU."""
 _THEN_CODES = {"store": 0, "add": 1, "gelu_new": 2, "gelu": 3}  # enum Then in kernel.cpp
 

@@ -31,7 +31,7 @@ class ExampleOptions:
     max_length: int | None = None
     """Maximum number of tokens of an example; longer examples are left out. Default: the model's context length."""
     rows: Rows = "padded"
-    """How sequences are filled: with one example and padding (padded), or with several examples (packed)."""
+    """The content of a sequence: one example and padding (padded), or several examples (packed)."""
     train_fraction: float = 0.85
     """Fraction of the records for training."""
     test_fraction: float = 0.1
