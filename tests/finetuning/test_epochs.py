@@ -120,7 +120,16 @@ def test_the_command(batch_size: int, tmp_path: Path, monkeypatch: pytest.Monkey
         return batch
 
     monkeypatch.setattr(PackedSampler, "batch", record)
-    options = f"--rows packed --epochs 2 --batch_size {batch_size} --train_fraction 1 --test_fraction 0 --warmup_steps 0"
-    files = ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "records.json"), "--out", str(tmp_path / "run")]
+    options = (
+        f"--rows packed --epochs 2 --batch_size {batch_size} --train_fraction 1 --test_fraction 0 --warmup_steps 0"
+    )
+    files = [
+        "--model",
+        str(tmp_path / "base"),
+        "--data",
+        str(tmp_path / "records.json"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(["finetune", *files, *options.split(), "--sample_every", "0", "--device", "cpu"]) == 0
     check(seen, 8, batch_size, 2, packed=True)
