@@ -107,10 +107,17 @@ def download(
 
 
 def cache_directory() -> Path:
-    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt."""
-    if "MYGPT_CACHE" in os.environ:
-        return Path(os.environ["MYGPT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
+    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt.
+
+    An empty variable counts as not set. A relative path in XDG_CACHE_HOME is ignored, as the XDG Base Directory
+    Specification demands. A relative path in MYGPT_CACHE raises ValueError: each directory would have its own cache.
+    """
+    own, common = os.environ.get("MYGPT_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if own and not Path(own).is_absolute():
+        raise ValueError(f"MYGPT_CACHE must be an absolute path, got {own!r}: write {os.path.abspath(own)}")
+    if own:
+        return Path(own)
+    return (common if common.is_absolute() else Path.home() / ".cache") / "mygpt"
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
