@@ -18,10 +18,10 @@ MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
 factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000. So only malicious files
 exceed the limit."""
 
-Format = Literal["text", "json", "table"]
-"""The format of a data file: ordinary text, JSON (an array, or one value per line), or a table."""
+Format = Literal["text", "json", "lines", "table"]
+"""The format of a data file: ordinary text, JSON (an array, or one value per line), lines of JSON, or a table."""
 
-_FORMATS: dict[str, Format] = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "table", ".tsv": "table"}
+_FORMATS: dict[str, Format] = {".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "table", ".tsv": "table"}
 
 
 def format_of(path: str | os.PathLike[str]) -> Format:

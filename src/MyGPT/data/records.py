@@ -138,16 +138,13 @@ def _line_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, 
     """
     # str.splitlines would also split at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", parse_json_line(line, path, number)
-
-
-def parse_json_line(line: str | bytes, path: str | os.PathLike[str], number: int) -> Any:
-    """Return the JSON value in a line, which is line `number` of the file `path`. ValueError names both."""
-    try:
-        return parse_json(line, path, number)
-    except ValueError as error:
-        raise ValueError(f"{error} (records are a JSON array, or one JSON object per line)") from None
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line, path, number)
+        except ValueError as error:
+            raise ValueError(f"{error} (records are a JSON array, or one JSON object per line)") from None
+        yield f"{path}, line {number}", record
 
 
 def kind_of(record: Record) -> Kind:

@@ -1,7 +1,8 @@
 """Find text files by name, path or pattern, and read them in pieces, so that files may be larger than the memory.
 
-A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, or an array of objects,
-with the text of a document under a given key; only arrays must fit into the memory. All files may be compressed as `.gz`.
+A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, with the text of a
+document under a given key. A `.json` file may also be an array of such objects, which must fit into the memory. All files
+may be compressed as `.gz`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from MyGPT.data.formats import format_of, open_data
-from MyGPT.data.records import ANSWER_KEYS, json_items, parse_json_line
+from MyGPT.data.records import ANSWER_KEYS, json_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
-from MyGPT.files import decode_text, refuse_binary
+from MyGPT.files import decode_text, parse_json, refuse_binary
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
@@ -115,7 +116,8 @@ def read_pieces(
     """
     with open_data(path) as (file, raw):
         position = 0
-        for piece in _read_json(file, path, text_key) if format_of(path) == "json" else _read_text(file, path):
+        is_text = format_of(path) not in ("json", "lines")
+        for piece in _read_text(file, path) if is_text else _read_json(file, path, text_key):
             yield piece
             advance(raw.tell() - position)
             position = raw.tell()
@@ -163,16 +165,21 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
 
 def _read_json(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
     """Yield the text under `text_key` of each record in a JSON file; skip empty texts. `path` is for error messages."""
-    is_array = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    is_array = format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     items = json_items(decode_text(file.read(), path), path) if is_array else _json_lines(file, path)
     for where, record in items:
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            is_example = isinstance(record, dict) and any(key in record for key in ANSWER_KEYS)
-            hint = ": mygpt finetune reads such records" if is_example else ""
-            raise ValueError(f"{where}: no text under the key {text_key!r}{hint}")
+            raise ValueError(f"{where}: no text under the key {text_key!r}{_hint(record, text_key)}")
         refuse_surrogates(record[text_key], f"{where}: ")
         if record[text_key]:
             yield Piece(record[text_key], True)
+
+
+def _hint(record: Any, text_key: str) -> str:
+    """Return the end of an error message about a record that has no text: what to do with such a file, if it is known."""
+    if isinstance(record, dict) and any(key in record for key in ANSWER_KEYS if key != text_key):
+        return ": mygpt finetune reads such records"
+    return ": give an array of records a name that ends in .json" if isinstance(record, list) else ""
 
 
 def _json_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
@@ -180,5 +187,10 @@ def _json_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(iter(lambda: file.readline(MAX_STRETCH), b""), start=1):
         if len(line) == MAX_STRETCH:
             raise ValueError(f"{path}, line {number} has {MAX_STRETCH:,} bytes or more, a line must have fewer")
-        if line.strip():
-            yield f"{path}, line {number}", parse_json_line(line, path, number)
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line, path, number)
+        except ValueError as error:
+            raise ValueError(f"{error} (only a .json file may be an array; others need one object per line)") from None
+        yield f"{path}, line {number}", record

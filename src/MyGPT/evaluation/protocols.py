@@ -207,7 +207,7 @@ def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
     A JSON file always yields the text of each record.
     """
     for path in paths:
-        is_json, text = format_of(path) == "json", ""
+        is_json, text = format_of(path) in ("json", "lines"), ""
         for piece in read_pieces(path):
             text += piece.text
             if piece.ends_document:
