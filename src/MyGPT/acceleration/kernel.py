@@ -133,7 +133,8 @@ class Build:
             errors = compiler.communicate(timeout=COMPILE_SECONDS)[1]
         except subprocess.TimeoutExpired:
             _abandon(compiler, self.unfinished)
-            raise OSError(f"{compiler.args[0]} did not compile the kernel within {COMPILE_SECONDS} seconds") from None  # type: ignore[index]
+            limit = f"{COMPILE_SECONDS} seconds"
+            raise OSError(f"{find_compiler()} did not compile the kernel within {limit}") from None
         if compiler.returncode != 0:
             first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
             raise OSError(f"{find_compiler()} could not compile the kernel: {first}")
