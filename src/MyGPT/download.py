@@ -8,6 +8,7 @@ http_proxy and no_proxy.
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -89,6 +90,8 @@ def download(
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"an address must begin with http:// or https://, got {url!r}")
     if _is_complete(path, sha256, size):
+        with contextlib.suppress(OSError):  # A cache that cannot be written is used as it is.
+            _info_path(path).unlink(missing_ok=True)  # left by a process that was killed when the file was complete
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -142,6 +145,10 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
     return sha256_of(path) == expected
 
 
+def _info_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part.json")
+
+
 @dataclass
 class _PartInfo:
     """The URL and version of the file whose first bytes are in a `.part` file. It is stored as `.part.json`."""
@@ -166,7 +173,7 @@ class _Transfer:
     def __init__(self, url: str, path: Path, sha256: str | None, size: int | None, timeout: float, bar: Any) -> None:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
         self.part = path.with_name(f"{path.name}.part")
-        self.info_path = path.with_name(f"{path.name}.part.json")
+        self.info_path = _info_path(path)
         self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
         try:
             self.info = _PartInfo(**_read_json(self.info_path))
