@@ -18,11 +18,13 @@ from typing import Any, Literal
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     MAX_ID,
+    AddedToken,
     Tokenizer,
     hugging_face_json,
     refuse_surrogates,
     require_text,
     special_pattern,
+    split_added,
     whole_numbers,
 )
 
@@ -45,6 +47,8 @@ class BPETokenizer(Tokenizer):
         vocab: maps each token (bytes) to its id. The tokens are the 256 single bytes and the results of `merges`.
         merges: pairs of tokens to join, in the order in which they are joined
         special_tokens: maps each special token (str) to its id. Where two special tokens match, the longer one wins.
+        added_tokens: further tokens that are found in a text as a whole, such as ordinary words that were added to the
+            vocabulary
         known: True means that `merges` are known to be correct, and skips a check of them that takes half a second for
             the 50,000 merges of GPT-2
     """
@@ -55,19 +59,23 @@ class BPETokenizer(Tokenizer):
         merges: Sequence[Merge],
         special_tokens: Mapping[str, int],
         known: bool = False,
+        *,
+        added_tokens: Iterable[AddedToken] = (),
     ) -> None:
         import tiktoken
 
-        _check(vocab, merges, special_tokens)
+        self.added_tokens = (*(AddedToken(token, id_) for token, id_ in special_tokens.items()), *added_tokens)
+        _check(vocab, merges, self.added_tokens)
         if not known:
             _check_merge_order(vocab, merges)
         self._vocab = dict(vocab)
         self.merges = list(merges)
         """The pairs of tokens that are joined, in the order in which they are joined."""
-        self.special_tokens = dict(special_tokens)
+        self.special_tokens = {token.content: token.id for token in self.added_tokens if token.special}
         """Maps each special token to its id."""
+        added = {token.content: token.id for token in self.added_tokens}
         self._encoding = tiktoken.Encoding(
-            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self.special_tokens
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=added
         )
 
     @classmethod
@@ -117,9 +125,18 @@ class BPETokenizer(Tokenizer):
     def n_vocab(self) -> int:
         return self._encoding.n_vocab
 
-    @property
-    def eot_token(self) -> int | None:
-        return self.special_tokens.get(ENDOFTEXT)
+    def id_of(self, token: str) -> int | None:
+        added = next((added.id for added in self.added_tokens if added.content == token), None)
+        if added is not None or not all(character in CHARACTER_TO_BYTE for character in token):
+            return added
+        return self._vocab.get(bytes(CHARACTER_TO_BYTE[character] for character in token))
+
+    def token_of(self, id_: int) -> str | None:
+        added = next((added.content for added in self.added_tokens if added.id == id_), None)
+        if added is not None:
+            return added
+        token = next((token for token, other in self._vocab.items() if other == id_), None)
+        return None if token is None else "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
     def encode(
         self,
@@ -131,7 +148,7 @@ class BPETokenizer(Tokenizer):
         """Return the token ids of a text.
 
         The two options have the same meaning as in tiktoken, but in tiktoken no special token is allowed by default. A
-        special token that is in neither of the two sets is encoded as ordinary text.
+        special token that is in neither of the two sets is encoded as ordinary text. Added words always become one id.
 
         Args:
             allowed_special: special tokens that each become a single id; "all" for all special tokens
@@ -148,9 +165,9 @@ class BPETokenizer(Tokenizer):
                 raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
-        for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
-            if i % 2:
-                ids.append(self.special_tokens[part])
+        for part in split_added(text, [it for it in self.added_tokens if not it.special or it.content in allowed]):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
             else:
                 for stretch in _cut_long_white_space(part):
                     ids += self._encoding.encode_ordinary(stretch)
@@ -164,9 +181,13 @@ class BPETokenizer(Tokenizer):
         """Return one list of token ids per text. `special` are the keyword options of `encode`."""
         return [self.encode(text, **special) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. Bytes that are not valid UTF-8, such as half of a character, become U+FFFD."""
-        return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids, without special tokens if `skip_special_tokens` is True.
+
+        Bytes that are not valid UTF-8, such as half of a character, become U+FFFD.
+        """
+        tokens = self.decode_tokens_bytes(self._shown(ids, skip_special_tokens))
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """Return the bytes of the token of each id, for example to show tokens one by one."""
@@ -174,7 +195,7 @@ class BPETokenizer(Tokenizer):
         try:
             return self._encoding.decode_tokens_bytes(ids)
         except (KeyError, OverflowError):
-            known = {*self._vocab.values(), *self.special_tokens.values()}
+            known = {*self._vocab.values(), *(token.id for token in self.added_tokens)}
             unknown = next(id_ for id_ in ids if id_ not in known)
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab} tokens") from None
 
@@ -186,7 +207,7 @@ class BPETokenizer(Tokenizer):
         merges = [[visible[first], visible[second]] for first, second in self.merges]
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return hugging_face_json(model, self.special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+        return hugging_face_json(model, self.added_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
@@ -280,13 +301,14 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 
 
 def from_visible(
-    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], added: Iterable[AddedToken], known: bool = False
 ) -> BPETokenizer:
     """Return a BPETokenizer for tokens that are written with the characters of BYTE_TO_CHARACTER, as in GPT-2's files.
 
-    `vocab` may include the special tokens, whose ids are in `special`. If `known` is True, the merges are
-    not checked.
+    `vocab` may include the added tokens, such as special tokens. If `known` is True, the merges are not checked.
     """
+    added = list(added)
+    contents = {token.content for token in added}
 
     @cache  # Nearly every token occurs three times.
     def to_bytes(token: str) -> bytes:
@@ -295,23 +317,21 @@ def from_visible(
         except KeyError as error:
             raise ValueError(f"token {token!r} contains {error.args[0]!r}, which does not represent a byte") from None
 
-    vocab_bytes = {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special}
-    return BPETokenizer(vocab_bytes, [(to_bytes(first), to_bytes(second)) for first, second in merges], special, known)
+    vocab_bytes = {to_bytes(token): id_ for token, id_ in vocab.items() if token not in contents}
+    pairs = [(to_bytes(first), to_bytes(second)) for first, second in merges]
+    return BPETokenizer(vocab_bytes, pairs, {}, known, added_tokens=added)
 
 
-def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: Mapping[str, int]) -> None:
+def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], added_tokens: Sequence[AddedToken]) -> None:
     """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, all with valid ids.
 
-    All ids, including those of the special tokens, must be distinct whole numbers from 0 to MAX_ID. The ids of the
+    All ids, including those of the added tokens, must be distinct whole numbers from 0 to MAX_ID. The ids of the
     results must increase in the order of the merges.
     """
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
-    for token in special_tokens:
-        if not isinstance(token, str) or not token:
-            raise ValueError(f"a special token must be a string of at least one character, got {token!r}")
-    ids = [*vocab.values(), *special_tokens.values()]
+    ids = [*vocab.values(), *(token.id for token in added_tokens)]
     if any(type(id_) is not int or not 0 <= id_ <= MAX_ID for id_ in ids) or len(set(ids)) != len(ids):
         raise ValueError(f"the ids of the vocabulary must be distinct whole numbers from 0 to {MAX_ID}")
     last = -1
