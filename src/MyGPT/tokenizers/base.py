@@ -171,14 +171,17 @@ class Tokenizer(ABC):
 
     def _settings_to_save(self, unknown: str | None) -> dict[str, Any]:
         """Return the content of tokenizer_config.json. `unknown` is the unknown token of the model in tokenizer.json."""
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.settings:
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
-        if self.eot_token is not None and token_name(settings, "eos_token") is None:
-            settings["eos_token"] = end = self.token_of(self.eot_token)
+        if "tokenizer_class" in self.settings:
+            return dict(self.settings)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if not self.settings:
+            settings["clean_up_tokenization_spaces"] = False
+        if self.eot_token is not None:
+            end = self.token_of(self.eot_token)
             start = end if self.id_of(ENDOFTEXT) is None else ENDOFTEXT
             # transformers requires an unknown token.
-            settings = {"bos_token": start, "unk_token": unknown or start, **settings}
+            settings |= {"bos_token": start, "eos_token": end, "unk_token": unknown or start}
+        settings |= {key: value for key, value in self.settings.items() if value is not None}
         return settings
 
 
