@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
 from MyGPT.tokenizers.base import AddedToken, read_end_ids, read_settings
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
-from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.bpe import from_visible, place_added_tokens
 from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
 from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
@@ -73,7 +73,9 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return from_visible(model["vocab"], merges, added, known=has_gpt2_merges(merges))
+        ids = place_added_tokens(model["vocab"], [(token.content, token.id) for token in added])
+        placed = [replace(token, id=ids[token.content]) for token in added]
+        return from_visible(model["vocab"], merges, placed, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"], added)
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from MyGPT.tokenizers.base import (
@@ -66,7 +66,10 @@ class CharTokenizer(Tokenizer):
             raise ValueError(f"character {place} is not in the vocabulary of {self.n_vocab} characters") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        return "".join(lookup_tokens(self._token_of, self._shown(ids, skip_special_tokens), self.n_vocab))
+        return "".join(lookup_tokens(self._token_of, self._shown(ids, skip_special_tokens)))
+
+    def ids(self) -> Collection[int]:
+        return self._token_of.keys()
 
     def to_json(self) -> dict[str, Any]:
         # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise

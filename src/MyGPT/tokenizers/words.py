@@ -7,7 +7,7 @@ that splits a text is from "Build a Large Language Model (From Scratch)" (Raschk
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from MyGPT.tokenizers.base import (
@@ -88,10 +88,14 @@ class SimpleTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Return the tokens of the ids, joined by spaces, without a space before a punctuation mark.
 
-        Special tokens are left out if `skip_special_tokens` is True.
+        Special tokens are left out if `skip_special_tokens` is True. An id without a token is skipped, as in transformers.
+        An id that no vocabulary can have raises ValueError.
         """
-        text = " ".join(lookup_tokens(self.int_to_str, self._shown(ids, skip_special_tokens), self.n_vocab))
+        text = " ".join(lookup_tokens(self.int_to_str, self._shown(ids, skip_special_tokens)))
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
+
+    def ids(self) -> Collection[int]:
+        return self.int_to_str.keys()
 
     def to_json(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self._vocab, "unk_token": UNKNOWN}
