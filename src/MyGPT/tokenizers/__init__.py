@@ -45,7 +45,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Return the tokenizer in the `tokenizer.json` of a directory.
 
     MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
-    pattern. Any other tokenizer raises ValueError with the path. `described` adds what the directory says about special tokens.
+    pattern. Any other tokenizer raises ValueError with the path. The other files of the directory name the
+    special tokens, see `described`.
     """
     path = Path(directory) / "tokenizer.json"
     try:
@@ -68,7 +69,12 @@ def described(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> Tokeni
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
-    added = [_added_token(token) for token in data["added_tokens"]]
+    # As in the tokenizers library, empty and repeated tokens are ignored.
+    entries: dict[str, Mapping[str, Any]] = {}
+    for entry in data["added_tokens"]:
+        if entry["content"] != "":
+            entries.setdefault(entry["content"], entry)
+    added = [_added_token(entry) for entry in entries.values()]
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind == "BPE":
         _require_gpt2_rules(data)
