@@ -6,12 +6,17 @@ the command's options. A command is imported only when it runs, which keeps `myg
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+
+SIGPIPE = 13
+"""The number of the signal on every system that has it; Windows has not."""
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -32,10 +37,31 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
-    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM.
+    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. If the
+    program that reads our output has ended, such as `head`, it is 141, as after SIGPIPE, and after SIGHUP it is 129.
     An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
     Then the exception is raised instead.
     """
+    status = 0
+    try:
+        try:
+            status = _main(arguments)
+        finally:  # also after --help, which raises SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        status = status or 128 + SIGPIPE
+    except OSError as error:  # stdout is a file on a full disk
+        _discard_output()
+        if status == 0:
+            _print_error(f"mygpt: the output could not be written: {error}")
+        status = status or 2
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    """Run a command as `main` does. Output that is still buffered at the end is left to the caller."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -53,15 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {name!r}; {hint}")
         run_command(name, arguments[1:])
     except KeyboardInterrupt as interrupt:
-        print(f"\nmygpt {name}: {interrupt or 'stopped'}", file=sys.stderr)
+        _print_error(f"\nmygpt {name}: {interrupt or 'stopped'}")
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
-    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("MYGPT_DEBUG"):
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, (MemoryError, RuntimeError)) or getattr(error, "errno", None) == errno.ENOMEM:
+            from MyGPT.commands._memory import memory_advice
+
+            message = memory_advice(name, error) or ""
+        if os.environ.get("MYGPT_DEBUG") or not message:  # any other RuntimeError is a mistake in the program
             raise
-        print(f"mygpt {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(f"mygpt {name}: {' '.join(message.split())}")
         return 2
     return 0
 
@@ -82,6 +112,29 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     parser = make_parser(name, command)
     arguments = [underscored(argument, parser) for argument in arguments]
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
+
+
+def _print_error(text: str) -> None:
+    """Print a line to stderr, unless the terminal or the program that reads stderr is gone."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    """Send the rest of stdout, and of stderr if it is broken too, to nowhere.
+
+    Without this, Python would print an error and change the exit status when it flushes the streams at its end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # ValueError: no file, or a closed one
+            try:
+                stream.flush()
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _overview() -> str:
