@@ -7,13 +7,14 @@ the command's options. A command is imported only when it runs, which keeps `myg
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from MyGPT.messages import did_you_mean, error_message, printable, safe_streams
 
 SIGPIPE = 13
 """The number of the signal on every system that has it; Windows has not."""
@@ -32,6 +33,31 @@ COMMANDS = {
     "plot": "plot loss curves, attention, the logit lens, sampling and more",
     "explain": "write an HTML page that shows how a model reads a text",
 }
+
+_SYNONYMS = {
+    "train": "pretrain fit",
+    "finetune": "tune sft lora ft",
+    "generate": "sample gen complete predict run inference",
+    "chat": "talk ask",
+    "evaluate": "eval perplexity test",
+    "download": "pull get fetch",
+    "prepare": "tokenize preprocess encode",
+    "info": "show describe inspect summary size",
+    "doctor": "check env diagnose",
+    "bench": "benchmark speed",
+    "plot": "draw figure graph",
+    "explain": "visualize trace",
+}
+"""For each command, other names under which users look for it."""
+_KIND_SYNONYMS = {
+    "attention": "attn heads heatmap",
+    "lens": "logit_lens logits",
+    "sampling": "probabilities probs distribution temperature",
+    "neighbours": "neighbors nearest embeddings similarity",
+    "schedule": "lr learning_rate lr_schedule",
+    "tokens": "tokenize tokenizer",
+}
+"""For each kind of picture of `mygpt plot`, other names under which users look for it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # stdout is a file on a full disk
         _discard_output()
         if status == 0:
-            _print_error(f"mygpt: the output could not be written: {error}")
+            _report("", f"the output could not be written: {error_message(error)}")
         status = status or 2
     return status
 
@@ -63,37 +89,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     """Run a command as `main` does. Output that is still buffered at the end is left to the caller."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if arguments[0] == "--version":
-        from MyGPT import __version__
+    with safe_streams():
+        return _run(arguments)
 
-        print(f"mygpt {__version__}")
-        return 0
-    name = arguments[0]
+
+def _run(arguments: list[str]) -> int:
+    """Run a command, and return its exit status. See `main`."""
+    name = arguments[0] if arguments else "--help"
     try:
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise ValueError(f"unknown command {name!r}; {hint}")
-        run_command(name, arguments[1:])
+        if name in ("-h", "--help"):
+            print(_overview())
+        elif name == "--version":
+            from MyGPT import __version__
+
+            print(f"mygpt {__version__}")
+        elif name in COMMANDS:
+            run_command(name, arguments[1:])
+        else:
+            hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
+            raise ValueError(f"unknown command {name!r}{hint}")
     except KeyboardInterrupt as interrupt:
-        _print_error(f"\nmygpt {name}: {interrupt or 'stopped'}")
+        # The terminal has printed ^C, perhaps after an unfinished line.
+        _report(name, str(interrupt) or "interrupted", begins_line=sys.stderr is not None and sys.stderr.isatty())
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        message = str(error)
+        message = error_message(error)
         if isinstance(error, (MemoryError, RuntimeError)) or getattr(error, "errno", None) == errno.ENOMEM:
             from MyGPT.commands._memory import memory_advice
 
             message = memory_advice(name, error) or ""
         if os.environ.get("MYGPT_DEBUG") or not message:  # any other RuntimeError is a mistake in the program
             raise
-        _print_error(f"mygpt {name}: {' '.join(message.split())}")
+        _report(name, message)
         return 2
     return 0
+
+
+def _report(command: str, message: str, begins_line: bool = False) -> None:
+    """Print a message of a command as one line on stderr, unless the terminal or the reader of stderr is gone.
+
+    With begins_line=True, a line end is printed first.
+    """
+    program = f"mygpt {command}" if command in COMMANDS else "mygpt"
+    start = "\n" if begins_line else ""
+    try:
+        print(f"{start}{program}: {printable(message, keep='')}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output()
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
@@ -109,17 +153,12 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     kinds = getattr(module, "KINDS", {})
     if arguments and arguments[0] in kinds:
         name, command, arguments = f"{name} {arguments[0]}", kinds[arguments[0]], arguments[1:]
+    elif arguments and kinds:
+        _refuse_misspelt_kind(name, arguments[0], kinds)
     parser = make_parser(name, command)
     arguments = [underscored(argument, parser) for argument in arguments]
+    parser.refuse_unknown(arguments)
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
-
-
-def _print_error(text: str) -> None:
-    """Print a line to stderr, unless the terminal or the program that reads stderr is gone."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        _discard_output()
 
 
 def _discard_output() -> None:
@@ -135,6 +174,13 @@ def _discard_output() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
+
+
+def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:
+    """Raise ValueError if the first argument of a command is not a path, but resembles the name of one of its kinds."""
+    hint = did_you_mean(argument, kinds, _KIND_SYNONYMS, prefix=f"mygpt {command} ")
+    if hint and not argument.startswith("-") and not os.path.exists(argument):
+        raise ValueError(f"there is no run {argument!r}{hint}")
 
 
 def _overview() -> str:

@@ -104,7 +104,9 @@ def finetune(
         **run_options,
     )
     n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
-    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
+    print(
+        f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} sequences"
+    )
     run_and_report(trainer, data, directory)
     if tuning.merge:
         WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)
@@ -117,11 +119,11 @@ def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
 
     split.json and loss.png are written to the run directory `run` even if the training raises an error.
     """
-    try:
-        loss = trainer.run()
-    finally:
-        if (run / "config.yaml").is_file():
-            data.split.save(run / "split.json")
+    with trainer:  # An error before the run's directory is locked must not change it.
+        data.split.save(run / "split.json")
+        try:
+            loss = trainer.run()
+        finally:
             draw_losses(run)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")

@@ -105,20 +105,45 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            record = parse_json(line, path, number)
+            record = _parse_record(line, path, number)
         except ValueError:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}") from None
         if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] < 0:
             raise ValueError(f"{path}, line {number} has no valid step: {line[:80]!r}")
-        record = {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()}
         for name in ("loss", "val_loss"):
             value = record.get(name, 0.0)
             if not isinstance(value, float) and not _is_int64(value):
                 raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
         records.append(record)
     return records
+
+
+def evaluations_after(run: Path, n_bytes: int, last_step: int) -> list[dict[str, Any]]:
+    """Return the evaluations of steps up to `last_step` that metrics.jsonl contains after its first `n_bytes` bytes.
+
+    A finished run records them after its last checkpoint. Damaged lines are ignored, because a run that is resumed from
+    this checkpoint removes everything after the first `n_bytes` bytes.
+    """
+    path = run / "metrics.jsonl"
+    evaluations = []
+    for line in path.read_bytes()[n_bytes:].splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = _parse_record(line, path)
+            if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] > last_step:
+                continue
+            if any(isinstance(record.get(name), float) for name in ("val_loss", "final_val_loss")):
+                evaluations.append(record)
+    return evaluations
+
+
+def _parse_record(line: str | bytes, path: Path, number: int | None = None) -> Any:
+    """Return the value in a line of metrics.jsonl. In an object, the strings "nan", "inf" and "-inf" become floats."""
+    record = parse_json(line, path, number)
+    if not isinstance(record, dict):
+        return record
+    return {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in record.items()}
 
 
 def _is_int64(value: object) -> bool:
