@@ -23,6 +23,7 @@ from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
 from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
+from MyGPT.progress import progress_bar
 from MyGPT.tokenizers import Tokenizer
 
 TASK_CHARACTERS = 1 << 20
@@ -65,7 +66,7 @@ def prepare(
     n_tokens = n_documents = n_characters = 0
     with (
         atomic_directory(out) as directory,
-        tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
+        progress_bar(progress, total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True) as bar,
     ):
         with open(directory / "tokens.bin", "wb") as file:
             for ids, documents, characters in _encode_all(_tasks(paths, text_key, bar), tokenizer, workers):

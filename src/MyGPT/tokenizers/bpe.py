@@ -259,7 +259,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     count can only fall. So a count in the heap can be too high, but never too low; an outdated pair is pushed again
     with its true count.
     """
-    from tqdm import tqdm
+    from MyGPT.progress import progress_bar
 
     chunks = [list(chunk) for chunk in chunk_counts]
     counts = list(chunk_counts.values())
@@ -274,7 +274,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     heapq.heapify(heap)
 
     merges: list[Pair] = []
-    with tqdm(total=n_merges, desc="learning merges", unit="merge", disable=not progress, leave=False) as bar:
+    with progress_bar(progress, total=n_merges, desc="learning merges", unit="merge", leave=False) as bar:
         while heap and len(merges) < n_merges:
             negative_count, pair = heapq.heappop(heap)
             if -negative_count != pair_counts[pair]:
