@@ -41,10 +41,12 @@ def evaluate(
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
     """
+    from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
     from MyGPT.opening import open_model
 
+    require_positive(batch_size=batch_size, stride=1 if stride is None else stride)
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
         reason = "which predicts one word per passage"
@@ -52,11 +54,10 @@ def evaluate(
     files = find_files(data, report=partial(print, file=sys.stderr))
     gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
-    show_progress = sys.stderr.isatty()
     if way.last_word:
-        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, show_progress))
+        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
-        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, show_progress)
+        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
         rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.eot_token is not None)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from MyGPT.config import require_positive
 from MyGPT.data.tokens import TokenArray, compact_ids
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.progress import progress_bar
 
 Item = TypeVar("Item")
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -144,7 +144,7 @@ def documents_loss(
         raise ValueError(f"a text needs at least {needed}, got {max(0, n)}")
     device, total, count = model.lm_head.weight.device, 0.0, 0
     windows = (window for ids in texts for window in _windows(ids, length, stride))
-    with torch.no_grad(), evaluation_mode(model), tqdm(total=n_targets, unit="token", disable=not progress) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(progress, total=n_targets, unit="token") as bar:
         for batch in _batches(windows, batch_size):
             inputs = pad_sequence([window for window, _ in batch], batch_first=True)  # (B, T)
             # Padding follows the tokens, so no token attends to it, and it is not a target.
@@ -177,7 +177,7 @@ def continuation_logits(
                 f"got {len(context)} and {len(continuation)}"
             )
         _checked([*context, *continuation], model.config.vocab_size, None)
-    with tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
+    with progress_bar(progress, total=len(pairs), unit="text") as bar:
         for batch in _batches(pairs, batch_size):
             # Evaluation mode ends before each `yield`, because the caller's code runs between two results.
             yield from _batch_logits(model, batch, length)
