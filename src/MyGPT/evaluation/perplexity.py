@@ -50,18 +50,27 @@ class Result:
         return _exp(self.loss)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Return the loss in bits per byte for a text of n_bytes bytes.
+        """Return the loss in bits per byte, where n_bytes is the number of bytes of all targets.
 
-        It does not depend on the number of tokens, so models with different tokenizers can be compared.
+        The first token of a text is a target only after a bos_id; without one, its bytes must not be counted either. The
+        result does not depend on the number of tokens, so models with different tokenizers can be compared.
         """
+        _require_some("bytes", n_bytes)
         return self.total_nats / math.log(2) / n_bytes
 
-    def word_perplexity(self, n_words: int) -> float:
-        """Return the perplexity per word, exp(total_nats / n_words), for a text of n_words words.
+    def word_perplexity(self, n_words: float) -> float:
+        """Return the perplexity per word, exp(total_nats / n_words), where n_words is the number of words of all targets.
 
-        The result is infinity if it is too large for a float.
+        A word of which only a part is a target counts as a fraction. The result is infinity if it is too large for a float.
         """
+        _require_some("words", n_words)
         return _exp(self.total_nats / n_words)
+
+
+def _require_some(units: str, n: float) -> None:
+    """Raise ValueError unless a number of bytes or words, by which a loss is divided, is above 0."""
+    if not n > 0:
+        raise ValueError(f"a loss per unit needs a text with {units}, got {n} {units}")
 
 
 def _exp(x: float) -> float:

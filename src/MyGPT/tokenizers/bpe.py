@@ -205,6 +205,9 @@ class BPETokenizer(Tokenizer):
         tokens = self.decode_tokens_bytes(self._shown(ids, skip_special_tokens))
         return b"".join(tokens).decode("utf-8", errors="replace")
 
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        return len(self.decode_tokens_bytes(ids[:1])[0])  # The token may be a part of a character.
+
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """Return the bytes of the token of each id, for example to show tokens one by one.
 
