@@ -50,7 +50,10 @@ class CommandParser(ArgumentParser):
         """Parse a YAML file of options, after `read_recipe` has refused files that could fill the memory or crash the parser."""
         self.recipe = path
         read_recipe(path)
-        return super().parse_path(path, *arguments, **options)
+        try:
+            return super().parse_path(path, *arguments, **options)
+        except ValueError as error:  # jsonargparse opens a text such as "lora: x" as a file, and "\0" cannot be opened
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """Raise ValueError if the arguments contain an unknown option, which includes abbreviated options.
