@@ -132,38 +132,26 @@ def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int]) -> list[st
     return [id_to_token[id_] for id_ in valid_ids(ids) if id_ in id_to_token]
 
 
-def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Return the ids from 0 to vocab_size - 1 that have no token, in ascending order.
-
-    `tokenizer` is a tokenizer of MyGPT, of tiktoken or of transformers. The result is empty for any other object.
-    """
+def has_token(tokenizer: Any, id_: int) -> bool:
+    """Return whether an id has a token. `tokenizer` is a tokenizer of MyGPT, tiktoken or transformers; others give True."""
     if isinstance(tokenizer, Tokenizer):
-        known: Collection[int] = tokenizer.ids()
-    elif hasattr(tokenizer, "get_vocab"):
-        known = set(tokenizer.get_vocab().values())
-    elif hasattr(tokenizer, "token_byte_values"):
-        known = _ids_of_tiktoken(tokenizer)
-    else:
-        return []
-    n = max(known, default=-1) + 1
-    gaps = [] if len(known) == n else [id_ for id_ in range(min(n, vocab_size)) if id_ not in known]
-    return [*gaps, *range(n, vocab_size)]
-
-
-def _ids_of_tiktoken(encoding: Any) -> Collection[int]:
-    """Return the ids that have a token in a `tiktoken.Encoding`, which can have gaps before its special tokens."""
-    n = encoding.n_vocab
-    if len(encoding.token_byte_values()) + len(encoding.special_tokens_set) == n:
-        return range(n)
-
-    def has_token(id_: int) -> bool:
+        return id_ in tokenizer.ids()
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer.convert_ids_to_tokens(id_) is not None
+    if hasattr(tokenizer, "decode_single_token_bytes"):
         try:
-            encoding.decode_single_token_bytes(id_)
+            tokenizer.decode_single_token_bytes(id_)
         except KeyError:
             return False
-        return True
+    return True
 
-    return set(filter(has_token, range(n)))
+
+def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Return the ids from 0 to vocab_size - 1 that have no token (see `has_token`), in ascending order."""
+    first = 0
+    if isinstance(tokenizer, Tokenizer) and len(tokenizer.ids()) == tokenizer.n_vocab:
+        first = tokenizer.n_vocab  # There are no gaps.
+    return [id_ for id_ in range(first, vocab_size) if not has_token(tokenizer, id_)]
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:

@@ -75,8 +75,9 @@ class BPETokenizer(Tokenizer):
         self._bytes_of = {id_: token.encode() for token, id_ in special_tokens.items()}
         self._bytes_of |= {id_: _visible_to_bytes(token) for token, id_ in unmerged.items()}
         self._bytes_of |= {id_: token for token, id_ in vocab.items()}
-        self._id_of_rank = None if ranks == self._vocab else [vocab[token] for token in ranks]
-        self._encoding = tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._n_vocab = max(self._bytes_of) + 1
+        self._id_of_rank = None if ranks is vocab else [vocab[token] for token in ranks]
+        self._encoding = tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
 
     @classmethod
     def train(
@@ -123,7 +124,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def n_vocab(self) -> int:
-        return max(self._bytes_of) + 1
+        return self._n_vocab
 
     @property
     def eot_token(self) -> int | None:
@@ -394,11 +395,11 @@ def _check(
         raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
-def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> dict[bytes, int]:
+def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> Mapping[bytes, int]:
     """Return the numbers by which tiktoken orders the merges: the ids if they increase, else new numbers from 0 on."""
     ids = [vocab[first + second] for first, second in merges]
     if all(one < other for one, other in pairwise(ids)):
-        return dict(vocab)
+        return vocab
     tokens = [*(bytes([byte]) for byte in range(256)), *(first + second for first, second in merges)]
     return {token: rank for rank, token in enumerate(tokens)}
 
