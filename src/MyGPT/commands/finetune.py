@@ -79,6 +79,7 @@ def finetune(
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
     gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
     tokenizer = files.tokenizer(gpt.config.vocab_size)
+    gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)
@@ -119,11 +120,11 @@ def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
 
     split.json and loss.png are written to the run directory `run` even if the training raises an error.
     """
-    try:
-        loss = trainer.run()
-    finally:
-        if (run / "config.yaml").is_file():
-            data.split.save(run / "split.json")
+    with trainer:  # An error before the run's directory is locked must not change it.
+        data.split.save(run / "split.json")
+        try:
+            loss = trainer.run()
+        finally:
             draw_losses(run)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")

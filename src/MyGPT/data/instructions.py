@@ -117,7 +117,7 @@ def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> 
 
     `template` adds text around the fields of the record. The record needs no answer.
     """
-    return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
+    return list(_encode_parts(template.for_tokenizer(tokenizer).parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
@@ -127,7 +127,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
     """
     check_record(record, where)
     try:
-        example = _encode_parts(template.parts(record), tokenizer)
+        example = _encode_parts(template.for_tokenizer(tokenizer).parts(record), tokenizer)
     except ValueError as error:  # The tokenizer does not know a character.
         raise ValueError(f"{where}: {error}") from None
     if not example:

@@ -23,7 +23,7 @@ from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
 from MyGPT.files import atomic_directory, restore_directory, sha256_of
-from MyGPT.tokenizers import BPETokenizer, Tokenizer
+from MyGPT.tokenizers import Tokenizer
 
 TASK_CHARACTERS = 1 << 20
 """Smallest number of characters in a task, the amount of text that a worker process encodes at a time."""
@@ -40,7 +40,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode text files, write their token ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Each document is followed by `<|endoftext|>` if the tokenizer has this token. If an error occurs, `out` does not
+    Each document is followed by the tokenizer's end-of-text token, if it has one. If an error occurs, `out` does not
     change.
 
     Args:
@@ -105,10 +105,11 @@ def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text"
 
 
 def _refuse_split_specials(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a special token contains a space, where a long text may be cut into pieces."""
-    for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
-        if TOKEN_END.search(token):
-            raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
+    """Raise ValueError if an added token contains or removes a space, where a long text may be cut into pieces."""
+    for token in tokenizer.added_tokens:
+        if TOKEN_END.search(token.content) or token.lstrip or token.rstrip:
+            what = "contains a space" if TOKEN_END.search(token.content) else "removes the spaces beside it"
+            raise ValueError(f"the special token {token.content!r} {what}, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
@@ -179,7 +180,7 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
     """Encode text pieces. Return (token ids, number of documents that end in the pieces, number of characters).
 
-    The id of `<|endoftext|>` follows each document if the tokenizer has this token.
+    The tokenizer's end-of-text token follows each document if there is one.
     """
     ids: list[int] = []
     for piece in task:

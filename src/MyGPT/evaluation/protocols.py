@@ -252,8 +252,9 @@ def measure_text(
 ) -> TextMeasurement:
     """Compute the loss of the model on one or several independent texts.
 
-    The model reads `<|endoftext|>` before each text if the tokenizer has this token. The protocol defines how texts are
-    detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
+    The model reads the tokenizer's beginning-of-text token, such as `<|endoftext|>`, before each text if there is one. The
+    protocol defines how texts are detokenized and how words are counted. `strided_loss` explains stride, batch_size and
+    progress.
 
     Raises:
         ValueError: there is no text, or the tokenizer cannot encode a text.
@@ -276,7 +277,7 @@ def measure_text(
     if not documents:
         raise ValueError("there is no text to measure")
     result = documents_loss(
-        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.eot_token, progress=progress
+        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.bos_token, progress=progress
     )
     return TextMeasurement(result, n_bytes, n_words, n_ambiguous, is_lossless)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
+from MyGPT.config import GPTConfig
 from MyGPT.data.records import read_json_records
 from MyGPT.files import read_json, read_text
 from MyGPT.generation import evaluation_mode
@@ -109,7 +110,7 @@ class GPTForClassification(nn.Module):
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": names,
             "label2id": {label: i for i, label in names.items()},
-            "pad_token_id": getattr(tokenizer, "eot_token", None),
+            "pad_token_id": _pad_id(self.config, tokenizer),
         }
         write_directory(
             directory, self.config, self.gpt.state_dict(), tokenizer,
@@ -141,6 +142,15 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         model.score.load_state_dict({"weight": score.load()})
         return model.eval()
+
+
+def _pad_id(config: GPTConfig | None, tokenizer: Any) -> int | None:
+    """Return the id of the padding token: that of the config, or else of the tokenizer, or else its end-of-text token."""
+    named = [
+        getattr(config, "pad_token_id", None),
+        *(getattr(tokenizer, name, None) for name in ("pad_token", "eot_token")),
+    ]
+    return next((id_ for id_ in named if id_ is not None), None)
 
 
 def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -207,7 +217,7 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     for number, row in enumerate(rows):
         if not len(row):
             raise ValueError(f"a text to classify needs at least one token, text {number} has none")
-    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eot_token or 0)
+    ids = pad_sequence(rows, batch_first=True, padding_value=_pad_id(None, tokenizer) or 0)
     return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
