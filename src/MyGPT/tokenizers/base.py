@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +68,13 @@ class Tokenizer(ABC):
     """The tokens that are found in a text before the rest is encoded: special tokens and added words."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """The content of the tokenizer_config.json with which the tokenizer was opened. `save` writes it back."""
+    source: str = ""
+    """The files from which the tokenizer was opened, such as "tokenizer.json in runs/x/model", or the reason why it is
+    GPT-2's. Empty for a tokenizer that was trained or made in Python."""
+    is_assumed: bool = False
+    """True for GPT-2's tokenizer if it was chosen because a model's directory has no tokenizer."""
+    optional_tokens: frozenset[str] = frozenset()
+    """Added tokens that no file names, but that transformers adds. They are left out if the model has no row for them."""
     _end_of_model: str | None = None
 
     @property
@@ -199,20 +206,22 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a directory's tokenizer_config.json, and of special_tokens_map.json, which older files need.
+    """Return the content of a directory's tokenizer_config.json, and of special_tokens_map.json in older directories.
 
     The result is empty if both files are missing. A damaged file raises ValueError.
     """
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = Path(directory) / name
-        if not path.is_file():
-            continue
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
-        settings |= {key: value for key, value in content.items() if value is not None or key not in settings}
-    return settings
+    settings = read_object(Path(directory, "tokenizer_config.json"))
+    if "added_tokens_decoder" in settings:  # transformers then ignores the older file
+        return settings
+    return settings | read_object(Path(directory, "special_tokens_map.json"))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty dict if there is no file. Raises ValueError for any other content."""
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_end_ids(directory: str | os.PathLike[str]) -> list[int]:
@@ -368,6 +377,36 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
         first, second = next((inverted[id_], token) for token, id_ in vocab.items() if inverted[id_] != token)
         raise ValueError(f"tokens {second!r} and {first!r} have the same id {vocab[first]}; each needs its own")
     return inverted
+
+
+def place_added_tokens(vocab: Mapping[str, int], added: Iterable[AddedToken]) -> list[AddedToken]:
+    """Return the added tokens with the ids that Hugging Face's `tokenizers` library gives them.
+
+    The library ignores the ids of added tokens in a file. A token of `vocab` keeps its id there, and the other tokens
+    get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to another
+    token. In this case only, the id in the file is used. A repeated token counts once.
+
+    Args:
+        vocab: maps each token of the model to its id.
+        added: the added tokens in the order of the file.
+
+    Raises:
+        ValueError: a token has no free id.
+    """
+    taken = set(vocab.values())
+    placed: dict[str, AddedToken] = {}
+    for token in added:
+        id_ = vocab.get(token.content)
+        if id_ is None and token.content not in placed:
+            id_ = max(len(vocab), 1 + max((other.id for other in placed.values()), default=-1))
+            if id_ in taken:
+                id_ = token.id
+            if type(id_) is not int or id_ < 0 or id_ in taken:
+                raise ValueError(f"the added token {token.content!r} needs an id of its own, but got {token.id!r}")
+            taken.add(id_)
+        if id_ is not None:
+            placed.setdefault(token.content, replace(token, id=id_))
+    return list(placed.values())
 
 
 def with_added(vocab: Mapping[str, int], added_tokens: Iterable[AddedToken]) -> dict[str, int]:

@@ -55,7 +55,7 @@ def _load(path: Path) -> Any:
             if instruction.name not in _HARMLESS:
                 raise ValueError("it contains more than dicts of str and int")
             # A large number of a memo entry would make the unpickler allocate as many entries.
-            if instruction.name.endswith("PUT") and int(argument) > i:
+            if instruction.name.endswith("PUT") and int(argument or 0) > i:
                 raise ValueError(f"it is damaged: memo entry {argument} does not exist")
         return _PlainUnpickler(io.BytesIO(content)).load()
     except ValueError:
@@ -66,10 +66,9 @@ def _load(path: Path) -> Any:
 
 def _characters(meta: Any) -> list[str]:
     """Return the characters in the order of their ids. Raises ValueError if `meta` is not a table of characters."""
-    tables = [meta.get(name) for name in ("stoi", "itos")] if isinstance(meta, dict) else [None]
-    if not all(isinstance(table, dict) for table in tables):
+    stoi, itos = (meta.get(name) if isinstance(meta, dict) else None for name in ("stoi", "itos"))
+    if not isinstance(stoi, dict) or not isinstance(itos, dict):
         raise ValueError("it must contain a dict with the dicts stoi and itos")
-    stoi, itos = tables
     ids, characters = [*stoi.values(), *itos], [*stoi, *itos.values()]
     if any(type(id_) is not int for id_ in ids) or any(type(character) is not str for character in characters):
         raise ValueError("stoi must be a dict from str to int, and itos one from int to str")
