@@ -384,7 +384,8 @@ def place_added_tokens(vocab: Mapping[str, int], added: Iterable[AddedToken]) ->
 
     The library ignores the ids of added tokens in a file. A token of `vocab` keeps its id there, and the other tokens
     get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to another
-    token. In this case only, the id in the file is used. A repeated token counts once.
+    token. In this case only, the id in the file is used, or the first id above all others if the file has no id, which
+    is written as -1. A repeated token counts once.
 
     Args:
         vocab: maps each token of the model to its id.
@@ -400,7 +401,7 @@ def place_added_tokens(vocab: Mapping[str, int], added: Iterable[AddedToken]) ->
         if id_ is None and token.content not in placed:
             id_ = max(len(vocab), 1 + max((other.id for other in placed.values()), default=-1))
             if id_ in taken:
-                id_ = token.id
+                id_ = max(taken) + 1 if token.id == -1 else token.id
             if type(id_) is not int or id_ < 0 or id_ in taken:
                 raise ValueError(f"the added token {token.content!r} needs an id of its own, but got {token.id!r}")
             taken.add(id_)
