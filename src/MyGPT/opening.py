@@ -19,6 +19,7 @@ from MyGPT.data.templates import TEMPLATE_FILE, Template, load_template
 from MyGPT.devices import pick_device
 from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
@@ -150,7 +151,7 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
         return ModelFiles(find_model(name_or_path))
     base = base_of_adapter(found)
     if Path(base).is_absolute() and not Path(base).exists():
-        way_out = f"name the model's present path with --model MODEL --adapter {found}"
+        way_out = f"name the model's present path with --model MODEL --adapter {quote(found)}"
         raise FileNotFoundError(f"{found} was trained on {base}, which does not exist: {way_out}")
     return ModelFiles(find_model(base), found)
 

@@ -14,6 +14,7 @@ from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands.train import draw_losses
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.opening import adapter_without_model, find_model_files
 from MyGPT.training.config import TrainConfig
@@ -69,8 +70,9 @@ def finetune(
         mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
         mygpt finetune --resume runs/tuned
     """
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]
+    examples.check_files()
     if adapter_without_model(model) is not None:
         need = "finetune needs a complete model, such as a run made with --merge"
         raise ValueError(f"{model} holds only an adapter, but {need}")
@@ -112,7 +114,7 @@ def finetune(
     if tuning.merge:
         WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)
     saved = "model" if tuning.full or tuning.merge else "adapter"
-    print(f"{saved} saved in {directory}; try: mygpt chat --model {directory}")
+    print(f"{saved} saved in {directory}; try: mygpt chat --model {quote(directory)}")
 
 
 def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
