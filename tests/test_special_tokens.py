@@ -13,29 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from MyGPT import (
     BPETokenizer,
-    CharTokenizer,
-    GPTConfig,
     GPTModel,
-    SimpleTokenizer,
     generate,
-    get_tokenizer,
     load_tokenizer,
     open_model,
 )
 from MyGPT.acceleration.lookup import PromptLookup
 from MyGPT.acceleration.step import accelerate
-from MyGPT.cli import main
-from MyGPT.config import GPT_CONFIG
-from MyGPT.data.instructions import InstructionDataset, encode_prompt
-from MyGPT.data.templates import load_template
-from MyGPT.finetuning.classification import GPTForClassification
-from MyGPT.finetuning.examples import ExampleOptions, Examples
-from MyGPT.finetuning.preference import PreferencePairs
-from MyGPT.generation import end_ids, stream_text
-from MyGPT.sampling import SamplingConfig
-from MyGPT.tokenizers.base import AddedToken
-from MyGPT.training.config import TrainConfig
-from MyGPT.training.texts import LiveSamples
+from MyGPT.generation import end_ids
 
 TEXT = "the cat sat by the fire. and the dog sat by the cat. " * 5
 BASE = BPETokenizer.train(TEXT, 300, progress=False)
