@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from MyGPT.commands._model import make_fast, start_build
+from MyGPT.commands._model import make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.templates import Template, load_template
@@ -112,6 +112,7 @@ def chat(
     """
     build = start_build(device)
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     context = gpt.config.context_length
     fast = make_fast(gpt, precision, lookup, build)
     del gpt  # on a CPU, `fast` has its own copy of the weights

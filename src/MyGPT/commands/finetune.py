@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from MyGPT.commands._model import report_tokenizer
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands.train import draw_losses
 from MyGPT.finetuning.examples import ExampleOptions, Examples
@@ -81,6 +82,7 @@ def finetune(
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
     gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
     tokenizer = files.tokenizer(gpt.config.vocab_size)
+    report_tokenizer(tokenizer)
     gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())

@@ -213,7 +213,15 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     settings = read_object(Path(directory, "tokenizer_config.json"))
     if "added_tokens_decoder" in settings:  # transformers then ignores the older file
         return settings
-    return settings | read_object(Path(directory, "special_tokens_map.json"))
+
+    def name_of(value: Any) -> Any:
+        """Return the text of a token that is described by an object, which tokenizer_config.json cannot contain."""
+        if isinstance(value, list):
+            return [name_of(item) for item in value]
+        return value["content"] if isinstance(value, dict) and "content" in value else value
+
+    older = read_object(Path(directory, "special_tokens_map.json"))
+    return settings | {key: name_of(value) for key, value in older.items()}
 
 
 def read_object(path: Path) -> dict[str, Any]:

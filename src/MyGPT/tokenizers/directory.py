@@ -41,6 +41,11 @@ _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "Code
 """The classes of transformers that split text as GPT-2 does, as far as MyGPT reads their settings."""
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a file with this name belongs to a tokenizer, also to one that MyGPT cannot read."""
+    return name in SETTINGS or any(name in files for files in READABLE) or any(fnmatch(name, other) for other in OTHERS)
+
+
 def find_files(directory: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return the names of the files of the tokenizer in a directory, or an empty tuple if there are none.
 
