@@ -125,7 +125,11 @@ def test_a_vocabulary_without_endoftext_gets_it_as_in_transformers(copy: Path) -
 @pytest.mark.slow
 def test_gpt2s_own_files_open_under_these_names(tmp_path: Path) -> None:
     shutil.copy(OPENAI_FILES / "vocab.bpe", tmp_path / "merges.txt")
-    write(tmp_path, config={"model_type": "gpt2"}, vocab=gpt2_vocabulary(get_tokenizer("gpt2").to_json()["model"]["merges"]))
+    write(
+        tmp_path,
+        config={"model_type": "gpt2"},
+        vocab=gpt2_vocabulary(get_tokenizer("gpt2").to_json()["model"]["merges"]),
+    )
     check(tmp_path)
     assert load_tokenizer(tmp_path).encode(TEXT) == get_tokenizer("gpt2").encode(TEXT)
 
@@ -149,7 +153,10 @@ def test_tokens_of_roberta_are_not_special_unless_a_file_says_so(tmp_path: Path)
         (lambda d: (d / "merges.txt").write_text("q z\n"), r"vocab\.json: the merge of b'q' and b'z' needs tokens"),
         (lambda d: (d / "merges.txt").write_text("a b c\n"), r"merges\.txt must have two tokens"),
         (lambda d: (d / "vocab.json").write_text("[1]"), r"vocab\.json must be a JSON object, got list"),
-        (lambda d: (d / "vocab.json").write_text('{"a": 0}'), r"vocab\.json: the vocabulary lacks 255 of the 256 bytes"),
+        (
+            lambda d: (d / "vocab.json").write_text('{"a": 0}'),
+            r"vocab\.json: the vocabulary lacks 255 of the 256 bytes",
+        ),
         (lambda d: (d / "vocab.json").write_text('{"a": []}'), r"vocab\.json"),
         (lambda d: write(d, tokenizer_config={"add_prefix_space": True}), "add_prefix_space .* not supported"),
         (lambda d: write(d, tokenizer_config={"add_bos_token": True}), "add_bos_token .* not supported"),
@@ -170,7 +177,8 @@ def test_files_that_do_not_fit_together_are_refused_by_name(copy: Path, change: 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("tokenizer.model", marks=pytest.mark.slow), "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "vocab.txt", "tekken.json",
+        pytest.param("tokenizer.model", marks=pytest.mark.slow),
+        "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "vocab.txt", "tekken.json",
         "gpt2.tiktoken", "tokenizer.bin", "gpt2_tokenizer.bin", "tokenizer.pkl", "encoder.json", "vocab.bpe",
         "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json",
     ],
@@ -205,7 +213,9 @@ def test_every_way_of_opening_gives_the_same_tokenizer(
     model, tokenizer = open_model(model_directory, "cpu")
     weights = model_directory / "model.safetensors"
     found = [open_model(path, "cpu")[1] for path in (weights, tmp_path / "run", tmp_path / "run/model")]
-    found += [open_it(path) for open_it in (get_tokenizer, load_tokenizer) for path in (model_directory, tmp_path / "run")]
+    found += [
+        open_it(path) for open_it in (get_tokenizer, load_tokenizer) for path in (model_directory, tmp_path / "run")
+    ]
     assert all(other.encode(TEXT) == expected for other in (tokenizer, *found))
     assert tokenizer.source == f"vocab.json and merges.txt in {model_directory}"
     assert not tokenizer.is_assumed and not capsys.readouterr().err
@@ -251,7 +261,9 @@ def test_gpt2s_tokenizer_is_assumed_only_without_files_and_reported(
     assert main(["explain", "a cat", "--model", str(tmp_path / "ckpt.pt"), "--out", page, "--device", "cpu"]) == 0
     assert capsys.readouterr().err == f"tokenizer: {reason}\n"
     torch.save(NanoGPT(67, 16, 8, 1, 1, bias=True).checkpoint(), tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer\.json, vocab\.json with merges\.txt.*67 tokens"):
+    with pytest.raises(
+        ValueError, match=r"has no tokenizer \(tokenizer\.json, vocab\.json with merges\.txt.*67 tokens"
+    ):
         open_model(tmp_path / "ckpt.pt", "cpu")
 
 

@@ -12,7 +12,7 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -124,6 +124,13 @@ class Tokenizer(ABC):
     def ids(self) -> Collection[int]:
         """Return the ids that have a token. They can be fewer than `n_vocab`."""
         return range(self.n_vocab)
+
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many bytes of a text, in UTF-8, its first token represents. `ids` are the token ids of the text.
+
+        White space that the tokenizer drops before the first token is counted too.
+        """
+        return len(self.decode(ids[:1]).encode())
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -307,6 +314,23 @@ def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
     if hasattr(tokenizer, "special_tokens_set") and not isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text, allowed_special="all"))
     return list(tokenizer.encode(text))
+
+
+def encode_without_end(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without the end-of-text token that may be at its end.
+
+    The caller then adds this token, so a text that already has it does not get a second one. White space after the
+    token is also left out. `tokenizer` is a tokenizer of MyGPT or a `tiktoken.Encoding`.
+    """
+    try:
+        end: int | None = tokenizer.eot_token
+    except (AttributeError, KeyError):  # an Encoding without this token
+        end = None
+    stripped = text.rstrip()
+    ids = encode_with_specials(tokenizer, stripped)
+    if end is not None and ids[-1:] == [end]:
+        return ids[:-1]
+    return ids if stripped == text else encode_with_specials(tokenizer, text)
 
 
 def require_text(text: object) -> None:

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from MyGPT.files import present_directory
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     ROLES,
@@ -74,10 +75,10 @@ def find_directory(path: str | os.PathLike[str]) -> Path | None:
     `path` is the directory of a tokenizer, a model, an adapter or a training run, or a file beside the tokenizer's files.
     """
     path = Path(path)
-    directory = path.parent if path.is_file() else path
+    directory = present_directory(path.parent if path.is_file() else path)
     is_model = (directory / "config.json").is_file()
     places = [directory] if is_model else [directory, directory / "model", directory / "adapter"]
-    return next((place for place in places if find_files(place)), None)
+    return next((place for place in map(present_directory, places) if find_files(place)), None)
 
 
 def read_vocab_and_merges(directory: Path) -> BPETokenizer:

@@ -7,7 +7,7 @@ that splits a text is from "Build a Large Language Model (From Scratch)" (Raschk
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from MyGPT.tokenizers.base import (
@@ -74,11 +74,8 @@ class SimpleTokenizer(Tokenizer):
         """
         require_text(text)
         unknown = self.str_to_int.get(UNKNOWN)
-        words: list[str] = []
-        for part in split_added(text, self.added_tokens):
-            words += [part.content] if isinstance(part, AddedToken) else _words(part)
         ids = []
-        for word in words:
+        for word in self._words(text):
             id_ = self.str_to_int.get(word, unknown)
             if id_ is None:
                 raise ValueError(f"{word!r} is not in the vocabulary of {self.n_vocab} tokens, which has no {UNKNOWN}")
@@ -96,6 +93,16 @@ class SimpleTokenizer(Tokenizer):
 
     def ids(self) -> Collection[int]:
         return self.int_to_str.keys()
+
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        # An unknown word has another length than <|unk|>, so the length is that of the word in the text.
+        n_dropped = len(text) - len(text.lstrip())
+        return len(text[:n_dropped].encode()) + len(self._words(text)[0].encode())
+
+    def _words(self, text: str) -> list[str]:
+        """Return the words, punctuation marks and added tokens of a text."""
+        parts = split_added(text, self.added_tokens)
+        return [word for part in parts for word in ([part.content] if isinstance(part, AddedToken) else _words(part))]
 
     def to_json(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self._vocab, "unk_token": UNKNOWN}
