@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -47,6 +48,10 @@ class Console:
     def evaluated(self, step: int, loss: float, is_best: bool) -> None:
         """Report the validation loss after `step` steps; is_best is True if it is the lowest so far."""
         self.message(f"step {step}: validation loss {loss:.4f}{' (best)' if is_best else ''}")
+
+    def scored(self, step: int, scores: Mapping[str, float]) -> None:
+        """Report the values that were measured beside the validation loss after `step` steps, such as an accuracy."""
+        self.message(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
     def sampled(self, step: int, text: str) -> None:
         """Show `text`, which the model generated after `step` steps."""

@@ -170,10 +170,15 @@ class Run:
             self.log(state.step, **values, tokens_per_second=tokens_per_second)
         self.console.logged(state.smoothed_loss, tokens_per_second)
 
-    def record_evaluation(self, state: RunState, loss: float) -> None:
-        """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console."""
+    def record_evaluation(self, state: RunState, loss: float, **scores: float) -> None:
+        """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console.
+
+        `scores` are other measured values, such as an accuracy, which are recorded and printed as well.
+        """
         self.console.evaluated(state.step, loss, state.add_evaluation(loss))
-        self.log(state.step, val_loss=loss)
+        if scores:
+            self.console.scored(state.step, scores)
+        self.log(state.step, val_loss=loss, **{f"val_{name}": value for name, value in scores.items()})
         if state.has_lost_patience(self.config.early_stop):
             self.console.stopped_early(state.step, state.evals_since_best)
 
