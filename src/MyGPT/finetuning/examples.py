@@ -14,6 +14,7 @@ from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, co
 from MyGPT.data.packing import PackedSampler
 from MyGPT.data.records import kind_of, read_records, split_records
 from MyGPT.data.templates import Template, load_template
+from MyGPT.tokenizers.base import require_end_token
 
 Rows = Literal["padded", "packed"]
 
@@ -49,8 +50,7 @@ class Examples:
     """The training, validation and test examples of a file of records, as token ids."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
-        if tokenizer.eot_token is None:
-            raise ValueError("the model's tokenizer has no <|endoftext|>, which marks the end of an answer")
+        require_end_token(tokenizer, "fine-tuning")
         self.options, self.tokenizer = options, tokenizer
         self.max_length = min(options.max_length or context_length, context_length)
         self.records = read_records(options.data)
