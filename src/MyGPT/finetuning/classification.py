@@ -303,12 +303,13 @@ class LabelLoss:
     def __init__(self, model: GPTForClassification) -> None:
         self.model = model
 
-    def count(self, ids: Tensor, targets: Tensor, mask: Tensor) -> int:
+    def count(self, *batch: Tensor) -> int:
         """Return the number of texts."""
-        return len(targets)
+        return len(batch[0])
 
-    def __call__(self, ids: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, int]:
         """Return the summed cross-entropy in nats and the number of correct predictions, (2,), and the number of texts."""
+        ids, targets, mask = batch
         scores = self.model(ids, mask).float()
         loss = F.cross_entropy(scores, targets, reduction="sum")
         return torch.stack([loss, (scores.argmax(1) == targets).sum().float()]), len(targets)

@@ -321,13 +321,13 @@ class PreferenceLoss:
     label_smoothing: float = 0.0
     scores: ClassVar[tuple[str, ...]] = ("accuracy", "margin")
 
-    def count(self, inputs: Tensor, targets: Tensor) -> int:
+    def count(self, *batch: Tensor) -> int:
         """Return the number of pairs."""
-        return len(inputs)
+        return len(batch[0])
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, int]:
         """Return the sums of loss, accuracy and margin over the pairs (see `Preferences`), (3,), and the number of pairs."""
-        n = len(inputs)
-        chosen_first = (part.transpose(0, 1).flatten(0, 1) for part in (inputs, targets))  # each (2 B, T)
-        found = preferences(self.peft_model, *chosen_first, self.beta, self.label_smoothing)
+        n = len(batch[0])
+        inputs, targets = (part.transpose(0, 1).flatten(0, 1) for part in batch)  # each (2 B, T), the chosen answers first
+        found = preferences(self.peft_model, inputs, targets, self.beta, self.label_smoothing)
         return n * torch.stack([found.loss, *found.loss.new_tensor([found.accuracy, found.margin])]), n

@@ -38,11 +38,11 @@ class NextToken:
     """A GPTModel."""
     scores: ClassVar[tuple[str, ...]] = ()
 
-    def count(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the number of targets that are not -100."""
-        return (targets != IGNORED).sum()
+    def count(self, *batch: Tensor) -> Tensor:
+        """Return the number of targets, the second tensor of a batch, that are not -100."""
+        return (batch[1] != IGNORED).sum()
 
-    def __call__(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy in nats and the number of counted targets."""
-        total, count = self.model.token_loss(inputs, targets, mask)
+        total, count = self.model.token_loss(*batch)
         return total, count

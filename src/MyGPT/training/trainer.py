@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers import Tokenizer
@@ -61,7 +61,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         config: TrainConfig,
         train: Any,
         val: Any = None,
@@ -79,21 +79,20 @@ class Trainer:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.model: Any = model
-        self.config, self.device = config, torch.device(device)
+        self.model, self.config, self.device = model, config, torch.device(device)
         self.objective: Objective = NextToken(model) if objective is None else objective
         self.state = RunState()
         self.scores: dict[str, float] = {}
         """The values that the last call of `evaluate` measured beside the loss, by name; empty for the default objective."""
-        self.sampler, self.validation, start = make_batches(train, val, self.model.config.context_length, config)
-        self.samples = LiveSamples(self.model, tokenizer, prompts if len(prompts) > 0 else start, config)
-        self.autocast_dtype = autocast_dtype(self.device, config.precision, self.model.config.emb_dim)
+        self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
+        self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
+        self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         self.console = Console(progress) if console is None else console
         self.files = Run(
             None if run_dir is None else Path(run_dir),
             config,
             dict(vars(config) if recipe is None else recipe),
-            WholeModel(self.model, tokenizer) if best_model is None else best_model,
+            WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
             overwrite=overwrite,
