@@ -104,7 +104,9 @@ def finetune(
         **run_options,
     )
     n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
-    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
+    print(
+        f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} sequences"
+    )
     run_and_report(trainer, data, directory)
     if tuning.merge:
         WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)

@@ -210,7 +210,7 @@ class LengthGroupedSampler:
 
     dataset: InstructionDataset
     batch_size: int
-    """Number of examples per batch (B)."""
+    """Number of examples per batch (B). One batch per epoch may have fewer."""
     _: KW_ONLY
     pad_token_id: int = 50256
     mask_prompt: bool = False
