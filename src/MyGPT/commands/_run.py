@@ -45,7 +45,7 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
     The given options follow --config, so they override the run's stored options.
     """
-    run = run_to_resume(_value(arguments, "resume"), _value(arguments, "out"))
+    run = run_to_resume(value_of(arguments, "resume"), value_of(arguments, "out"))
     if run is None:
         return list(arguments)
     config = run / "config.yaml"
@@ -73,7 +73,7 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
     return Path(out) if has_checkpoint(Path(out)) else None
 
 
-def _value(arguments: Sequence[str], name: str) -> str | None:
+def value_of(arguments: Sequence[str], name: str) -> str | None:
     """Return the last value of the option --name in unparsed arguments, or None if the option is not given."""
     value = None
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):

@@ -15,6 +15,7 @@ from MyGPT.commands._recipe import fields_of, read_recipe
 from MyGPT.files import atomic_write
 from MyGPT.inside import plots
 from MyGPT.inside.tracing import logit_lens, trace
+from MyGPT.messages import print_styled, read_standard_input
 from MyGPT.model import GPTModel
 from MyGPT.opening import open_model
 from MyGPT.sampling import SamplingConfig
@@ -156,9 +157,10 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
     """
     inside = Path(tokenizer, "model")
     coder = get_tokenizer(inside if (inside / "tokenizer.json").is_file() else tokenizer)
-    text = sys.stdin.read() if text == "-" else text
+    text = read_standard_input() if text == "-" else text
     if out is None:
-        print(plots.tokens_to_terminal(coder, text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print_styled(plots.tokens_to_terminal(coder, text, colour))
         return
     if Path(out).suffix not in (".html", ".htm"):
         raise ValueError(f"out must end in .html, got {out}")
