@@ -175,36 +175,93 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
     """Read pairs of a text and its label from a file.
 
     Args:
-        path: a .csv file whose first line names the columns, or a JSON or JSON Lines file of objects.
-        text_key: the CSV column or JSON key of the text.
-        label_key: the CSV column or JSON key of the label. An integer label is converted to a string.
+        path: a table (.csv, or .tsv with tabs) whose first line names the columns, or a JSON or JSON Lines file of objects.
+        text_key: the column or JSON key of the text. Two numbers, such as "2" and "1", are the positions of the two columns
+            in a table without a header, counted from 1.
+        label_key: the column or JSON key of the label. An integer label is converted to a string.
 
     Raises:
-        ValueError: a value is missing, empty or of another type, or a CSV line has more values than columns. The message
-            names the file, the line and the key.
+        ValueError: a value is missing, empty or of another type, or a line of a table has more values than columns. The
+            message names the file, the line and the key.
     """
 
     def check(record: Any, where: str) -> None:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-        if None in record:  # the key that csv uses for extra values
-            raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
-        for key, kinds in ((text_key, str), (label_key, (str, int))):
-            if record.get(key) in (None, ""):
-                raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
-            if not isinstance(record[key], kinds) or isinstance(record[key], bool):
-                raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
+        _check_keys(record, where, {text_key: (str,), label_key: (str, int)})
 
-    rows = _read_csv(path, check) if Path(path).suffix == ".csv" else read_json_records(path, check)
+    rows = _read_rows(path, (text_key, label_key), check)
     return [(row[text_key], str(row[label_key])) for row in rows]
 
 
+def read_unlabelled(path: str | os.PathLike[str], text_key: str = "text") -> list[str]:
+    """Read texts to classify from a file: one per line, or in a table or JSON file under `text_key`, as in `read_labelled`.
+
+    Empty lines are skipped. Raises ValueError if there are no texts.
+    """
+    if Path(path).suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl", ".ndjson") and not text_key.isdecimal():
+        texts = [line for line in read_text(path).split("\n") if line.strip()]
+        if not texts:
+            raise ValueError(f"{path} has no texts: each line must be a text")
+        return texts
+
+    def check(record: Any, where: str) -> None:
+        _check_keys(record, where, {text_key: (str,)})
+
+    return [row[text_key] for row in _read_rows(path, (text_key,), check)]
+
+
+def _check_keys(record: Any, where: str, kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError unless the record has a value of one of the types `kinds` under each key."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
+    if None in record:  # the key that csv uses for extra values
+        raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
+    for key, allowed in kinds.items():
+        if record.get(key) in (None, ""):
+            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(map(str, record))}")
+        if not isinstance(record[key], allowed) or isinstance(record[key], bool):
+            raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
+
+
+def _read_rows(
+    path: str | os.PathLike[str], keys: Sequence[str], check: Callable[[Any, str], None]
+) -> list[dict[str, Any]]:
+    """Return the records of a file; if all `keys` are numbers, those of a table without a header."""
+    if all(key.isdecimal() for key in keys):
+        return _read_positions(path, check)
+    return _read_csv(path, check) if Path(path).suffix.lower() in (".csv", ".tsv") else read_json_records(path, check)
+
+
+def _read_positions(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
+    """Return the lines of a table without a header as dicts whose keys are the positions of the columns: "1", "2" and so on.
+
+    The values are separated by tabs if the first line has one, and otherwise by commas. Between tabs, quotation marks are
+    ordinary characters, as in the SMS Spam Collection of the UCI repository.
+    """
+    text = read_text(path)
+    has_tabs = "\t" in text.partition("\n")[0]
+    rules: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {"strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **rules)
+    rows = []
+    try:
+        for values in reader:
+            if values:
+                row = {str(column): value for column, value in enumerate(values, start=1)}
+                check(row, f"{path}, line {reader.line_num}")
+                rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} has no records")
+    return rows
+
+
 def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the lines of a CSV file, except the first, as dicts whose keys are the column names in the first line.
+    """Return the lines of a table, except the first, as dicts whose keys are the column names in the first line.
 
     `check` is called with each dict and its position, such as "a.csv, line 3", and raises ValueError for a wrong dict.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     rows = []
     try:
         for row in reader:

@@ -8,6 +8,7 @@ Records have the forms that TRL accepts: texts, conversations, and pairs whose p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,13 +69,18 @@ def dpo_loss(
         label_smoothing: expected fraction of pairs whose labels "chosen" and "rejected" are swapped by mistake, from 0 to
             below 0.5 (Mitchell, 2023).
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be a number above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}")
+    check_beta(beta, label_smoothing)
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))  # (B,)
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return Preferences(loss.mean(), float((margin > 0).float().mean()), float(margin.detach().mean()))
+
+
+def check_beta(beta: float, label_smoothing: float) -> None:
+    """Raise ValueError if an argument of `dpo_loss` is out of range."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a number above 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}")
 
 
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -319,7 +325,7 @@ class PreferenceLoss:
     peft_model: PeftModel
     beta: float = 0.1
     label_smoothing: float = 0.0
-    scores: ClassVar[tuple[str, ...]] = ("accuracy", "margin")
+    scores: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
 
     def count(self, *batch: Tensor) -> int:
         """Return the number of pairs."""
@@ -328,6 +334,8 @@ class PreferenceLoss:
     def __call__(self, *batch: Tensor) -> tuple[Tensor, int]:
         """Return the sums of loss, accuracy and margin over the pairs (see `Preferences`), (3,), and the number of pairs."""
         n = len(batch[0])
-        inputs, targets = (part.transpose(0, 1).flatten(0, 1) for part in batch)  # each (2 B, T), the chosen answers first
+        inputs, targets = (
+            part.transpose(0, 1).flatten(0, 1) for part in batch
+        )  # each (2 B, T), the chosen answers first
         found = preferences(self.peft_model, inputs, targets, self.beta, self.label_smoothing)
         return n * torch.stack([found.loss, *found.loss.new_tensor([found.accuracy, found.margin])]), n

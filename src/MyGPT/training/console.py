@@ -53,7 +53,8 @@ class Console:
 
     def scored(self, step: int, scores: Mapping[str, float]) -> None:
         """Report the values that were measured beside the validation loss after `step` steps, such as an accuracy."""
-        self.message(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+        self.message(f"step {step}: validation {', '.join(values)}")
 
     def sampled(self, step: int, text: str) -> None:
         """Show `text`, which the model generated after `step` steps."""
