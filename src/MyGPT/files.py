@@ -136,7 +136,14 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
-    data = Path(path).read_bytes()
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(data: bytes, path: str | os.PathLike[str]) -> str:
+    """Return UTF-8 bytes, which were read from the file `path`, as text with `\\n` line ends.
+
+    Bytes that are not UTF-8, or contain a NUL character, raise ValueError with the path.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

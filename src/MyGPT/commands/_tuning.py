@@ -56,11 +56,11 @@ def count_steps(epochs: float, sampler: Any) -> int:
 def run_and_draw(trainer: Trainer, split: Split, run: Path) -> float:
     """Train the model and return the validation loss, which is NaN without validation data.
 
-    split.json and loss.png are written to the run directory `run` even if the training raises an error.
+    split.json is written to the run directory `run` before the training, and loss.png afterwards, also after an error.
     """
-    try:
-        return trainer.run()
-    finally:
-        if (run / "config.yaml").is_file():
-            split.save(run / "split.json")
+    with trainer:  # An error before the run's directory is locked must not change it.
+        split.save(run / "split.json")
+        try:
+            return trainer.run()
+        finally:
             draw_losses(run)

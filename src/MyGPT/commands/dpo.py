@@ -160,7 +160,7 @@ def encode_pairs(
     part: Part | None, tokenizer: Tokenizer, max_length: int, template: Template
 ) -> PreferencePairs | None:
     """Return the pairs of a set as token ids, or None if there is no such set."""
-    return part and PreferencePairs(part.records, tokenizer, max_length, template, part.names)
+    return None if part is None else PreferencePairs(part.records, tokenizer, max_length, template, part.names)
 
 
 def sample_prompts(parts: Parts, tokenizer: Tokenizer, template: Template, room: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] = "alice"
-    """Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', a directory made by mygpt
-    prepare, or one of the names alice (built in) and tinyshakespeare (downloaded)."""
+    """Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as .gz,
+    patterns such as 'texts/*.txt', a directory made by mygpt prepare, or one of the names alice (built in) and
+    tinyshakespeare (downloaded)."""
     tokenizer: str = "chars"
     """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer."""
     tokenizer_size: int = 1024
@@ -94,7 +96,7 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 
     if isinstance(data, str) and is_prepared(data):
         return open_tokens(data)[0], load_tokenizer(data)
-    files = find_files(data)
+    files = find_files(data, report=partial(print, file=sys.stderr))
     if not any(next(read_documents([file]), "") for file in files):
         raise ValueError(f"the files hold no text: {', '.join(map(str, files))}")
     coder = make_tokenizer(tokenizer, read_documents(files), tokenizer_size)

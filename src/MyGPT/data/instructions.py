@@ -125,7 +125,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
 
     An invalid record raises ValueError with a message that starts with `where`, the name of the record.
     """
-    check_record(record, where)
+    record = check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
     except ValueError as error:  # The tokenizer does not know a character.

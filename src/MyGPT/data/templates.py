@@ -81,7 +81,7 @@ class Template:
         If with_answer is False, the record's answer is left out and may be missing. An invalid record raises
         ValueError.
         """
-        check_record(record, "the record", needs_answer=with_answer)
+        record = check_record(record, "the record", needs_answer=with_answer)
         kind = kind_of(record)
         if kind == "messages":
             return _merge(self._conversation(record["messages"], with_answer))

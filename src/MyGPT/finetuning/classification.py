@@ -7,10 +7,8 @@ transformers, which can open the saved model directories. Shapes: B sequences, T
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
-from MyGPT.data.records import read_json_records
+from MyGPT.data.formats import format_of, read_data
+from MyGPT.data.records import is_missing, read_items
 from MyGPT.data.tokens import fingerprint
-from MyGPT.files import read_json, read_text
+from MyGPT.files import read_json
 from MyGPT.finetuning.lora import merge
 from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
@@ -175,103 +174,49 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
     """Read pairs of a text and its label from a file.
 
     Args:
-        path: a table (.csv, or .tsv with tabs) whose first line names the columns, or a JSON or JSON Lines file of objects.
-        text_key: the column or JSON key of the text. Two numbers, such as "2" and "1", are the positions of the two columns
-            in a table without a header, counted from 1.
+        path: a table (.csv or .tsv) whose first line names the columns, or a JSON or JSON Lines file of objects.
+        text_key: the column or JSON key of the text. If text_key and label_key are numbers, such as "2" and "1", the file is a
+            table without a header, and the numbers are the positions of its columns, counted from 1.
         label_key: the column or JSON key of the label. An integer label is converted to a string.
 
     Raises:
         ValueError: a value is missing, empty or of another type, or a line of a table has more values than columns. The
             message names the file, the line and the key.
     """
-
-    def check(record: Any, where: str) -> None:
-        _check_keys(record, where, {text_key: (str,), label_key: (str, int)})
-
-    rows = _read_rows(path, (text_key, label_key), check)
-    return [(row[text_key], str(row[label_key])) for row in rows]
+    pairs = []
+    for where, record in read_items(path, has_header=not (text_key.isdecimal() and label_key.isdecimal())):
+        _check_values(record, where, {text_key: (str,), label_key: (str, int)})
+        pairs.append((record[text_key], str(record[label_key])))
+    return pairs
 
 
 def read_unlabelled(path: str | os.PathLike[str], text_key: str = "text") -> list[str]:
-    """Read texts to classify from a file: one per line, or in a table or JSON file under `text_key`, as in `read_labelled`.
+    """Read texts to classify from a file: one per line, or those in a table or JSON file under `text_key`.
 
-    Empty lines are skipped. Raises ValueError if there are no texts.
+    If text_key is a number, the file is a table without a header, as for `read_labelled`. Empty lines are skipped. Raises
+    ValueError if there are no texts.
     """
-    if Path(path).suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl", ".ndjson") and not text_key.isdecimal():
-        texts = [line for line in read_text(path).split("\n") if line.strip()]
+    if format_of(path) == "text" and not text_key.isdecimal():
+        texts = [line for line in read_data(path).split("\n") if line.strip()]
         if not texts:
             raise ValueError(f"{path} has no texts: each line must be a text")
         return texts
+    texts = []
+    for where, record in read_items(path, has_header=not text_key.isdecimal()):
+        _check_values(record, where, {text_key: (str,)})
+        texts.append(record[text_key])
+    return texts
 
-    def check(record: Any, where: str) -> None:
-        _check_keys(record, where, {text_key: (str,)})
 
-    return [row[text_key] for row in _read_rows(path, (text_key,), check)]
-
-
-def _check_keys(record: Any, where: str, kinds: dict[str, tuple[type, ...]]) -> None:
-    """Raise ValueError unless the record has a value of one of the types `kinds` under each key."""
+def _check_values(record: Any, where: str, kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError unless the record has a value of one of the types in `kinds` under each key of `kinds`."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-    if None in record:  # the key that csv uses for extra values
-        raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
     for key, allowed in kinds.items():
-        if record.get(key) in (None, ""):
-            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(map(str, record))}")
+        if is_missing(record.get(key)) or record[key] == "":
+            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
         if not isinstance(record[key], allowed) or isinstance(record[key], bool):
             raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
-
-
-def _read_rows(
-    path: str | os.PathLike[str], keys: Sequence[str], check: Callable[[Any, str], None]
-) -> list[dict[str, Any]]:
-    """Return the records of a file; if all `keys` are numbers, those of a table without a header."""
-    if all(key.isdecimal() for key in keys):
-        return _read_positions(path, check)
-    return _read_csv(path, check) if Path(path).suffix.lower() in (".csv", ".tsv") else read_json_records(path, check)
-
-
-def _read_positions(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the lines of a table without a header as dicts whose keys are the positions of the columns: "1", "2" and so on.
-
-    The values are separated by tabs if the first line has one, and otherwise by commas. Between tabs, quotation marks are
-    ordinary characters, as in the SMS Spam Collection of the UCI repository.
-    """
-    text = read_text(path)
-    has_tabs = "\t" in text.partition("\n")[0]
-    rules: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {"strict": True}
-    reader = csv.reader(io.StringIO(text, newline=""), **rules)
-    rows = []
-    try:
-        for values in reader:
-            if values:
-                row = {str(column): value for column, value in enumerate(values, start=1)}
-                check(row, f"{path}, line {reader.line_num}")
-                rows.append(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} has no records")
-    return rows
-
-
-def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the lines of a table, except the first, as dicts whose keys are the column names in the first line.
-
-    `check` is called with each dict and its position, such as "a.csv, line 3", and raises ValueError for a wrong dict.
-    """
-    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
-    rows = []
-    try:
-        for row in reader:
-            check(row, f"{path}, line {reader.line_num}")
-            rows.append(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} has no records: the first line must name the columns, and records must follow")
-    return rows
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:

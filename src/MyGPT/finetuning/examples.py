@@ -24,7 +24,8 @@ class ExampleOptions:
     """The options for fine-tuning data: file, template, split and batches. Raises ValueError for a value out of range."""
 
     data: str
-    """JSON or JSONL file of records. Keys: instruction, input, output (Alpaca); prompt, completion; messages; or text."""
+    """File of records: JSON, JSON Lines or CSV. Keys: instruction, input, output (Alpaca); prompt, completion; messages;
+    conversations (ShareGPT); or text."""
     template: str = "alpaca"
     """Prompt template: alpaca, book (Raschka's book) or a JSON file with your own. It is saved with the model."""
     mask_prompt: bool = True

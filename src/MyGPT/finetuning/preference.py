@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from MyGPT.data.instructions import encode_prompt
-from MyGPT.data.records import Record, check_record, read_json_records
+from MyGPT.data.records import Record, check_record, is_missing, read_json_records
 from MyGPT.data.templates import ALPACA, Template
 from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
@@ -101,9 +101,9 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
 
     Args:
         record: a dict with the answers "chosen" and "rejected", which are both texts or both conversations (lists of
-            messages), and with the prompt: "prompt", a text or a conversation, or "instruction" with an optional "input".
-            Without a prompt, or with conversations beside a text as prompt, the prompt is the longest common beginning of
-            both answers, as in TRL.
+            messages), and with the prompt: "prompt", a text or a conversation; "messages" or "conversations"; or
+            "instruction" with an optional "input". Without a prompt, or with whole conversations beside a text as prompt, the
+            prompt is the longest common beginning of both answers, as in TRL.
         where: the name of the record, with which error messages start.
         asks: the kind of record to which a prompt that is a text is converted: instruction, messages or prompt.
 
@@ -112,23 +112,23 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-    chosen, rejected = (_answer(record, key, where) for key in ANSWERS)
-    prompt = record.get("prompt")
+    record = {key: value for key, value in record.items() if not is_missing(value)}
+    chosen, rejected = (_answer(record.get(key), f"{where}: {key!r}") for key in ANSWERS)
     is_conversation = isinstance(chosen, list)
     if is_conversation != isinstance(rejected, list):
         raise ValueError(f"{where}: 'chosen' and 'rejected' must be both texts or both conversations")
-    if prompt is None and "instruction" in record and not is_conversation:
+    key = next((key for key in ("prompt", "messages", "conversations") if key in record), None)
+    if key is None and "instruction" in record and not is_conversation:
         question = {key: record[key] for key in ("instruction", "input") if key in record}
         check_record(question, where, needs_answer=False)
         return {**question, "output": chosen}, {**question, "output": rejected}
-    if prompt is None or (is_conversation and isinstance(prompt, str)):
+    prompt = "" if key is None else _answer(record[key], f"{where}: {key!r}")
+    if key is None or (isinstance(prompt, str) and is_conversation and len(chosen) > 1):
         n = _common_length(chosen, rejected)
         if not n:
             ways = "give the key 'prompt', or answers with a common beginning"
             raise ValueError(f"{where}: the prompt is missing: {ways}; the record has {', '.join(map(str, record))}")
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-    if not isinstance(prompt, (str, list)):
-        raise ValueError(f"{where}: 'prompt' must be a text or a list of messages, got {prompt!r:.80}")
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; it must have at least one token")
     first, second = (_example(prompt, _last_message(answer, where), asks) for answer in (chosen, rejected))
@@ -146,14 +146,17 @@ def _example(prompt: Any, answer: str, asks: str) -> Record:
     return {"messages": [*messages, {"role": "assistant", "content": answer}]}
 
 
-def _answer(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """Return record[key], a text or a list of messages; raise ValueError for another value."""
-    answer = record.get(key)
-    if isinstance(answer, str):
-        return answer
-    if isinstance(answer, list) and answer and all(isinstance(message, Mapping) for message in answer):
-        return answer
-    raise ValueError(f"{where}: {key!r} must be a text or a list of messages, got {answer!r:.80}")
+def _answer(value: Any, where: str) -> Any:
+    """Return a prompt or an answer: a text, or a list of messages with `role` and `content`, to which one message is converted.
+
+    Messages may have ShareGPT's keys. Another value raises ValueError, whose message starts with `where`.
+    """
+    if isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, Mapping) else value
+    if isinstance(messages, list) and messages:
+        return check_record({"conversations": messages}, where, needs_answer=False)["messages"]
+    raise ValueError(f"{where} must be a text or a list of messages, got {value!r:.80}")
 
 
 def _common_length(chosen: Any, rejected: Any) -> int:
@@ -170,10 +173,10 @@ def _last_message(answer: Any, where: str) -> str:
     """Return the text of an answer, which is a text or a list with one message of the assistant."""
     if isinstance(answer, str):
         return answer
-    if len(answer) != 1 or answer[0].get("role") != "assistant" or not isinstance(answer[0].get("content"), str):
-        roles = ", ".join(str(message.get("role")) for message in answer) or "none"
+    if [message["role"] for message in answer] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in answer) or "none"
         rule = "after the common prompt, each answer must be one message of the assistant"
-        raise ValueError(f"{where}: {rule}, got the roles: {roles}")
+        raise ValueError(f"{where}: {rule}, got messages with the roles: {roles}")
     text: str = answer[0]["content"]
     return text
 

@@ -14,7 +14,7 @@ from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" mark
 from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
-from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.bpe import from_visible, place_added_tokens
 from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
 from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
@@ -57,11 +57,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
-    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    added = [(token["content"], token["id"]) for token in data["added_tokens"]]
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        special = place_added_tokens(model["vocab"], added)
         return from_visible(model["vocab"], merges, special, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"])

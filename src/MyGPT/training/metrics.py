@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,24 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
         records.append(record)
     return records
+
+
+def evaluations_after(run: Path, n_bytes: int, last_step: int) -> list[dict[str, Any]]:
+    """Return the evaluations of steps up to `last_step` that metrics.jsonl contains after its first `n_bytes` bytes.
+
+    A finished run records them after its last checkpoint. Damaged lines are ignored, because a run that is resumed from
+    this checkpoint removes everything after the first `n_bytes` bytes.
+    """
+    path = run / "metrics.jsonl"
+    evaluations = []
+    for line in path.read_bytes()[n_bytes:].splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line, path)
+            if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] > last_step:
+                continue
+            if any(isinstance(record.get(name), float) for name in ("val_loss", "final_val_loss")):
+                evaluations.append(record)
+    return evaluations
 
 
 def _is_int64(value: object) -> bool:
