@@ -143,6 +143,16 @@ def did_you_mean(name: str, known: Iterable[str], synonyms: Mapping[str, str] | 
     return f"; did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?" if near else ""
 
 
+def near_path(path: str | os.PathLike[str]) -> str:
+    """Return did_you_mean's suggestion of a file or directory beside `path`, which does not exist, or an empty string."""
+    parent, name = os.path.split(os.path.normpath(path))
+    try:
+        names = [entry for entry in os.listdir(parent or os.curdir) if not entry.startswith(".")]
+    except (OSError, ValueError):  # the parent does not exist either
+        return ""
+    return did_you_mean(name, names, prefix=os.path.join(parent, ""))
+
+
 def quote(argument: str | os.PathLike[str]) -> str:
     """Return an argument, such as a path, quoted for the shell, so that a command that contains it can be copied.
 

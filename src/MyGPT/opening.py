@@ -17,6 +17,7 @@ from MyGPT.data.templates import TEMPLATE_FILE, Template, load_template
 from MyGPT.devices import pick_device
 from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer, get_tokenizer
 from MyGPT.weights.formats import find_format
@@ -99,7 +100,7 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
         return ModelFiles(find_model(name_or_path))
     base = base_of_adapter(found)
     if Path(base).is_absolute() and not Path(base).exists():
-        way_out = f"name the model's present path with --model MODEL --adapter {found}"
+        way_out = f"name the model's present path with --model MODEL --adapter {quote(found)}"
         raise FileNotFoundError(f"{found} was trained on {base}, which does not exist: {way_out}")
     return ModelFiles(find_model(base), found)
 

@@ -36,7 +36,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
-        require_positive(top_k=self.top_k, optional=True)
+        if self.top_k is not None:
+            require_positive(top_k=self.top_k)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             self._refuse("top_p", "a number above 0 and at most 1")
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):

@@ -204,7 +204,8 @@ def chat(
         system: A text at the start of the conversation. A model trained on instructions receives it as the input.
         max_new_tokens: Maximum length of an answer in tokens. Default: 200, or half the context if that is smaller.
     """
-    require_positive(optional=True, max_new_tokens=max_new_tokens)
+    if max_new_tokens is not None:
+        require_positive(max_new_tokens=max_new_tokens)
     given = load_template(template) if template else None
     build = start_build(device)
     gpt, tokenizer = open_model(model, device, adapter)

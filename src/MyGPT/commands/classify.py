@@ -30,7 +30,7 @@ from MyGPT.finetuning.classification import (
     read_unlabelled,
 )
 from MyGPT.finetuning.lora import LoraOptions, add_lora
-from MyGPT.finetuning.splits import ExampleBatches, ExampleSampler, Part, SplitOptions, read_parts
+from MyGPT.finetuning.splits import ExampleBatches, ExampleSampler, Part, SplitOptions, read_parts, require_file
 from MyGPT.messages import quote, read_standard_input
 from MyGPT.opening import find_model_files
 from MyGPT.tokenizers import Tokenizer
@@ -73,7 +73,9 @@ class LabelledOptions(SplitOptions):
     """Maximum number of tokens of a text; longer texts are cut. Default: the model's context length."""
 
     def __post_init__(self) -> None:
-        require_positive(optional=True, max_length=self.max_length)
+        super().__post_init__()
+        if self.max_length is not None:
+            require_positive(max_length=self.max_length)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def classify(
         train_classifier(model, labelled, training, lora, tuning, run)
         return
     device = pick_device(run.device)
+    if file is not None:
+        require_file(file)
     classifier, tokenizer = open_classifier(model)
     if file is not None:
         texts = read_unlabelled(file, labelled.text_column)
@@ -161,7 +165,8 @@ def train_classifier(
     run: RunOptions,
 ) -> None:
     """Train a classifier and print its accuracy. For the arguments, see `classify`."""
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
+    labelled.check_files()
     directory = run_options["run_dir"]
     gpt, tokenizer, _ = open_base(model, training.seed, "classify", needs_end_token=False)
     context = gpt.config.context_length

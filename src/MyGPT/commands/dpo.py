@@ -56,7 +56,9 @@ class PreferenceOptions(SplitOptions):
     """Maximum number of tokens of a prompt with its answer; longer pairs are left out. Default: the context length."""
 
     def __post_init__(self) -> None:
-        require_positive(optional=True, max_length=self.max_length)
+        super().__post_init__()
+        if self.max_length is not None:
+            require_positive(max_length=self.max_length)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ def dpo(
         mygpt dpo --model runs/tuned --data pairs.jsonl --out runs/dpo
         mygpt dpo --resume runs/dpo
     """
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]
+    pairs.check_files()
     chosen_template = None if pairs.template is None else load_template(pairs.template)
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
     gpt, tokenizer, files = open_base(model, training.seed, "dpo", dtype)

@@ -41,10 +41,12 @@ def evaluate(
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
     """
+    from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
     from MyGPT.opening import open_model
 
+    require_positive(batch_size=batch_size, stride=1 if stride is None else stride)
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
         reason = "which predicts one word per passage"

@@ -67,8 +67,9 @@ def finetune(
         mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
         mygpt finetune --resume runs/tuned
     """
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]
+    examples.check_files()
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
     gpt, tokenizer, _ = open_base(model, training.seed, "finetune", dtype)
     data = Examples(examples, tokenizer, gpt.config.context_length)

@@ -33,10 +33,15 @@ def prepare(
         workers: Number of processes. Default: one per CPU core.
         overwrite: Replace a data set that is already in the directory.
     """
+    from MyGPT.config import require_positive
+    from MyGPT.data.prepare import check_out
     from MyGPT.data.prepare import prepare as prepare_files
     from MyGPT.data.sources import find_files, read_documents
-    from MyGPT.tokenizers import make_tokenizer
+    from MyGPT.tokenizers import check_tokenizer, make_tokenizer
 
+    require_positive(workers=1 if workers is None else workers)
+    check_tokenizer(tokenizer, tokenizer_size)
+    check_out(out, overwrite)
     paths = find_files(files, report=partial(print, file=sys.stderr))
     coder = make_tokenizer(tokenizer, read_documents(paths, text_key), tokenizer_size)
     if workers is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import GPTConfig
+from MyGPT.messages import quote
 from MyGPT.training.config import TrainConfig
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
@@ -58,7 +59,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     from MyGPT.model import GPTModel
     from MyGPT.training.trainer import Trainer
 
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
     n_train = len(ids) - round(len(ids) * text.val_fraction)
     torch.manual_seed(training.seed)
@@ -80,7 +81,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     draw_losses(directory)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
-    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {directory}")
+    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
@@ -92,10 +93,11 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
-    from MyGPT.tokenizers import load_tokenizer, make_tokenizer
+    from MyGPT.tokenizers import check_tokenizer, load_tokenizer, make_tokenizer
 
     if isinstance(data, str) and is_prepared(data):
         return open_tokens(data)[0], load_tokenizer(data)
+    check_tokenizer(tokenizer, tokenizer_size)
     files = find_files(data, report=partial(print, file=sys.stderr))
     if not any(next(read_documents([file]), "") for file in files):
         raise ValueError(f"the files hold no text: {', '.join(map(str, files))}")

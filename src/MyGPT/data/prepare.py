@@ -22,7 +22,7 @@ from tqdm import tqdm
 from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
-from MyGPT.files import atomic_directory, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
@@ -59,9 +59,7 @@ def prepare(
     """
     paths, out = [Path(path) for path in paths], Path(out)
     require_positive(workers=workers)
-    restore_directory(out)
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
+    check_out(out, overwrite)
     _refuse_split_specials(tokenizer)
     digest = hashlib.sha256()
     n_tokens = n_documents = n_characters = 0
@@ -92,6 +90,14 @@ def prepare(
         }
         (directory / "tokens.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return description
+
+
+def check_out(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise OSError if `prepare` cannot write the directory `out`, or may not replace the files in it."""
+    check_output_directory(out)
+    restore_directory(out)
+    if not overwrite and Path(out).exists() and any(Path(out).iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
 
 
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:

@@ -285,6 +285,18 @@ class Split:
             file.write("\n")
 
 
+def check_split(train_fraction: float, test_fraction: float, seed: int | None = None) -> None:
+    """Raise ValueError if `split_records` accepts no such fractions or no such seed."""
+    for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
+    total = train_fraction + test_fraction
+    if total > 1 + 1e-9:  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
+        raise ValueError(f"train_fraction and test_fraction must add up to at most 1, got {total}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"the seed of a split must be at least 0, got {seed}")
+
+
 def split_records(
     n_records: int, train_fraction: float = 0.85, test_fraction: float = 0.10, seed: int | None = None
 ) -> Split:
@@ -294,12 +306,7 @@ def split_records(
     "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110 for test and the
     last 55 for validation.
     """
-    for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
-    total = train_fraction + test_fraction
-    if total > 1 + 1e-9:  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
-        raise ValueError(f"train_fraction and test_fraction must add up to at most 1, got {total}")
+    check_split(train_fraction, test_fraction, seed)
     n_train, n_test = int(n_records * train_fraction), int(n_records * test_fraction)
     if not n_train:
         raise ValueError(f"train_fraction={train_fraction} of {n_records} records leaves no record to train on")

@@ -22,6 +22,7 @@ from MyGPT.data.records import ANSWER_KEYS, json_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
 from MyGPT.files import decode_text, parse_json, refuse_binary
+from MyGPT.messages import did_you_mean, near_path, quote
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
@@ -56,6 +57,8 @@ DOWNLOADS = {
     )
 }
 
+_SYNONYMS = {"alice": "alice_in_wonderland wonderland", "tinyshakespeare": "shakespeare shakespeare_char tiny"}
+
 
 def find_files(names: str | Iterable[str], report: Callable[[str], object] = lambda message: None) -> list[Path]:
     """Return the paths of the text files that are given by one or several names, paths or patterns.
@@ -80,14 +83,16 @@ def find_files(names: str | Iterable[str], report: Callable[[str], object] = lam
                 f"{name} is a directory made by mygpt prepare, which mygpt train reads: name text files here"
             )
         elif Path(name).is_dir():
-            raise ValueError(f"{name} is a directory: name its files, for example {os.path.join(name, '*.txt')!r}")
+            raise ValueError(f"{name} is a directory: name its files, for example {quote(os.path.join(name, '*.txt'))}")
         elif glob.has_magic(name):
             found = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
             if not found:
                 raise ValueError(f"no file matches {name!r}")
             paths += map(Path, found)
         else:
-            raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join([*BUILT_IN, *DOWNLOADS])}")
+            names = [*BUILT_IN, *DOWNLOADS]
+            hint = did_you_mean(name, names, _SYNONYMS) or near_path(name)
+            raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join(names)}{hint}")
     if not paths:
         raise ValueError("no text was given: name at least one file")
     return _without_repeats(paths, report)

@@ -23,6 +23,7 @@ from MyGPT.data.formats import format_of
 from MyGPT.data.sources import read_pieces
 from MyGPT.data.tokens import compact_ids
 from MyGPT.evaluation.perplexity import Result, continuation_logits, documents_loss
+from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 
@@ -188,7 +189,9 @@ def find_protocol(name: str | None) -> Protocol:
     if name is None:
         return PLAIN
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
+        raise ValueError(
+            f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}{did_you_mean(name, PROTOCOLS)}"
+        )
     return PROTOCOLS[name]
 
 

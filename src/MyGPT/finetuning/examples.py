@@ -12,8 +12,9 @@ from torch import Tensor
 from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
 from MyGPT.data.packing import PackedSampler
-from MyGPT.data.records import kind_of, read_records, split_records
+from MyGPT.data.records import check_split, kind_of, read_records, split_records
 from MyGPT.data.templates import Template, load_template
+from MyGPT.finetuning.splits import require_file
 from MyGPT.tokenizers.base import require_end_token
 
 Rows = Literal["padded", "packed"]
@@ -44,7 +45,14 @@ class ExampleOptions:
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
             raise ValueError(f"rows must be {' or '.join(get_args(Rows))}, got {self.rows!r}")
-        require_positive(optional=True, max_length=self.max_length)
+        if self.max_length is not None:
+            require_positive(max_length=self.max_length)
+        check_split(self.train_fraction, self.test_fraction, self.split_seed)
+
+    def check_files(self) -> None:
+        """Raise an error if the data file does not exist, or if there is no such template."""
+        require_file(self.data)
+        load_template(self.template)
 
 
 class Examples:

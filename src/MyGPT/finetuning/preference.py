@@ -29,7 +29,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
-from MyGPT.tokenizers.base import encode_with_specials, require_end_token
+from MyGPT.tokenizers.base import encode_without_end, require_end_token
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -231,11 +231,10 @@ class PreferencePairs:
         """Number of input tokens in the longer sequence of each pair: an integer array (n_pairs,)."""
 
     def _encode_answer(self, record: Record, tokenizer: Any, template: Template) -> list[int]:
-        """Return the token ids of a record's answer. They end with the end-of-text id, which is added if it is missing."""
+        """Return the token ids of a record's answer. They end with one end-of-text id."""
         n_prompt_parts = len(template.parts(record, with_answer=False))
         answer = template.parts(record)[n_prompt_parts:]
-        ids = [id_ for part in answer for id_ in encode_with_specials(tokenizer, part.text)]
-        return ids if ids[-1:] == [self.pad_id] else [*ids, self.pad_id]
+        return [*(id_ for part in answer for id_ in encode_without_end(tokenizer, part.text)), self.pad_id]
 
     def describe(self) -> str:
         """Return a one-line summary: the numbers of pairs, of their longest tokens, and of pairs that were left out."""

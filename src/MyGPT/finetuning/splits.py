@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from MyGPT.data.instructions import LengthGroupedSampler
-from MyGPT.data.records import Split, split_records
+from MyGPT.data.records import Split, check_split, split_records
+from MyGPT.messages import near_path
 
 MAX_BATCH_TOKENS = 4096
 """Maximum number of tokens in an evaluation batch, including padding, unless a single example is longer."""
@@ -34,6 +36,21 @@ class SplitOptions:
     """Fraction of the records for the final test. Those in neither train_fraction nor test_fraction are for validation."""
     split_seed: int | None = None
     """Seed for splitting the records at random. Default: split the records in the order of the file."""
+
+    def __post_init__(self) -> None:
+        check_split(self.train_fraction, self.test_fraction, self.split_seed)
+
+    def check_files(self) -> None:
+        """Raise FileNotFoundError if one of the files does not exist."""
+        for path in filter(None, (self.data, self.val_data, self.test_data)):
+            require_file(path)
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError if there is no file of records at `path`."""
+    if not Path(path).is_file():
+        reason = "it is a directory" if Path(path).is_dir() else "there is no such file"
+        raise FileNotFoundError(f"cannot read the records in {path}: {reason}{near_path(path)}")
 
 
 @dataclass(frozen=True)

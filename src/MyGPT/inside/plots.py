@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from MyGPT.files import atomic_write
+from MyGPT.files import atomic_write, check_output_file
 from MyGPT.tokenizers.display import shorten, token_labels, tokens_to_html, tokens_to_terminal
 from MyGPT.training.metrics import read_metrics
 
@@ -269,11 +269,17 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
     return figure
 
 
+def check_figure_path(path: str | os.PathLike[str]) -> None:
+    """Raise an error if the suffix of `path` is not that of a picture, or if no file can be written there."""
+    if Path(path).suffix not in ("", ".png", ".svg", ".pdf"):
+        raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
+    check_output_file(path)
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure to the file `path`. The suffix .png, .svg or .pdf selects the format; without a suffix, it is PNG."""
+    check_figure_path(path)
     kind = Path(path).suffix.lstrip(".") or "png"
-    if kind not in ("png", "svg", "pdf"):
-        raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format=kind, dpi=150)
 

@@ -38,6 +38,14 @@ _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N
 _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 
 
+def check_vocab_size(vocab_size: int, n_special_tokens: int = 1) -> None:
+    """Raise ValueError unless a byte-level BPE with this number of special tokens can have `vocab_size` tokens."""
+    smallest = 256 + n_special_tokens
+    if type(vocab_size) is not int or vocab_size < smallest:
+        allowed = f"a whole number of at least {smallest} (256 bytes and {n_special_tokens} special tokens)"
+        raise ValueError(f"vocab_size (--tokenizer_size) must be {allowed}, got {vocab_size!r}")
+
+
 class BPETokenizer(Tokenizer):
     """A tokenizer with byte-level byte-pair encoding (BPE), the method of GPT-2.
 
@@ -106,12 +114,9 @@ class BPETokenizer(Tokenizer):
         if isinstance(special_tokens, str):
             raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}")
         special_tokens = list(dict.fromkeys(special_tokens))
-        smallest = 256 + len(special_tokens)
-        if type(vocab_size) is not int or vocab_size < smallest:
-            reason = f"256 bytes and {len(special_tokens)} special tokens"
-            raise ValueError(f"vocab_size must be a whole number of at least {smallest} ({reason}), got {vocab_size!r}")
+        check_vocab_size(vocab_size, len(special_tokens))
         chunk_counts = count_chunks([text] if isinstance(text, str) else text, special_tokens)
-        pairs = learn_merges(chunk_counts, vocab_size - smallest, progress)
+        pairs = learn_merges(chunk_counts, vocab_size - 256 - len(special_tokens), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         for first, second in pairs:
             tokens.append(tokens[first] + tokens[second])

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
-from MyGPT.files import atomic_write, remove_leftovers, restore_directory
+from MyGPT.files import atomic_write, check_output_directory, remove_leftovers, restore_directory
 from MyGPT.training.checkpoint import CHECKPOINTS
 from MyGPT.training.snapshot import LOGS
 
@@ -22,6 +22,7 @@ _LOCK, _PROCESS = ".lock", ".process"
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
     """Raise FileExistsError if the directory `run` is not empty, unless it holds a run and `overwrite` is True."""
+    check_output_directory(run)
     if not run.exists() or not any(entry.name not in (_LOCK, _PROCESS) for entry in run.iterdir()):
         return
     if not overwrite:

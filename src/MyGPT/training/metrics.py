@@ -94,11 +94,18 @@ def _is_int64(value: object) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _summary_writer(run: Path, after: int | None) -> Any:
+def require_tensorboard() -> None:
+    """Raise ValueError if tensorboard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise ValueError(
             "tensorboard is not installed: install it with pip install 'mygpt[tensorboard]', or set tensorboard=false"
         ) from None
+
+
+def _summary_writer(run: Path, after: int | None) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=None if after is None else after + 1)

@@ -19,6 +19,7 @@ import yaml
 
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
@@ -228,7 +229,7 @@ class Run:
 
     def stop_message(self, state: RunState) -> str:
         """Return a message with the step, the saved files and the way to resume. Saves the model if none was saved."""
-        way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
+        way_out = "" if self.writer is None else f"; --resume {quote(self.directory or '')} continues the run"
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
