@@ -67,7 +67,7 @@ def test_set_alone_shows_all_options(talker: Path, monkeypatch: Any, capsys: Any
         ("/set temperature -1", "temperature must be a number of at least 0, got -1"),
         ("/set temperature hot", "temperature must be a number of at least 0, got 'hot'"),
         ("/set temperature nan", "temperature must be a number of at least 0, got nan"),
-        ("/set top_k 0", "top_k must be None or a whole number of at least 1, got 0"),
+        ("/set top_k 0", "top_k must be a whole number of at least 1, got 0"),
         ("/set top_p 2", "top_p must be a number above 0 and at most 1, got 2"),
         ("/set min_p 2", "min_p must be a number from 0 to 1, got 2"),
         ("/set repetition_penalty 0", "repetition_penalty must be a number above 0, got 0"),

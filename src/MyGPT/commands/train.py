@@ -108,7 +108,8 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 def draw_losses(run: Path) -> None:
     """Draw the losses that were recorded in the run directory `run`, and write the picture to loss.png in this directory.
 
-    Without recorded losses, nothing is written. If matplotlib is missing, a hint is printed.
+    Without recorded losses, nothing is written. If matplotlib is missing or the picture cannot be written, the reason is
+    printed.
     """
     if not (run / "metrics.jsonl").is_file():
         return
@@ -116,6 +117,9 @@ def draw_losses(run: Path) -> None:
         from MyGPT.inside.plots import plot_losses, save_figure
 
         save_figure(plot_losses([run]), run / "loss.png")
+        return
     except ImportError:
         reason = "matplotlib is not installed: pip install 'mygpt[plots]'"
-        print(f"loss.png was not drawn, because {reason}", file=sys.stderr)
+    except OSError as error:
+        reason = f"it could not be written: {error}"
+    print(f"loss.png was not drawn, because {reason}", file=sys.stderr)

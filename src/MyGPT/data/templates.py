@@ -56,7 +56,8 @@ class Template:
     """Text of an assistant's message; must contain {content}, which the message's text replaces. The text before
     {content} belongs to the prompt, the text from there on to the answer."""
     turn_end: str = ENDOFTEXT
-    """Text after each of the assistant's messages except the last. Training ends the last one with the end-of-text id."""
+    """Text after each of the assistant's messages except the last, unless the message already ends with it. Training ends
+    the last message with the end-of-text id."""
     asks: Asks = "instruction"
     """`mygpt chat` turns each question into a record of this kind. `mygpt finetune` sets it to the kind of its data."""
 
@@ -108,7 +109,9 @@ class Template:
         for message in messages:
             content = message["content"]
             if message["role"] == "assistant":
-                parts += [Part(before, False), Part(content + after, True), Part(self.turn_end, True)]
+                answer, end = content + after, self.turn_end.rstrip()
+                has_end = bool(end) and answer.rstrip().endswith(end)
+                parts += [Part(before, False), Part(answer, True), Part("" if has_end else self.turn_end, True)]
             else:
                 parts.append(Part(_fill(getattr(self, message["role"]), content=content), False))
         return parts[:-1] if with_answer else [*parts, Part(before, False)]

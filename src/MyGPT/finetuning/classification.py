@@ -22,7 +22,7 @@ from MyGPT.cache import check_inputs
 from MyGPT.data.formats import format_of, read_data
 from MyGPT.data.records import is_missing, read_items
 from MyGPT.data.tokens import fingerprint
-from MyGPT.files import read_json
+from MyGPT.files import present_directory, read_json, reading
 from MyGPT.finetuning.lora import merge
 from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
@@ -137,7 +137,13 @@ class GPTForClassification(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
         """Return the classifier that `save_pretrained` or transformers saved in a directory, in evaluation mode."""
-        path, config = Path(directory), read_config(directory)
+        with reading(directory):
+            return cls._open(present_directory(directory))
+
+    @classmethod
+    def _open(cls, path: Path) -> GPTForClassification:
+        """Open a classifier as `from_pretrained` does. No other process may replace the directory during the call."""
+        config = read_config(path)
         tensors = read_safetensors(path / "model.safetensors")
         if "score.weight" not in tensors:
             raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")

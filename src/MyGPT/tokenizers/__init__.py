@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from MyGPT.files import read_json
+from MyGPT.files import present_directory, read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
@@ -39,7 +39,7 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
     directory = Path(name_or_dir)
-    if (directory / "tokenizer.json").is_file():
+    if (present_directory(directory) / "tokenizer.json").is_file():
         return load_tokenizer(directory)
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
@@ -54,7 +54,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
     pattern. Any other tokenizer raises ValueError with the path.
     """
-    path = Path(directory) / "tokenizer.json"
+    path = present_directory(directory) / "tokenizer.json"
     try:
         return _from_json(read_json(path))
     except (LookupError, TypeError, AttributeError) as error:

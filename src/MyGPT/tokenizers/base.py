@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ class Tokenizer(ABC):
         """Return the ids that have a token. They can be fewer than `n_vocab`."""
         return range(self.n_vocab)
 
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many bytes of a text, in UTF-8, its first token represents. `ids` are the token ids of the text.
+
+        White space that the tokenizer drops before the first token is counted too.
+        """
+        return len(self.decode(ids[:1]).encode())
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return the content of the `tokenizer.json` that `save` writes for this tokenizer."""
@@ -94,6 +101,23 @@ def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
     if hasattr(tokenizer, "special_tokens_set") and not isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text, allowed_special="all"))
     return list(tokenizer.encode(text))
+
+
+def encode_without_end(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without the end-of-text token that may be at its end.
+
+    The caller then adds this token, so a text that already has it does not get a second one. White space after the
+    token is also left out. `tokenizer` is a tokenizer of MyGPT or a `tiktoken.Encoding`.
+    """
+    try:
+        end: int | None = tokenizer.eot_token
+    except (AttributeError, KeyError):  # an Encoding without this token
+        end = None
+    stripped = text.rstrip()
+    ids = encode_with_specials(tokenizer, stripped)
+    if end is not None and ids[-1:] == [end]:
+        return ids[:-1]
+    return ids if stripped == text else encode_with_specials(tokenizer, text)
 
 
 def require_end_token(tokenizer: Any, task: str, name: str = "") -> None:

@@ -189,6 +189,9 @@ class BPETokenizer(Tokenizer):
         """
         return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
 
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        return len(self.decode_tokens_bytes(ids[:1])[0])  # The token may be a part of a character.
+
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """Return the bytes of the token of each id, for example to show tokens one by one.
 
@@ -242,7 +245,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     count can only fall. So a count in the heap can be too high, but never too low; an outdated pair is pushed again
     with its true count.
     """
-    from tqdm import tqdm
+    from MyGPT.progress import progress_bar
 
     chunks = [list(chunk) for chunk in chunk_counts]
     counts = list(chunk_counts.values())
@@ -257,7 +260,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     heapq.heapify(heap)
 
     merges: list[Pair] = []
-    with tqdm(total=n_merges, desc="learning merges", unit="merge", disable=not progress, leave=False) as bar:
+    with progress_bar(progress, total=n_merges, desc="learning merges", unit="merge", leave=False) as bar:
         while heap and len(merges) < n_merges:
             negative_count, pair = heapq.heappop(heap)
             if -negative_count != pair_counts[pair]:

@@ -7,7 +7,7 @@ that splits a text is from "Build a Large Language Model (From Scratch)" (Raschk
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from MyGPT.tokenizers.base import (
@@ -87,6 +87,12 @@ class SimpleTokenizer(Tokenizer):
 
     def ids(self) -> Collection[int]:
         return self.int_to_str.keys()
+
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        # An unknown word has another length than <|unk|>, so the length is that of the word in the text.
+        start = len(text) - len(text.lstrip())
+        plain, *rest = self._special.split(text[start:])
+        return len(text[:start].encode()) + len((_words(plain) or rest)[0].encode())
 
     def to_json(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self.str_to_int, "unk_token": UNKNOWN}

@@ -5,7 +5,6 @@ MyGPT writes models only in this format. transformers opens the same directory, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, read_config_json
-from MyGPT.files import atomic_directory, read_json, restore_directory
+from MyGPT.files import atomic_directory, json_text, present_directory, read_json
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean, near_path
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
@@ -54,8 +53,7 @@ def find_directory(path: str | os.PathLike[str]) -> Path | None:
 
     Return None if neither directory contains config.json.
     """
-    for directory in (Path(path), Path(path, "model")):
-        restore_directory(directory)
+    for directory in map(present_directory, (path, Path(path, "model"))):
         if (directory / "config.json").is_file():
             return directory
     return None
@@ -173,7 +171,7 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:
