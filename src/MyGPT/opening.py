@@ -52,9 +52,12 @@ def open_model(
     with reading(name_or_path):
         files = find_model_files(name_or_path, adapter)
         model = GPTModel.from_pretrained(files.path)
+        tokenizer = files.tokenizer(model.config.vocab_size)
         if files.adapter is not None:
             model = merge(open_adapter(model, files.adapter)).eval()
-        return model.to(place), files.tokenizer(model.config.vocab_size)
+            # The adapter was trained to end its texts with the tokenizer's token.
+            model.config = model.config.ending_with(tokenizer.eot_token)
+        return model.to(place), tokenizer
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_a_model_without_an_end_token_is_told_at_the_start(tmp_path: Path, monke
     say(monkeypatch, "hello")
     assert main(["chat", "--model", str(tmp_path), *CHAT]) == 0
     error = capsys.readouterr().err
-    assert "no <|endoftext|>, so answers may end only after max_new_tokens=12 tokens" in error and "bpe" in error
+    assert "no <|endoftext|> token, so answers may end only after max_new_tokens=12 tokens" in error and "bpe" in error
 
 
 def start(talker: Path, tmp_path: Path, *options: str) -> Terminal:

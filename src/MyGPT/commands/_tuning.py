@@ -29,7 +29,7 @@ def open_base(
     """Seed torch, and open the model that is to be trained further, with its tokenizer and its files.
 
     Raises ValueError if `model` is only an adapter, or if `needs_end_token` is True and its tokenizer has no
-    `<|endoftext|>`. `command`, such as "finetune", is for the message.
+    end-of-text token. `command`, such as "finetune", is for the message.
     """
     if adapter_without_model(model) is not None:
         need = f"{command} needs a complete model, such as a run made with --merge"
@@ -40,6 +40,7 @@ def open_base(
     tokenizer = files.tokenizer(gpt.config.vocab_size)
     if needs_end_token:
         require_end_token(tokenizer, f"mygpt {command}", model)
+        gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
     return gpt, tokenizer, files
 
 

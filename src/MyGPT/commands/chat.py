@@ -13,7 +13,7 @@ from MyGPT.commands._model import make_fast, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.templates import Template, load_template
-from MyGPT.generation import stream_text
+from MyGPT.generation import end_ids, stream_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 from MyGPT.opening import find_model_files, open_model
 from MyGPT.sampling import SamplingConfig
@@ -215,10 +215,13 @@ def chat(
     asked_by = own or TRANSCRIPT
     conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
     require_known_characters(conversation, tokenizer, model)
+    can_end = bool(end_ids(gpt, tokenizer))
     fast = make_fast(gpt, precision, lookup, build)
     del gpt  # on a CPU, `fast` has its own copy of the weights
-    if tokenizer.eot_token is None:
-        missing = f"the tokenizer has no {ENDOFTEXT}, so answers may end only after max_new_tokens={longest} tokens"
+    if not can_end:
+        missing = (
+            f"the tokenizer has no {ENDOFTEXT} token, so answers may end only after max_new_tokens={longest} tokens"
+        )
         print(f"({missing}; mygpt train --tokenizer bpe makes models that have it)", file=sys.stderr)
     print(WELCOME, file=sys.stderr)
     talk(Chat(fast, tokenizer, conversation, context, sampling, longest, seed), LineReader())

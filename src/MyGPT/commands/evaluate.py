@@ -58,7 +58,7 @@ def evaluate(
         rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
         measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
-        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.eot_token is not None)
+        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.bos_token is not None)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
 from MyGPT.files import atomic_write, read_json
@@ -57,7 +57,8 @@ class Template:
     {content} belongs to the prompt, the text from there on to the answer."""
     turn_end: str = ENDOFTEXT
     """Text after each of the assistant's messages except the last, unless the message already ends with it. Training ends
-    the last message with the end-of-text id."""
+    the last message with the end-of-text id. If the tokenizer ends texts with another token than `<|endoftext|>`, the
+    default stands for this token."""
     asks: Asks = "instruction"
     """`mygpt chat` turns each question into a record of this kind. `mygpt finetune` sets it to the kind of its data."""
 
@@ -72,6 +73,11 @@ class Template:
             for placeholder in _PLACEHOLDERS[field.name]:
                 if text.count(placeholder) != 1:
                     raise ValueError(f"a template's {field.name} must contain {placeholder} once, got {text!r}")
+
+    def for_tokenizer(self, tokenizer: Any) -> Template:
+        """Return this template, with the tokenizer's end-of-text token as `turn_end` if that is `<|endoftext|>`."""
+        end = getattr(tokenizer, "eot_token", None)
+        return self if self.turn_end != ENDOFTEXT or end is None else replace(self, turn_end=tokenizer.decode([end]))
 
     def prompt(self, record: Record) -> str:
         """Return the prompt of a record: the text before its answer or, in a conversation, before the last answer."""

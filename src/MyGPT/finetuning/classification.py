@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
+from MyGPT.config import GPTConfig
 from MyGPT.data.formats import format_of, read_data
 from MyGPT.data.records import is_missing, read_items
 from MyGPT.data.tokens import fingerprint
@@ -127,7 +128,7 @@ class GPTForClassification(nn.Module):
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": names,
             "label2id": {label: i for i, label in names.items()},
-            "pad_token_id": getattr(tokenizer, "eot_token", None),
+            "pad_token_id": _pad_id(self.config, tokenizer),
         }
         write_directory(
             directory, self.config, self.gpt.state_dict(), tokenizer,
@@ -165,6 +166,15 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         model.score.load_state_dict({"weight": score.load()})
         return model.eval()
+
+
+def _pad_id(config: GPTConfig | None, tokenizer: Any) -> int | None:
+    """Return the id of the padding token: that of the config, or else of the tokenizer, or else its end-of-text token."""
+    named = [
+        getattr(config, "pad_token_id", None),
+        *(getattr(tokenizer, name, None) for name in ("pad_token", "eot_token")),
+    ]
+    return next((id_ for id_ in named if id_ is not None), None)
 
 
 def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -234,7 +244,7 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     for number, row in enumerate(rows):
         if not len(row):
             raise ValueError(f"a text to classify needs at least one token, text {number} has none")
-    return _pad(rows, tokenizer.eot_token or 0)
+    return _pad(rows, _pad_id(None, tokenizer) or 0)
 
 
 def _pad(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -268,7 +278,7 @@ class LabelledTexts:
         if not examples:
             raise ValueError("there are no examples: give at least one pair of a text and its label")
         self.n_cut, self._rows = 0, []
-        self._pad_id: int = tokenizer.eot_token or 0
+        self._padding: int = _pad_id(None, tokenizer) or 0
         index = {label: i for i, label in enumerate(labels)}
         for number, (text, label) in enumerate(examples):
             where = f"text {number + 1}" if names is None else names[number]
@@ -292,7 +302,7 @@ class LabelledTexts:
 
     def examples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the token ids (B, T), label indices (B,) and attention masks (B, T) of the B texts with these indices."""
-        ids, mask = _pad([self._rows[index] for index in indices], self._pad_id)
+        ids, mask = _pad([self._rows[index] for index in indices], self._padding)
         return ids, self.targets[list(indices)], mask
 
     def fingerprint(self) -> str:
