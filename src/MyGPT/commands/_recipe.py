@@ -60,7 +60,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
     recipe = read_recipe(path)
     if "model" in recipe:
         reason = f"does not describe a model: its model is {recipe['model']!r}"
-        raise ValueError(f"{path} is a recipe for mygpt finetune and {reason}")
+        raise ValueError(f"{path} is a recipe for mygpt finetune, dpo or classify and {reason}")
     is_training = "data" in recipe or "max_steps" in recipe
     try:
         model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}

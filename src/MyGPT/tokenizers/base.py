@@ -333,6 +333,17 @@ def encode_without_end(tokenizer: Any, text: str) -> list[int]:
     return ids if stripped == text else encode_with_specials(tokenizer, text)
 
 
+def require_end_token(tokenizer: Any, task: str, name: str = "") -> None:
+    """Raise ValueError if a tokenizer has no end-of-text token, which marks where an answer ends.
+
+    `task` is what needs the token, such as "fine-tuning"; `name` is the model's name. Both are for the message.
+    """
+    if tokenizer.eot_token is None:
+        owner = f"the tokenizer of {name}" if name else "the tokenizer"
+        way_out = "train a model with mygpt train --tokenizer bpe, or use one that has it, such as gpt2"
+        raise ValueError(f"{owner} has no {ENDOFTEXT} token, with which {task} marks the end of an answer: {way_out}")
+
+
 def require_text(text: object) -> None:
     """Raise TypeError if `text` is not a str, because some tokenizers would return wrong ids for other types."""
     if not isinstance(text, str):
