@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
-
-from MyGPT.messages import did_you_mean, error_message, printable, safe_streams
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -29,6 +26,7 @@ COMMANDS = {
     "explain": "write an HTML page that shows how a model reads a text",
 }
 
+_SIGINT_STATUS = 130  # 128 + SIGINT, without an import of the module signal, which is slow
 _SYNONYMS = {
     "train": "pretrain fit",
     "finetune": "tune sft lora ft",
@@ -62,13 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
     Then the exception is raised instead.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with safe_streams():
-        return _run(arguments)
+    try:
+        # Every import takes time, in which the user may press Ctrl-C, so this module itself imports very little.
+        from MyGPT.messages import safe_streams
+
+        with safe_streams():
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("mygpt: interrupted", file=sys.stderr)
+        return _SIGINT_STATUS
 
 
 def _run(arguments: list[str]) -> int:
     """Run a command, and return its exit status. See `main`."""
+    from MyGPT.messages import did_you_mean, error_message
+
     name = arguments[0] if arguments else "--help"
     try:
         if name in ("-h", "--help"):
@@ -86,7 +92,7 @@ def _run(arguments: list[str]) -> int:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # The terminal has printed ^C, perhaps after an unfinished line.
         _report(name, str(interrupt) or "interrupted")
-        return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
+        return 128 + interrupt.signal_number if hasattr(interrupt, "signal_number") else _SIGINT_STATUS
     except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -100,6 +106,8 @@ def _run(arguments: list[str]) -> int:
 
 def _report(command: str, message: str) -> None:
     """Print a message of a command as one line on stderr."""
+    from MyGPT.messages import printable
+
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
     print(f"{program}: {printable(message, keep='')}", file=sys.stderr)
 
@@ -127,6 +135,8 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
 def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:
     """Raise ValueError if the first argument of a command is not a path, but resembles the name of one of its kinds."""
+    from MyGPT.messages import did_you_mean
+
     hint = did_you_mean(argument, kinds, _KIND_SYNONYMS, prefix=f"mygpt {command} ")
     if hint and not argument.startswith("-") and not os.path.exists(argument):
         raise ValueError(f"there is no run {argument!r}{hint}")
