@@ -6,10 +6,16 @@ the command's options. A command is imported only when it runs, which keeps `myg
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+
+# This module imports very little, because an import takes time, in which the user may press Ctrl-C.
+SIGINT, SIGPIPE = 2, 13
+"""The numbers of the signals on every system that has them; Windows has no SIGPIPE."""
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -26,7 +32,6 @@ COMMANDS = {
     "explain": "write an HTML page that shows how a model reads a text",
 }
 
-_SIGINT_STATUS = 130  # 128 + SIGINT, without an import of the module signal, which is slow
 _SYNONYMS = {
     "train": "pretrain fit",
     "finetune": "tune sft lora ft",
@@ -56,19 +61,41 @@ _KIND_SYNONYMS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
-    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM.
+    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. If the
+    program that reads our output has ended, such as `head`, it is 141, as after SIGPIPE, and after SIGHUP it is 129.
     An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
     Then the exception is raised instead.
     """
+    status = 0
     try:
-        # Every import takes time, in which the user may press Ctrl-C, so this module itself imports very little.
-        from MyGPT.messages import safe_streams
+        try:
+            status = _main(arguments)
+        finally:  # also after --help, which raises SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:  # before or after the command itself
+        _report("", "interrupted", begins_line=True)
+        status = 128 + SIGINT
+    except BrokenPipeError:
+        _discard_output()
+        status = status or 128 + SIGPIPE
+    except OSError as error:  # stdout is a file on a full disk
+        _discard_output()
+        if status == 0:
+            from MyGPT.messages import error_message
 
-        with safe_streams():
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
-    except KeyboardInterrupt:
-        print("mygpt: interrupted", file=sys.stderr)
-        return _SIGINT_STATUS
+            _report("", f"the output could not be written: {error_message(error)}")
+        status = status or 2
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    """Run a command as `main` does. Output that is still buffered at the end is left to the caller."""
+    from MyGPT.messages import safe_streams
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with safe_streams():
+        return _run(arguments)
 
 
 def _run(arguments: list[str]) -> int:
@@ -89,27 +116,37 @@ def _run(arguments: list[str]) -> int:
             hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}{hint}")
     except KeyboardInterrupt as interrupt:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # The terminal has printed ^C, perhaps after an unfinished line.
-        _report(name, str(interrupt) or "interrupted")
-        return 128 + interrupt.signal_number if hasattr(interrupt, "signal_number") else _SIGINT_STATUS
-    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("MYGPT_DEBUG"):
+        _report(name, str(interrupt) or "interrupted", begins_line=True)
+        return 128 + getattr(interrupt, "signal_number", SIGINT)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = error_message(error)
+        if isinstance(error, (MemoryError, RuntimeError)) or getattr(error, "errno", None) == errno.ENOMEM:
+            from MyGPT.commands._memory import memory_advice
+
+            message = memory_advice(name, error) or ""
+        if os.environ.get("MYGPT_DEBUG") or not message:  # any other RuntimeError is a mistake in the program
             raise
-        _report(name, error_message(error))
+        _report(name, message)
         return 2
     return 0
 
 
-def _report(command: str, message: str) -> None:
-    """Print a message of a command as one line on stderr."""
+def _report(command: str, message: str, begins_line: bool = False) -> None:
+    """Print a message of a command as one line on stderr, unless the terminal or the reader of stderr is gone.
+
+    With begins_line=True, the line is preceded by a line end on a terminal, which has printed ^C, perhaps after a part of
+    a line.
+    """
     from MyGPT.messages import printable
 
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
-    print(f"{program}: {printable(message, keep='')}", file=sys.stderr)
+    start = "\n" if begins_line and sys.stderr is not None and sys.stderr.isatty() else ""
+    try:
+        print(f"{start}{program}: {printable(message, keep='')}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output()
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
@@ -131,6 +168,21 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
+
+
+def _discard_output() -> None:
+    """Send the rest of stdout, and of stderr if it is broken too, to nowhere.
+
+    Without this, Python would print an error and change the exit status when it flushes the streams at its end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # ValueError: no file, or a closed one
+            try:
+                stream.flush()
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:

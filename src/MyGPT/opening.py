@@ -15,6 +15,7 @@ import torch
 
 from MyGPT.data.templates import TEMPLATE_FILE, Template, load_template
 from MyGPT.devices import pick_device
+from MyGPT.files import present_directory, reading
 from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
 from MyGPT.messages import quote
@@ -48,11 +49,15 @@ def open_model(
             not available.
     """
     place = pick_device(device)
-    files = find_model_files(name_or_path, adapter)
-    model = GPTModel.from_pretrained(files.path)
-    if files.adapter is not None:
-        model = merge(open_adapter(model, files.adapter)).eval()
-    return model.to(place), files.tokenizer(model.config.vocab_size)
+    with reading(name_or_path):
+        files = find_model_files(name_or_path, adapter)
+        model = GPTModel.from_pretrained(files.path)
+        tokenizer = files.tokenizer(model.config.vocab_size)
+        if files.adapter is not None:
+            model = merge(open_adapter(model, files.adapter)).eval()
+            # The adapter was trained to end its texts with the tokenizer's token.
+            model.config = model.config.ending_with(tokenizer.eot_token)
+        return model.to(place), tokenizer
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
 
 def find_adapter(path: str | os.PathLike[str]) -> Path | None:
     """Return the directory of the LoRA adapter at `path`, which is `path` or `path`/adapter; None if there is none."""
-    candidates = (Path(path), Path(path, "adapter"))
+    candidates = map(present_directory, (path, Path(path, "adapter")))
     return next((directory for directory in candidates if (directory / "adapter_config.json").is_file()), None)
 
 

@@ -81,6 +81,7 @@ def finetune(
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
     gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
     tokenizer = files.tokenizer(gpt.config.vocab_size)
+    gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)

@@ -41,12 +41,14 @@ def explain(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
         return describe(name, config, training=training or ONE_SEQUENCE)
+    from MyGPT.files import reading
     from MyGPT.weights.formats import find_format, open_checkpoint
     from MyGPT.weights.layout import fit
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
-    checkpoint = open_checkpoint(name)
+    with reading(name):
+        checkpoint = open_checkpoint(name)
     config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
     rows = [

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
+from MyGPT.config import GPTConfig
 from MyGPT.data.records import is_missing, read_items
-from MyGPT.files import read_json
+from MyGPT.files import present_directory, read_json, reading
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers.base import encode_with_specials
@@ -107,7 +108,7 @@ class GPTForClassification(nn.Module):
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": names,
             "label2id": {label: i for i, label in names.items()},
-            "pad_token_id": getattr(tokenizer, "eot_token", None),
+            "pad_token_id": _pad_id(self.config, tokenizer),
         }
         write_directory(
             directory, self.config, self.gpt.state_dict(), tokenizer,
@@ -117,7 +118,13 @@ class GPTForClassification(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
         """Return the classifier that `save_pretrained` or transformers saved in a directory, in evaluation mode."""
-        path, config = Path(directory), read_config(directory)
+        with reading(directory):
+            return cls._open(present_directory(directory))
+
+    @classmethod
+    def _open(cls, path: Path) -> GPTForClassification:
+        """Open a classifier as `from_pretrained` does. No other process may replace the directory during the call."""
+        config = read_config(path)
         tensors = read_safetensors(path / "model.safetensors")
         if "score.weight" not in tensors:
             raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
@@ -139,6 +146,15 @@ class GPTForClassification(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         model.score.load_state_dict({"weight": score.load()})
         return model.eval()
+
+
+def _pad_id(config: GPTConfig | None, tokenizer: Any) -> int | None:
+    """Return the id of the padding token: that of the config, or else of the tokenizer, or else its end-of-text token."""
+    named = [
+        getattr(config, "pad_token_id", None),
+        *(getattr(tokenizer, name, None) for name in ("pad_token", "eot_token")),
+    ]
+    return next((id_ for id_ in named if id_ is not None), None)
 
 
 def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -184,7 +200,7 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     for number, row in enumerate(rows):
         if not len(row):
             raise ValueError(f"a text to classify needs at least one token, text {number} has none")
-    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eot_token or 0)
+    ids = pad_sequence(rows, batch_first=True, padding_value=_pad_id(None, tokenizer) or 0)
     return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 

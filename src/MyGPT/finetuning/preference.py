@@ -22,7 +22,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
-from MyGPT.tokenizers.base import encode_with_specials
+from MyGPT.tokenizers.base import encode_with_specials, encode_without_end
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -110,8 +110,8 @@ class PreferencePairs:
         self.n_too_long = 0
         for number, record in enumerate(records, start=1):
             check_pair(record, f"record {number}")
-            prompt, *answers = (encode_with_specials(tokenizer, record[key]) for key in KEYS)
-            ended = [[*answer, self.pad_id] for answer in answers]
+            prompt = encode_with_specials(tokenizer, record["prompt"])
+            ended = [[*encode_without_end(tokenizer, record[key]), self.pad_id] for key in KEYS[1:]]
             if max(map(len, ended)) + len(prompt) > max_length + 1:
                 self.n_too_long += 1
             else:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from MyGPT.files import read_json
+from MyGPT.files import present_directory, read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
 from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
+from MyGPT.tokenizers.base import AddedToken, read_end_ids, read_settings
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
 from MyGPT.tokenizers.bpe import check_vocab_size, from_visible, place_added_tokens
@@ -39,10 +41,10 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
     directory = Path(name_or_dir)
-    if (directory / "tokenizer.json").is_file():
+    if (present_directory(directory) / "tokenizer.json").is_file():
         return load_tokenizer(directory)
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
-        return read_openai_vocabulary(directory)
+        return described(read_openai_vocabulary(directory), directory)
     known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
     hint = did_you_mean(str(name_or_dir), _GPT2_NAMES) or near_path(name_or_dir)
     raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}{hint}")
@@ -52,34 +54,50 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Return the tokenizer in the `tokenizer.json` of a directory.
 
     MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
-    pattern. Any other tokenizer raises ValueError with the path.
+    pattern. Any other tokenizer raises ValueError with the path. The other files of the directory name the
+    special tokens, see `described`.
     """
-    path = Path(directory) / "tokenizer.json"
+    path = present_directory(directory) / "tokenizer.json"
     try:
-        return _from_json(read_json(path))
+        return described(_from_json(read_json(path)), directory)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def described(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer with the special tokens that the other files in its directory name.
+
+    tokenizer_config.json and special_tokens_map.json come first. If they do not name the token that ends a text,
+    generation_config.json and config.json do.
+    """
+    return tokenizer.with_settings(read_settings(directory)).ending_with(read_end_ids(directory))
+
+
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
-    added = [(token["content"], token["id"]) for token in data["added_tokens"]]
+    # As in the tokenizers library, empty and repeated tokens are ignored.
+    entries: dict[str, Mapping[str, Any]] = {}
+    for entry in data["added_tokens"]:
+        if entry["content"] != "":
+            entries.setdefault(entry["content"], entry)
+    added = [_added_token(entry) for entry in entries.values()]
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        special = place_added_tokens(model["vocab"], added)
-        return from_visible(model["vocab"], merges, special, known=has_gpt2_merges(merges))
+        ids = place_added_tokens(model["vocab"], [(token.content, token.id) for token in added])
+        placed = [replace(token, id=ids[token.content]) for token in added]
+        return from_visible(model["vocab"], merges, placed, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
-        return SimpleTokenizer(model["vocab"])
+        return SimpleTokenizer(model["vocab"], added)
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
         in_order = sorted(model["vocab"], key=model["vocab"].__getitem__)
         if sorted(model["vocab"].values()) != list(range(len(in_order))):
             raise ValueError("the ids of a character vocabulary must be 0, 1, 2, … without gaps")
-        return CharTokenizer(in_order)
+        return CharTokenizer(in_order, added)
     raise ValueError(f"MyGPT does not support a {kind} tokenizer with this pre_tokenizer")
 
 
@@ -100,10 +118,11 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if data["model"].get(option):
             raise ValueError(f"the option {option}={data['model'][option]!r} is not supported")
-    for token in data["added_tokens"]:
-        for option in ("single_word", "lstrip", "rstrip"):
-            if token.get(option):
-                raise ValueError(f"the option {option} of the token {token['content']!r} is not supported")
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    """Return an added token from its entry in a tokenizer.json. As in the tokenizers library, missing flags are false."""
+    return AddedToken(**{field.name: entry[field.name] for field in fields(AddedToken) if field.name in entry})
 
 
 def check_tokenizer(kind: str, vocab_size: int = 1024) -> None:

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from MyGPT.files import read_json, read_text
-from MyGPT.tokenizers.base import ENDOFTEXT
+from MyGPT.tokenizers.base import ENDOFTEXT, AddedToken
 from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, BPETokenizer, from_visible
 
 VOCABULARY_SHA256 = {
@@ -31,7 +31,7 @@ def gpt2_tokenizer() -> BPETokenizer:
     if not has_gpt2_merges(merges):
         way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
         raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
-    return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
+    return from_visible(gpt2_vocabulary(merges), merges, [AddedToken(ENDOFTEXT, 50256)], known=True)
 
 
 def gpt2_vocabulary(merges: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -53,7 +53,7 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
         merges = _read_merges(directory / "vocab.bpe")
         if not isinstance(vocab, dict):
             raise ValueError("encoder.json must be a JSON object of tokens and ids")
-        special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
+        special = [AddedToken(ENDOFTEXT, vocab[ENDOFTEXT])] if ENDOFTEXT in vocab else []
         return from_visible(vocab, merges, special, known=has_gpt2_merges(merges))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} has no valid encoder.json and vocab.bpe: {error}") from None

@@ -25,7 +25,7 @@ from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
-from MyGPT.training.interrupts import Stopped, delayed_signals
+from MyGPT.training.interrupts import SIGPIPE, Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
 from MyGPT.training.run import BestModelStore, Run, WholeModel
 from MyGPT.training.snapshot import (
@@ -105,6 +105,7 @@ class Trainer:
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._contexts, self._is_ready = ExitStack(), False
+        self._sample_errors: set[type[Exception]] = set()
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
     tokens_seen = property(attrgetter("state.tokens_seen"), doc="The number of input tokens so far.")
@@ -204,23 +205,34 @@ class Trainer:
         run_dir hold the best model. Without run_dir, the last model is kept and evaluated instead.
 
         Raises:
-            Stopped: SIGINT (Ctrl-C) or SIGTERM arrived. A checkpoint was saved before.
+            Stopped: SIGINT (Ctrl-C), SIGTERM or SIGHUP arrived, or the program that reads the console's output has
+                ended, which counts as SIGPIPE. A checkpoint was saved before.
             FloatingPointError: too many losses or gradients, or all validation losses, were not finite.
+            OSError: the first checkpoint, or at the end the last checkpoint or the model, could not be written.
         """
         with self:
             self.console.start(self.state.step, self.config.max_steps)
             self.files.write_first_checkpoint(self.snapshot)
             with delayed_signals() as signals:
-                self._train(signals)
+                stop = self._train(signals)
                 self.files.write_last_checkpoint(self.state.step, self.snapshot)
-                if signals:
-                    raise Stopped(self.files.stop_message(self.state), signals[0])
-            return self._finish()
+                if stop is not None:
+                    message = self.files.stop_message(self.state)
+                    self.files.raise_failed_writes()
+                    raise Stopped(message, stop)
+            loss = self._finish()
+            self.files.raise_failed_writes()
+            return loss
 
-    def _train(self, signals: list[int]) -> None:
+    def _train(self, signals: list[int]) -> int | None:
+        """Take steps until the last step, an early stop, or a signal. Return the number of the signal, if any."""
         config, state = self.config, self.state
         seconds, tokens = 0.0, state.tokens_seen
-        while state.step < config.max_steps and not signals and not state.has_lost_patience(config.early_stop):
+        while state.step < config.max_steps and not state.has_lost_patience(config.early_stop):
+            if signals:
+                return signals[0]
+            if self.console.reader_has_ended:
+                return SIGPIPE
             began = time.perf_counter()
             values = self.step()
             self.files.record_step(state, values["loss"], values["grad_norm"])
@@ -230,27 +242,44 @@ class Trainer:
                 seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
                 self._evaluate_and_save_best()
-            if (text := self.samples.text(state.step)) is not None:
-                self.files.record_sample(state.step, text)
+            self._show_sample()
             self.files.checkpoint_if_due(state.step, self.snapshot)
+        return signals[0] if signals else None
 
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
-        if loss < self.best_loss:
-            self.save()  # before the loss is recorded: metrics.jsonl never names a best model that was not saved
-        self.files.record_evaluation(self.state, loss)
+        # The model is saved before its loss is recorded: metrics.jsonl never names a best model that was not saved.
+        is_saved = not loss < self.best_loss or self.files.try_to_save(self.save)
+        self.files.record_evaluation(self.state, loss, is_saved)
+
+    def _show_sample(self) -> None:
+        """Print and store a sample text if one is due. A failure is reported once per type of error, and ends nothing."""
+        step = self.state.step
+        try:
+            text = self.samples.text(step)
+        # A model that diverges, a tokenizer that cannot decode a token, too little memory: no error is worth the run.
+        except Exception as error:
+            if type(error) not in self._sample_errors:
+                self._sample_errors.add(type(error))
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.console.warn(f"step {step}: no sample text, because generating it failed: {reason}")
+            return
+        if text is not None:
+            self.files.record_sample(step, text)
 
     def _finish(self) -> float:
         """Evaluate the last model, restore the best one, and return its loss on all validation data."""
         if self.validation is None:
             self.state.best_step = self.state.step
-            self.save()
+            self.files.try_to_save(self.save)
             return math.nan
         if self.state.evaluated_step != self.state.step:
             self._evaluate_and_save_best()
         self.files.restore_best_model(self.state)
         loss = self.evaluate(whole=True)
         self.files.log(self.state.best_step or 0, final_val_loss=loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of the best model on all validation data is {loss}: check these data")
         return loss
 
     def _token_loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
