@@ -23,7 +23,7 @@ from typing import Any
 from http_server import CONTENT, file, serving, status
 from killing import MOMENTS, Kill, differences, leftovers, remains, run
 from MyGPT.weights import released
-from places import ROOT
+from texts import OPENAI_FILES
 from tiny_runs import RECIPES, TEXT, finetune_command, train_command
 
 FILE_MOMENTS = ("fsync", "rename", "replace", "rmtree")
@@ -61,7 +61,7 @@ def all_files(directory: Path) -> dict[str, Any]:
 def answer(handler: BaseHTTPRequestHandler) -> None:
     """Send OpenAI's files slowly, so that kills come while a file arrives."""
     name = handler.path.rpartition("/")[2]
-    vocabulary = ROOT / "src/MyGPT/assets/gpt2" / name  # whose hashes are known
+    vocabulary = OPENAI_FILES / name  # the real files, because their hashes are known
     if name not in released.FILES:
         status(404)(handler)
     elif name.startswith("model.ckpt.data"):

@@ -336,7 +336,7 @@ def test_a_killed_prepare_leaves_no_processes_and_the_next_one_removes_its_files
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(list(tmp_path.glob(".out.*"))) == 1
-    prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("the caosm"), progress=False)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("the caosnm"), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
