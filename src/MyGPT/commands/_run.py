@@ -27,7 +27,8 @@ class RunOptions:
     """Directory of a run to resume with its stored options; auto resumes the run in --out if it has a checkpoint, and
     otherwise starts it."""
     allow_changed: str | list[str] | None = None
-    """Names of options whose values may differ from the values in the resumed run."""
+    """Names of options whose values may differ from the values in the resumed run, such as max_steps or epochs to extend a
+    finished run. data_content also allows other data, and model_content other weights of the base model."""
 
     def for_trainer(self, tensorboard: bool) -> dict[str, Any]:
         """Return the keyword arguments of Trainer for these options.

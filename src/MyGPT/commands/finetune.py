@@ -66,6 +66,7 @@ def finetune(
         mygpt finetune --model gpt2 --data alpaca.json --merge --out runs/tuned
         mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
         mygpt finetune --resume runs/tuned
+        mygpt finetune --resume runs/tuned --epochs 4 --allow_changed epochs
     """
     run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]

@@ -53,6 +53,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     Examples:
         mygpt train --data book.txt --max_steps 500 --out runs/book
         mygpt train --resume runs/book
+        mygpt train --resume runs/book --max_steps 1000 --allow_changed max_steps
     """
     import torch
 
