@@ -89,17 +89,19 @@ def check_pair(record: Any, where: str) -> None:
 
 
 class PreferencePairs:
-    """A preference data set as token ids: prompts, each with a chosen and a rejected answer that end with `<|endoftext|>`.
+    """A preference data set as token ids: prompts, each with a chosen and a rejected answer.
+
+    Both answers end with the tokenizer's end-of-text token.
 
     Args:
         records: dicts with the texts prompt, chosen and rejected. Prompts are encoded unchanged. If the model was
             fine-tuned with a prompt template, apply the template first.
-        tokenizer: a tokenizer with `<|endoftext|>`.
+        tokenizer: a tokenizer with an end-of-text token.
         max_length: maximum number of tokens of a prompt with its answer. Longer pairs are skipped and counted in
             `n_too_long`.
 
     Raises:
-        ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
+        ValueError: a record is invalid, no pair is left, or the tokenizer has no end-of-text token.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
