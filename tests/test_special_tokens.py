@@ -335,7 +335,9 @@ def test_each_row_ends_at_its_own_end(eos_id: Any, use_cache: bool, tiny_model64
     assert found[:, 2:].tolist() == [row[:longest] for row in rows]
 
 
-@pytest.mark.parametrize("eos_id", [[], True, [True], -1, [3, -1], [3, 2**63], 1.5, [1.5], "5", "", ["5"], [[5]], [None]], ids=repr)
+@pytest.mark.parametrize(
+    "eos_id", [[], True, [True], -1, [3, -1], [3, 2**63], 1.5, [1.5], "5", "", ["5"], [[5]], [None]], ids=repr
+)
 def test_what_is_no_id_is_refused(eos_id: Any, tiny_model: GPTModel) -> None:
     with pytest.raises(ValueError, match="eos_id must be a token id of at least 0, or a sequence of such ids, got"):
         generate(tiny_model, torch.tensor([[1]]), 2, eos_id=eos_id)
