@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,11 @@ def settings_of_generation(directory: Path, id_of: Any) -> None:
     edit_json(directory / "generation_config.json", temperature=0.7, top_k=40, repetition_penalty=1.2)
 
 
+def ordinary(directory: Path, id_of: Any) -> None:
+    """Name an ordinary token of the vocabulary, which tokenizer.json does not list as a special token."""
+    everywhere(directory, "eos_token", ".", id_of("."))
+
+
 def padded_with_the_end(directory: Path, id_of: Any) -> None:
     everywhere(directory, "pad_token", "<|im_end|>", id_of("<|im_end|>"))
 
@@ -147,6 +153,7 @@ CHANGES: list[Any] = [
     (outside, "<|im_start|>"),
     (settings_of_generation, "<|im_end|>"),
     (padded_with_the_end, "<|im_end|>"),
+    (ordinary, "."),
 ]
 NAMES = [f"{change.__name__}-{says}" for change, says in CHANGES]
 each_directory = pytest.mark.parametrize(("change", "says"), CHANGES, ids=NAMES)
@@ -162,7 +169,7 @@ def transformers_view(directory: Path) -> dict[str, Any]:
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_k", "repetition_penalty")
     generation = {key: getattr(model.generation_config, key) for key in kept}
     named = {role: getattr(tokenizer, role) for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    text = tokenizer("a cat<|im_end|> myword</s> xmyword[PAD]")["input_ids"]
+    text = tokenizer("a cat...<|im_end|> myword</s> xmyword[PAD].")["input_ids"]
     return {
         "named": named,
         "all special": sorted(tokenizer.all_special_tokens),
@@ -185,7 +192,7 @@ def test_texts_end_where_transformers_ends_them(change: Any, says: str, tmp_path
     for model_ in (model, accelerate(model, compiled=False), PromptLookup(model)):
         ids = generate(model_, prompt, N, eos_id=ends or None)[0].tolist()
         assert ids == [id_ for id_ in expected["greedy"] if id_ not in ends]
-    text = "a cat<|im_end|> myword</s> xmyword[PAD]"
+    text = "a cat...<|im_end|> myword</s> xmyword[PAD]."
     assert tokenizer.encode(text) == expected["ids"]
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == expected["text"]
 
@@ -224,15 +231,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_stop_at_the_directorys_end(chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert main(["generate", "--model", str(chatty), "--prompt", "the cat", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "the cat\n"
-    lines = iter(["the cat"])
-
-    def ask(prompt: str = "") -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
     assert main(["chat", "--model", str(chatty), "--device", "cpu", "--max_new_tokens", "8"]) == 0
     assert "im_end" not in capsys.readouterr().out
 
