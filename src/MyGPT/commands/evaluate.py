@@ -60,7 +60,7 @@ def evaluate(
         rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
         measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
-        start = None if tokenizer.bos_token is None else tokenizer.decode([tokenizer.bos_token])
+        start = None if tokenizer.bos_token is None else tokenizer.token_of(tokenizer.bos_token)
         rows = text_rows(measured, way, gpt.config.context_length, stride, start)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
@@ -71,8 +71,7 @@ def text_rows(
 ) -> list[Row]:
     """Return the labels and values to print for a text that was measured by `protocol` in windows of `context` tokens.
 
-    `start` is the token, such as <|endoftext|>, after which the first token was predicted. None means that the first token
-    was not counted.
+    `start` is the token after which the first token of each text was predicted, or None if the first token was not counted.
     """
     result = measured.result
     spelling = "text unchanged"
