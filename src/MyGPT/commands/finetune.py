@@ -17,6 +17,7 @@ from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
 from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.opening import adapter_without_model, find_model_files
+from MyGPT.sampling import require_finite
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
@@ -132,4 +133,5 @@ def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
     if data.test is not None:
         trainer.validation = data.validation(data.test)
         loss, n = trainer.evaluate(whole=True), len(data.test)
+        require_finite("the test loss", loss)
         print(f"test loss {loss:.4f} nats per token on {n:,} examples kept for this test")
