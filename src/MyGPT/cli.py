@@ -22,6 +22,8 @@ SIGPIPE = 13
 COMMANDS = {
     "train": "train a GPT on text files",
     "finetune": "fine-tune a model on instructions, with LoRA or on all weights",
+    "dpo": "train a model to prefer chosen answers to rejected ones (DPO)",
+    "classify": "train a text classifier, or classify texts with it",
     "generate": "continue a prompt with a trained model",
     "chat": "chat with a model in the terminal",
     "evaluate": "measure loss, perplexity and bits per byte on a text",
@@ -37,6 +39,8 @@ COMMANDS = {
 _SYNONYMS = {
     "train": "pretrain fit",
     "finetune": "tune sft lora ft",
+    "dpo": "preference preferences align rlhf ipo orpo",
+    "classify": "classifier classification label sentiment cls",
     "generate": "sample gen complete predict run inference",
     "chat": "talk ask",
     "evaluate": "eval perplexity test",

@@ -41,6 +41,7 @@ def evaluate(
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
     """
+    from MyGPT.commands._model import report_tokenizer
     from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
@@ -53,12 +54,13 @@ def evaluate(
         raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
     files = find_files(data, report=partial(print, file=sys.stderr))
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     texts = read_texts(files, way.by_line)
     if way.last_word:
         rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
         measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
-        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.eot_token is not None)
+        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.bos_token is not None)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
 

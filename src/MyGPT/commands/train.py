@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.config import GPTConfig
+from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import quote
 from MyGPT.training.config import TrainConfig
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
-HIDDEN = ("vocab_size",)
+HIDDEN = ("vocab_size", *SPECIAL_TOKEN_FIELDS)
 COMMON = (
     "data tokenizer out resume max_steps batch_size learning_rate context_length emb_dim n_heads n_layers drop_rate "
     "eval_every sample_every device"

@@ -123,7 +123,7 @@ def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> 
 
     `template` adds text around the fields of the record. The record needs no answer.
     """
-    return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
+    return list(_encode_parts(template.for_tokenizer(tokenizer).parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
@@ -133,7 +133,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
     """
     record = check_record(record, where)
     try:
-        parts = template.parts(record)
+        parts = template.for_tokenizer(tokenizer).parts(record)
         has_answer = bool(parts) and parts[-1].is_answer
         example = _encode_parts(parts[:-1] if has_answer else parts, tokenizer)
         # The targets end with the end-of-text token, so the answer itself must not.

@@ -6,7 +6,6 @@ This module does not import torch, so worker processes start quickly.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 from collections import deque
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
-from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, check_output_directory, json_text, restore_directory, sha256_of
 from MyGPT.progress import progress_bar
-from MyGPT.tokenizers import BPETokenizer, Tokenizer
+from MyGPT.tokenizers import Tokenizer
 from MyGPT.tokenizers.base import encode_without_end
 
 TASK_CHARACTERS = 1 << 20
@@ -42,7 +41,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode text files, write their token ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Each document is followed by `<|endoftext|>` if the tokenizer has this token. A document that already ends with this
+    Each document is followed by the tokenizer's end-of-text token, if it has one. A document that already ends with this
     token, perhaps before white space, does not get a second one. If an error occurs, `out` does not
     change.
 
@@ -91,7 +90,7 @@ def prepare(
             "tokenizer_sha256": sha256_of(directory / "tokenizer.json"),
             "files": [path.name for path in paths],
         }
-        (directory / "tokens.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (directory / "tokens.json").write_text(json_text(description, indent=1) + "\n", encoding="utf-8")
     return description
 
 
@@ -114,10 +113,11 @@ def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text"
 
 
 def _refuse_split_specials(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a special token contains a space, where a long text may be cut into pieces."""
-    for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
-        if TOKEN_END.search(token):
-            raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
+    """Raise ValueError if an added token contains or removes a space, where a long text may be cut into pieces."""
+    for token in tokenizer.added_tokens:
+        if TOKEN_END.search(token.content) or token.lstrip or token.rstrip:
+            what = "contains a space" if TOKEN_END.search(token.content) else "removes the spaces beside it"
+            raise ValueError(f"the special token {token.content!r} {what}, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
@@ -188,8 +188,7 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
     """Encode text pieces. Return (token ids, number of documents that end in the pieces, number of characters).
 
-    The id of `<|endoftext|>` follows each document if the tokenizer has this token, once if the document already ends with
-    it.
+    The tokenizer's end-of-text token, if it has one, follows each document, once if the document already ends with it.
     """
     ids: list[int] = []
     for piece in task:

@@ -7,16 +7,15 @@ same template as in training.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
-from MyGPT.files import atomic_write, read_json
+from MyGPT.files import atomic_write, json_text, read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
@@ -57,7 +56,8 @@ class Template:
     {content} belongs to the prompt, the text from there on to the answer."""
     turn_end: str = ENDOFTEXT
     """Text after each of the assistant's messages except the last, unless the message already ends with it. Training ends
-    the last message with the end-of-text id."""
+    the last message with the end-of-text id. If the tokenizer ends texts with another token than `<|endoftext|>`, the
+    default stands for this token."""
     asks: Asks = "instruction"
     """`mygpt chat` turns each question into a record of this kind. `mygpt finetune` sets it to the kind of its data."""
 
@@ -72,6 +72,11 @@ class Template:
             for placeholder in _PLACEHOLDERS[field.name]:
                 if text.count(placeholder) != 1:
                     raise ValueError(f"a template's {field.name} must contain {placeholder} once, got {text!r}")
+
+    def for_tokenizer(self, tokenizer: Any) -> Template:
+        """Return this template, with the tokenizer's end-of-text token as `turn_end` if that is `<|endoftext|>`."""
+        end = getattr(tokenizer, "eot_token", None)
+        return self if self.turn_end != ENDOFTEXT or end is None else replace(self, turn_end=tokenizer.decode([end]))
 
     def prompt(self, record: Record) -> str:
         """Return the prompt of a record: the text before its answer or, in a conversation, before the last answer."""
@@ -120,7 +125,7 @@ class Template:
         """Write this template to `template.json` in a directory, from which `load_template` reads it."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(directory) / TEMPLATE_FILE) as file:
-            json.dump(asdict(self), file, ensure_ascii=False, indent=1)
+            file.write(json_text(asdict(self), ensure_ascii=False, indent=1))
             file.write("\n")
 
 

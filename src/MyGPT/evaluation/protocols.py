@@ -261,9 +261,9 @@ def measure_text(
 ) -> TextMeasurement:
     """Compute the loss of the model on one or several independent texts.
 
-    The model reads `<|endoftext|>` before each text if the tokenizer has this token. If it has none, the first token of
-    each text is not predicted, and its bytes and its part of a word are not counted. The protocol defines how texts are
-    detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
+    The model reads the tokenizer's beginning-of-text token, such as `<|endoftext|>`, before each text. If there is none, the
+    first token of each text is not predicted, and its bytes and its part of a word are not counted. The protocol defines
+    how texts are detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
 
     Raises:
         ValueError: there is no text, no text has a token to predict, or the tokenizer cannot encode a text.
@@ -280,16 +280,16 @@ def measure_text(
         ids = tokenizer.encode(written)
         is_lossless = is_lossless and tokenizer.decode(ids) == written
         documents.append(compact_ids(ids))
-        if len(ids) < (1 if tokenizer.eot_token is not None else 2):
+        if len(ids) < (1 if tokenizer.bos_token is not None else 2):
             n_skipped += 1
             continue
-        n_given = 0 if tokenizer.eot_token is not None else tokenizer.first_token_bytes(written, ids)
+        n_given = 0 if tokenizer.bos_token is not None else tokenizer.first_token_bytes(written, ids)
         n_bytes += len(text.encode()) - n_given
         n_words += text_words - _words_in(written, n_given, protocol.detokenizer)
     if not documents:
         raise ValueError("there is no text to measure")
     result = documents_loss(
-        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.eot_token, progress=progress
+        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.bos_token, progress=progress
     )
     return TextMeasurement(result, n_bytes, n_words, n_ambiguous, is_lossless, n_skipped)
 

@@ -10,7 +10,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -88,6 +88,11 @@ class Console:
     def evaluated(self, step: int, loss: float, is_best: bool) -> None:
         """Report the validation loss after `step` steps; is_best is True if it is the lowest so far."""
         self.message(f"step {step}: validation loss {loss:.4f}{' (best)' if is_best else ''}")
+
+    def scored(self, step: int, scores: Mapping[str, float]) -> None:
+        """Report the values that were measured beside the validation loss after `step` steps, such as an accuracy."""
+        values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+        self.message(f"step {step}: validation {', '.join(values)}")
 
     def sampled(self, step: int, text: str) -> None:
         """Show `text`, which the model generated after `step` steps."""

@@ -196,13 +196,19 @@ class Run:
         self.console.logged(state.smoothed_loss, tokens_per_second)
         self.console.progressed(state.step, state.smoothed_loss, values["learning_rate"], tokens_per_second)
 
-    def record_evaluation(self, state: RunState, loss: float, is_saved: bool = True) -> None:
+    def record_evaluation(
+        self, state: RunState, loss: float, is_saved: bool = True, scores: Mapping[str, float] | None = None
+    ) -> None:
         """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console.
 
-        `is_saved` is False if the loss is the lowest so far but the model could not be saved.
+        `is_saved` is False if the loss is the lowest so far but the model could not be saved. `scores` are other measured
+        values, such as an accuracy, which are recorded and printed as well.
         """
         self.console.evaluated(state.step, loss, state.add_evaluation(loss, is_saved))
-        self.log(state.step, val_loss=loss, **({} if is_saved else {_NOT_SAVED: 1}))
+        if scores:
+            self.console.scored(state.step, scores)
+        values = {f"val_{name}": value for name, value in (scores or {}).items()}
+        self.log(state.step, val_loss=loss, **values, **({} if is_saved else {_NOT_SAVED: 1}))
         if state.has_lost_patience(self.config.early_stop):
             self.console.stopped_early(state.step, state.evals_since_best)
 

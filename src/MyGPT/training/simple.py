@@ -122,7 +122,7 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
     positions = getattr(model, "pos_emb", None)  # The book's model has no config.
     context_size = None if positions is None else positions.weight.shape[0]
     try:
-        text = tokenizer.decode(generate(model, ids, 50, context_size)[0].tolist())
+        text = tokenizer.decode(generate(model, ids, 50, context_size, tokenizer=tokenizer)[0].tolist())
     except FloatingPointError as error:  # A training loop prints this sample, and no sample is worth its results.
         text = f"no sample text: {error}"
     print(text.replace("\n", " "))

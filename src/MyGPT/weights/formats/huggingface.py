@@ -87,22 +87,37 @@ def write_directory(
 ) -> None:
     """Write config, weights, tokenizer and model card to a directory. If an error occurs, no file changes.
 
-    Other files in the directory are kept. The tokenizer's end-of-text token is written to config.json. `more_config`
-    is added to config.json, and `more_tensors` to the weights, both unchanged. A classifier needs them for its head.
+    Other files in the directory are kept. The ids of special tokens are those of the config; the tokenizer gives the ids
+    that the config lacks. `more_config` is added to config.json, and `more_tensors` to the weights, both unchanged. A
+    classifier needs them for its head.
     """
-    eot_token = getattr(tokenizer, "eot_token", None)
-    special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
+    special = _special_ids(config, tokenizer)
+    given = {key: value for key, value in config.generation_config.items() if value is not None or key not in special}
+    generation = {**special, **given}
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
     with atomic_directory(directory, replaces=_REPLACED_FILES) as temporary:
         _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
-        _write_json(temporary / "generation_config.json", special if eot_token is not None else {})
+        _write_json(temporary / "generation_config.json", generation)
         _write_weights(Path(directory), temporary, tensors)
         if tokenizer is not None:
             tokenizer.save(temporary)
         card = Path(directory) / "README.md"
         if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
             (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
+
+
+def _special_ids(config: GPTConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return the ids of special tokens for config.json: those of the config, or else those of the tokenizer, or else null.
+
+    They are in config.json even if they are null, because transformers replaces missing ids with GPT-2's.
+    """
+    tokens = {"bos_token_id": "bos_token", "eos_token_id": "eot_token", "pad_token_id": "pad_token"}
+    ids = {}
+    for name, token in tokens.items():
+        own = getattr(config, name)
+        ids[name] = getattr(tokenizer, token, None) if own is None else own
+    return ids
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:
