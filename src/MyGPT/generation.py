@@ -66,6 +66,7 @@ def generate(
 
     Raises:
         ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
+        FloatingPointError: the model computes logits that are NaN or infinite.
     """
     steps = generate_stream(
         model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, top_p=top_p, min_p=min_p,
