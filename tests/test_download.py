@@ -30,7 +30,7 @@ from http_server import CONTENT, OTHER, Server, chunked, file, serving, status, 
 from MyGPT import GPT2_CONFIGS, BPETokenizer, GPTConfig, GPTModel
 from MyGPT.data import sources
 from MyGPT.data.templates import load_template
-from MyGPT.download import DownloadError, checksums, content_range, download, retry_after, validator
+from MyGPT.download import DownloadError, address_of, checksums, content_range, download, retry_after, validator
 from MyGPT.weights import released
 from MyGPT.weights.hub import download_from_hub
 from MyGPT.weights.released import download_gpt2, released_size
@@ -901,3 +901,50 @@ print(tokenizer.encode("the cat"), model(torch.tensor([[1, 2, 3]])).sum().item()
     assert done.returncode == 0, done.stderr
     ids, said = done.stdout.rsplit(maxsplit=1)
     assert ids == str(tokenizer.encode("the cat")) and float(said) == pytest.approx(expected, abs=1e-4)
+
+
+# Files beside a download that are damaged, or come from somebody else
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [], {"url": 5}, {"total": "x"}, {"etag": []}, {"validator": {}}, {"checksums": []}, {"checksums": {"rot13": "x"}},
+        {"checksums": {"md5": 5}}, {"modified": 1.5}, {"extra": 1},
+    ],
+)  # fmt: skip
+def test_a_description_of_a_part_with_wrong_values_starts_the_download_again(
+    values: Any, server: Server, tmp_path: Path
+) -> None:
+    url = server.will(file(cut=100_000), file(), file())
+    with pytest.raises(DownloadError):
+        download(url, tmp_path / "a", progress=False, attempts=1)
+    info = tmp_path / "a.part.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), **values} if isinstance(values, dict) else values))
+    download(url, tmp_path / "a", progress=False, attempts=2, sleep=lambda seconds: None)
+    assert (tmp_path / "a").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("entry", [5, [], {"url": 5, "size": "x"}, {"sha256": []}])
+def test_a_list_of_downloads_with_wrong_values_is_ignored(entry: Any, server: Server, tmp_path: Path) -> None:
+    download(server.will(file(), file()), tmp_path / "a", progress=False)
+    (tmp_path / ".downloads.json").write_text(json.dumps({"a": entry}))
+    address_of(tmp_path / "a")
+    download(server.url, tmp_path / "a", progress=False)
+    assert (tmp_path / "a").read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_part_that_is_a_link_is_not_written_through(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "a.part").symlink_to(tmp_path / "mine")
+    download(server.will(file()), tmp_path / "a", progress=False)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "a").read_bytes() == CONTENT and not (tmp_path / "a").is_symlink()
+
+
+def test_a_description_left_by_a_kill_after_the_last_rename_is_removed(server: Server, tmp_path: Path) -> None:
+    download(server.will(file()), tmp_path / "a", progress=False)
+    (tmp_path / "a.part.json").write_text("{}")
+    download(server.url, tmp_path / "a", progress=False)
+    assert names(tmp_path) == {"a"}

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -51,8 +52,14 @@ from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import add_lora
 from MyGPT.inside.plots import plot_losses
 from MyGPT.model import GPTModel
+from MyGPT.opening import open_model
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer, get_tokenizer, load_tokenizer
+from MyGPT.training import checkpoint
+from MyGPT.training.checkpoint import read_newest, write_snapshot
 from MyGPT.training.metrics import read_metrics
+from MyGPT.training.optim import make_optimizers
+from MyGPT.training.snapshot import check_fit, restore_snapshot
+from tiny_runs import make_trainer
 
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
 HANG_SECONDS = 15
@@ -108,6 +115,46 @@ def make_openai_vocabulary(place: Path) -> None:
     (place / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
 
 
+def make_vocabulary(place: Path) -> None:
+    """Write the files of transformers' tokenizer before it had tokenizer.json."""
+    described = BPE.to_json()
+    (place / "vocab.json").write_text(json.dumps(described["model"]["vocab"] | {"<|endoftext|>": 270}), "utf-8")
+    merges = [" ".join(merge) for merge in described["model"]["merges"]]
+    (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "model_max_length": 8}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    special = {"eos_token": {"content": "<|endoftext|>", "lstrip": False}, "additional_special_tokens": ["the"]}
+    (place / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+def make_tuned(place: Path) -> None:
+    """Write a model whose turns end with another token than its documents."""
+    MODEL.save_pretrained(place, BPE)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [270, 7], "pad_token_id": 7}))
+
+
+def make_meta(place: Path) -> None:
+    characters = " ab"
+    content = {"vocab_size": 3, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
+    (place / "meta.pkl").write_bytes(pickle.dumps(content))
+
+
+def make_checkpoint(place: Path) -> None:
+    with make_trainer() as trainer:
+        trainer.step()
+        write_snapshot(place, trainer.snapshot())
+
+
+def read_checkpoint(place: Path, signs: bool = False) -> None:
+    """Read the only checkpoint as a resumed run does. `signs` writes a manifest that fits, as an attacker would."""
+    path = place / "step-000001"
+    if signs:
+        (path / "manifest.json").write_text(json.dumps(checkpoint._make_manifest(path)))
+    trainer = make_trainer()
+    snapshot, _ = read_newest(place, functools.partial(check_fit, trainer.model, trainer.config))
+    restore_snapshot(snapshot, trainer.model, make_optimizers(trainer.model, trainer.config))
+
+
 def make_shards(place: Path) -> None:
     from MyGPT.weights.formats import huggingface
 
@@ -161,6 +208,10 @@ def read_recipe(command: Any, place: Path) -> None:
 BPE = BPETokenizer.train("the cat sat on the mat, the cat ate the rat " * 3, 270, progress=False)
 MODEL = lively_model(TINY)
 LABELLED = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+TALKS = [
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Rhyme."},
+    {"conversations": [{"from": "system", "value": "Sing."}, {"from": "gpt", "value": "La"}], "system": None},
+]
 METRICS = [{"step": 1, "loss": 2.5, "lr": 1e-3}, {"step": 2, "loss": 2.25}, {"step": 2, "val_loss": 2.0}]
 
 READERS = {
@@ -186,6 +237,18 @@ READERS = {
     ),
     "encoder.json": Reader(make_openai_vocabulary, "encoder.json", "json", lambda d: use(get_tokenizer(d))),
     "vocab.bpe": Reader(make_openai_vocabulary, "vocab.bpe", "text", lambda d: use(get_tokenizer(d))),
+    "vocab.json": Reader(make_vocabulary, "vocab.json", "json", lambda d: use(get_tokenizer(d))),
+    "merges.txt": Reader(make_vocabulary, "merges.txt", "text", lambda d: use(get_tokenizer(d))),
+    "tokenizer_config.json": Reader(
+        make_vocabulary, "tokenizer_config.json", "json", lambda d: use(get_tokenizer(d))
+    ),
+    "special_tokens_map.json": Reader(
+        make_vocabulary, "special_tokens_map.json", "json", lambda d: use(get_tokenizer(d))
+    ),
+    "generation_config.json": Reader(
+        make_tuned, "generation_config.json", "json", lambda d: open_model(d, device="cpu")[0].config
+    ),
+    "meta.pkl": Reader(make_meta, "meta.pkl", "bytes", lambda d: use(get_tokenizer(d))),
     "adapter_config.json": Reader(make_adapter, "adapter_config.json", "json", read_adapter, 60),
     "adapter_model.safetensors": Reader(make_adapter, "adapter_model.safetensors", "safetensors", read_adapter),
     "config.yaml, train": Reader(
@@ -210,6 +273,25 @@ READERS = {
         lambda d: (d / "records.json").write_text(json.dumps(RECORDS)), "records.json", "json",
         lambda d: [ALPACA.parts(record) for record in read_records(d / "records.json")],
     ),
+    "records, CSV": Reader(
+        lambda d: (d / "records.csv").write_text('instruction;input;output\nSay;"it; or\nnot";yes\nSay;;no\n'), "records.csv",
+        "text", lambda d: [ALPACA.parts(record) for record in read_records(d / "records.csv")],
+    ),
+    "records, ShareGPT": Reader(
+        lambda d: lines(d / "talks.jsonl", TALKS), "talks.jsonl", "jsonl",
+        lambda d: [ALPACA.parts(record) for record in read_records(d / "talks.jsonl")],
+    ),
+    "records, gzip": Reader(
+        lambda d: (d / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[0]).encode() + b"\n")), "a.jsonl.gz",
+        "bytes", lambda d: read_records(d / "a.jsonl.gz"),
+    ),
+    "state.json of a checkpoint": Reader(
+        make_checkpoint, "step-000001/state.json", "json", functools.partial(read_checkpoint, signs=True), 60
+    ),
+    "manifest.json of a checkpoint": Reader(make_checkpoint, "step-000001/manifest.json", "json", read_checkpoint),
+    "optimizer.safetensors of a checkpoint": Reader(
+        make_checkpoint, "step-000001/optimizer.safetensors", "safetensors", functools.partial(read_checkpoint, signs=True)
+    ),
     "text": Reader(
         lambda d: (d / "a.txt").write_text("Once\nupon a time.\n"), "a.txt", "text",
         lambda d: BPE.encode("".join(piece.text for piece in read_pieces(d / "a.txt"))),
@@ -217,6 +299,10 @@ READERS = {
     "text, lines of JSON": Reader(
         lambda d: lines(d / "a.jsonl", [{"text": "Once"}, {"text": "upon", "id": 3}]), "a.jsonl", "jsonl",
         lambda d: BPE.encode("".join(read_texts([d / "a.jsonl"]))),
+    ),
+    "text, array": Reader(
+        lambda d: (d / "a.json").write_text(json.dumps([{"text": "Once"}, {"text": "upon", "id": 3}])), "a.json", "json",
+        lambda d: BPE.encode("".join(read_texts([d / "a.json"]))),
     ),
     "text, gzip": Reader(
         lambda d: (d / "a.txt.gz").write_bytes(gzip.compress(b"Once upon a time. " * 9)), "a.txt.gz", "bytes",

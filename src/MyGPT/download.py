@@ -19,10 +19,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from MyGPT.files import atomic_write, sha256_of
@@ -126,8 +127,14 @@ def cache_directory() -> Path:
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
     """Return the URL from which `download` got the file at `path`, or None if `download` did not write this file."""
-    address: str | None = _read_json(Path(path).with_name(_FINISHED)).get(Path(path).name, {}).get("url")
-    return address
+    address = _recorded(Path(path)).get("url")
+    return address if isinstance(address, str) else None
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the list of finished downloads, or {} if it has none."""
+    entry = _read_json(path.with_name(_FINISHED)).get(path.name)
+    return entry if isinstance(entry, dict) else {}
 
 
 def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
@@ -137,7 +144,7 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
     """
     if not path.is_file():
         return False
-    found, recorded = path.stat(), _read_json(path.with_name(_FINISHED)).get(path.name, {})
+    found, recorded = path.stat(), _recorded(path)
     expected = sha256.lower() if sha256 else recorded.get("sha256")
     if found.st_size != (recorded.get("size", found.st_size) if size is None else size):
         return False
@@ -162,6 +169,25 @@ class _PartInfo:
     checksums: dict[str, str] = field(default_factory=dict)
     resumed: bool = False
 
+    @classmethod
+    def read(cls, path: Path) -> _PartInfo:
+        """Return the information in a file, or an empty one if the file is missing or damaged, so that nothing is kept."""
+        values = asdict(cls()) | _read_json(path)
+        text, number = (str, NoneType), (int, NoneType)
+        kinds: dict[str, Any] = {
+            "url": str,
+            "total": number,
+            "etag": text,
+            "modified": text,
+            "validator": text,
+            "checksums": dict,
+        }
+        if not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+            return cls()
+        if not values["checksums"].keys() <= {"md5", "sha1"}:
+            return cls()
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
     def contradicts(self, headers: Message, total: int | None) -> bool:
         """Return whether response headers or the file length `total` show that the file has changed on the server."""
         stated = ((self.etag, headers["ETag"]), (self.modified, headers["Last-Modified"]), (self.total, total))
@@ -176,10 +202,7 @@ class _Transfer:
         self.part = path.with_name(f"{path.name}.part")
         self.info_path = _info_path(path)
         self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
-        try:
-            self.info = _PartInfo(**_read_json(self.info_path))
-        except TypeError:
-            self.info = _PartInfo()
+        self.info = _PartInfo.read(self.info_path)
 
     def run(self, attempts: int, sleep: Callable[[float], object]) -> None:
         """Download the file to `self.path`. `sleep` is called to wait between two requests.
@@ -216,7 +239,7 @@ class _Transfer:
         info = self.info
         if info.url != self.url or not info.validator or self.size not in (None, info.total):
             return 0
-        return self.part.stat().st_size if self.part.is_file() else 0
+        return self.part.stat().st_size if self.part.is_file() and not self.part.is_symlink() else 0
 
     def _request(self) -> None:
         """Send one HTTP request and store the response's body in the `.part` file.
@@ -264,6 +287,8 @@ class _Transfer:
         if total is None and self.size is None and self.sha256 is None and not response.chunked:
             raise _PermanentError("the server does not send the length of the file")
         total = self.size if total is None else total
+        if self.part.is_symlink() and self.part.is_file():
+            self.part.unlink()  # The link's target, perhaps a file of the user, must not change.
         self.part.write_bytes(b"")
         tag, date = headers["ETag"], headers["Last-Modified"]
         self._write_info(_PartInfo(self.url, total, tag, date, validator(headers), checksums(headers)))
