@@ -11,7 +11,12 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from MyGPT.files import FileWarning
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -51,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}; {hint}")
-        run_command(name, arguments[1:])
+        with _plain_warnings():
+            run_command(name, arguments[1:])
     except KeyboardInterrupt as interrupt:
         print(f"\nmygpt {name}: {interrupt or 'stopped'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
@@ -82,6 +88,23 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     parser = make_parser(name, command)
     arguments = [underscored(argument, parser) for argument in arguments]
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print each different FileWarning once, as a line on stderr. Other warnings are shown as Python shows them."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def print_note(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, FileWarning):
+                print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                show(message, category, *place)
+
+        warnings.simplefilter("default", FileWarning)
+        warnings.showwarning = print_note
+        yield
 
 
 def _overview() -> str:

@@ -30,6 +30,11 @@ _HUGGING_FACE_KEYS = {
     "activation": "activation_function",
     "qkv_bias": "qkv_bias",  # transformers ignores this key; its models always have biases, which are then zero.
 }
+# The activations of transformers that compute one of the two GELUs (up to rounding), and MyGPT's names of the two.
+_GELUS = {
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+}
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
@@ -125,21 +130,22 @@ class GPTConfig:
         """Return the config for a dict from Hugging Face's `config.json`. An unsupported setting raises ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
-            ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
+            ("activation_function", tuple(_GELUS)),
             ("n_inner", (None, 4 * config.get("n_embd", 768))),
             ("scale_attn_weights", (True,)),
             ("scale_attn_by_inverse_layer_idx", (False,)),
             ("add_cross_attention", (False,)),
         ):
             if config.get(key, only[0]) not in only:
-                raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {only[0]!r}")
+                allowed = " or ".join(map(repr, only))
+                raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {allowed}")
         dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
         if len(dropouts) > 1:
             rates = sorted(dropouts)
             raise ValueError(f"config.json has different dropout rates {rates}, MyGPT supports only equal rates")
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
-        if ours.get("activation") == "gelu_pytorch_tanh":  # the same function under another name
-            ours["activation"] = "gelu_new"
+        if "activation" in ours:
+            ours["activation"] = _GELUS[ours["activation"]]
         # GPT-2 of transformers always has biases, so they are the default for a config.json.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
 
@@ -158,6 +164,12 @@ def read_config_json(path: Path) -> GPTConfig:
         return GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
+
+
+def config_beside(path: Path) -> GPTConfig | None:
+    """Return the config in the `config.json` of the directory that contains the file `path`, or None if there is no such file."""
+    config = path.parent / "config.json"
+    return read_config_json(config) if config.is_file() else None
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:

@@ -27,6 +27,13 @@ MAX_JSON_BYTES = 1 << 28
 _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
 
 
+class FileWarning(UserWarning):
+    """A warning about a file that can be used, but whose contents do not agree with each other.
+
+    A command of `mygpt` prints such a warning as one plain line on stderr. In Python, the module `warnings` shows it.
+    """
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file for writing, and rename it to `path` when the `with` block succeeds.
