@@ -532,7 +532,9 @@ def test_a_redirect_does_not_leave_https(code: int, hops: int, secure: Server, s
     with pytest.raises(DownloadError, match=f"redirects to {server.url}, but only https addresses are followed"):
         get(secure.url, tmp_path / "file.bin")
     assert server.requests == [] and names(tmp_path) == set()
-    assert get([secure.will(status(code, Location=server.url)), server.url], tmp_path / "file.bin").is_file()  # a mirror
+    assert get(
+        [secure.will(status(code, Location=server.url)), server.url], tmp_path / "file.bin"
+    ).is_file()  # a mirror
 
 
 def test_redirects_within_https_and_from_http_to_either_are_followed(

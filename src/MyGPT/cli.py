@@ -96,11 +96,11 @@ def _plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def print_note(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, FileWarning):
                 print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
             else:
-                show(message, category, *place)
+                show(message, category, *place, **more)
 
         warnings.simplefilter("default", FileWarning)
         warnings.showwarning = print_note

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,9 @@ class _Transfer:
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to https addresses, and to http addresses only from a server that is itself reached over http."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str) -> Any:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Any:
         """Return the request for a redirect to `newurl`. Raises _PermanentError if this address is not allowed."""
         problem = redirect_problem(req.full_url, newurl)
         if problem is not None:

@@ -1,4 +1,4 @@
-"""Model directories whose config and tensors contradict each other. The tensors decide, as in transformers, and a warning says so."""
+"""Model directories whose config and tensors contradict each other: the tensors decide, as in transformers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,13 @@ def test_the_biases_are_read_from_every_file_of_the_directory(tmp_path: Path) ->
     expected = theirs(run / "model")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((run / "model/config.json").read_bytes())
-    for path in (run, run / "model/model.safetensors", run / "model/config.json", tmp_path / "pytorch_model.bin", tmp_path):
+    for path in (
+        run,
+        run / "model/model.safetensors",
+        run / "model/config.json",
+        tmp_path / "pytorch_model.bin",
+        tmp_path,
+    ):
         with pytest.warns(FileWarning, match="qkv_bias"):
             assert_equal_logits(GPTModel.from_pretrained(path), expected)
 
@@ -117,7 +123,7 @@ def test_an_index_and_each_file_that_it_lists_open_the_whole_model(suffix: str, 
         assert not ours.config.qkv_bias
         assert_equal_logits(ours, expected)
     (tmp_path / file_of[WTE]).unlink()
-    with pytest.raises(FileNotFoundError, match="is missing, but .* lists it"):
+    with pytest.raises(FileNotFoundError, match=r"is missing, but .* lists it"):
         GPTModel.from_pretrained(index)
 
 
@@ -219,20 +225,20 @@ def test_an_untied_config_without_a_head_copies_the_embedding_into_separate_memo
 # Commands, classifiers, activations
 
 
-@pytest.mark.parametrize("command", ["generate", "info"])
+@pytest.mark.parametrize("command", ["explain", "info"])
 def test_a_command_prints_the_contradiction_once_in_one_plain_line(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = CharTokenizer.from_text("abcdefgh")
-    GPTModel(GPTConfig(**{**SIZES, "vocab_size": tokenizer.n_vocab})).save_pretrained(tmp_path, tokenizer)
-    edit(tmp_path, other_head)
-    options = ["--model", str(tmp_path), "--prompt", "a", "--max_new_tokens", "1"] if command == "generate" else [str(tmp_path)]
+    path = tmp_path / "model"
+    GPTModel(GPTConfig(**{**SIZES, "vocab_size": tokenizer.n_vocab})).save_pretrained(path, tokenizer)
+    edit(path, other_head)
+    options = ["a", "--model", str(path), "--out", str(tmp_path / "a.html")] if command == "explain" else [str(path)]
     assert main([command, *options]) == 0
     out, err = capsys.readouterr()
-    shown = err if command == "generate" else out
-    assert shown.count(f"{HEAD} differs from") == 1 and "Warning" not in out + err
-    if command == "generate":
-        assert f"note: {tmp_path / 'model.safetensors'}: {HEAD} differs from" in err
+    assert (out + err).count(f"{HEAD} differs from") == 1 and "Warning" not in out + err
+    if command == "explain":
+        assert err.startswith(f"note: {path / 'model.safetensors'}: {HEAD} differs from {WTE}")
 
 
 @pytest.mark.parametrize("suffix", ["bin", "sharded", "run"])
@@ -255,7 +261,15 @@ def test_a_classifier_opens_from_all_that_a_model_opens_from(
 GELUS = {
     name: min(("tanh", "none"), key=lambda way: (ACT2FN[name](X) - F.gelu(X, approximate=way)).abs().max())
     for X in [torch.linspace(-12, 12, 10_001, dtype=torch.float64)]
-    for name in ("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
+    for name in (
+        "gelu",
+        "gelu_python",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_pytorch_tanh",
+        "gelu_python_tanh",
+        "gelu_accurate",
+    )
 }
 """The names of transformers' activations that are a GELU, with the approximation whose values are nearest."""
 

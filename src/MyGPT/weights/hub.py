@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from MyGPT.download import redirect_problem
 from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weights
@@ -62,16 +62,17 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
 @contextmanager
 def _only_safe_redirects() -> Iterator[None]:
     """Make huggingface_hub refuse redirects that leave https (see `redirect_problem`) during the `with` block."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
 
-    endpoint = constants.ENDPOINT
+    endpoint, http = constants.ENDPOINT, cast(Any, _http)  # its functions differ from version to version
 
     def check(url: object) -> None:
         problem = redirect_problem(endpoint, str(url))
         if problem is not None:
             raise OSError(problem)
 
-    session: Any = utils.get_session()
+    session: Any = http.get_session()
     if hasattr(session, "event_hooks"):
         hooks = session.event_hooks
         session.event_hooks = {**hooks, "request": [*hooks["request"], lambda request: check(request.url)]}
@@ -93,7 +94,6 @@ def _only_safe_redirects() -> Iterator[None]:
         session.mount("http://", CheckingAdapter())
         return session
 
-    http: Any = utils._http
     make_unchecked = http._GLOBAL_BACKEND_FACTORY
     http.configure_http_backend(make_session)
     try:
