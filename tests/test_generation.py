@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import lively_model
 from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, SimpleTokenizer, generate, generate_stream
+from MyGPT.acceleration.step import accelerate
 from MyGPT.generation import TextStream, evaluation_mode
 from oracles_model import ForeignGPT, ScriptedModel, greedy_by_hand, transformers_twin
 
@@ -130,6 +131,64 @@ def test_without_a_seed_torchs_global_state_decides(model: GPTModel) -> None:
     assert not torch.equal(generate(model, PROMPT, 10, temperature=1.0), first)
     torch.manual_seed(7)
     assert torch.equal(generate(model, PROMPT, 10, temperature=1.0), first)
+
+
+ROWS = [[3, 14, 15, 9, 2], [6, 5], [35, 8, 9, 7]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.05, "temperature": 1.7},
+        {"repetition_penalty": 1.4, "use_cache": False},
+        {"context_size": 7},
+        {"eos_id": 11, "temperature": 2.0},
+    ],
+    ids=str,
+)
+def test_row_r_of_a_batch_is_its_prompt_alone_with_seed_plus_r(
+    options: dict[str, Any], side: str, model: GPTModel
+) -> None:
+    """The prompts have unequal lengths, and the texts are longer than the context of 16 tokens."""
+    longest = max(map(len, ROWS))
+    pad = [[0] * (longest - len(row)) for row in ROWS]
+    ids = [p + row if side == "left" else row + p for p, row in zip(pad, ROWS, strict=True)]
+    kept = [[0] * len(p) + [1] * len(row) for p, row in zip(pad, ROWS, strict=True)]
+    mask = torch.tensor([row if side == "left" else row[::-1] for row in kept])
+    options = {"temperature": 1.0, **options}
+    together = generate(model, torch.tensor(ids), 20, seed=8, attention_mask=mask, **options)[:, longest:]
+    for r, row in enumerate(ROWS):
+        alone = generate(model, torch.tensor([row]), 20, seed=8 + r, **options)[0, len(row) :]
+        assert together[r, : len(alone)].tolist() == alone.tolist()
+        assert {*together[r, len(alone) :].tolist()} <= {options.get("eos_id")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_row_r_of_an_accelerated_model_is_its_prompt_alone_with_seed_plus_r(precision: Any) -> None:
+    fast = accelerate(lively_model(NO_DROPOUT), precision, compiled=False)
+    together = generate(fast, PROMPT, 20, temperature=1.0, seed=8, use_cache=precision != "bf16")
+    for r in range(2):
+        assert torch.equal(generate(fast, PROMPT[r : r + 1], 20, temperature=1.0, seed=8 + r)[0], together[r])
+
+
+def test_equal_prompts_in_a_batch_get_different_texts(model: GPTModel) -> None:
+    texts = generate(model, PROMPT[:1].expand(4, -1), 10, temperature=1.0, seed=2)
+    assert len({*map(tuple, texts.tolist())}) == 4
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1])
+def test_one_row_has_the_draws_of_torchs_multinomial(seed: int, model: GPTModel) -> None:
+    """The text of a seed stays what it always was. The seed of the next row may pass the largest one of torch."""
+    generator, ids = torch.Generator().manual_seed(seed), PROMPT[:1]
+    for _ in range(9):
+        with torch.no_grad():
+            probabilities = model(ids)[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    assert torch.equal(generate(model, PROMPT, 9, temperature=1.0, seed=seed)[:1], ids)
 
 
 def test_nothing_to_generate_gives_the_prompt(model: GPTModel) -> None:

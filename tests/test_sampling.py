@@ -115,6 +115,7 @@ def test_what_is_left_has_the_probabilities_that_the_papers_say(
     assert ours.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -125,11 +126,12 @@ def test_what_is_left_has_the_probabilities_that_the_papers_say(
         {"temperature": 1.3, "top_k": 9, "min_p": 0.1},
     ],
 )
-def test_tokens_are_picked_as_often_as_they_are_probable(chosen: dict[str, Any]) -> None:
+def test_tokens_are_picked_as_often_as_they_are_probable(chosen: dict[str, Any], by_row: bool) -> None:
     """With the right probabilities, the statistic of 40,000 draws is this large once in a million runs."""
     n = 40_000
     logits = torch.randn(V, generator=torch.Generator().manual_seed(5)) * 1.5
-    picked = pick_next(logits.expand(n, V), SamplingConfig(**chosen), torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    picked = pick_next(logits.expand(n, V), SamplingConfig(**chosen), [generator] * n if by_row else generator)
     everything = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None, **chosen}
     expected = torch.tensor(naive_distribution(logits.tolist(), set(), **everything), dtype=torch.float64)
     counts = picked.bincount(minlength=V)

@@ -6,17 +6,13 @@ the command's options. A command is imported only when it runs, which keeps `myg
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from MyGPT.files import FileWarning
+from MyGPT.messages import did_you_mean, error_message, plain_warnings, printable, safe_streams
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -33,6 +29,31 @@ COMMANDS = {
     "explain": "write an HTML page that shows how a model reads a text",
 }
 
+_SYNONYMS = {
+    "train": "pretrain fit",
+    "finetune": "tune sft lora ft",
+    "generate": "sample gen complete predict run inference",
+    "chat": "talk ask",
+    "evaluate": "eval perplexity test",
+    "download": "pull get fetch",
+    "prepare": "tokenize preprocess encode",
+    "info": "show describe inspect summary size",
+    "doctor": "check env diagnose",
+    "bench": "benchmark speed",
+    "plot": "draw figure graph",
+    "explain": "visualize trace",
+}
+"""For each command, other names under which users look for it."""
+_KIND_SYNONYMS = {
+    "attention": "attn heads heatmap",
+    "lens": "logit_lens logits",
+    "sampling": "probabilities probs distribution temperature",
+    "neighbours": "neighbors nearest embeddings similarity",
+    "schedule": "lr learning_rate lr_schedule",
+    "tokens": "tokenize tokenizer",
+}
+"""For each kind of picture of `mygpt plot`, other names under which users look for it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
@@ -42,24 +63,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Then the exception is raised instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if arguments[0] == "--version":
-        from MyGPT import __version__
+    with safe_streams():
+        return _run(arguments)
 
-        print(f"mygpt {__version__}")
-        return 0
-    name = arguments[0]
+
+def _run(arguments: list[str]) -> int:
+    """Run a command, and return its exit status. See `main`."""
+    name = arguments[0] if arguments else "--help"
     try:
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise ValueError(f"unknown command {name!r}; {hint}")
-        with _plain_warnings():
-            run_command(name, arguments[1:])
+        if name in ("-h", "--help"):
+            print(_overview())
+        elif name == "--version":
+            from MyGPT import __version__
+
+            print(f"mygpt {__version__}")
+        elif name in COMMANDS:
+            with plain_warnings():
+                run_command(name, arguments[1:])
+        else:
+            hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
+            raise ValueError(f"unknown command {name!r}{hint}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nmygpt {name}: {interrupt or 'stopped'}", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # The terminal has printed ^C, perhaps after an unfinished line.
+        _report(name, str(interrupt) or "interrupted")
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
     except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,9 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("MYGPT_DEBUG"):
             raise
-        print(f"mygpt {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        _report(name, error_message(error))
         return 2
     return 0
+
+
+def _report(command: str, message: str) -> None:
+    """Print a message of a command as one line on stderr."""
+    program = f"mygpt {command}" if command in COMMANDS else "mygpt"
+    print(f"{program}: {printable(message, keep='')}", file=sys.stderr)
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
@@ -85,26 +118,19 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     kinds = getattr(module, "KINDS", {})
     if arguments and arguments[0] in kinds:
         name, command, arguments = f"{name} {arguments[0]}", kinds[arguments[0]], arguments[1:]
+    elif arguments and kinds:
+        _refuse_misspelt_kind(name, arguments[0], kinds)
     parser = make_parser(name, command)
     arguments = [underscored(argument, parser) for argument in arguments]
+    parser.refuse_unknown(arguments)
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
 
 
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Print each different FileWarning once, as a line on stderr. Other warnings are shown as Python shows them."""
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, FileWarning):
-                print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
-            else:
-                show(message, category, *place, **more)
-
-        warnings.simplefilter("default", FileWarning)
-        warnings.showwarning = print_note
-        yield
+def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:
+    """Raise ValueError if the first argument of a command is not a path, but resembles the name of one of its kinds."""
+    hint = did_you_mean(argument, kinds, _KIND_SYNONYMS, prefix=f"mygpt {command} ")
+    if hint and not argument.startswith("-") and not os.path.exists(argument):
+        raise ValueError(f"there is no run {argument!r}{hint}")
 
 
 def _overview() -> str:

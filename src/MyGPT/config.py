@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
+from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 
 # Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
 # here, because the released models have equal rates.
@@ -182,6 +183,12 @@ def require_positive(*, optional: bool = False, **values: object) -> None:
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
 
 
+def check_seed(seed: int | None) -> None:
+    """Raise ValueError if torch's random generators do not accept the seed. None means no seed."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number from -2**63 to 2**64 - 1, got {seed}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -199,8 +206,10 @@ def as_config(config: GPTConfig | Mapping[str, Any]) -> GPTConfig:
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
     for key, value in config.items():
         if key not in fields:
-            known = ", ".join(fields)
-            raise ValueError(f"unknown key {key!r} (value {value!r}) in the model config; the known keys are {known}")
+            known, hint = ", ".join(fields), did_you_mean(str(key), fields, OPTION_SYNONYMS)
+            raise ValueError(
+                f"unknown key {key!r} (value {value!r}) in the model config; the known keys are {known}{hint}"
+            )
     missing = [key for key in _MAX_SIZES if key not in config]
     if missing:
         raise ValueError(f"the model config lacks {', '.join(missing)}; the required keys are {', '.join(_MAX_SIZES)}")

@@ -6,6 +6,7 @@ sees half a file. Reading: a damaged or hostile file raises ValueError with the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,11 +28,29 @@ MAX_JSON_BYTES = 1 << 28
 _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
 
 
-class FileWarning(UserWarning):
-    """A warning about a file that can be used, but whose contents do not agree with each other.
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, with a message that names the directory, if no file can be written at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write the file {path}: it is a directory")
+    if not path.parent.exists():
+        raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    _check_directory(path.parent, f"cannot write {path}")
 
-    A command of `mygpt` prints such a warning as one plain line on stderr. In Python, the module `warnings` shows it.
-    """
+
+def check_output_directory(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, with a message that names the directory, if no directory can be created or written at `path`."""
+    path = Path(path)
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    _check_directory(existing, f"cannot write the directory {path}")
+
+
+def _check_directory(directory: Path, problem: str) -> None:
+    """Raise OSError if no file can be created in `directory`. The message begins with `problem`."""
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{problem}: {directory} is not a directory")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"{problem}: you have no permission to write in {directory}")
 
 
 @contextmanager
@@ -42,7 +61,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     file at `path` stays unchanged and the temporary file is removed. The new file has the permissions of the file that
     it replaces. If `path` is a symbolic link, the file to which it points is replaced.
     """
-    path = _real(path)
+    shown, path = Path(path), _real(path)
+    check_output_file(path if shown.is_symlink() else shown)
     is_new = not path.exists()
     # The kernel applies the user's umask to these permissions. A private file stays private while it is written.
     permissions = 0o666 if is_new else stat.S_IMODE(path.stat().st_mode)
@@ -57,8 +77,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         if not is_new:
             os.chmod(temporary, permissions)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _rename_in(error, temporary, shown)
         raise
     _sync_directory(path.parent)
 
@@ -75,14 +96,15 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     For an instant, the old directory is already renamed and the new one is not, so `path` does not exist. If the process
     is killed then, `restore_directory` puts the old directory back.
     """
-    path = _real(path)
+    shown, path = Path(path), _real(path)
     if Path.cwd().is_relative_to(path):
         raise ValueError(f"{path} cannot be replaced while it contains the current directory: choose another path")
+    check_output_directory(path if shown.is_symlink() else shown)
     path.parent.mkdir(parents=True, exist_ok=True)
     restore_directory(path)
     temporary = _temporary(path)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         file_permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # what the user's umask leaves
         if path.exists():
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) | 0o700)
@@ -98,9 +120,10 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             os.rename(path, _aside(path))
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         restore_directory(path)
+        _rename_in(error, temporary, shown)
         raise
     _sync_directory(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)  # The next call removes what could not be removed now.
@@ -143,7 +166,14 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
     size = os.stat(path).st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, the limit is {max_bytes:,}")
-    data = Path(path).read_bytes()
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(data: bytes, path: str | os.PathLike[str]) -> str:
+    """Return UTF-8 bytes, which were read from the file `path`, as text with `\\n` line ends.
+
+    Bytes that are not UTF-8, or contain a NUL character, raise ValueError with the path.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -201,6 +231,19 @@ def _is_deep(value: Any) -> bool:
 def _temporary(path: Path) -> Path:
     """Return an unused path for a temporary file beside `path`, with a hidden name that `remove_leftovers` recognises."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"
+
+
+def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:
+    """Replace the name of a temporary file or directory in an OSError by `path`, for which users look.
+
+    The error of a full disk names no file at all, so it also gets `path`.
+    """
+    if not isinstance(error, OSError):
+        return
+    if isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
+        error.filename, error.filename2 = str(path / Path(error.filename).relative_to(temporary)), None
+    elif error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        error.filename = str(path)
 
 
 def _aside(path: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from MyGPT.config import require_positive
-from MyGPT.sampling import SamplingConfig, pick_next
+from MyGPT.sampling import SamplingConfig, pick_next, seeded_generators
 
 Stop = str | Sequence[int]
 """A text, or a sequence of token ids, at which generation ends."""
@@ -51,7 +51,8 @@ def generate(
         eos_id: the id that finishes a sequence.
         stop: one or several texts or sequences of ids that finish a sequence. The stop itself stays in the result, because a
             text can begin in the middle of a token. Texts need `tokenizer`.
-        seed: makes the sampled tokens reproducible, independently of torch's global seed.
+        seed: makes the sampled tokens reproducible, independently of torch's global seed. Row r (from 0) of a batch is
+            sampled with seed + r, so row 0 has the same tokens as its prompt alone with this seed, up to rounding.
         attention_mask: (B, T), 1 for tokens and 0 for padding, for prompts of unequal length padded on either side. Each
             prompt is continued as if it were alone.
         use_cache: True computes only the newest token in every step. False recomputes all tokens, which gives the same
@@ -95,7 +96,7 @@ def generate_stream(
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     has_stopped = _stop_check(stop, tokenizer)
     fill = next((id_ for id_ in (eos_id, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ def generate_stream(
             logits = _last_logits(model, ids, mask, window, cache)  # (B, V)
             if sampling.repetition_penalty is not None:
                 seen = _mark_seen(seen, ids, mask, logits)
-            new = pick_next(logits, sampling, generator, seen).masked_fill(finished, fill)
+            new = pick_next(logits, sampling, generators, seen).masked_fill(finished, fill)
             if eos_id is not None:
                 finished = finished | (new == eos_id)
                 if finished.all():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from MyGPT.data.templates import TEMPLATE_FILE, Template, load_template
 from MyGPT.devices import pick_device
 from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer, get_tokenizer
 from MyGPT.weights.formats import find_format
@@ -119,7 +119,7 @@ def _find_base(base: str, adapter: Path) -> Path:
     is_repository = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not path.exists()
     name = f"hf://{base}" if is_repository and not is_name(base) else base
     trained_on = f"{adapter} was trained on {base}, which"
-    choice = f"--model MODEL --adapter {shlex.quote(str(adapter))}"
+    choice = f"--model MODEL --adapter {quote(adapter)}"
     if is_name(name):
         downloaded = find_downloaded(name)
         if downloaded is None:

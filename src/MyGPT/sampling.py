@@ -7,6 +7,7 @@ transformers: repetition penalty, temperature, top-k, top-p, min-p. B batch size
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -35,7 +36,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
-        require_positive(top_k=self.top_k, optional=True)
+        if self.top_k is not None:
+            require_positive(top_k=self.top_k)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             self._refuse("top_p", "a number above 0 and at most 1")
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
@@ -113,16 +115,42 @@ def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = 
 
 
 def pick_next(
-    logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None, seen: Tensor | None = None
+    logits: Tensor,
+    config: SamplingConfig,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Return the next token of each sequence as int64 ids (B,), given the logits of the last position (B, V).
 
-    Random numbers come from `generator` (default: torch's global generator). `seen` is a bool tensor (B, V) that is True for
-    tokens that already occurred. Without `seen`, no repetition penalty is applied.
+    Args:
+        logits: the logits of the last position, (B, V).
+        config: the sampling options.
+        generator: the source of random numbers: one generator for all sequences, or a list with one generator per
+            sequence. Default: torch's global generator.
+        seen: a bool tensor (B, V) that is True for tokens that already occurred. Without it, no repetition penalty is
+            applied.
     """
     logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
     if config.temperature == 0:
-        if logits.device.type == "cpu":
-            return torch.from_numpy(logits.detach().numpy().argmax(-1))  # ten times faster than torch's argmax
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        return _argmax(logits)
+    probabilities = logits.softmax(-1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    # torch.multinomial takes one generator for all rows. This is its algorithm, with the random numbers of each row from
+    # the generator of the row: if q has an exponential distribution, the largest p / q is at i with probability p_i.
+    noise = torch.empty_like(probabilities)
+    for row, row_generator in zip(noise, generator, strict=True):
+        row.exponential_(generator=row_generator)
+    return _argmax(torch.div(probabilities, noise, out=noise))
+
+
+def seeded_generators(seed: int, n: int, device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """Return n random generators on `device`, with the seeds seed, seed + 1, seed + 2 and so on."""
+    return [torch.Generator(device).manual_seed((seed + i) % 2**64) for i in range(n)]
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """Return the index of the largest value in each row of x (B, V), as int64 (B,)."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(x.detach().numpy().argmax(-1))  # ten times faster than torch's argmax
+    return x.argmax(-1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import MyGPT
+from http_server import file, serving
 from MyGPT import book, get_tokenizer
 from MyGPT.weights.formats.openai import read_settings
 from oracles_layouts import BookBlock, BookGPT
@@ -68,6 +71,7 @@ def test_all_names_of_the_interface_exist() -> None:
     generate_and_print_sample train_model_simple plot_losses assign load_weights_into_gpt download_and_load_gpt2
     SpamDataset calc_accuracy_loader train_classifier_simple classify_review format_input InstructionDataset
     custom_collate_fn LoRALayer LinearWithLoRA replace_linear_with_lora train_model
+    download_and_unzip_spam_data create_balanced_dataset random_split
     """.split()
     imported: dict[str, Any] = {}
     exec("from MyGPT.book import *", imported)
@@ -131,6 +135,9 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "train_classifier_simple": dict.fromkeys(
         ["model", "train_loader", "val_loader", "optimizer", "device", "num_epochs", "eval_freq", "eval_iter"], NONE
     ),
+    "download_and_unzip_spam_data": dict.fromkeys(["url", "zip_path", "extracted_path", "data_file_path"], NONE),
+    "create_balanced_dataset": {"df": NONE},
+    "random_split": dict.fromkeys(["df", "train_frac", "validation_frac"], NONE),
     "format_input": {"entry": NONE}, "InstructionDataset": dict.fromkeys(["data", "tokenizer"], NONE),
     "train_model": {
         **dict.fromkeys(["model", "train_loader", "val_loader", "optimizer", "device", "n_epochs"], NONE),
@@ -391,9 +398,34 @@ def test_a_sequence_longer_than_the_context_raises_an_error() -> None:
         small()(random_ids(1, 9))
 
 
-def test_an_invalid_config_raises_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown key 'ctx_len'"):
-        book.GPTModel({**CONFIG, "ctx_len": 8})
+@pytest.mark.parametrize(
+    ("layer", "config", "message"),
+    [
+        (book.GPTModel, {**CONFIG, "ctx_len": 8}, "lacks qkv_bias, but has the unknown key 'ctx_len'"),
+        (book.GPTModel, {key: CONFIG[key] for key in CONFIG if key != "n_layers"}, "lacks n_layers"),
+        (book.TransformerBlock, {**CONFIG, "n_heads": 5}, "divisible"),
+        (book.TransformerBlock, {"emb_dim": 12, "n_heads": 2}, "lacks context_length"),
+        (book.FeedForward, {"emb_din": 12}, "lacks emb_dim, but has the unknown key 'emb_din'"),
+        (book.FeedForward, {"emb_dim": "12"}, "emb_dim must be a whole number"),
+    ],
+)
+def test_an_invalid_config_raises_an_error(layer: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(config)
+
+
+def test_every_layer_accepts_a_config_with_keys_of_the_reader() -> None:
+    """Exercise 4.3 of the book replaces drop_rate with three rates, and uses FeedForward with this config."""
+    readers = {**BIASED, "drop_rate_emb": 0.1, "drop_rate_shortcut": 0.2, "drop_rate_attn": 0.3, "name": "mine"}
+    for layer in (book.FeedForward, book.TransformerBlock, book.GPTModel):
+        torch.manual_seed(5)
+        with_extra_keys = layer(readers)
+        torch.manual_seed(5)
+        plain = layer(BIASED)
+        assert all(map(torch.equal, with_extra_keys.parameters(), plain.parameters()))
+    del readers["drop_rate"]
+    assert book.FeedForward(readers).layers[0].weight.shape == (48, 12)
+    assert book.FeedForward({"emb_dim": 5}).layers[0].weight.shape == (20, 5)
 
 
 # Chapters 4 and 5: generation
@@ -782,16 +814,37 @@ def test_a_non_finite_loss_raises_an_error_and_keeps_the_weights() -> None:
 # Appendix E
 
 
-def test_lora_starts_without_effect_and_adds_alpha_times_its_product() -> None:
+@pytest.mark.parametrize(("options", "factor"), [({}, 6 / 4), ({"scale_by_rank": False}, 6)])
+def test_lora_starts_without_effect_and_adds_its_scaled_product(options: dict[str, bool], factor: float) -> None:
+    """The factor is alpha / rank in the book's repository, and alpha in the printed book."""
     model, ids = small(), random_ids(2)
     before = model(ids)
-    book.replace_linear_with_lora(model, rank=2, alpha=4)
+    book.replace_linear_with_lora(model, rank=4, alpha=6, **options)
     assert torch.equal(model(ids), before)
     assert not any(type(child) is nn.Linear for m in model.modules() for child in m.children() if not is_lora(m))
-    layer = lively(book.LinearWithLoRA(nn.Linear(5, 3), 2, 4))
+    layers = [module for module in model.modules() if is_lora(module)]
+    for layer in (lively(book.LinearWithLoRA(nn.Linear(5, 3), 4, 6, **options)), *map(lively, layers)):
+        x = torch.randn(7, layer.linear.in_features, dtype=torch.float64)
+        bias = 0 if layer.linear.bias is None else layer.linear.bias
+        expected = x @ (layer.linear.weight.T + factor * layer.lora.A @ layer.lora.B) + bias
+        assert (layer(x) - expected).abs().max() < EXACT * 100
+        assert (layer.lora.rank, layer.lora.alpha) == (4, 6)
+
+
+def test_the_update_of_the_book_equals_that_of_peft() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    linear = nn.Linear(5, 3).double()
+    ours = lively(book.LinearWithLoRA(copy.deepcopy(linear), rank=4, alpha=6))
+    theirs = get_peft_model(nn.Sequential(linear), LoraConfig(r=4, lora_alpha=6, target_modules=["0"])).double()
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        linear.weight.copy_(ours.linear.weight)
+        linear.bias.copy_(ours.linear.bias)
+        layer.lora_A["default"].weight.copy_(ours.lora.A.T)
+        layer.lora_B["default"].weight.copy_(ours.lora.B.T)
     x = torch.randn(7, 5, dtype=torch.float64)
-    expected = x @ (layer.linear.weight.T + 4 * layer.lora.A @ layer.lora.B) + layer.linear.bias
-    assert (layer(x) - expected).abs().max() < EXACT
+    assert (ours(x) - theirs(x)).abs().max() < EXACT
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -813,3 +866,72 @@ def test_replacing_linear_layers_twice_keeps_the_first_lora() -> None:
     layers = [module for module in model.modules() if is_lora(module)]
     book.replace_linear_with_lora(model, 2, 4)
     assert layers == [module for module in model.modules() if is_lora(module)]
+
+
+def zipped(**files: str) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+    return archive.getvalue()
+
+
+def test_appendix_e_prepares_the_spam_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the appendix, on a small collection: 7 spam messages, and 20 others."""
+    import pandas
+
+    messages = [("spam" if i % 4 == 1 else "ham", f'message {i}, "quoted"') for i in range(27)]
+    collection = zipped(SMSSpamCollection="".join(f"{label}\t{text}\n" for label, text in messages), readme="about")
+    zip_path, extracted_path = tmp_path / "spam.zip", tmp_path / "spam"
+    data_file_path = extracted_path / "SMSSpamCollection.tsv"
+    with serving() as server:
+        # The first answer ends early, so the download must be resumed.
+        server.will(file(collection, cut=100), file(collection))
+        book.download_and_unzip_spam_data(server.url, zip_path, extracted_path, data_file_path)
+        book.download_and_unzip_spam_data(server.url, str(zip_path), str(extracted_path), str(data_file_path))
+        assert len(server.requests) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"File downloaded and saved as {data_file_path}",
+        f"{data_file_path} already exists. Skipping download and extraction.",
+    ]
+    assert (extracted_path / "readme").read_text() == "about"
+
+    df = pandas.read_csv(data_file_path, sep="\t", header=None, names=["Label", "Text"], quoting=3)
+    assert list(df.itertuples(index=False, name=None)) == messages
+    balanced_df = book.create_balanced_dataset(df)
+    assert balanced_df["Label"].tolist() == ["ham"] * 7 + ["spam"] * 7
+    assert balanced_df["Text"].is_unique
+    balanced_df["Label"] = balanced_df["Label"].map({"ham": 0, "spam": 1})
+    parts = book.random_split(balanced_df, 0.7, 0.1)
+    assert [len(part) for part in parts] == [9, 1, 4]
+    assert sorted(pandas.concat(parts)["Text"]) == sorted(balanced_df["Text"])
+    parts[0].to_csv(tmp_path / "train.csv", index=None)
+    dataset = book.SpamDataset(tmp_path / "train.csv", get_tokenizer("gpt2"))
+    assert [label for label, _ in dataset.data] == parts[0]["Label"].tolist()
+    assert [text for _, text in dataset.data] == parts[0]["Text"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>sorry</html>", "spam.zip is damaged .*: delete it and download it again"),
+        (zipped(SMSSpamCollection="ham\thello\n" * 50)[:-40], "spam.zip is damaged"),
+        (zipped(SMSSpamCollection="a" * 50).replace(b"SMSSpam", b"OtherXX"), "it has no file SMSSpamCollection"),
+        (zipped(**{"../SMSSpamCollection": "ham\thello\n"}), None),
+    ],
+)
+def test_a_wrong_archive_writes_nothing_outside_its_directory(
+    content: bytes, message: str | None, tmp_path: Path
+) -> None:
+    paths = (tmp_path / "in/spam.zip", tmp_path / "in/spam", tmp_path / "in/spam.tsv")
+    with serving() as server:
+        server.will(file(content))
+        if message is None:
+            book.download_and_unzip_spam_data(server.url, *paths)
+        else:
+            with pytest.raises(ValueError, match=message):
+                book.download_and_unzip_spam_data(server.url, *paths)
+    assert paths[2].exists() == (message is None)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "in/SMSSpamCollection").exists()

@@ -139,15 +139,19 @@ def dataset_of(lengths: list[int], max_length: int | None = None) -> Instruction
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40),
     more=st.integers(0, 30),
-    batch_size=st.integers(1, 5),
+    batch_size=st.integers(1, 50),
 )
 def test_every_example_is_seen_once_per_epoch_and_no_row_is_too_long(
     lengths: list[int], more: int, batch_size: int
 ) -> None:
     max_length = max(lengths) + more
     sampler = PackedSampler(dataset_of(lengths), max_length, batch_size, seed=3)
-    n_epochs = batch_size  # After so many epochs, the last batch is complete.
-    rows = [row for step in range(sampler.rows_per_epoch) for row in sampler.rows(step)]
+    n_epochs = 3
+    batches = [sampler.rows(step) for step in range(n_epochs * sampler.batches_per_epoch)]
+    for batch in batches:
+        assert 0 < len(batch) <= batch_size
+        assert max(Counter(index for row in batch for index in row).values()) == 1
+    rows = [row for batch in batches for row in batch]
     assert len(rows) == n_epochs * sampler.rows_per_epoch
     assert Counter(index for row in rows for index in row) == dict.fromkeys(range(len(lengths)), n_epochs)
     assert all(0 < sum(lengths[index] for index in row) <= max_length for row in rows)

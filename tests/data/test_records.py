@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MyGPT.data.records import Split, check_record, load_split, read_records, split_records
+from MyGPT.data.records import Split, check_record, kind_of, load_split, read_records, split_records
+from MyGPT.data.templates import ALPACA, BOOK
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name a colour.", "input": "", "output": "Grün"},
@@ -37,6 +42,100 @@ def test_windows_line_ends_a_byte_order_mark_and_empty_lines_are_accepted(tmp_pa
     assert read_records(path) == [{"text": "a"}, {"text": "b"}]
 
 
+@pytest.mark.parametrize("missing", [None, math.nan, np.float64("nan"), pd.NA])
+def test_a_missing_value_means_that_there_is_no_key(missing: Any) -> None:
+    """Data frames fill up rows of several kinds with missing values. The text "nan" is a text."""
+    rest = dict.fromkeys(("instruction", "input", "output", "messages", "prompt", "completion", "text"), missing)
+    for record in RECORDS:
+        assert check_record({**rest, **record}, "here") == record
+        assert kind_of({**rest, **record}) == kind_of(record)
+    record = {"instruction": "a", "input": missing, "output": "b"}
+    assert (
+        BOOK.prompt(record) == BOOK.prompt({"instruction": "a", "output": "b"}) == BOOK.prompt({**record, "input": ""})
+    )
+    assert "### Input:\nnan" in BOOK.prompt({**record, "input": "nan"})
+
+
+def test_records_that_pandas_wrote_are_read(tmp_path: Path) -> None:
+    """pandas writes a missing value as null, json.dumps as NaN, and to_csv as nothing."""
+    frame = pd.DataFrame(RECORDS[:3])
+    lines = [json.dumps(record) for record in frame.to_dict(orient="records")]
+    assert "NaN" in lines[2]
+    (tmp_path / "dumps.jsonl").write_text("\n".join(lines))
+    frame.to_json(tmp_path / "array.json", orient="records")
+    frame.to_json(tmp_path / "lines.jsonl.gz", orient="records", lines=True)
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    prompts = [ALPACA.prompt(record) for record in RECORDS[:3]]
+    for name in ("dumps.jsonl", "array.json", "lines.jsonl.gz", "table.csv"):
+        records = read_records(tmp_path / name)
+        assert [ALPACA.prompt(record) for record in records] == prompts, name
+        assert [record["output"] for record in records] == ["Grün", "3", ""]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"instruction": 'Say "a, b; c\td"\nand e.', "input": "", "output": " ü\n\nnan"}] * 2,
+        [{"completion": " 4, 5", "prompt": "2 + 2 ="}, {"completion": " x", "prompt": " y "}],
+        [{"text": "one", "id": "1"}, {"text": "two, three; four", "id": ""}],
+    ],
+)
+def test_a_table_is_read_as_pandas_reads_it(tmp_path: Path, rows: Any, separator: str) -> None:
+    """The table has a byte order mark and Windows line ends, as Excel writes them."""
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "a.CSV", index=False, sep=separator, encoding="utf-8-sig", lineterminator="\r\n")
+    theirs = pd.read_csv(tmp_path / "a.CSV", sep=separator, keep_default_na=False).to_dict(orient="records")
+    assert read_records(tmp_path / "a.CSV") == theirs == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('prompt,completion\n"a\n\nb",c\n\nd\n', "line 6: 'completion' must be a string, got None"),
+        ('prompt,completion\n"a\nb",c,d\n', "line 2: more values than columns; put texts with a comma in quotation"),
+        ("prompt,prompt\na,b\n", r"line 1: each column needs a name of its own, got \['prompt', 'prompt'\]"),
+        ("question,answer\na,b\n", r"line 2: a record needs the key 'instruction' .*, got \['question', 'answer'\]"),
+        ("\nprompt,completion\n", "has no records: the first line must name the columns"),
+        ('prompt,completion\na,"b\n', "line 2: unexpected end of data"),
+        ("", "has no records: the first line must name the columns"),
+    ],
+)
+def test_an_error_in_a_table_names_the_line_on_which_the_record_starts(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"a.csv.*{words}"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_conversations_of_sharegpt_become_messages(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    system = {"role": "system", "content": "Be kind."}
+    named = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]
+    expected = {
+        json.dumps({"conversations": talk}): messages,
+        json.dumps({"conversations": talk, "system": None}): messages,
+        json.dumps({"conversations": talk, "system": ""}): messages,
+        json.dumps({"conversations": talk, "system": "Be kind."}): [system, *messages],
+        json.dumps({"conversations": [{"from": "system", "value": "Be kind."}, *named]}): [system, *messages],
+        json.dumps({"conversations": messages}): messages,
+    }
+    (tmp_path / "talks.jsonl").write_text("\n".join(expected))
+    for record, theirs in zip(read_records(tmp_path / "talks.jsonl"), expected.values(), strict=True):
+        assert record["messages"] == theirs and kind_of(record) == "messages"
+        assert ALPACA.parts(record) == ALPACA.parts({"messages": theirs})
+    question = {"conversations": talk[:1]}
+    assert kind_of(question) == "messages"
+    assert ALPACA.prompt(question) == ALPACA.prompt({"messages": messages[:1]})
+
+
+@pytest.mark.parametrize("name", ["a.JSON", "a.ndjson", "a.Jsonl", "a.JSONL.GZ", "a"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
+    content = "\n".join(map(json.dumps, RECORDS)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert read_records(tmp_path / name) == RECORDS
+
+
 def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "data").write_text(' \n[{"text": "a"}]')
     assert read_records(tmp_path / "data") == [{"text": "a"}]
@@ -46,7 +145,30 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ('{"instruction": "a"}', r"line 3: the key 'output' is missing, the record has \['instruction'\]"),
-        ('{"instruction": "a", "input": null, "output": "b"}', "line 3: 'input' must be a string, got None"),
+        ('{"instruction": "a", "input": 5, "output": "b"}', "line 3: 'input' must be a string, got 5"),
+        ('{"instruction": null, "output": "b"}', "line 3: 'instruction' must be a string, got None"),
+        ('{"instruction": NaN, "output": "b"}', "line 3: 'instruction' must be a string, got nan"),
+        ('{"instruction": "a", "output": null}', "line 3: 'output' must be a string, got None"),
+        ('{"instruction": "a", "output": NaN}', "line 3: 'output' must be a string, got nan"),
+        ('{"prompt": "a", "completion": null}', "line 3: 'completion' must be a string, got None"),
+        ('{"prompt": NaN, "completion": "b"}', "line 3: 'prompt' must be a string, got nan"),
+        ('{"text": null}', "line 3: 'text' must be a string, got None"),
+        ('{"messages": null}', "line 3: 'messages' must be a list of at least one message, got None"),
+        ('{"conversations": []}', r"line 3: 'conversations' must be a list of at least one message, got \[\]"),
+        ('{"conversations": [{"from": "human"}]}', "line 3, message 1: the key 'value' is missing"),
+        (
+            '{"conversations": [{"from": "tool", "value": "a"}]}',
+            "line 3, message 1: 'from' must be one of system, human, user, gpt, assistant, got 'tool'",
+        ),
+        (
+            '{"conversations": [{"from": "human", "value": "a"}]}',
+            "line 3: the last of 'conversations' must have the from 'gpt', which is the answer to learn, got 'human'",
+        ),
+        (
+            '{"conversations": [{"from": "human", "value": null}, {"from": "gpt", "value": "b"}]}',
+            "line 3, message 1: 'value' must be a string, got None",
+        ),
+        ('{"conversations": [{"from": "gpt", "value": "b"}], "system": 5}', "line 3: 'system' must be a string, got 5"),
         ('{"instruction": 5, "output": "b"}', "line 3: 'instruction' must be a string, got 5"),
         ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a string, got \['b'\]"),
         ('{"prompt": "a"}', "line 3: the key 'completion' is missing"),

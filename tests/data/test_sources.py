@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from MyGPT.data import sources
 from MyGPT.data.prepare import tokenize
 from MyGPT.data.sources import find_files, read_documents, read_pieces
+from MyGPT.evaluation.protocols import read_texts
 from MyGPT.tokenizers import BPETokenizer, make_tokenizer
 from places import ALICE
 
@@ -54,12 +55,49 @@ def test_patterns_match_at_any_depth_and_their_files_are_sorted(in_tmp_path: Pat
     assert find_files(Path("a.txt")) == [Path("a.txt")]
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.txt", "a.txt"], ["a.txt"]),
+        (["a.txt", "./a.txt", "deep/../a.txt"], ["a.txt"]),
+        (["link.txt", "a.txt", "b.txt"], ["link.txt", "b.txt"]),
+        (["b.txt", "*.txt"], ["b.txt", "a.txt"]),
+        (["deep/../*.txt", "a.txt"], ["deep/../a.txt", "deep/../b.txt"]),
+        (["alice", "alice"], ["alice.txt"]),
+    ],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_file_that_is_named_twice_is_read_once_and_reported(
+    in_tmp_path: Path, names: list[str], expected: list[str], absolute: bool
+) -> None:
+    Path("deep").mkdir()
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("text")
+    Path("link.txt").symlink_to("a.txt")
+    if absolute:
+        names = [*names[:-1], names[-1] if names[-1] == "alice" else str(in_tmp_path / names[-1])]
+    reports: list[str] = []
+    found = find_files(names, reports.append)
+    assert [path.name for path in found] == [Path(name).name for name in expected]
+    assert reports and all("is named more than once and is read once" in report for report in reports)
+
+
+def test_a_prepared_directory_is_no_text_file(tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a directory made by mygpt prepare, which mygpt train reads"):
+        find_files([str(tmp_path)])
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
 def test_progress_ends_at_the_size_of_the_file(tmp_path: Path, name: str) -> None:
-    lines = json.dumps({"text": ALICE[:5000]}) + "\n" + json.dumps({"text": "end"}) + "\n\n \n"
+    lines = (
+        json.dumps([{"text": "one"}, {"text": "two"}])
+        if ".json." in f"{name}."
+        else json.dumps({"text": ALICE[:5000]}) + "\n" + json.dumps({"text": "end"}) + "\n\n \n"
+    )
     content = (ALICE if ".txt" in name else lines).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     steps: list[int] = []
@@ -132,6 +170,58 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: str, words: str
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"a\.jsonl, {words}"):
         list(read_pieces(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.Json", "a.json.gz", "a.NDJSON.GZ"])
+@pytest.mark.parametrize("form", ["lines", "array", "array of lines", "one object"])
+def test_json_files_of_all_names_hold_documents(tmp_path: Path, name: str, form: str) -> None:
+    texts = ["one\n"] if form == "one object" else ["one\n", "", "zwei \u2028 drei"]
+    records = [{"text": text, "n": None} for text in texts]
+    content = {
+        "lines": "\n".join(map(json.dumps, records)),
+        "array": json.dumps(records),
+        "array of lines": "\ufeff\n" + json.dumps(records, indent=2, ensure_ascii=False),
+        "one object": json.dumps(records[0]),
+    }[form].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    if "array" in form and ("jsonl" in name.lower() or "ndjson" in name.lower()):
+        with pytest.raises(
+            ValueError, match=r"an array of records a name that ends in \.json|only a \.json file may be"
+        ):
+            list(read_pieces(tmp_path / name))
+        return
+    pieces = list(read_pieces(tmp_path / name))
+    assert [piece.text for piece in pieces] == [text for text in texts if text]
+    assert all(piece.ends_document for piece in pieces)
+    assert list(read_texts([tmp_path / name], by_line=True)) == [text for text in texts if text]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"text": "a"},\n {"other": "b"}]', "a.json, line 2, record 2: no text under the key 'text'$"),
+        ('[{"text": "a"}, 5]', "a.json, line 1, record 2: no text under the key 'text'$"),
+        ('["a"]', "a.json, line 1, record 1: no text under the key 'text'$"),
+        (
+            '{\n "text": "a"\n}',
+            "a.json, line 1: not JSON: .*only a .json file may be an array; others need one object per line",
+        ),
+        ('[{"text": "a"}', "a.json, line 1: not JSON"),
+        (
+            "It was hot.",
+            "a.json, line 1: not JSON: .*only a .json file may be an array; others need one object per line",
+        ),
+        (
+            '[{"instruction": "a", "output": "b"}]',
+            "record 1: no text under the key 'text': mygpt finetune reads such records",
+        ),
+        ('{"conversations": []}', "line 1: no text under the key 'text': mygpt finetune reads such records"),
+    ],
+)
+def test_json_files_without_documents_are_refused_with_a_hint(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        list(read_pieces(tmp_path / "a.json"))
 
 
 def test_the_text_of_a_record_is_not_changed(tmp_path: Path) -> None:

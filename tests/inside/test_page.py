@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 import shutil
@@ -196,6 +197,34 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     narrow = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     assert browser.execute_script(narrow)  # only the maps may scroll sideways
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_the_bars_in_a_browser_are_proportional_to_the_probabilities(
+    browser: Any, model: GPTModel, ids: Tensor, tmp_path: Path
+) -> None:
+    """The bars of 12 tokens, of the actual next token and of all others show probabilities with the sum 1."""
+    from selenium.webdriver.common.by import By
+
+    flat = copy.deepcopy(model)
+    with torch.no_grad():
+        flat.transformer.ln_f.weight.mul_(0.05)
+    (tmp_path / "page.html").write_text(explain_page(flat, TOKENIZER, ids), encoding="utf-8")
+    data, counts = page_data(flat, TOKENIZER, ids), set()
+    for t, entry in enumerate(data["next"]):
+        browser.get((tmp_path / "page.html").as_uri() + f"#layer=0&head=0&token={t}")
+        browser.refresh()
+        bars = browser.find_elements(By.CSS_SELECTOR, "#bars .bar span:first-child")
+        probabilities = [probability for _, probability, _ in entry["top"]]
+        if entry["actual"] and entry["actual"][3] not in [id_ for _, _, id_ in entry["top"]]:
+            probabilities.append(entry["actual"][1])
+        probabilities.append(1 - sum(probabilities))
+        widths = [bar.rect["width"] for bar in bars]
+        assert entry["rest"] > 0.5 and max(widths) == widths[-1]
+        scale = widths[-1] / probabilities[-1]
+        assert widths == pytest.approx([scale * probability for probability in probabilities], abs=1)
+        counts.add(len(widths))
+    assert counts == {13, 14}
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_a_lens_of_any_size_is_drawn_within_the_width(n_depths: int, T: int) -> 
 
 @pytest.mark.slow
 def test_sampling_shows_the_distribution_after_each_filter() -> None:
-    logits, seen = (3 * torch.randn(67)).tolist(), [4, 9]
+    logits, seen = (0.3 * torch.randn(67)).tolist(), [4, 9]  # flat, so the bar of all others is the longest
     config = SamplingConfig(temperature=0.7, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
     figure = drawn(plot_sampling(torch.tensor(logits), config, CHARACTERS, seen, n_tokens=15))
     stages = [
@@ -134,6 +134,7 @@ def test_sampling_shows_the_distribution_after_each_filter() -> None:
         bars = [bar.get_width() for bar in axes.patches]
         others = 1 - sum(expected[i] for i in best)
         assert bars == pytest.approx([*(expected[i] for i in best), others], abs=1e-5)
+        assert max(bars) < axes.get_xlim()[1]  # no bar is cut off
         first, second = axes.get_title().split("\n")
         assert first == title
         if title != "unfiltered":
@@ -156,6 +157,7 @@ def test_neighbours_are_labelled_with_their_cosine_similarities(tiny_model: GPTM
     assert [axes.get_title() for axes in panels] == [CHARACTERS.decode([i]) for i in (3, 10, 11, 12, 13)]
     weight = tiny_model.transformer.wte.weight.detach()
     for axes in panels:
+        assert axes.xaxis.get_tick_params()["labelbottom"]  # also in the first column, above the fifth panel
         own = CHARACTERS.encode(axes.get_title())[0]
         for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True):
             other = CHARACTERS.encode(label.get_text())[0]

@@ -417,9 +417,11 @@ def test_other_data_are_noticed(finished: Path) -> None:
     """One letter in the middle is changed; the length stays the same."""
     ids = list(IDS[:1500])
     ids[700] = (ids[700] + 1) % TOKENIZER.n_vocab
-    with pytest.raises(ValueError, match="data: the training data differ from those the run began with"):
+    with pytest.raises(ValueError, match="data_content: the training data differ from those the run began with"):
         make_trainer(finished, resume=True, train=ids).run()
-    make_trainer(finished, resume=True, train=ids, allow_changed=["data"]).run()
+    with pytest.raises(ValueError, match="data_content: the training data differ"):
+        make_trainer(finished, resume=True, train=ids, allow_changed=["data"]).run()
+    make_trainer(finished, resume=True, train=ids, allow_changed=["data_content"]).run()
 
 
 def test_other_frozen_weights_are_noticed(tmp_path: Path) -> None:
@@ -430,7 +432,7 @@ def test_other_frozen_weights_are_noticed(tmp_path: Path) -> None:
         return trainer
 
     frozen(0.5).run()
-    with pytest.raises(ValueError, match="model: the frozen weights differ from those the run began with"):
+    with pytest.raises(ValueError, match="model_content: the frozen weights differ from those the run began with"):
         frozen(0.25).run()
     assert frozen(0.5).run() > 0
 

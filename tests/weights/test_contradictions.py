@@ -19,8 +19,8 @@ from transformers.activations import ACT2FN
 from conftest import lively_model, same_weights
 from MyGPT import CharTokenizer, GPTConfig, GPTModel, load_weights_into_gpt
 from MyGPT.cli import main
-from MyGPT.files import FileWarning
 from MyGPT.finetuning.classification import GPTForClassification
+from MyGPT.messages import FileWarning
 from MyGPT.weights.formats import huggingface
 from oracles_layouts import NanoGPT
 

@@ -15,7 +15,15 @@ from MyGPT.book.attention import (
     SelfAttention_v1,
     SelfAttention_v2,
 )
-from MyGPT.book.classification import SpamDataset, calc_accuracy_loader, classify_review, train_classifier_simple
+from MyGPT.book.classification import (
+    SpamDataset,
+    calc_accuracy_loader,
+    classify_review,
+    create_balanced_dataset,
+    download_and_unzip_spam_data,
+    random_split,
+    train_classifier_simple,
+)
 from MyGPT.book.figures import plot_losses, plot_values
 from MyGPT.book.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
 from MyGPT.book.lora import LinearWithLoRA, LoRALayer, replace_linear_with_lora
@@ -42,9 +50,10 @@ __all__ = [
     "GELU", "CausalAttention", "FeedForward", "GPTDatasetV1", "GPTModel", "InstructionDataset", "LayerNorm",
     "LinearWithLoRA", "LoRALayer", "MultiHeadAttention", "MultiHeadAttentionWrapper", "SelfAttention_v1",
     "SelfAttention_v2", "SimpleTokenizerV1", "SimpleTokenizerV2", "SpamDataset", "TransformerBlock", "assign",
-    "calc_accuracy_loader", "calc_loss_batch", "calc_loss_loader", "classify_review", "create_dataloader_v1",
-    "custom_collate_fn", "download_and_load_gpt2", "evaluate_model", "format_input", "generate",
-    "generate_and_print_sample", "generate_text_simple", "load_gpt2_params_from_tf_ckpt", "load_weights_into_gpt",
-    "plot_losses", "plot_values", "replace_linear_with_lora", "text_to_token_ids", "token_ids_to_text",
-    "train_classifier_simple", "train_model", "train_model_simple",
+    "calc_accuracy_loader", "calc_loss_batch", "calc_loss_loader", "classify_review", "create_balanced_dataset",
+    "create_dataloader_v1", "custom_collate_fn", "download_and_load_gpt2", "download_and_unzip_spam_data",
+    "evaluate_model", "format_input", "generate", "generate_and_print_sample", "generate_text_simple",
+    "load_gpt2_params_from_tf_ckpt", "load_weights_into_gpt", "plot_losses", "plot_values", "random_split",
+    "replace_linear_with_lora", "text_to_token_ids", "token_ids_to_text", "train_classifier_simple", "train_model",
+    "train_model_simple",
 ]  # fmt: skip

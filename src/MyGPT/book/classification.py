@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import os
+import zipfile
+import zlib
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,73 @@ from torch.utils.data import Dataset
 
 from MyGPT.book.pretraining import train_step
 from MyGPT.data.windows import Batch
+from MyGPT.download import download
 from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.training.simple import Device, evaluate_model
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def download_and_unzip_spam_data(
+    url: str,
+    zip_path: str | os.PathLike[str],
+    extracted_path: str | os.PathLike[str],
+    data_file_path: str | os.PathLike[str],
+) -> None:
+    """Download the SMS Spam Collection and store its messages in data_file_path, unless this file exists.
+
+    Args:
+        url: the address of the zip archive, which contains the file SMSSpamCollection.
+        zip_path: where the archive is stored. An interrupted download is resumed.
+        extracted_path: the directory into which the archive is unpacked.
+        data_file_path: the new path of SMSSpamCollection, such as extracted_path/SMSSpamCollection.tsv.
+
+    Raises:
+        DownloadError: the server did not provide the archive.
+        ValueError: the archive is damaged or has no file SMSSpamCollection.
+    """
+    data_file_path = Path(data_file_path)
+    if data_file_path.exists():
+        print(f"{data_file_path} already exists. Skipping download and extraction.")
+        return
+    download(url, zip_path)
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            archive.extractall(extracted_path)
+        os.replace(Path(extracted_path) / "SMSSpamCollection", data_file_path)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{zip_path} is damaged ({error}): delete it and download it again") from None
+    except FileNotFoundError:
+        raise ValueError(f"{zip_path} is not the SMS Spam Collection: it has no file SMSSpamCollection") from None
+    print(f"File downloaded and saved as {data_file_path}")
+
+
+def create_balanced_dataset(df: pandas.DataFrame) -> pandas.DataFrame:
+    """Return all rows with the label "spam", and equally many random rows with the label "ham" before them.
+
+    The random state is 123, as in the book, so the rows are the same as the book's.
+    """
+    import pandas
+
+    spam = df[df["Label"] == "spam"]
+    ham = df[df["Label"] == "ham"].sample(len(spam), random_state=123)
+    return pandas.concat([ham, spam])
+
+
+def random_split(
+    df: pandas.DataFrame, train_frac: float, validation_frac: float
+) -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:
+    """Return the rows for training, validation and testing, shuffled as in the book (random state 123).
+
+    `train_frac` and `validation_frac` are fractions of all rows. The test set gets the rest.
+    """
+    shuffled = df.sample(frac=1, random_state=123).reset_index(drop=True)
+    train_end = int(len(df) * train_frac)
+    validation_end = train_end + int(len(df) * validation_frac)
+    return shuffled[:train_end], shuffled[train_end:validation_end], shuffled[validation_end:]
 
 
 class SpamDataset(Dataset[Batch]):

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens (without the cached ones), C embedding width, V vo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,26 @@ from MyGPT.config import GPTConfig, as_config
 from MyGPT.loss import head_loss
 
 Config = GPTConfig | Mapping[str, Any]
+
+_BLOCK_KEYS = ("context_length", "emb_dim", "n_heads", "drop_rate", "qkv_bias")
+_MODEL_KEYS = ("vocab_size", "n_layers", *_BLOCK_KEYS)
+
+
+def _read_config(cfg: Config, keys: Sequence[str]) -> GPTConfig:
+    """Return a GPTConfig with the values that the dict `cfg` has for `keys`. Other keys in the dict are ignored.
+
+    Readers of the book add keys of their own, such as drop_rate_emb in exercise 4.3. drop_rate and qkv_bias may be missing,
+    but not from a dict with an unknown key, because that key is then probably a misspelling. Raises ValueError for a
+    missing key or an invalid value.
+    """
+    if not isinstance(cfg, Mapping):
+        return as_config(cfg)
+    missing = [key for key in keys if key not in cfg]
+    unknown = [key for key in cfg if key not in {field.name for field in dataclasses.fields(GPTConfig)}]
+    if missing and unknown:
+        raise ValueError(f"the model config lacks {', '.join(missing)}, but has the unknown key {unknown[0]!r}")
+    unused_sizes = {key: 1 for key in ("vocab_size", "context_length", "n_heads", "n_layers") if key not in keys}
+    return as_config({**unused_sizes, **{key: cfg[key] for key in keys if key in cfg}})
 
 
 class LayerNorm(nn.Module):
@@ -46,7 +66,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        C = as_config(cfg).emb_dim
+        C = _read_config(cfg, ("emb_dim",)).emb_dim
         self.layers = nn.Sequential(nn.Linear(C, 4 * C), GELU(), nn.Linear(4 * C, C))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +78,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        config = as_config(cfg)
+        config = _read_config(cfg, _BLOCK_KEYS)
         C = config.emb_dim
         self.att: nn.Module = MultiHeadAttention(
             C, C, config.context_length, config.drop_rate, config.n_heads, config.qkv_bias
@@ -78,13 +98,14 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """The GPT model of Raschka's book; maps token ids (batch, tokens) to logits (batch, tokens, vocabulary size).
 
-    `cfg` is a GPTConfig, or a dict with the book's seven keys, such as "vocab_size" and "emb_dim". The output head never
-    shares the weights of the token embedding. Every layer can be replaced, for example `out_head` by a classifier.
+    `cfg` is a GPTConfig, or a dict with the book's seven keys, such as "vocab_size" and "emb_dim". Other keys are ignored.
+    The output head never shares the weights of the token embedding. Every layer can be replaced, for example `out_head` by
+    a classifier.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        config = dataclasses.replace(as_config(cfg), tie_weights=False, init_std=None)
+        config = dataclasses.replace(_read_config(cfg, _MODEL_KEYS), tie_weights=False, init_std=None)
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)

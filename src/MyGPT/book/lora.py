@@ -1,6 +1,7 @@
-"""LoRA as in appendix E of Raschka's book: the book's initial weights, and an update that is scaled by alpha.
+"""LoRA as in appendix E of Raschka's book, with the book's initial weights.
 
-`MyGPT.finetuning.lora` scales the update by alpha / rank, as the LoRA paper does, and saves adapters with PEFT.
+The update is scaled by alpha / rank, as in the LoRA paper (Hu et al., 2021, section 4.1) and, since September 2025, in the
+book's repository. The printed book scales by alpha: `scale_by_rank=False` does the same.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 
 class LoRALayer(nn.Module):
-    """A low-rank update; maps x (..., in_dim) to alpha * (x @ A @ B). A is initialized randomly and B with zeros."""
+    """A low-rank update; maps x (..., in_dim) to (alpha / rank) * (x @ A @ B), of shape (..., out_dim).
 
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float) -> None:
+    A is initialized randomly and B with zeros. With scale_by_rank=False, the factor is alpha, as in the printed book.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, *, scale_by_rank: bool = True) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
@@ -20,27 +24,35 @@ class LoRALayer(nn.Module):
         self.A = nn.Parameter(torch.empty(in_dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
         self.alpha = alpha
+        self.rank = rank
+        self.scale_by_rank = scale_by_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alpha * (x @ self.A @ self.B)  # (..., out_dim)
+        # The factor is computed here, because a reader may change alpha after the layer was made.
+        scale = self.alpha / self.rank if self.scale_by_rank else self.alpha
+        return scale * (x @ self.A @ self.B)  # (..., out_dim)
 
 
 class LinearWithLoRA(nn.Module):
     """A linear layer with a LoRA update: the output is the sum of the outputs of `linear` and of a `LoRALayer`."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, scale_by_rank: bool = True) -> None:
         super().__init__()
         self.linear = linear
-        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha).to(linear.weight)
+        lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha, scale_by_rank=scale_by_rank)
+        self.lora = lora.to(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.lora(x)
 
 
-def replace_linear_with_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    """Replace every nn.Linear of the model, in place, by a `LinearWithLoRA`. Existing `LinearWithLoRA` stay unchanged."""
+def replace_linear_with_lora(model: nn.Module, rank: int, alpha: float, *, scale_by_rank: bool = True) -> None:
+    """Replace every nn.Linear of the model, in place, by a `LinearWithLoRA`. Existing `LinearWithLoRA` stay unchanged.
+
+    For `alpha` and `scale_by_rank`, see `LoRALayer`.
+    """
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
-            setattr(model, name, LinearWithLoRA(child, rank, alpha))
+            setattr(model, name, LinearWithLoRA(child, rank, alpha, scale_by_rank=scale_by_rank))
         elif not isinstance(child, LinearWithLoRA):
-            replace_linear_with_lora(child, rank, alpha)
+            replace_linear_with_lora(child, rank, alpha, scale_by_rank=scale_by_rank)

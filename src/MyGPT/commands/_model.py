@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from MyGPT.config import Precision
+from MyGPT.config import Precision, check_seed
+from MyGPT.files import check_output_file
 
 if TYPE_CHECKING:
     import torch
@@ -16,16 +18,19 @@ if TYPE_CHECKING:
     from MyGPT.tokenizers import Tokenizer
 
 
-def start_build(device: str) -> Build | None:
+def start_build(device: str, precision: Precision = "auto") -> Build | None:
     """Start compiling the CPU kernel in a separate process, so that the caller can open the model at the same time.
 
     The caller passes the result to `make_fast`. Return None if `device` (such as "auto" or "cpu") selects a GPU, or if the
-    compilation cannot start.
+    compilation cannot start. Raise ValueError if the device does not support the precision.
     """
     from MyGPT.acceleration.kernel import Build
     from MyGPT.devices import pick_device
 
-    if pick_device(device).type == "cpu":
+    kind = pick_device(device).type
+    if precision == "int8" and kind != "cpu":
+        raise ValueError(f"precision int8 needs the CPU; {kind} supports fp32 and bf16")
+    if kind == "cpu":
         with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
     return None
@@ -57,6 +62,25 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
     elif precision != "auto":
         fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
+
+
+def check_html_path(out: str) -> None:
+    """Raise an error if `out` does not end in .html, or if no file can be written there."""
+    if Path(out).suffix not in (".html", ".htm"):
+        raise ValueError(f"out must end in .html, got {out}")
+    check_output_file(out)
+
+
+def check_generation(max_new_tokens: int | None = None, seed: int | None = None, stop: list[str] | None = None) -> None:
+    """Raise ValueError if an option of `mygpt generate` or `mygpt chat` is out of range. None means the default value.
+
+    The options are checked before a model is opened, which can take minutes.
+    """
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens}")
+    check_seed(seed)
+    if "" in (stop or []):
+        raise ValueError(f"stop must be a list of texts that are not empty, got {stop!r}")
 
 
 def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:

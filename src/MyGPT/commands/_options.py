@@ -12,14 +12,14 @@ The parameters of the function are the options of the command. A command's modul
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
+import json
 import os
 import re
 import sys
 import typing
 from argparse import SUPPRESS
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from MyGPT.commands._help import SHARED_HELP, HelpAllAction, HelpFormatter, show_options, value_name
 from MyGPT.commands._recipe import read_recipe
+from MyGPT.commands._run import value_of
+from MyGPT.messages import OPTION_SYNONYMS, did_you_mean, quote
 
 Command = Callable[..., Any]
 
@@ -37,6 +39,7 @@ class CommandParser(ArgumentParser):
 
     example = ""
     recipe: str | os.PathLike[str] | None = None
+    given: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         """Raise a ValueError with jsonargparse's error message, rewritten in plain language, and with `ex` as its cause."""
@@ -49,6 +52,25 @@ class CommandParser(ArgumentParser):
         read_recipe(path)
         return super().parse_path(path, *arguments, **options)
 
+    def refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Raise ValueError if the arguments contain an unknown option, which includes abbreviated options.
+
+        argparse would first report missing options, even if they are only misspelt.
+        """
+        self.given = arguments
+        before = None
+        for argument in arguments:
+            option = argument.partition("=")[0]
+            if argument == "--":
+                return
+            if re.fullmatch(r"--?[^\W\d][\w.-]*\+?", option) and option not in self._option_string_actions:
+                action = self._option_string_actions.get(before or "")
+                if action is not None and action.nargs is None:  # the previous option takes this argument as its value
+                    way_out = f"if {argument} is this value, write {before}={quote(argument).removeprefix('./')}"
+                    self.error(f"{before} needs a value; {way_out}")
+                self.error(self._unknown(option))
+            before = argument
+
     def _plain(self, message: str) -> str:
         """Return jsonargparse's error message as one line that names options and values as the user typed them.
 
@@ -60,26 +82,30 @@ class CommandParser(ArgumentParser):
             names = [f"--{n}" if f"--{n}" in options else n.upper() for n in found[1].split(", ")]
             return f"missing {' and '.join(names)}; for example: {self.example}"
         if found := re.fullmatch("unrecognized arguments: (.*)", message):
-            words = found[1].split()
-            option = next((word for word in words if word.startswith("-")), None)
-            return self._unknown(option) if option else f"unexpected argument {words[0]!r}"
+            return f"unexpected argument {found[1].split()[0]!r}"
         if found := re.fullmatch("Option '(.*)' is not accepted", message):
             return self._unknown(f"--{found[1]}")
         if found := re.fullmatch("argument (--.*): expected one argument", message):
             return f"{found[1]} needs a value"
-        if found := re.fullmatch('Parser key "(.*?)":.* (?:Got|Given) value: (.*)', message):
+        if found := re.fullmatch("Parser key \"config\": File does not exist: '.*'", message):
+            return f"--config {value_of(self.given, 'config')}: there is no such file"
+        if found := re.match('Parser key "(.*?)".*?:', message):
             action = next((action for action in self._actions if action.dest == found[1]), None)
-            if action is not None and hasattr(action, "_typehint"):
-                *most, last = _allowed(action._typehint)
-                allowed = f"{', '.join(most)} or {last}" if most else last
-                return f"{found[1]} must be {allowed}, got {found[2]!r}"
+            value = re.search("(?:Got|Given) value:(?: (.*))?$", message)
+            if action is not None and hasattr(action, "_typehint") and value:
+                typed = value_of(self.given, found[1])  # 1e400 is shown as the user typed it, not as inf
+                return _refusal(action, value[1] or "" if typed is None else typed)
+            if f'Parser key "{found[1]}": Unable to load config' in message:
+                example = next((a.option_strings[0] for a in self._actions if a.dest.startswith(f"{found[1]}.")), "")
+                way_out = f"single options are set with names such as {example}"
+                return f"--{found[1]} must be a YAML file of options, got {value_of(self.given, found[1])!r}; {way_out}"
         return message.replace('Parser key "', 'option "')
 
     def _unknown(self, option: str) -> str:
         """Return the error message for an unknown option. The message suggests the existing option with the most similar name."""
-        names = [name.removeprefix("--") for name in self._option_string_actions]
-        near = difflib.get_close_matches(option.partition("=")[0].strip("-").replace("-", "_"), names, 1, cutoff=0.7)
-        return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "")
+        names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
+        names = [name for name in names if not name.endswith("+")]
+        return f"unknown option {option}{did_you_mean(option.strip('-'), names, OPTION_SYNONYMS, prefix='--')}"
 
 
 def make_parser(name: str, command: Command) -> CommandParser:
@@ -97,7 +123,9 @@ def make_parser(name: str, command: Command) -> CommandParser:
     parameters = inspect.signature(command).parameters.values()
     listed = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
     groups = _dataclasses_of(command)
-    parser = CommandParser(prog=f"mygpt {name}", description=description, formatter_class=HelpFormatter, add_help=False)
+    parser = CommandParser(
+        prog=f"mygpt {name}", description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False
+    )
     example = re.search(r"^ +(mygpt .*)", description, re.M)
     parser.example = example[1] if example else f"{parser.prog} --help"
     for parameter in listed:
@@ -160,14 +188,34 @@ def _dataclasses_of(command: Command) -> dict[str, Any]:
     return {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
 
 
-def _allowed(kind: Any) -> list[str]:
-    """Return which values an option of the type `kind` accepts, for error messages.
+def _refusal(action: Any, value: str) -> str:
+    """Return the error message for a `value` that the option of `action` does not accept."""
+    kind = action._typehint
+    # Without a value, an option whose default is null need not be given at all.
+    *most, last = _allowed(kind, value, has_null=action.default is not None)
+    allowed = f"{', '.join(most)} or {last}" if most else last
+    return f"--{action.dest} must be {allowed}, got {value!r}{did_you_mean(value, _choices(kind)) if value else ''}"
 
-    The type float | None gives ["a number", "null"], and a Literal type gives its values.
-    """
+
+def _choices(kind: Any) -> list[str]:
+    """Return the values of all Literal types in the type `kind`."""
     if typing.get_origin(kind) is Literal:
         return [str(choice) for choice in typing.get_args(kind)]
+    return [choice for member in typing.get_args(kind) for choice in _choices(member)]
+
+
+def _allowed(kind: Any, value: str, has_null: bool) -> list[str]:
+    """Return which values an option of the type `kind` accepts, for the error message about `value`.
+
+    The type float | None gives ["a number", "null"], or ["a number"] if `has_null` is False. A Literal type gives its
+    values.
+    """
+    if typing.get_origin(kind) is Literal:
+        return _choices(kind)
     if typing.get_origin(kind) is list:
-        return ['a list such as ["a", "b"]']
-    names = {int: ["a whole number"], float: ["a number"], str: ["a text"], bool: ["true", "false"], NoneType: ["null"]}
-    return names.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member)]
+        text = value.strip("[]'\" ") or "text"
+        return [f"a list of texts such as {quote(json.dumps([text], ensure_ascii=False))}"]
+    names = {int: ["a whole number"], float: ["a number"], str: ["a text"], bool: ["true", "false"]}
+    if kind is NoneType:
+        return ["null"] if has_null else []
+    return names.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member, value, has_null)]

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from MyGPT.config import GPTConfig
+from MyGPT.messages import OPTION_SYNONYMS, did_you_mean, quote
+from MyGPT.training.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -25,19 +29,37 @@ class RunOptions:
     allow_changed: str | list[str] | None = None
     """Names of options whose values may differ from the values in the resumed run."""
 
-    def for_trainer(self) -> dict[str, Any]:
-        """Return the keyword arguments of Trainer for these options, after checking that device and directory can be used."""
+    def for_trainer(self, tensorboard: bool) -> dict[str, Any]:
+        """Return the keyword arguments of Trainer for these options.
+
+        Raises an error if the device or the directory cannot be used, or if `tensorboard` is True and it is not installed.
+        """
         from MyGPT.devices import pick_device
         from MyGPT.training.directory import check_run_directory, is_empty_run
+        from MyGPT.training.metrics import require_tensorboard
 
+        if tensorboard:
+            require_tensorboard()
         options = {"device": pick_device(self.device), "allow_changed": self.allow_changed or ()}
         resumed = run_to_resume(self.resume, self.out)
         if resumed is not None:
+            self._check_allowed(resumed)
             return {**options, "run_dir": resumed, "resume": True}
         run = Path(self.out or time.strftime("runs/%Y%m%d-%H%M%S"))
         overwrite = self.overwrite or (self.resume == "auto" and is_empty_run(run))
         check_run_directory(run, overwrite)
         return {**options, "run_dir": run, "overwrite": overwrite}
+
+    def _check_allowed(self, run: Path) -> None:
+        """Raise ValueError if --allow_changed names no option of the run in the directory `run`."""
+        from MyGPT.commands._recipe import read_recipe
+
+        options = {*read_recipe(run / "config.yaml"), *TrainConfig.__annotations__, *GPTConfig.__annotations__}
+        known = sorted({*options, "data_content", "model_content"} - {"vocab_size"})
+        for name in [self.allow_changed] if isinstance(self.allow_changed, str) else self.allow_changed or []:
+            if name not in known:
+                hint = did_you_mean(name, known, OPTION_SYNONYMS)
+                raise ValueError(f"--allow_changed {quote(name)} names no option of the run in {run}{hint}")
 
 
 def with_options_of_run(arguments: Sequence[str]) -> list[str]:
@@ -45,7 +67,7 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
 
     The given options follow --config, so they override the run's stored options.
     """
-    run = run_to_resume(_value(arguments, "resume"), _value(arguments, "out"))
+    run = run_to_resume(value_of(arguments, "resume"), value_of(arguments, "out"))
     if run is None:
         return list(arguments)
     config = run / "config.yaml"
@@ -64,7 +86,9 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
         return None
     if resume != "auto":
         if out is not None and Path(out).resolve() != Path(resume).resolve():
-            raise ValueError(f"--resume {resume} continues in the directory of that run: leave out --out {out}")
+            raise ValueError(
+                f"--resume {quote(resume)} continues in the directory of that run: leave out --out {quote(out)}"
+            )
         return Path(resume)
     if out is None:
         raise ValueError("--resume auto needs --out, the directory of the run to start or resume")
@@ -73,7 +97,7 @@ def run_to_resume(resume: str | None, out: str | None) -> Path | None:
     return Path(out) if has_checkpoint(Path(out)) else None
 
 
-def _value(arguments: Sequence[str], name: str) -> str | None:
+def value_of(arguments: Sequence[str], name: str) -> str | None:
     """Return the last value of the option --name in unparsed arguments, or None if the option is not given."""
     value = None
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):

@@ -49,13 +49,15 @@ def bench(
     import torch
 
     from MyGPT.config import GPT2_CONFIGS, require_positive
+    from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
     from MyGPT.model import GPTModel
     from MyGPT.opening import find_model_files
     from MyGPT.weights.formats.huggingface import find_directory
 
     require_positive(n_tokens=n_tokens, prompt=prompt, rounds=rounds)
     if size not in GPT2_CONFIGS:
-        raise ValueError(f"size must be one of {', '.join(GPT2_CONFIGS)}, got {size!r}")
+        hint = did_you_mean(size, GPT2_CONFIGS, MODEL_SYNONYMS)
+        raise ValueError(f"size must be one of {', '.join(GPT2_CONFIGS)}, got {size!r}{hint}")
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as directory:

@@ -20,7 +20,12 @@ def download(*models: str, out: str | None = None, base_url: str | None = None) 
         base_url: URL of a server that has OpenAI's files as URL/124M/hparams.json and so on. Default: the environment
             variable MYGPT_GPT2_URL, or OpenAI's server if it is not set.
     """
-    from MyGPT.weights.pretrained import download_model
+    from MyGPT.files import check_output_directory
+    from MyGPT.weights.pretrained import check_name, download_model
 
+    for name in models:
+        check_name(name)
+    if out is not None:
+        check_output_directory(out)
     for name in models:
         print(download_model(name, out, base_url))

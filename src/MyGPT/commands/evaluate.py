@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,22 +34,24 @@ def evaluate(
         mygpt evaluate --model gpt2 --data wiki.test.tokens --protocol wikitext2
 
     Args:
-        data: Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', or one of the names
-            alice (built in) and tinyshakespeare (downloaded).
+        data: Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as
+            .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
         protocol: The paper's protocol for this data set. Default: measure the text unchanged.
         stride: Number of tokens between the starts of two windows. A smaller stride gives each token more context and takes
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
     """
+    from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
     from MyGPT.opening import open_model
 
+    require_positive(batch_size=batch_size, stride=1 if stride is None else stride)
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
         reason = "which predicts one word per passage"
         raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
-    files = find_files(data)
+    files = find_files(data, report=partial(print, file=sys.stderr))
     gpt, tokenizer = open_model(model, device, adapter)
     texts = read_texts(files, way.by_line)
     show_progress = sys.stderr.isatty()

@@ -20,13 +20,14 @@ def explain(
         text: The text in quotes, at most 128 tokens.
         out: The .html file to write.
     """
-    from MyGPT.commands._model import encode_for
+    from MyGPT.commands._model import check_html_path, encode_for
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
     from MyGPT.opening import open_model
 
-    if Path(out).suffix not in (".html", ".htm"):
-        raise ValueError(f"out must end in .html, got {out}")
+    check_html_path(out)
+    if not "".join(text):
+        raise ValueError("the text is empty; give at least one token")
     gpt, tokenizer = open_model(model, device, adapter)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)

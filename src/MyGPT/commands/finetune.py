@@ -14,6 +14,7 @@ from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands.train import draw_losses
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.opening import adapter_without_model, find_model_files
 from MyGPT.training.config import TrainConfig
@@ -69,8 +70,9 @@ def finetune(
         mygpt finetune --model gpt2 --data alpaca.json --full --learning_rate 2e-5 --out runs/tuned
         mygpt finetune --resume runs/tuned
     """
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]
+    examples.check_files()
     if adapter_without_model(model) is not None:
         need = "finetune needs a complete model, such as a run made with --merge"
         raise ValueError(f"{model} holds only an adapter, but {need}")
@@ -104,12 +106,14 @@ def finetune(
         **run_options,
     )
     n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
-    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of {training.batch_size} sequences")
+    print(
+        f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} sequences"
+    )
     run_and_report(trainer, data, directory)
     if tuning.merge:
         WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)
     saved = "model" if tuning.full or tuning.merge else "adapter"
-    print(f"{saved} saved in {directory}; try: mygpt chat --model {directory}")
+    print(f"{saved} saved in {directory}; try: mygpt chat --model {quote(directory)}")
 
 
 def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
@@ -117,11 +121,11 @@ def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
 
     split.json and loss.png are written to the run directory `run` even if the training raises an error.
     """
-    try:
-        loss = trainer.run()
-    finally:
-        if (run / "config.yaml").is_file():
-            data.split.save(run / "split.json")
+    with trainer:  # An error before the run's directory is locked must not change it.
+        data.split.save(run / "split.json")
+        try:
+            loss = trainer.run()
+        finally:
             draw_losses(run)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")

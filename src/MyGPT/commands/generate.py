@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-from MyGPT.commands._model import make_fast, start_build
+from MyGPT.commands._model import check_generation, make_fast, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.generation import stream_text
+from MyGPT.messages import read_standard_input
 from MyGPT.opening import open_model
 from MyGPT.sampling import SamplingConfig
 
@@ -43,9 +42,12 @@ def generate(
         slide: Allow a prompt longer than the model's context; the model sees only its end.
     """
     require_positive(n_samples=n_samples)
-    build = start_build(device)
+    check_generation(max_new_tokens, seed, stop)
+    text = read_standard_input() if prompt == "-" else prompt or ""
+    if prompt is not None and not text:
+        raise ValueError("the prompt is empty; it must have at least one token")
+    build = start_build(device, precision)
     gpt, tokenizer = open_model(model, device, adapter)
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty; it must have at least one token")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from MyGPT.commands._model import encode_for
+from MyGPT.commands._model import check_html_path, encode_for
 from MyGPT.commands._recipe import fields_of, read_recipe
+from MyGPT.config import require_positive
 from MyGPT.files import atomic_write
 from MyGPT.inside import plots
 from MyGPT.inside.tracing import logit_lens, trace
+from MyGPT.messages import print_styled, read_standard_input
 from MyGPT.model import GPTModel
 from MyGPT.opening import open_model
 from MyGPT.sampling import SamplingConfig
@@ -37,12 +39,15 @@ class Reading:
     adapter: str | None = None
     device: str = "auto"
 
-    def open(self) -> tuple[GPTModel, Tokenizer, torch.Tensor]:
+    def open(self, out: str) -> tuple[GPTModel, Tokenizer, torch.Tensor]:
         """Return the model, its tokenizer, and the token ids of the text as a tensor (1, T).
 
-        Raises ValueError before the model is opened if matplotlib is not installed.
+        Raises an error before the model is opened if matplotlib is not installed, if the text is empty, or if no picture
+        can be written to `out`.
         """
-        _require_matplotlib()
+        _check_output(out)
+        if not self.text:
+            raise ValueError("the text is empty; give at least one token")
         model, tokenizer = open_model(self.model, self.device, self.adapter)
         return model, tokenizer, encode_for(model, tokenizer, self.text)
 
@@ -59,7 +64,7 @@ def plot(*runs: str, out: str = "loss.png") -> None:
     Args:
         runs: Directories of the runs.
     """
-    _require_matplotlib()
+    _check_output(out)
     _write(plots.plot_losses(runs), out)
 
 
@@ -75,7 +80,7 @@ def attention(reading: Reading, layer: int = 0, head: int | None = None, out: st
         layer: Layer, counted from 0.
         head: Plot only this head, counted from 0.
     """
-    model, tokenizer, ids = reading.open()
+    model, tokenizer, ids = reading.open(out)
     first = head or 0
     for name, value, count in (("layer", layer, model.config.n_layers), ("head", first, model.config.n_heads)):
         if not 0 <= value < count:
@@ -93,7 +98,7 @@ def lens(reading: Reading, out: str = "lens.png") -> None:
     Example:
         mygpt plot lens --model runs/book --text "The wizard entered"
     """
-    model, tokenizer, ids = reading.open()
+    model, tokenizer, ids = reading.open(out)
     logits = logit_lens(model, trace(model, ids))[:, 0]  # (layers, T, V)
     _write(plots.plot_logit_lens(logits, plots.token_labels(tokenizer, ids[0].tolist()), tokenizer), out)
 
@@ -104,7 +109,7 @@ def sampling(reading: Reading, config: SamplingConfig, out: str = "sampling.png"
     Example:
         mygpt plot sampling --model runs/book --text "The wizard" --temperature 0.7 --top_k 20
     """
-    model, tokenizer, ids = reading.open()
+    model, tokenizer, ids = reading.open(out)
     with torch.no_grad():
         logits = model(ids, last_only=True)[0, -1]  # (V,)
     _write(plots.plot_sampling(logits, config, tokenizer, seen=ids[0].tolist()), out)
@@ -121,7 +126,8 @@ def neighbours(reading: Reading, k: int = 8, out: str = "neighbours.png") -> Non
     Args:
         k: Number of neighbours per token.
     """
-    model, tokenizer, ids = reading.open()
+    require_positive(k=k)
+    model, tokenizer, ids = reading.open(out)
     different = list(dict.fromkeys(ids[0].tolist()))
     if len(different) > 16:
         raise ValueError(f"the text has {len(different)} different tokens, but the picture shows at most 16")
@@ -137,7 +143,7 @@ def schedule(*recipes: str, out: str = "schedule.png") -> None:
     Args:
         recipes: YAML files with training options, or directories of runs.
     """
-    _require_matplotlib()
+    _check_output(out)
     _write(plots.plot_schedule(dict(map(_read_training, recipes))), out)
 
 
@@ -154,14 +160,15 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
         tokenizer: gpt2, or the directory of a run, a model or a tokenizer.
         out: The .html file to write instead of printing to the terminal.
     """
+    if out is not None:
+        check_html_path(out)
     inside = Path(tokenizer, "model")
     coder = get_tokenizer(inside if (inside / "tokenizer.json").is_file() else tokenizer)
-    text = sys.stdin.read() if text == "-" else text
+    text = read_standard_input() if text == "-" else text
     if out is None:
-        print(plots.tokens_to_terminal(coder, text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print_styled(plots.tokens_to_terminal(coder, text, colour))
         return
-    if Path(out).suffix not in (".html", ".htm"):
-        raise ValueError(f"out must end in .html, got {out}")
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Tokens</title>\n'
     with atomic_write(out) as file:
         file.write(f"{head}{plots.tokens_to_html(coder, text)}\n</html>\n")
@@ -172,11 +179,13 @@ KINDS = {function.__name__: function for function in (attention, lens, sampling,
 """The function for each kind that the first argument of `mygpt plot` can name. Other arguments are run directories."""
 
 
-def _require_matplotlib() -> None:
+def _check_output(out: str) -> None:
+    """Raise an error if matplotlib is not installed, or if no picture can be written to `out`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("matplotlib is not installed: pip install 'mygpt[plots]'") from None
+    plots.check_figure_path(out)
 
 
 def _read_training(recipe: str) -> tuple[str, TrainConfig]:

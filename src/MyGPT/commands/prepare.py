@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from functools import partial
 
 
 def prepare(
@@ -23,19 +25,24 @@ def prepare(
         mygpt prepare 'texts/*.txt' more.jsonl.gz --out data/mine --tokenizer gpt2
 
     Args:
-        files: Text files (.txt, or .jsonl with one text per line, optionally compressed as .gz) or patterns such as
-            'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
+        files: Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as
+            .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
         out: Directory for the tokens.
         tokenizer: The tokenizer: gpt2; chars, words or bpe, which are learned from the text; or a directory with a tokenizer.
-        text_key: The key of the text in each JSON object of a .jsonl file.
+        text_key: The key of the text in each record of a JSON file.
         workers: Number of processes. Default: one per CPU core.
         overwrite: Replace a data set that is already in the directory.
     """
+    from MyGPT.config import require_positive
+    from MyGPT.data.prepare import check_out
     from MyGPT.data.prepare import prepare as prepare_files
     from MyGPT.data.sources import find_files, read_documents
-    from MyGPT.tokenizers import make_tokenizer
+    from MyGPT.tokenizers import check_tokenizer, make_tokenizer
 
-    paths = find_files(files)
+    require_positive(workers=1 if workers is None else workers)
+    check_tokenizer(tokenizer, tokenizer_size)
+    check_out(out, overwrite)
+    paths = find_files(files, report=partial(print, file=sys.stderr))
     coder = make_tokenizer(tokenizer, read_documents(paths, text_key), tokenizer_size)
     if workers is None:
         workers = os.cpu_count() or 1

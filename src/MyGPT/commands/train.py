@@ -6,11 +6,13 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import GPTConfig
+from MyGPT.messages import quote
 from MyGPT.training.config import TrainConfig
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
@@ -28,8 +30,9 @@ class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] = "alice"
-    """Text files (.txt or .jsonl, optionally compressed as .gz) or patterns such as 'texts/*.txt', a directory made by mygpt
-    prepare, or one of the names alice (built in) and tinyshakespeare (downloaded)."""
+    """Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as .gz,
+    patterns such as 'texts/*.txt', a directory made by mygpt prepare, or one of the names alice (built in) and
+    tinyshakespeare (downloaded)."""
     tokenizer: str = "chars"
     """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer."""
     tokenizer_size: int = 1024
@@ -56,7 +59,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     from MyGPT.model import GPTModel
     from MyGPT.training.trainer import Trainer
 
-    run_options = run.for_trainer()
+    run_options = run.for_trainer(training.tensorboard)
     ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
     n_train = len(ids) - round(len(ids) * text.val_fraction)
     torch.manual_seed(training.seed)
@@ -78,7 +81,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     draw_losses(directory)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
-    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {directory}")
+    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
@@ -90,11 +93,12 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
-    from MyGPT.tokenizers import load_tokenizer, make_tokenizer
+    from MyGPT.tokenizers import check_tokenizer, load_tokenizer, make_tokenizer
 
     if isinstance(data, str) and is_prepared(data):
         return open_tokens(data)[0], load_tokenizer(data)
-    files = find_files(data)
+    check_tokenizer(tokenizer, tokenizer_size)
+    files = find_files(data, report=partial(print, file=sys.stderr))
     if not any(next(read_documents([file]), "") for file in files):
         raise ValueError(f"the files hold no text: {', '.join(map(str, files))}")
     coder = make_tokenizer(tokenizer, read_documents(files), tokenizer_size)

@@ -125,7 +125,7 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
 
     An invalid record raises ValueError with a message that starts with `where`, the name of the record.
     """
-    check_record(record, where)
+    record = check_record(record, where)
     try:
         example = _encode_parts(template.parts(record), tokenizer)
     except ValueError as error:  # The tokenizer does not know a character.
@@ -210,7 +210,7 @@ class LengthGroupedSampler:
 
     dataset: InstructionDataset
     batch_size: int
-    """Number of examples per batch (B)."""
+    """Number of examples per batch (B). One batch per epoch may have fewer."""
     _: KW_ONLY
     pad_token_id: int = 50256
     mask_prompt: bool = False

@@ -96,7 +96,7 @@ class PackedSampler:
 
     Each batch depends only on the seed and the step number. Each epoch uses every example once: it packs the examples
     from long to short, with equal lengths in random order, and shuffles the packed sequences. All epochs have the same
-    number of sequences. A batch may contain the last sequences of one epoch and the first sequences of the next.
+    number of sequences. The last batch of an epoch may be smaller, so no example occurs twice in a batch.
     `pad_token_id` and `mask_prompt` are passed to `collate_packed`.
     """
 
@@ -104,7 +104,7 @@ class PackedSampler:
     max_length: int
     """Length of a packed sequence in tokens. A longer example raises ValueError."""
     batch_size: int
-    """Number of packed sequences per batch (B)."""
+    """Number of packed sequences per batch (B). The last batch of an epoch may have fewer."""
     _: KW_ONLY
     pad_token_id: int = 50256
     mask_prompt: bool = False
@@ -133,8 +133,8 @@ class PackedSampler:
 
     def rows(self, step: int) -> list[list[int]]:
         """Return a list of example indices for each packed sequence in the batch of a training step."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._epoch(number // self.rows_per_epoch)[number % self.rows_per_epoch] for number in numbers]
+        epoch, position = divmod(step, self.batches_per_epoch)
+        return self._epoch(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return a list of example indices for each packed sequence of epoch number `epoch`."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
-from MyGPT.files import atomic_directory, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 
 TASK_CHARACTERS = 1 << 20
@@ -44,10 +44,10 @@ def prepare(
     change.
 
     Args:
-        paths: text files, each one document, or .jsonl files with one document per line. Both may be compressed as .gz.
+        paths: text files, each one document, or JSON files with one document per record (see sources.py)
         out: the directory for `tokens.bin` (the ids), `tokens.json` (their description) and `tokenizer.json`
         tokenizer: the tokenizer that encodes the text
-        text_key: key of the text in each line of a .jsonl file
+        text_key: key of the text in each record of a JSON file
         workers: number of processes. Each needs some tens of megabytes of memory, for files of any size. With more than
             one process, call this function under `if __name__ == "__main__":`, as multiprocessing requires.
         overwrite: allow `out` to contain files, and replace the data set there
@@ -59,9 +59,7 @@ def prepare(
     """
     paths, out = [Path(path) for path in paths], Path(out)
     require_positive(workers=workers)
-    restore_directory(out)
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
+    check_out(out, overwrite)
     _refuse_split_specials(tokenizer)
     digest = hashlib.sha256()
     n_tokens = n_documents = n_characters = 0
@@ -94,10 +92,18 @@ def prepare(
     return description
 
 
+def check_out(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise OSError if `prepare` cannot write the directory `out`, or may not replace the files in it."""
+    check_output_directory(out)
+    restore_directory(out)
+    if not overwrite and Path(out).exists() and any(Path(out).iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another directory, or allow overwrite")
+
+
 def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text") -> TokenArray:
     """Encode text files and return the token ids as one array in memory, equal to the ids that `prepare` writes.
 
-    `text_key` is the key of the text in each line of a .jsonl file.
+    `text_key` is the key of the text in each record of a JSON file.
     """
     _refuse_split_specials(tokenizer)
     parts = [_encode(tokenizer, task)[0] for task in _tasks(paths, text_key, tqdm(disable=True))]
@@ -149,7 +155,7 @@ def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[
 def _tasks(paths: Iterable[Path], text_key: str, bar: tqdm[Any]) -> Iterator[list[Piece]]:
     """Yield the text pieces of files in lists of at least TASK_CHARACTERS characters; the last list may be shorter.
 
-    `text_key` is the key of the text in each line of a .jsonl file. The progress bar `bar` counts the bytes read.
+    `text_key` is the key of the text in each record of a JSON file. The progress bar `bar` counts the bytes read.
     """
     task, size = [], 0
     for path in paths:

@@ -1,13 +1,16 @@
 """Records for fine-tuning: read and check them, and split them into training, validation and test sets.
 
-A record is a dict of one of four kinds, which differ in their keys: `instruction` and `output`, with an optional
-`input` (Alpaca's format); `messages`, a list of dicts with `role` and `content`; `prompt` and `completion`; or only
-`text`. Other keys are ignored. A template (templates.py) turns a record into text. This module needs neither torch nor
-a tokenizer.
+A record is a dict of one of five kinds, which differ in their keys: `instruction` and `output`, with an optional
+`input` (Alpaca's format); `messages`, a list of dicts with `role` and `content`; `conversations`, a list of dicts with
+`from` and `value` (ShareGPT's format); `prompt` and `completion`; or only `text`. Other keys are ignored. A value that is
+null or NaN, as pandas writes missing values, means that the key is missing. A template (templates.py) turns a record into
+text. This module needs neither torch nor a tokenizer.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -17,7 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from MyGPT.files import atomic_write, parse_json, read_json, read_text
+from MyGPT.data.formats import format_of, read_data
+from MyGPT.files import atomic_write, parse_json, read_json
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
@@ -25,38 +29,89 @@ Record = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 """The allowed values of `role` in the messages of a conversation."""
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""Maps the allowed values of `from` in ShareGPT's conversations to roles."""
 
 Kind = Literal["instruction", "messages", "prompt", "text"]
 
-_ANSWER_KEY: dict[Kind, str | None] = {"instruction": "output", "messages": None, "prompt": "completion", "text": None}
+ANSWER_KEYS: dict[str, str | None] = {
+    "instruction": "output", "messages": None, "conversations": None, "prompt": "completion", "text": None,
+}  # fmt: skip
 """Maps each kind of record to the key of its answer, or to None if no key contains only the answer. The kind of a
 record is the first key of this dict that the record has."""
 _BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON array
 
 
-def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the fine-tuning records in a file, which contains a JSON array or one JSON object per line.
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Return the fine-tuning records in a file, in the form that `check_record` returns.
 
-    Records of different kinds may be mixed. A damaged or empty file, or an invalid record, raises ValueError. The
-    message contains the path and, for an invalid record, its line.
+    The file contains a JSON array, one JSON object per line, or a table (.csv or .tsv), and may be compressed as .gz.
+    Records of different kinds may be mixed. A damaged or empty file, or an invalid record, raises ValueError. The message
+    contains the path and, for an invalid record, its line.
     """
-    return read_json_records(path, check_record)
+    return [check_record(record, where) for where, record in read_items(path)]
 
 
-def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[Any]:
-    """Return the values in a file, which contains a JSON array or one JSON value per line.
+def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], object]) -> list[Any]:
+    """Return the records in a file (see `read_items`). `check` raises ValueError for an invalid record.
 
-    `check` is called with each value and a text such as "a.json, line 3", which names the file and line of the value.
-    It must raise ValueError if the value is not valid.
+    `check` is called with each record and a text such as "a.json, line 3", which names the file and line of the record.
     """
-    text = read_text(path)
-    records = []
-    for where, record in (_array_items if text.lstrip().startswith("[") else _line_items)(text, path):
+    items = list(read_items(path))
+    for where, record in items:
         check(record, where)
-        records.append(record)
-    if not records:
+    return [record for _, record in items]
+
+
+def read_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (where, record) for each record of a file; `where` names the file and line, for example "a.json, line 3".
+
+    A file whose name ends in .csv or .tsv is a table: its first line names the columns, which are separated by commas,
+    semicolons or tabs, and each record is a dict of strings. Any other file contains a JSON array, or one JSON value per
+    line. All files may be compressed as .gz. A damaged file, or a file without records, raises ValueError.
+    """
+    is_table, is_empty = format_of(path) == "table", True
+    for item in (table_items if is_table else json_items)(read_data(path), path):
+        is_empty = False
+        yield item
+    if is_empty and is_table:
+        raise ValueError(f"{path} has no records: the first line must name the columns, and records must follow")
+    if is_empty:
         raise ValueError(f"{path} has no records: it must contain a JSON array of records, or one record per line")
-    return records
+
+
+def json_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) for each value in `text`, a JSON array or one JSON value per line, read from the file `path`."""
+    return (_array_items if text.lstrip().startswith("[") else _line_items)(text, path)
+
+
+def table_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield (where, record) for each line of the table `text` after the first, which names the columns.
+
+    A record is a dict of strings. Values that are missing at the end of a line are None.
+    """
+    columns: list[str] = []
+    rows, line = csv.reader([]), 1
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+        for row in rows:
+            where, line = f"{path}, line {line}", rows.line_num + 1
+            if row and not columns:
+                columns = [name.strip() for name in row]
+                if len(set(columns)) < len(columns):
+                    raise ValueError(f"{where}: each column needs a name of its own, got {_short(columns)}")
+            elif len(row) > len(columns):
+                raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
+            elif row:
+                yield where, dict(zip(columns, [*row, *[None] * (len(columns) - len(row))], strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """Return the separator of a table: a comma, semicolon or tab, whichever gives its first line the most columns."""
+    lines = {delimiter: csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) for delimiter in ",;\t"}
+    return max(lines, key=lambda delimiter: len(next(filter(None, lines[delimiter]), [])))
 
 
 def _array_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
@@ -94,55 +149,79 @@ def _line_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, 
 
 def kind_of(record: Record) -> Kind:
     """Return the kind of a valid record: "instruction", "messages", "prompt" or "text"."""
-    return next(kind for kind in _ANSWER_KEY if kind in record)
+    key = _kind_key(record)
+    return "messages" if key == "conversations" else key  # type: ignore[return-value]
 
 
-def check_record(record: Any, where: str, needs_answer: bool = True) -> None:
-    """Raise ValueError if `record` is not a valid fine-tuning record.
+def _kind_key(record: Record) -> str | None:
+    """Return the key that decides of which kind a record is. A key with a value counts before a key with null."""
+    present = [key for key in ANSWER_KEYS if key in record]
+    return next((key for key in present if not is_missing(record[key])), present[0] if present else None)
 
-    The message starts with `where`, for example "a.json, line 3". If needs_answer is False, the output, the completion
-    or the final message of the assistant may be missing.
+
+def is_missing(value: object) -> bool:
+    """Return True if a value of a record means that there is none: null, or NaN or NA, as pandas writes them."""
+    # NaN differs from itself, and a comparison with pandas.NA is neither true nor false.
+    return value is None or (isinstance(value, float) and value != value) or repr(value) == "<NA>"
+
+
+def check_record(record: Any, where: str, needs_answer: bool = True) -> Record:
+    """Return a fine-tuning record without the keys whose value is missing, and with `messages` for `conversations`.
+
+    An invalid record raises ValueError. The message starts with `where`, for example "a.json, line 3". If needs_answer is
+    False, the output, the completion or the final message of the assistant may be missing.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
-    if not any(kind in record for kind in _ANSWER_KEY):
-        keys = "the key 'instruction' with 'output', 'messages', 'prompt' with 'completion', or 'text'"
+    kind = _kind_key(record)
+    if kind is None:
+        keys = "the key 'instruction' with 'output', 'messages', 'conversations', 'prompt' with 'completion', or 'text'"
         raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
-    kind = kind_of(record)
-    if kind == "messages":
-        _check_messages(record["messages"], where, needs_answer)
-        return
+    present = {key: value for key, value in record.items() if not is_missing(value)}
+    if kind in ("messages", "conversations"):
+        return {**present, "messages": _checked_messages(record, kind, where, needs_answer)}
     _check_text(record, kind, where)
-    if kind == "instruction" and "input" in record:
+    if kind == "instruction" and "input" in present:
         _check_text(record, "input", where)
-    answer_key = _ANSWER_KEY[kind]
+    answer_key = ANSWER_KEYS[kind]
     if answer_key is not None and needs_answer:
         _check_text(record, answer_key, where)
     # An instruction may be empty, because the template adds text to it.
-    if kind != "instruction" and needs_answer and not (record[kind] or record.get(answer_key)):
+    if kind != "instruction" and needs_answer and not (record[kind] or present.get(answer_key)):
         keys = f"{kind!r} is" if answer_key is None else f"{kind!r} and {answer_key!r} are"
         raise ValueError(f"{where}: there is nothing to learn from, {keys} empty")
+    return present
 
 
-def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
-    """Raise ValueError if `messages` is not a list of valid messages. The error message starts with `where`.
+def _checked_messages(record: Record, key: str, where: str, needs_answer: bool) -> list[dict[str, str]]:
+    """Return the messages under the key "messages" or "conversations" of a record, as dicts with `role` and `content`.
 
-    If needs_answer is True, the last message must also have the role "assistant".
+    The system prompt that a ShareGPT record may have beside its conversation becomes the first message. Invalid messages
+    raise ValueError, also if needs_answer is True and the last message is not from the assistant.
     """
+    messages = record[key]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list of at least one message, got {_short(messages)}")
+        raise ValueError(f"{where}: {key!r} must be a list of at least one message, got {_short(messages)}")
+    result = []
+    if key == "conversations" and not is_missing(record.get("system")):
+        _check_text(record, "system", where)
+        result = [{"role": "system", "content": record["system"]}] if record["system"] else []
     for number, message in enumerate(messages, start=1):
         place = f"{where}, message {number}"
         if not isinstance(message, Mapping):
             raise ValueError(f"{place}: a message must be a JSON object, got {_short(message)}")
-        for key in ("role", "content"):
-            _check_text(message, key, place)
-        if message["role"] not in ROLES:
-            raise ValueError(f"{place}: 'role' must be one of {', '.join(ROLES)}, got {message['role']!r}")
-    last = messages[-1]["role"]
-    if needs_answer and last != "assistant":
-        allowed = "the role 'assistant', which is the answer to learn"
-        raise ValueError(f"{where}: the last of 'messages' must have {allowed}, got {last!r}")
+        is_sharegpt = key == "conversations" and "role" not in message
+        role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+        roles = _SHAREGPT_ROLES if is_sharegpt else dict(zip(ROLES, ROLES, strict=True))
+        for name in (role_key, content_key):
+            _check_text(message, name, place)
+        if message[role_key] not in roles:
+            raise ValueError(f"{place}: {role_key!r} must be one of {', '.join(roles)}, got {message[role_key]!r}")
+        result.append({"role": roles[message[role_key]], "content": message[content_key]})
+    if needs_answer and result[-1]["role"] != "assistant":
+        allowed = f"the {role_key} {'gpt' if is_sharegpt else 'assistant'!r}, which is the answer to learn"
+        raise ValueError(f"{where}: the last of {key!r} must have {allowed}, got {message[role_key]!r}")
+    return result
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
@@ -192,6 +271,18 @@ class Split:
             file.write("\n")
 
 
+def check_split(train_fraction: float, test_fraction: float, seed: int | None = None) -> None:
+    """Raise ValueError if `split_records` accepts no such fractions or no such seed."""
+    for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
+    total = train_fraction + test_fraction
+    if total > 1 + 1e-9:  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
+        raise ValueError(f"train_fraction and test_fraction must add up to at most 1, got {total}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"the seed of a split must be at least 0, got {seed}")
+
+
 def split_records(
     n_records: int, train_fraction: float = 0.85, test_fraction: float = 0.10, seed: int | None = None
 ) -> Split:
@@ -201,12 +292,7 @@ def split_records(
     "Build a Large Language Model (From Scratch)", chapter 7: the first 935 for training, the next 110 for test and the
     last 55 for validation.
     """
-    for name, fraction in (("train_fraction", train_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {fraction}")
-    total = train_fraction + test_fraction
-    if total > 1 + 1e-9:  # Rounding can make a sum such as 0.7 + 0.2 + 0.1 slightly larger than 1.
-        raise ValueError(f"train_fraction and test_fraction must add up to at most 1, got {total}")
+    check_split(train_fraction, test_fraction, seed)
     n_train, n_test = int(n_records * train_fraction), int(n_records * test_fraction)
     if not n_train:
         raise ValueError(f"train_fraction={train_fraction} of {n_records} records leaves no record to train on")

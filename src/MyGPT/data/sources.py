@@ -1,36 +1,35 @@
 """Find text files by name, path or pattern, and read them in pieces, so that files may be larger than the memory.
 
-A text file is one document. A `.jsonl` file has one JSON object per line, with the text of a document under a given
-key. Both kinds of files may be compressed as `.gz`.
+A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, with the text of a
+document under a given key. A `.json` file may also be an array of such objects, which must fit into the memory. All files
+may be compressed as `.gz`.
 """
 
 from __future__ import annotations
 
 import codecs
 import glob
-import gzip
 import io
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from MyGPT.data.formats import format_of, open_data
+from MyGPT.data.records import ANSWER_KEYS, json_items
+from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
-from MyGPT.files import parse_json, refuse_binary
+from MyGPT.files import decode_text, parse_json, refuse_binary
+from MyGPT.messages import did_you_mean, near_path, quote
 from MyGPT.tokenizers.base import refuse_surrogates
 
 BLOCK_BYTES = 1 << 22
 """Number of bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
-"""Maximum number of characters between two spaces of a text file, and of bytes in a line of a .jsonl file. Such a
+"""Maximum number of characters between two spaces of a text file, and of bytes in a line of JSON. Such a
 stretch of text is held in memory as a whole, so a longer one raises ValueError."""
-MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
-"""A text in a .gz file may have at most MAX_UNPACKING * (size of the .gz file) + FREE_BYTES bytes. Books compress by a
-factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000. So only malicious files
-exceed the limit."""
 
 
 class Piece(NamedTuple):
@@ -58,13 +57,16 @@ DOWNLOADS = {
     )
 }
 
+_SYNONYMS = {"alice": "alice_in_wonderland wonderland", "tinyshakespeare": "shakespeare shakespeare_char tiny"}
 
-def find_files(names: str | Iterable[str]) -> list[Path]:
+
+def find_files(names: str | Iterable[str], report: Callable[[str], object] = lambda message: None) -> list[Path]:
     """Return the paths of the text files that are given by one or several names, paths or patterns.
 
     A name is "alice", a book that is part of MyGPT, or "tinyshakespeare", a text that is downloaded once. A pattern may
-    contain `*`, and `**` for any number of directories; its files are sorted. An unknown name, a directory, or a
-    pattern without files raises ValueError.
+    contain `*`, and `**` for any number of directories; its files are sorted. A file that is named more than once, also
+    under another path, occurs once in the result, and `report` is called with a message. An unknown name, a directory, or
+    a pattern without files raises ValueError.
     """
     paths: list[Path] = []
     for name in [names] if isinstance(names, (str, os.PathLike)) else names:
@@ -76,50 +78,61 @@ def find_files(names: str | Iterable[str]) -> list[Path]:
         elif name in DOWNLOADS:
             source = DOWNLOADS[name]
             paths.append(download(source.url, cache_directory() / f"{name}.txt", sha256=source.sha256))
+        elif is_prepared(name):
+            raise ValueError(
+                f"{name} is a directory made by mygpt prepare, which mygpt train reads: name text files here"
+            )
         elif Path(name).is_dir():
-            raise ValueError(f"{name} is a directory: name its files, for example {os.path.join(name, '*.txt')!r}")
+            raise ValueError(f"{name} is a directory: name its files, for example {quote(os.path.join(name, '*.txt'))}")
         elif glob.has_magic(name):
             found = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
             if not found:
                 raise ValueError(f"no file matches {name!r}")
             paths += map(Path, found)
         else:
-            raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join([*BUILT_IN, *DOWNLOADS])}")
+            names = [*BUILT_IN, *DOWNLOADS]
+            hint = did_you_mean(name, names, _SYNONYMS) or near_path(name)
+            raise ValueError(f"no text {name!r}: it is neither a file nor one of {', '.join(names)}{hint}")
     if not paths:
         raise ValueError("no text was given: name at least one file")
-    return paths
+    return _without_repeats(paths, report)
+
+
+def _without_repeats(paths: Iterable[Path], report: Callable[[str], object]) -> list[Path]:
+    """Return the paths without those that lead to the same file as an earlier path. Each of these is reported."""
+    first_path: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        status = path.stat()
+        first = first_path.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
+            also = "" if first == path else f" (also named {first})"
+            report(f"{path}{also} is named more than once and is read once")
+    return list(first_path.values())
 
 
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a text file or .jsonl file, both of which may be compressed as .gz.
+    """Yield the documents of a text file or JSON file, both of which may be compressed as .gz.
 
-    A long text file is yielded in several pieces. Each line of a .jsonl file has its text under the key `text_key`.
+    A long text file is yielded in several pieces. Each record of a JSON file has its text under the key `text_key`.
     After each piece, `advance` is called with the number of bytes that were read since its last call. A damaged or
     binary file raises ValueError with the path and the position.
     """
-    with open(path, "rb") as raw:
-        inner: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    with open_data(path) as (file, raw):
         position = 0
-        try:
-            for piece in _read_jsonl(inner, path, text_key) if kind == ".jsonl" else _read_text(inner, path):
-                if inner.tell() > FREE_BYTES + MAX_UNPACKING * raw.tell():
-                    limit = f"{MAX_UNPACKING} times its size"
-                    raise ValueError(f"{path} unpacks to more than {limit}, which no text file does")
-                yield piece
-                advance(raw.tell() - position)
-                position = raw.tell()
+        is_text = format_of(path) not in ("json", "lines")
+        for piece in _read_text(file, path) if is_text else _read_json(file, path, text_key):
+            yield piece
             advance(raw.tell() - position)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is a damaged archive: {error}") from None
+            position = raw.tell()
+        advance(raw.tell() - position)
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
     """Return an iterator over the texts in files, to train a tokenizer. Long documents are split into several texts.
 
-    `text_key` is the key of the text in each line of a .jsonl file.
+    `text_key` is the key of the text in each record of a JSON file.
     """
     return (piece.text for path in paths for piece in read_pieces(path, text_key))
 
@@ -155,16 +168,34 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         yield Piece(pending, True)
 
 
-def _read_jsonl(file: IO[bytes], path: Path, text_key: str) -> Iterator[Piece]:
-    """Yield the text under `text_key` in each line of a .jsonl file; skip empty texts. `path` is for error messages."""
+def _read_json(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
+    """Yield the text under `text_key` of each record in a JSON file; skip empty texts. `path` is for error messages."""
+    is_array = format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    items = json_items(decode_text(file.read(), path), path) if is_array else _json_lines(file, path)
+    for where, record in items:
+        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+            raise ValueError(f"{where}: no text under the key {text_key!r}{_hint(record, text_key)}")
+        refuse_surrogates(record[text_key], f"{where}: ")
+        if record[text_key]:
+            yield Piece(record[text_key], True)
+
+
+def _hint(record: Any, text_key: str) -> str:
+    """Return the end of an error message about a record that has no text: what to do with such a file, if it is known."""
+    if isinstance(record, dict) and any(key in record for key in ANSWER_KEYS if key != text_key):
+        return ": mygpt finetune reads such records"
+    return ": give an array of records a name that ends in .json" if isinstance(record, list) else ""
+
+
+def _json_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) for each line of JSON in a file of any size; `where` names the file and line of the value."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_STRETCH), b""), start=1):
         if len(line) == MAX_STRETCH:
             raise ValueError(f"{path}, line {number} has {MAX_STRETCH:,} bytes or more, a line must have fewer")
         if not line.strip():
             continue
-        record = parse_json(line, path, number)
-        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            raise ValueError(f"{path}, line {number}: no text under the key {text_key!r}")
-        refuse_surrogates(record[text_key], f"{path}, line {number}: ")
-        if record[text_key]:
-            yield Piece(record[text_key], True)
+        try:
+            record = parse_json(line, path, number)
+        except ValueError as error:
+            raise ValueError(f"{error} (only a .json file may be an array; others need one object per line)") from None
+        yield f"{path}, line {number}", record

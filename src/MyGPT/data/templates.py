@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
 from MyGPT.files import atomic_write, read_json
+from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
 TEMPLATE_FILE = "template.json"
@@ -81,7 +82,7 @@ class Template:
         If with_answer is False, the record's answer is left out and may be missing. An invalid record raises
         ValueError.
         """
-        check_record(record, "the record", needs_answer=with_answer)
+        record = check_record(record, "the record", needs_answer=with_answer)
         kind = kind_of(record)
         if kind == "messages":
             return _merge(self._conversation(record["messages"], with_answer))
@@ -153,6 +154,7 @@ the model learns to produce it."""
 
 TEMPLATES = {"alpaca": ALPACA, "book": BOOK}
 """The built-in templates by name."""
+_SYNONYMS = {"alpaca": "stanford stanford_alpaca", "book": "raschka"}
 
 
 def format_input(record: Record, template: Template = BOOK) -> str:
@@ -174,12 +176,16 @@ def load_template(name_or_path: str | os.PathLike[str]) -> Template:
     path = Path(name) / TEMPLATE_FILE if Path(name).is_dir() else Path(name)
     if not path.is_file():
         known = f"{', '.join(TEMPLATES)}, a JSON file, or a model directory with {TEMPLATE_FILE}"
-        raise ValueError(f"there is no template {name!r}: give {known}")
+        hint = did_you_mean(name, TEMPLATES, _SYNONYMS) or near_path(name)
+        raise ValueError(f"there is no template {name!r}: give {known}{hint}")
     try:
         data = read_json(path)
         if not isinstance(data, dict):
             raise ValueError(f"a template must be a JSON object, got {type(data).__name__}")
-        problems = [f"the key {key!r} is unknown" for key in sorted(data.keys() - _PLACEHOLDERS.keys())]
+        problems = [
+            f"the key {key!r} is unknown{did_you_mean(key, _PLACEHOLDERS)}"
+            for key in sorted(data.keys() - _PLACEHOLDERS.keys())
+        ]
         problems += [f"the key {key!r} is missing" for key in ("without_input", "with_input") if key not in data]
         if problems:
             raise ValueError(f"{problems[0]}, the keys are {', '.join(_PLACEHOLDERS)}")

@@ -19,9 +19,11 @@ from operator import attrgetter
 from pathlib import Path
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.data.formats import format_of
 from MyGPT.data.sources import read_pieces
 from MyGPT.data.tokens import compact_ids
 from MyGPT.evaluation.perplexity import Result, continuation_logits, documents_loss
+from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 
@@ -187,7 +189,9 @@ def find_protocol(name: str | None) -> Protocol:
     if name is None:
         return PLAIN
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
+        raise ValueError(
+            f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}{did_you_mean(name, PROTOCOLS)}"
+        )
     return PROTOCOLS[name]
 
 
@@ -203,14 +207,14 @@ def released_size(config: GPTConfig) -> str | None:
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
     """Yield each text file as one text or, if by_line is true, each of its lines that is not blank as one text.
 
-    A .jsonl file always yields the text of each record.
+    A JSON file always yields the text of each record.
     """
     for path in paths:
-        is_jsonl, text = ".jsonl" in path.suffixes[-2:], ""
+        is_json, text = format_of(path) in ("json", "lines"), ""
         for piece in read_pieces(path):
             text += piece.text
             if piece.ends_document:
-                yield from (line for line in io.StringIO(text) if line.strip()) if by_line and not is_jsonl else [text]
+                yield from (line for line in io.StringIO(text) if line.strip()) if by_line and not is_json else [text]
                 text = ""
 
 

@@ -6,11 +6,8 @@ transformers, which can open the saved model directories. Shapes: B sequences, T
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
-from MyGPT.data.records import read_json_records
-from MyGPT.files import read_json, read_text
+from MyGPT.data.records import is_missing, read_items
+from MyGPT.files import read_json
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel, model_of
 from MyGPT.tokenizers.base import encode_with_specials
@@ -158,46 +155,25 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
     """Read pairs of a text and its label from a file.
 
     Args:
-        path: a .csv file whose first line names the columns, or a JSON or JSON Lines file of objects.
-        text_key: the CSV column or JSON key of the text.
-        label_key: the CSV column or JSON key of the label. An integer label is converted to a string.
+        path: a table (.csv or .tsv) whose first line names the columns, or a JSON or JSON Lines file of objects.
+        text_key: the column or JSON key of the text.
+        label_key: the column or JSON key of the label. An integer label is converted to a string.
 
     Raises:
-        ValueError: a value is missing, empty or of another type, or a CSV line has more values than columns. The message
-            names the file, the line and the key.
+        ValueError: a value is missing, empty or of another type, or a line of a table has more values than columns. The
+            message names the file, the line and the key.
     """
-
-    def check(record: Any, where: str) -> None:
+    pairs = []
+    for where, record in read_items(path):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-        if None in record:  # the key that csv uses for extra values
-            raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
         for key, kinds in ((text_key, str), (label_key, (str, int))):
-            if record.get(key) in (None, ""):
+            if is_missing(record.get(key)) or record[key] == "":
                 raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
             if not isinstance(record[key], kinds) or isinstance(record[key], bool):
                 raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
-
-    rows = _read_csv(path, check) if Path(path).suffix == ".csv" else read_json_records(path, check)
-    return [(row[text_key], str(row[label_key])) for row in rows]
-
-
-def _read_csv(path: str | os.PathLike[str], check: Callable[[Any, str], None]) -> list[dict[str, Any]]:
-    """Return the lines of a CSV file, except the first, as dicts whose keys are the column names in the first line.
-
-    `check` is called with each dict and its position, such as "a.csv, line 3", and raises ValueError for a wrong dict.
-    """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        for row in reader:
-            check(row, f"{path}, line {reader.line_num}")
-            rows.append(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} has no records: the first line must name the columns, and records must follow")
-    return rows
+        pairs.append((record[text_key], str(record[label_key])))
+    return pairs
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:

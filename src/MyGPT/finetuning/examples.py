@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from MyGPT.config import require_positive
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, collate_instructions, encode_prompt
 from MyGPT.data.packing import PackedSampler
-from MyGPT.data.records import kind_of, read_records, split_records
+from MyGPT.data.records import check_split, kind_of, read_records, split_records
 from MyGPT.data.templates import Template, load_template
+from MyGPT.messages import near_path
 
 Rows = Literal["padded", "packed"]
 
@@ -23,7 +25,8 @@ class ExampleOptions:
     """The options for fine-tuning data: file, template, split and batches. Raises ValueError for a value out of range."""
 
     data: str
-    """JSON or JSONL file of records. Keys: instruction, input, output (Alpaca); prompt, completion; messages; or text."""
+    """File of records: JSON, JSON Lines or CSV. Keys: instruction, input, output (Alpaca); prompt, completion; messages;
+    conversations (ShareGPT); or text."""
     template: str = "alpaca"
     """Prompt template: alpaca, book (Raschka's book) or a JSON file with your own. It is saved with the model."""
     mask_prompt: bool = True
@@ -42,7 +45,16 @@ class ExampleOptions:
     def __post_init__(self) -> None:
         if self.rows not in get_args(Rows):
             raise ValueError(f"rows must be {' or '.join(get_args(Rows))}, got {self.rows!r}")
-        require_positive(optional=True, max_length=self.max_length)
+        if self.max_length is not None:
+            require_positive(max_length=self.max_length)
+        check_split(self.train_fraction, self.test_fraction, self.split_seed)
+
+    def check_files(self) -> None:
+        """Raise an error if the data file does not exist, or if there is no such template."""
+        if not Path(self.data).is_file():
+            reason = "it is a directory" if Path(self.data).is_dir() else "there is no such file"
+            raise FileNotFoundError(f"cannot read the records in {self.data}: {reason}{near_path(self.data)}")
+        load_template(self.template)
 
 
 class Examples:

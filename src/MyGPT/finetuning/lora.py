@@ -32,8 +32,8 @@ class LoRALayer(nn.Module):
 
     The matrices A (in_dim, rank) and B (rank, out_dim) are trained. A is initialised with random numbers, as in PEFT. B
     starts at zero, so the output is zero at first. The factor alpha / rank is that of PEFT and of the LoRA paper (Hu et
-    al., 2021, section 4.1), so the learning rate need not change with the rank. "Build a Large Language Model (From
-    Scratch)" (Raschka, 2024) uses the factor alpha instead: to get the results of Raschka's book, pass its alpha
+    al., 2021, section 4.1), so the learning rate need not change with the rank. The printed edition of "Build a Large
+    Language Model (From Scratch)" (Raschka, 2024) uses the factor alpha instead: to get its results, pass its alpha
     multiplied by the rank.
     """
 
@@ -42,10 +42,10 @@ class LoRALayer(nn.Module):
         require_positive(rank=rank)
         self.A = nn.Parameter(torch.empty(in_dim, rank).uniform_(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim)))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
-        self.scale = alpha / rank
+        self.alpha, self.rank = alpha, rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * (x @ self.A @ self.B)  # (..., out_dim)
+        return self.alpha / self.rank * (x @ self.A @ self.B)  # (..., out_dim)
 
 
 class LinearWithLoRA(nn.Module):

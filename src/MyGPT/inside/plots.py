@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from MyGPT.files import atomic_write
+from MyGPT.files import atomic_write, check_output_file
 from MyGPT.tokenizers.display import shorten, token_labels, tokens_to_html, tokens_to_terminal
 from MyGPT.training.metrics import read_metrics
 
@@ -196,15 +196,13 @@ def plot_sampling(
     others = torch.ones(len(logits), dtype=torch.bool).index_fill(0, best, False)
     figure = _figure(WIDTH, 0.22 * (n + 1) + 1.1)
     panels: Any = figure.subplots(1, len(stages), sharey=True, sharex=True, squeeze=False)[0]
-    longest = 1.5 * max(float(stage[best].max()) for _, stage in stages)
-    panels[0].set_xlim(0, longest)
-    for i, (axes, (title, probabilities)) in enumerate(zip(panels, stages, strict=True)):
-        bars = [*probabilities[best].tolist(), float(probabilities[others].sum())]
+    all_bars = [[*stage[best].tolist(), float(stage[others].sum())] for _, stage in stages]
+    panels[0].set_xlim(0, 1.5 * max(map(max, all_bars)))  # a third of the width is left for the labels beside the bars
+    for i, (axes, (title, probabilities), bars) in enumerate(zip(panels, stages, all_bars, strict=True)):
         axes.barh(range(n + 1), bars, color=[COLOURS[0]] * n + ["#BBBBBB"])
         for row, probability in enumerate(bars):
-            if probability > 0:  # beside the bar, or inside the panel if the bar is too long
-                place = min(probability, 0.66 * longest)
-                axes.text(place, row, f" {_percent(probability)}", va="center", fontsize=8)
+            if probability > 0:
+                axes.text(probability, row, f" {_percent(probability)}", va="center", fontsize=8)
             else:
                 axes.plot(0.05, row, "x", color=COLOURS[1], markersize=5, transform=axes.get_yaxis_transform())
         kept = int((probabilities > 0).sum())
@@ -257,7 +255,7 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
     for axes in grid.flat[len(ids) :]:
         axes.set_axis_off()
     labels = _drawable(token_labels(tokenizer, ids))
-    for i, (axes, id_, name) in enumerate(zip(grid.flat, ids, labels, strict=False)):
+    for axes, id_, name in zip(grid.flat, ids, labels, strict=False):
         nearest, cosines = nearest_tokens(model, id_, k)
         names = shorten(_drawable(token_labels(tokenizer, nearest.tolist())), 12)
         axes.barh(range(k), cosines.tolist(), color=COLOURS[0])
@@ -266,16 +264,22 @@ def plot_neighbours(model: GPTModel, tokenizer: Any, ids: Sequence[int], k: int 
         axes.set_title(name, fontsize=11, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", labelsize=8, labelbottom=i + n_columns >= len(ids))
+        axes.tick_params(axis="x", labelsize=8, labelbottom=True)
     figure.supxlabel("cosine similarity", fontsize=10)
     return figure
 
 
+def check_figure_path(path: str | os.PathLike[str]) -> None:
+    """Raise an error if the suffix of `path` is not that of a picture, or if no file can be written there."""
+    if Path(path).suffix not in ("", ".png", ".svg", ".pdf"):
+        raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
+    check_output_file(path)
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure to the file `path`. The suffix .png, .svg or .pdf selects the format; without a suffix, it is PNG."""
+    check_figure_path(path)
     kind = Path(path).suffix.lstrip(".") or "png"
-    if kind not in ("png", "svg", "pdf"):
-        raise ValueError(f"the path of a figure must end with .png, .svg or .pdf, got {path}")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format=kind, dpi=150)
 

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from MyGPT.files import read_json
+from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
 from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
-from MyGPT.tokenizers.bpe import from_visible
+from MyGPT.tokenizers.bpe import check_vocab_size, from_visible, place_added_tokens
 from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
 from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_LEARNED = ("chars", "words", "bpe")
+_SYNONYMS = {
+    "chars": "character characters char-level ascii",
+    "words": "word-level simple whitespace",
+    "bpe": "byte-bpe byte-level sentencepiece subword",
+    "gpt2": "tiktoken r50k_base",
+}
 
 
 def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
@@ -36,7 +44,8 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
         return read_openai_vocabulary(directory)
     known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
-    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}")
+    hint = did_you_mean(str(name_or_dir), _GPT2_NAMES) or near_path(name_or_dir)
+    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}{hint}")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -57,11 +66,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
-    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    added = [(token["content"], token["id"]) for token in data["added_tokens"]]
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        special = place_added_tokens(model["vocab"], added)
         return from_visible(model["vocab"], merges, special, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"])
@@ -96,6 +106,22 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
                 raise ValueError(f"the option {option} of the token {token['content']!r} is not supported")
 
 
+def check_tokenizer(kind: str, vocab_size: int = 1024) -> None:
+    """Raise ValueError if `make_tokenizer` accepts no such `kind` or, for the kind "bpe", no such `vocab_size`.
+
+    The check needs no texts, so a command makes it before it reads any.
+    """
+    names = (*_LEARNED, *_GPT2_NAMES)
+    if kind not in names and not Path(kind).is_dir():
+        known = (
+            f"{', '.join(_LEARNED)} (learned from the text), {', '.join(_GPT2_NAMES)}, or a directory with a tokenizer"
+        )
+        hint = did_you_mean(kind, names, _SYNONYMS) or near_path(kind)
+        raise ValueError(f"there is no tokenizer {kind!r}: give {known}{hint}")
+    if kind == "bpe":
+        check_vocab_size(vocab_size)
+
+
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, progress: bool = True) -> Tokenizer:
     """Train a tokenizer on texts, or open an existing one.
 
@@ -103,6 +129,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, prog
     tokenizer, see `get_tokenizer`. Only "bpe" uses `vocab_size`, the number of tokens, and `progress`. If
     `progress` is True, a progress bar is shown.
     """
+    check_tokenizer(kind, vocab_size)
     if kind == "words":
         return SimpleTokenizer.from_text(" ".join(texts))
     if kind == "chars":

@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. An id outside the vocabulary raises ValueError."""
+        """Return the text of token ids.
+
+        An id without a token is skipped, as in transformers: models often have more ids than their tokenizer has tokens.
+        A negative id, or one above 2**31 - 1, raises ValueError, and a float raises TypeError.
+        """
+
+    def ids(self) -> Collection[int]:
+        """Return the ids that have a token. They can be fewer than `n_vocab`."""
+        return range(self.n_vocab)
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -104,20 +112,58 @@ def refuse_surrogates(text: str, prefix: str = "") -> None:
         raise ValueError(f"{prefix}the text contains {found}, {reason}") from None
 
 
-def whole_numbers(ids: Iterable[int]) -> list[int]:
-    """Return token ids, given as a list, array or tensor, as a list of int. Floats and strings raise TypeError."""
+def valid_ids(ids: Iterable[int]) -> list[int]:
+    """Return token ids, given as a list, array or tensor, as a list of int.
+
+    Floats and strings raise TypeError. An id that no vocabulary can have, below 0 or above MAX_ID, raises ValueError.
+    """
     try:
-        return [operator.index(id_) for id_ in ids]
+        numbers = [operator.index(id_) for id_ in ids]
     except TypeError as error:
         raise TypeError(f"a tokenizer decodes a sequence of whole numbers: {error}") from None
+    if numbers and not (min(numbers) >= 0 and max(numbers) <= MAX_ID):
+        wrong = next(id_ for id_ in numbers if not 0 <= id_ <= MAX_ID)
+        raise ValueError(f"{wrong} is not a token id: ids are whole numbers from 0 to {MAX_ID}")
+    return numbers
 
 
-def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int], n_vocab: int) -> list[str]:
-    """Return the token of each id. An id that is not in `id_to_token` raises ValueError with the id and `n_vocab`."""
-    try:
-        return [id_to_token[id_] for id_ in whole_numbers(ids)]
-    except KeyError as error:
-        raise ValueError(f"id {error.args[0]} is not in the vocabulary of {n_vocab} tokens") from None
+def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int]) -> list[str]:
+    """Return the token of each id. An id without a token is skipped."""
+    return [id_to_token[id_] for id_ in valid_ids(ids) if id_ in id_to_token]
+
+
+def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Return the ids from 0 to vocab_size - 1 that have no token, in ascending order.
+
+    `tokenizer` is a tokenizer of MyGPT, of tiktoken or of transformers. The result is empty for any other object.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        known: Collection[int] = tokenizer.ids()
+    elif hasattr(tokenizer, "get_vocab"):
+        known = set(tokenizer.get_vocab().values())
+    elif hasattr(tokenizer, "token_byte_values"):
+        known = _ids_of_tiktoken(tokenizer)
+    else:
+        return []
+    n = max(known, default=-1) + 1
+    gaps = [] if len(known) == n else [id_ for id_ in range(min(n, vocab_size)) if id_ not in known]
+    return [*gaps, *range(n, vocab_size)]
+
+
+def _ids_of_tiktoken(encoding: Any) -> Collection[int]:
+    """Return the ids that have a token in a `tiktoken.Encoding`, which can have gaps before its special tokens."""
+    n = encoding.n_vocab
+    if len(encoding.token_byte_values()) + len(encoding.special_tokens_set) == n:
+        return range(n)
+
+    def has_token(id_: int) -> bool:
+        try:
+            encoding.decode_single_token_bytes(id_)
+        except KeyError:
+            return False
+        return True
+
+    return set(filter(has_token, range(n)))
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:

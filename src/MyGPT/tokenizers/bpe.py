@@ -23,7 +23,7 @@ from MyGPT.tokenizers.base import (
     refuse_surrogates,
     require_text,
     special_pattern,
-    whole_numbers,
+    valid_ids,
 )
 
 Pair = tuple[int, int]
@@ -38,15 +38,26 @@ _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N
 _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 
 
+def check_vocab_size(vocab_size: int, n_special_tokens: int = 1) -> None:
+    """Raise ValueError unless a byte-level BPE with this number of special tokens can have `vocab_size` tokens."""
+    smallest = 256 + n_special_tokens
+    if type(vocab_size) is not int or vocab_size < smallest:
+        allowed = f"a whole number of at least {smallest} (256 bytes and {n_special_tokens} special tokens)"
+        raise ValueError(f"vocab_size (--tokenizer_size) must be {allowed}, got {vocab_size!r}")
+
+
 class BPETokenizer(Tokenizer):
     """A tokenizer with byte-level byte-pair encoding (BPE), the method of GPT-2.
 
     Args:
         vocab: maps each token (bytes) to its id. The tokens are the 256 single bytes and the results of `merges`.
         merges: pairs of tokens to join, in the order in which they are joined
-        special_tokens: maps each special token (str) to its id. Where two special tokens match, the longer one wins.
+        special_tokens: maps each special token (str) to its id. Where two special tokens match, the longer one wins. A
+            special token may repeat a token of `vocab` with the same text and id.
         known: True means that `merges` are known to be correct, and skips a check of them that takes half a second for
             the 50,000 merges of GPT-2
+        unmerged: maps tokens that no merge creates to their ids. They are decoded, but no text is encoded to them. The
+            tokens are written in visible characters, as in GPT-2's files.
     """
 
     def __init__(
@@ -55,20 +66,25 @@ class BPETokenizer(Tokenizer):
         merges: Sequence[Merge],
         special_tokens: Mapping[str, int],
         known: bool = False,
+        unmerged: Mapping[str, int] | None = None,
     ) -> None:
         import tiktoken
 
-        _check(vocab, merges, special_tokens)
+        unmerged = unmerged or {}
+        _check(vocab, merges, special_tokens, unmerged)
+        ranks = _ranks(vocab, merges)
         if not known:
-            _check_merge_order(vocab, merges)
-        self._vocab = dict(vocab)
+            _check_merge_order(ranks, merges)
+        self._vocab, self._unmerged = dict(vocab), dict(unmerged)
         self.merges = list(merges)
         """The pairs of tokens that are joined, in the order in which they are joined."""
         self.special_tokens = dict(special_tokens)
         """Maps each special token to its id."""
-        self._encoding = tiktoken.Encoding(
-            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=self._vocab, special_tokens=self.special_tokens
-        )
+        self._bytes_of = {id_: token.encode() for token, id_ in special_tokens.items()}
+        self._bytes_of |= {id_: _visible_to_bytes(token) for token, id_ in unmerged.items()}
+        self._bytes_of |= {id_: token for token, id_ in vocab.items()}
+        self._id_of_rank = None if ranks == self._vocab else [vocab[token] for token in ranks]
+        self._encoding = tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def train(
@@ -98,12 +114,9 @@ class BPETokenizer(Tokenizer):
         if isinstance(special_tokens, str):
             raise TypeError(f"special_tokens must be a list of strings, got the string {special_tokens!r}")
         special_tokens = list(dict.fromkeys(special_tokens))
-        smallest = 256 + len(special_tokens)
-        if type(vocab_size) is not int or vocab_size < smallest:
-            reason = f"256 bytes and {len(special_tokens)} special tokens"
-            raise ValueError(f"vocab_size must be a whole number of at least {smallest} ({reason}), got {vocab_size!r}")
+        check_vocab_size(vocab_size, len(special_tokens))
         chunk_counts = count_chunks([text] if isinstance(text, str) else text, special_tokens)
-        pairs = learn_merges(chunk_counts, vocab_size - smallest, progress)
+        pairs = learn_merges(chunk_counts, vocab_size - 256 - len(special_tokens), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         for first, second in pairs:
             tokens.append(tokens[first] + tokens[second])
@@ -115,7 +128,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def n_vocab(self) -> int:
-        return self._encoding.n_vocab
+        return max(self._bytes_of) + 1
 
     @property
     def eot_token(self) -> int | None:
@@ -153,8 +166,13 @@ class BPETokenizer(Tokenizer):
                 ids.append(self.special_tokens[part])
             else:
                 for stretch in _cut_long_white_space(part):
-                    ids += self._encoding.encode_ordinary(stretch)
+                    ids += self._encode_ordinary(stretch)
         return ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Return the token ids of a text without special tokens."""
+        ranks = self._encoding.encode_ordinary(text)
+        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the token ids of a text, with special tokens encoded as ordinary text."""
@@ -165,24 +183,30 @@ class BPETokenizer(Tokenizer):
         return [self.encode(text, **special) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. Bytes that are not valid UTF-8, such as half of a character, become U+FFFD."""
+        """Return the text of token ids. Bytes that are not valid UTF-8, such as half of a character, become U+FFFD.
+
+        An id without a token is skipped, as in transformers. An id that no vocabulary can have raises ValueError.
+        """
         return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """Return the bytes of the token of each id, for example to show tokens one by one."""
-        ids = whole_numbers(ids)
-        try:
-            return self._encoding.decode_tokens_bytes(ids)
-        except (KeyError, OverflowError):
-            known = {*self._vocab.values(), *self.special_tokens.values()}
-            unknown = next(id_ for id_ in ids if id_ not in known)
-            raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab} tokens") from None
+        """Return the bytes of the token of each id, for example to show tokens one by one.
+
+        The bytes of an id without a token are b"".
+        """
+        return [self._bytes_of.get(id_, b"") for id_ in valid_ids(ids)]
+
+    def ids(self) -> Collection[int]:
+        return self._bytes_of.keys()
 
     def to_json(self) -> dict[str, Any]:
         visible = {token: "".join(BYTE_TO_CHARACTER[byte] for byte in token) for token in self._vocab}
         empty = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
         flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-        vocab = {visible[token]: id_ for token, id_ in self._vocab.items()}
+        vocab = {visible[token]: id_ for token, id_ in self._vocab.items()} | self._unmerged
+        own = sorted(id_ for token, id_ in self.special_tokens.items() if token not in vocab)
+        if own != list(range(len(vocab), len(vocab) + len(own))):  # other readers would give added tokens these ids
+            vocab |= self.special_tokens
         merges = [[visible[first], visible[second]] for first, second in self.merges]
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -295,15 +319,67 @@ def from_visible(
         except KeyError as error:
             raise ValueError(f"token {token!r} contains {error.args[0]!r}, which does not represent a byte") from None
 
-    vocab_bytes = {to_bytes(token): id_ for token, id_ in vocab.items() if token not in special}
-    return BPETokenizer(vocab_bytes, [(to_bytes(first), to_bytes(second)) for first, second in merges], special, known)
+    merges = [(first, second) for first, second in merges]
+    merged = {*CHARACTER_TO_BYTE, *(first + second for first, second in merges)}
+    return BPETokenizer(
+        {to_bytes(token): id_ for token, id_ in vocab.items() if token in merged},
+        [(to_bytes(first), to_bytes(second)) for first, second in merges],
+        special,
+        known,
+        {token: id_ for token, id_ in vocab.items() if token not in merged and token not in special},
+    )
 
 
-def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: Mapping[str, int]) -> None:
+def place_added_tokens(vocab: Mapping[str, int], added: Iterable[tuple[str, int | None]]) -> dict[str, int]:
+    """Return the id of each added token, chosen as Hugging Face's `tokenizers` library chooses it.
+
+    The library ignores the ids that a file gives to added tokens. A token of `vocab` keeps its id there, and the other
+    tokens get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to
+    another token. In this case only, the id in the file is used.
+
+    Args:
+        vocab: maps each token of the model to its id.
+        added: the added tokens and their ids in the file, in the order of the file. None stands for a missing id.
+
+    Raises:
+        ValueError: a token has no free id.
+    """
+    taken = set(vocab.values())
+    ids: dict[str, int] = {}
+    for token, listed in added:
+        if not isinstance(token, str):
+            raise ValueError(f"an added token must be a string, got {token!r}")
+        if not token or token in ids:
+            continue
+        id_ = vocab.get(token)
+        if id_ is None:
+            id_ = max(len(vocab), max(ids.values(), default=-1) + 1)
+            if id_ in taken:
+                if type(listed) is not int or listed in taken:
+                    raise ValueError(f"the added token {token!r} needs an id of its own, but got {listed!r}")
+                id_ = listed
+            taken.add(id_)
+        ids[token] = id_
+    return ids
+
+
+def _visible_to_bytes(token: str) -> bytes:
+    """Return the bytes of a token written in visible characters, or its UTF-8 bytes if not all characters are bytes."""
+    if all(character in CHARACTER_TO_BYTE for character in token):
+        return bytes(map(CHARACTER_TO_BYTE.__getitem__, token))
+    return token.encode()
+
+
+def _check(
+    vocab: Mapping[bytes, int],
+    merges: Sequence[Merge],
+    special_tokens: Mapping[str, int],
+    unmerged: Mapping[str, int],
+) -> None:
     """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, all with valid ids.
 
-    All ids, including those of the special tokens, must be distinct whole numbers from 0 to MAX_ID. The ids of the
-    results must increase in the order of the merges.
+    All ids, including those of the special tokens, must be distinct whole numbers from 0 to MAX_ID. Only a special token
+    that repeats a token of `vocab` has the same id as this token.
     """
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
@@ -311,21 +387,25 @@ def _check(vocab: Mapping[bytes, int], merges: Sequence[Merge], special_tokens: 
     for token in special_tokens:
         if not isinstance(token, str) or not token:
             raise ValueError(f"a special token must be a string of at least one character, got {token!r}")
-    ids = [*vocab.values(), *special_tokens.values()]
+    own = {token: id_ for token, id_ in special_tokens.items() if vocab.get(_visible_to_bytes(token)) != id_}
+    ids = [*vocab.values(), *own.values(), *unmerged.values()]
     if any(type(id_) is not int or not 0 <= id_ <= MAX_ID for id_ in ids) or len(set(ids)) != len(ids):
         raise ValueError(f"the ids of the vocabulary must be distinct whole numbers from 0 to {MAX_ID}")
-    last = -1
     for first, second in merges:
-        made = vocab.get(first + second)
-        if made is None or first not in vocab or second not in vocab:
+        if first + second not in vocab or first not in vocab or second not in vocab:
             raise ValueError(f"the merge of {first!r} and {second!r} needs tokens that the vocabulary lacks")
-        if made <= last:
-            order = f"id {made} after id {last}: ids must increase"
-            raise ValueError(f"the merge of {first!r} and {second!r} creates {order}")
-        last = made
     needed = 256 + len(merges)
     if len(vocab) != needed:
         raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
+
+
+def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> dict[bytes, int]:
+    """Return the numbers by which tiktoken orders the merges: the ids if they increase, else new numbers from 0 on."""
+    ids = [vocab[first + second] for first, second in merges]
+    if all(one < other for one, other in pairwise(ids)):
+        return dict(vocab)
+    tokens = [*(bytes([byte]) for byte in range(256)), *(first + second for first, second in merges)]
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from MyGPT.tokenizers.base import Tokenizer, hugging_face_json, invert_vocabulary, lookup_tokens, require_text
@@ -47,7 +47,10 @@ class CharTokenizer(Tokenizer):
             raise ValueError(f"character {place} is not in the vocabulary of {self.n_vocab} characters") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(lookup_tokens(self._character_of, ids, self.n_vocab))
+        return "".join(lookup_tokens(self._character_of, ids))
+
+    def ids(self) -> Collection[int]:
+        return self._character_of.keys()
 
     def to_json(self) -> dict[str, Any]:
         # A WordLevel model must name an unknown token. "<|none|>" is not in the vocabulary, so other readers also raise

@@ -7,7 +7,7 @@ that splits a text is from "Build a Large Language Model (From Scratch)" (Raschk
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from MyGPT.tokenizers.base import (
@@ -78,9 +78,15 @@ class SimpleTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the tokens of the ids, joined by spaces, without a space before a punctuation mark."""
-        text = " ".join(lookup_tokens(self.int_to_str, ids, self.n_vocab))
+        """Return the tokens of the ids, joined by spaces, without a space before a punctuation mark.
+
+        An id without a token is skipped, as in transformers. An id that no vocabulary can have raises ValueError.
+        """
+        text = " ".join(lookup_tokens(self.int_to_str, ids))
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
+
+    def ids(self) -> Collection[int]:
+        return self.int_to_str.keys()
 
     def to_json(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self.str_to_int, "unk_token": UNKNOWN}

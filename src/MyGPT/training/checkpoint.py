@@ -14,25 +14,24 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
-from MyGPT.training.snapshot import Snapshot, TakeSnapshot
+from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 
 CHECKPOINTS = "checkpoints"
 _FILES = _OPTIMIZER, _STATE, _WEIGHTS = "optimizer.safetensors", "state.json", "weights.safetensors"
 _MANIFEST, _LATEST = "manifest.json", "latest"
-_CONTEXT = ("lengths", "recipe", "data", "machine", "random")
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
     """Write `snapshot` to `directory` as a new checkpoint, store its name in `latest`, and return its path."""
-    path = directory / f"step-{snapshot.state.step:06d}"
+    path = directory / _name(snapshot.state.step)
     with atomic_directory(path, replaces=("*",)) as temporary:
         write_safetensors(temporary / _WEIGHTS, snapshot.weights, shown_as=path / _WEIGHTS)
         write_safetensors(temporary / _OPTIMIZER, snapshot.optimizer, shown_as=path / _OPTIMIZER)
@@ -62,27 +61,35 @@ def read_snapshot(path: Path) -> Snapshot:
     if not isinstance(content, dict):
         raise ValueError(f"{path / _STATE} must hold a JSON object, got {content!r:.80}")
     try:
-        state = RunState.from_json(content)
-        if missing := [name for name in _CONTEXT if not isinstance(content.get(name), dict)]:
-            raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
+        state, context = RunState.from_json(content), read_context(content)
+        if path.name != _name(state.step):
+            raise ValueError(f"its step is {state.step}")
     except ValueError as error:
         raise type(error)(f"{path / _STATE} is not usable: {error}") from None
     weights, optimizer = (
         {name: lazy.load().clone() for name, lazy in read_safetensors(path / file).items()}
         for file in (_WEIGHTS, _OPTIMIZER)
     )
-    return Snapshot(state, weights, optimizer, {name: content[name] for name in _CONTEXT})
+    return Snapshot(state, weights, optimizer, context)
 
 
 def has_checkpoint(run: Path) -> bool:
     """Return True if the run in the directory `run` has at least one checkpoint, complete or damaged."""
-    return bool(_by_step(run / CHECKPOINTS))
+    # A process may have been killed while it replaced the only checkpoint.
+    return bool(_by_step(run / CHECKPOINTS)) or any((run / CHECKPOINTS).glob(".step-*.previous"))
 
 
-def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
+def read_newest(
+    directory: Path, check: Callable[[Snapshot], None] = lambda snapshot: None
+) -> tuple[Snapshot, list[str]]:
     """Return the newest complete checkpoint in `directory`, and a warning for each newer checkpoint that is damaged.
 
-    Raises ValueError if there is no complete checkpoint, or if it lacks values that this version of MyGPT needs.
+    A checkpoint for which `check` raises ValueError counts as damaged.
+
+    Raises:
+        IncompatibleCheckpointError: the newest complete checkpoint lacks values that this version of MyGPT needs, or
+            `check` raised this error.
+        ValueError: there is no complete checkpoint.
     """
     newest_first = list(reversed(_by_step(directory).values()))
     latest = directory / _LATEST
@@ -92,7 +99,9 @@ def read_newest(directory: Path) -> tuple[Snapshot, list[str]]:
     problems: list[str] = []
     for path in newest_first:
         try:
-            return read_snapshot(path), problems
+            snapshot = read_snapshot(path)
+            check(snapshot)
+            return snapshot, problems
         except IncompatibleCheckpointError:
             raise
         except (ValueError, OSError) as error:
@@ -188,6 +197,10 @@ def _by_step(directory: Path) -> dict[int, Path]:
     """Return a dict from the step to the path of each checkpoint in `directory`, in ascending order of the steps."""
     paths = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
     return dict(sorted(paths.items()))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _val_loss(path: Path) -> float | None:

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from MyGPT.messages import printable
+
 
 class Console:
     """Prints the events of a training run. `progress=True` adds a progress bar. Subclasses may override any method."""
@@ -22,7 +24,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print the warning `text` to stderr."""
-        self.message(text, sys.stderr)
+        self.message(printable(text, keep=""), sys.stderr)
 
     def start(self, step: int, max_steps: int) -> None:
         """Show the progress bar of a run that has taken `step` of `max_steps` steps."""

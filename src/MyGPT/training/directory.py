@@ -6,20 +6,23 @@ import contextlib
 import os
 import shutil
 import socket
+from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from MyGPT.files import remove_leftovers, restore_directory
+from MyGPT.data.templates import TEMPLATE_FILE
+from MyGPT.files import atomic_write, check_output_directory, remove_leftovers, restore_directory
 from MyGPT.training.checkpoint import CHECKPOINTS
+from MyGPT.training.snapshot import LOGS
 
-_LOGS = ("metrics.jsonl", "samples.txt")
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *_LOGS)
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
 _LOCK, _PROCESS = ".lock", ".process"
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
     """Raise FileExistsError if the directory `run` is not empty, unless it holds a run and `overwrite` is True."""
+    check_output_directory(run)
     if not run.exists() or not any(entry.name not in (_LOCK, _PROCESS) for entry in run.iterdir()):
         return
     if not overwrite:
@@ -39,8 +42,9 @@ def is_empty_run(run: Path) -> bool:
 def lock_directory(run: Path) -> FileLock:
     """Create the directory `run`, lock it and return the lock. The end of the process also releases the lock.
 
-    Raises ValueError if the directory is locked already.
+    Raises ValueError if the directory is locked already, or if a file that a run writes is a symbolic link.
     """
+    _refuse_links(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / _LOCK, thread_local=False)  # A Trainer may be closed by another thread.
     this_process = f"process {os.getpid()} on {socket.gethostname()}"
@@ -55,19 +59,49 @@ def lock_directory(run: Path) -> FileLock:
             raise ValueError(f"this process already holds the lock of {run}: {way_out}") from None
         process = f"another process ({holder})" if holder else "another process"
         raise ValueError(f"{process} is training in {run}: wait for it, or choose another --out") from None
-    (run / _PROCESS).write_text(f"{this_process}\n", encoding="utf-8")
+    with atomic_write(run / _PROCESS) as file:
+        file.write(f"{this_process}\n")
     return lock
+
+
+def _refuse_links(run: Path) -> None:
+    """Raise ValueError if a file or directory that a run writes, or its temporary version, is a symbolic link.
+
+    A run that comes from somebody else could otherwise change any file of the user. `run` itself may be a link.
+    """
+    written = {
+        run: (_LOCK, _PROCESS, *_RUN_FILES),
+        run / CHECKPOINTS: ("step-*", "latest"),
+        run / "model": (TEMPLATE_FILE,),
+        run / "adapter": (TEMPLATE_FILE,),
+    }
+    for directory, names in written.items():
+        for path in directory.iterdir() if directory.is_dir() else ():
+            if path.is_symlink() and any(fnmatch(path.name, it) for name in names for it in (name, f".{name}.*")):
+                reason = f"a symbolic link to {os.readlink(path)}, and a run is not written through links"
+                raise ValueError(f"{path} is {reason}: remove the link, or copy the run with cp -RL")
 
 
 def log_lengths(run: Path) -> dict[str, int]:
     """Return the size in bytes of metrics.jsonl and samples.txt in the directory `run`. A missing file has size 0."""
-    return {name: (run / name).stat().st_size if (run / name).is_file() else 0 for name in _LOGS}
+    return {name: (run / name).stat().st_size if (run / name).is_file() else 0 for name in LOGS}
+
+
+def cut_log(path: Path, length: int, more: bytes = b"") -> None:
+    """Cut a log of a run back to `length` bytes and append `more`, completely or not at all. It may be missing.
+
+    The log becomes a new file, so that a hard link to the old one, such as a backup, keeps its content.
+    """
+    if path.is_file() and (path.stat().st_size > length or path.stat().st_nlink > 1):
+        content = path.read_bytes()[:length]
+        with atomic_write(path, "wb") as file:
+            file.write(content + more)
 
 
 def remove_run(run: Path) -> None:
     """Remove the files that MyGPT wrote in the directory `run`. Other files stay, because they may be the user's."""
     for path in (run / name for name in _RUN_FILES):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -71,15 +72,40 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+def evaluations_after(run: Path, n_bytes: int, last_step: int) -> list[dict[str, Any]]:
+    """Return the evaluations of steps up to `last_step` that metrics.jsonl contains after its first `n_bytes` bytes.
+
+    A finished run records them after its last checkpoint. Damaged lines are ignored, because a run that is resumed from
+    this checkpoint removes everything after the first `n_bytes` bytes.
+    """
+    path = run / "metrics.jsonl"
+    evaluations = []
+    for line in path.read_bytes()[n_bytes:].splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line, path)
+            if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] > last_step:
+                continue
+            if any(isinstance(record.get(name), float) for name in ("val_loss", "final_val_loss")):
+                evaluations.append(record)
+    return evaluations
+
+
 def _is_int64(value: object) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _summary_writer(run: Path, after: int | None) -> Any:
+def require_tensorboard() -> None:
+    """Raise ValueError if tensorboard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise ValueError(
             "tensorboard is not installed: install it with pip install 'mygpt[tensorboard]', or set tensorboard=false"
         ) from None
+
+
+def _summary_writer(run: Path, after: int | None) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=None if after is None else after + 1)

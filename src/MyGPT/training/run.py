@@ -6,8 +6,8 @@ best model), `checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, a p
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,13 +19,21 @@ import yaml
 
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write
+from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
-from MyGPT.training.directory import check_run_directory, lock_directory, log_lengths, remove_run, remove_unfinished
-from MyGPT.training.metrics import MetricsLog, read_metrics
+from MyGPT.training.directory import (
+    check_run_directory,
+    cut_log,
+    lock_directory,
+    log_lengths,
+    remove_run,
+    remove_unfinished,
+)
+from MyGPT.training.metrics import MetricsLog, evaluations_after, read_metrics
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
@@ -84,6 +92,8 @@ class Run:
     console: Console
     identify: Callable[[], dict[str, dict[str, Any]]]
     """Returns hashes of the data and a description of the machine. It may be slow, so only checkpoints call it."""
+    check_fit: Callable[[Snapshot], None]
+    """Raises ValueError if the tensors of a snapshot do not fit the model."""
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
@@ -92,6 +102,8 @@ class Run:
     _metrics: MetricsLog | None = None
     _resources: ExitStack = field(default_factory=ExitStack)
     _is_checkpoint_due: bool = False
+    _has_changed: bool = False
+    """True if the run was resumed with values that differ from those in its checkpoint."""
 
     def __post_init__(self) -> None:
         if self.resume and self.directory is None:
@@ -116,10 +128,10 @@ class Run:
             check_run_directory(directory, self.overwrite)
         with ExitStack() as resources:
             resources.callback(lock_directory(directory).release)
+            remove_unfinished(directory)
             snapshot = self._rewind(directory) if self.resume else None
             if snapshot is None:
                 remove_run(directory)
-            remove_unfinished(directory)
             with atomic_write(directory / "config.yaml") as file:
                 yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
             self._metrics = MetricsLog(directory, config.tensorboard, snapshot.state.step if snapshot else None)
@@ -212,7 +224,7 @@ class Run:
 
     def stop_message(self, state: RunState) -> str:
         """Return a message with the step, the saved files and the way to resume. Saves the model if none was saved."""
-        way_out = "" if self.writer is None else f"; --resume {self.directory} continues the run"
+        way_out = "" if self.writer is None else f"; --resume {quote(self.directory or '')} continues the run"
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
@@ -221,8 +233,11 @@ class Run:
         return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
-        """Write a checkpoint before the first step of a new run, so that a full disk raises an error early."""
-        if self.writer is not None and not self.resume:
+        """Write a checkpoint before the first step of a new run, so that a full disk raises an error early.
+
+        A run that is resumed with allowed changes also gets a checkpoint, so that it can be resumed without them.
+        """
+        if self.writer is not None and (not self.resume or self._has_changed):
             self.writer.write(take_snapshot)
 
     def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot) -> None:
@@ -268,16 +283,43 @@ class Run:
             self.writer.failure = None
 
     def _rewind(self, directory: Path) -> Snapshot:
-        """Return the newest complete checkpoint, and cut metrics.jsonl and samples.txt back to its step."""
-        snapshot, warnings = read_newest(directory / CHECKPOINTS)
-        for warning in (*warnings, *check_unchanged(snapshot, self.context(), self.allow_changed)):
+        """Return the newest complete checkpoint, and cut metrics.jsonl and samples.txt back to its step.
+
+        If a finished run is extended, the evaluations at its earlier end stay in metrics.jsonl.
+        """
+        context = self.context()
+
+        def check(snapshot: Snapshot) -> None:
+            check_unchanged(snapshot, context, self.allow_changed)
+            self.check_fit(snapshot)
+
+        snapshot, warnings = read_newest(directory / CHECKPOINTS, check)
+        for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
             self.console.warn(warning)
+        lengths = log_lengths(directory) | snapshot.context["lengths"]
+        kept = self._past_evaluations(directory, lengths["metrics.jsonl"], snapshot.state)
         if self.allow_changed:
             pairs = [(record["val_loss"], record["step"]) for record in read_metrics(directory) if "val_loss" in record]
             if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(finite)
-        for name, length in log_lengths(directory).items():
-            if (saved := snapshot.context["lengths"].get(name, length)) < length:
-                os.truncate(directory / name, saved)
+            self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
+        for name, length in lengths.items():
+            cut_log(directory / name, length, kept if name == "metrics.jsonl" else b"")
         return snapshot
+
+    def _past_evaluations(self, directory: Path, length: int, state: RunState) -> bytes:
+        """Return the lines after `length` bytes of metrics.jsonl that an extended run must keep, and update `state`.
+
+        A finished run evaluates its last model after its last checkpoint. A resumed run repeats these evaluations only
+        if it trains no further.
+        """
+        if state.step >= self.config.max_steps:
+            return b""
+        records = evaluations_after(directory, length, state.step)
+        for record in records:
+            if record["step"] == state.step != state.evaluated_step and "val_loss" in record:
+                state.add_evaluation(record["val_loss"])
+        if state.has_lost_patience(self.config.early_stop):
+            records = [record for record in records if "val_loss" in record]
+        return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -10,6 +10,8 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from MyGPT.training.optim import trained_parameters
-from MyGPT.training.state import RunState
+from MyGPT.model import GPTModel
+from MyGPT.training.config import TrainConfig
+from MyGPT.training.optim import Muon, make_optimizers, trained_parameters
+from MyGPT.training.state import IncompatibleCheckpointError, RunState
 
+LOGS = ("metrics.jsonl", "samples.txt")
+"""The files in a run's directory to which each step may append. A resumed run cuts them back to the checkpoint's step."""
+_CONTEXT = ("lengths", "recipe", "data", "machine", "random")
+_ARCHITECTURE = (
+    "vocab_size context_length emb_dim n_heads n_layers qkv_bias tie_weights activation layer_norm_eps"
+).split()
 _ABSENT = "(absent)"
 # The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.
 _numpy_random: Any = np.random
@@ -56,14 +66,65 @@ def take_snapshot(
     return Snapshot(replace(state), copies, optimizer, {**context, "random": random_states()})
 
 
+def read_context(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return Snapshot.context from the values in state.json, after checking their types. Other keys are ignored.
+
+    Raises:
+        IncompatibleCheckpointError: a key is missing.
+        ValueError: a value has the wrong type.
+    """
+    if missing := [name for name in _CONTEXT if name not in values]:
+        raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
+    for name in _CONTEXT:
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} must be a JSON object, got {values[name]!r:.80}")
+    for name, length in values["lengths"].items():
+        if name not in LOGS or type(length) is not int or not 0 <= length < 2**63:
+            allowed = f"the sizes of {' and '.join(LOGS)} in bytes"
+            raise ValueError(f"lengths must contain only {allowed}, got {name!r:.80}: {length!r:.80}")
+    try:
+        _restore(values["random"], random.Random(), _numpy_random.RandomState(), torch.Generator())
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"random must hold the states of the random generators: {error!s:.200}") from None
+    return {name: values[name] for name in _CONTEXT}
+
+
+def check_fit(model: nn.Module, config: TrainConfig, snapshot: Snapshot) -> None:
+    """Raise ValueError unless the tensors of the snapshot fit the trained parameters of `model` and their optimizers."""
+    parameters, state = trained_parameters(model), snapshot.state
+    if names := sorted(parameters.keys() ^ snapshot.weights.keys()):
+        where = "only this run" if names[0] in parameters else "only the checkpoint"
+        raise ValueError(f"it trains other parameters than this run: {where} has {names[0]}")
+    found: dict[str, set[str]] = {name: set() for name in parameters}
+    expected = {name: (tensor, parameters[name].shape) for name, tensor in snapshot.weights.items()}
+    for path, tensor in snapshot.optimizer.items():
+        name, _, key = path.rpartition("/")
+        if name not in found:
+            raise ValueError(f"the optimizer state {path} belongs to no trained parameter")
+        found[name].add(key)
+        expected[path] = tensor, torch.Size() if key == "step" else parameters[name].shape
+        if key == "step" and tensor.shape == () and not 1 <= float(tensor) <= state.step:
+            raise ValueError(f"{path} must be from 1 to the step {state.step}, got {float(tensor)}")
+    for path, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{path} has the shape {tuple(tensor.shape)}, this run needs {tuple(shape)}")
+    if state.step > state.n_skipped and not snapshot.optimizer:
+        raise ValueError(f"it has no optimizer state after {state.step} steps")
+    names_of = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in make_optimizers(model, config):
+        keys = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for name in (names_of[parameter] for group in optimizer.param_groups for parameter in group["params"]):
+            if found[name] not in (set(), keys):  # A parameter that never had a gradient has no state.
+                required = f"this run needs {', '.join(sorted(keys))}"
+                raise ValueError(f"the optimizer state of {name} is {', '.join(sorted(found[name]))}; {required}")
+
+
 def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
     """Load a snapshot into the model, its optimizers and the random generators, and return a copy of its RunState.
 
-    Raises ValueError if the parameters of the model that require gradients have other names than those in the snapshot.
+    The snapshot must have passed `check_fit`.
     """
     weights = trained_parameters(model)
-    if weights.keys() != snapshot.weights.keys():
-        raise ValueError(f"the checkpoint of step {snapshot.state.step} trains other parameters than this run")
     with torch.no_grad():
         for name, tensor in snapshot.weights.items():
             weights[name].copy_(tensor)
@@ -105,22 +166,37 @@ def random_states() -> dict[str, Any]:
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
     """Restore the states that `random_states` returned. States of devices that this machine lacks are ignored."""
-    version, integers, gauss = states["python"]
-    random.setstate((version, tuple(integers), gauss))
-    kind, keys, *rest = states["numpy"]
-    _numpy_random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_from_hex(states["torch"]))
+    _restore(states, random, _numpy_random, torch.default_generator)
     for device, state in enumerate(states.get("cuda", ())[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_from_hex(state), device)
     if "mps" in states and torch.backends.mps.is_available():
         torch.mps.set_rng_state(_from_hex(states["mps"]))
 
 
-def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return {"data": hashes of the data and frozen weights, "machine": torch version, device and thread count}.
+def _restore(states: Mapping[str, Any], python: Any, numpy: Any, generator: torch.Generator) -> None:
+    """Set Python's, NumPy's and torch's random generator to the states that `random_states` returned.
 
-    Hashes of the training and validation batches come from the method `fingerprint()` of `train` and `val`. Without
-    this method, changed batches go unnoticed when a run is resumed.
+    A damaged state raises ValueError, TypeError, LookupError, OverflowError or RuntimeError.
+    """
+    version, integers, gauss = states["python"]
+    if not isinstance(gauss, (float, NoneType)):
+        raise TypeError(f"python's last value must be a number or null, got {gauss!r}")
+    python.setstate((version, tuple(integers), gauss))
+    kind, keys, position, has_gauss, cached_gaussian = states["numpy"]
+    if type(position) is not int or not 0 <= position <= 624:  # NumPy would read memory outside of its state.
+        raise ValueError(f"numpy's position must be from 0 to 624, got {position!r}")
+    numpy.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached_gaussian))
+    generator.set_state(_from_hex(states["torch"]))
+    for text in (*states.get("cuda", ()), *([states["mps"]] if "mps" in states else [])):
+        _from_hex(text)
+
+
+def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return {"data": hashes of the data and the model, "machine": torch version, device and thread count}.
+
+    The model is identified by its frozen weights or, if it has none, by its architecture. Hashes of the training and
+    validation batches come from the method `fingerprint()` of `train` and `val`. Without this method, changed batches
+    go unnoticed when a run is resumed.
     """
     parts = {"training_data": train, "validation_data": val}
     data = {name: part.fingerprint() for name, part in parts.items() if hasattr(part, "fingerprint")}
@@ -131,6 +207,9 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
         data["frozen_weights"] = digest.hexdigest()
+    else:
+        architecture = {name: getattr(model.config, name) for name in _ARCHITECTURE}
+        data["architecture"] = hashlib.sha256(repr(architecture).encode()).hexdigest()
     # The last digits of the results depend on the machine.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     machine = {"torch": str(torch.__version__), "device": name, "threads": torch.get_num_threads()}
@@ -138,26 +217,42 @@ def identify(model: nn.Module, train: Any, val: Any, device: torch.device) -> di
 
 
 def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]], allowed: Sequence[str]) -> list[str]:
-    """Raise ValueError if the recipe or the data have changed, and return a warning for each change of the machine.
+    """Refuse a run whose recipe or data have changed, and return a warning for each change of the machine.
+
+    Files are compared by their content: a path in the recipe may change if the data or the model behind it are the same.
 
     Args:
         snapshot: the state from which the run is to be resumed.
         context: the current values of what Snapshot.context stores: `recipe` (config.yaml), `data` and `machine`.
-        allowed: names of the recipe keys that may differ. It may also contain "data" (the data may differ) and "model" (the
-            weights that are not trained may differ).
+        allowed: names of the recipe keys that may differ. It may also contain "data_content" (the training and
+            validation data may differ) and "model_content" (the weights that are not trained may differ).
+
+    Raises IncompatibleCheckpointError if a value has changed that may not differ.
     """
     before, now = snapshot.context["recipe"], context["recipe"]
+    saved, current = snapshot.context["data"], context["data"]
+    keys = {"training_data": "data_content", "validation_data": "data_content", "frozen_weights": "model_content"}
+    changed = {name: keys[name] for name in keys if name in current and saved.get(name) != current[name]}
+    same_data = "training_data" in current and ("data_content" in allowed or "data_content" not in changed.values())
+    same_model = (
+        "frozen_weights" in current and ("model_content" in allowed or "frozen_weights" not in changed)
+    ) or saved.get("architecture", _ABSENT) == current.get("architecture")
+    # A tokenizer or template may also be given by a name such as "bpe", which is not a path that can move.
+    moved = {"data": same_data, "model": same_model} | {
+        key: same_data and Path(str(now.get(key))).exists() for key in ("tokenizer", "template")
+    }
     differences = [
-        f"{key} was {before.get(key, _ABSENT)!r} and is {now.get(key, _ABSENT)!r}"
+        f"{key} was {before.get(key, _ABSENT)!r:.80} and is {now.get(key, _ABSENT)!r:.80}"
         for key in {**before, **now}
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key not in allowed
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key not in allowed and not moved.get(key)
     ]
-    for name, fingerprint in context["data"].items():
-        key = "model" if name == "frozen_weights" else "data"
-        if snapshot.context["data"].get(name) != fingerprint and key not in allowed:
-            differences.append(f"{key}: the {name.replace('_', ' ')} differ from those the run began with")
+    differences += [
+        f"{key}: the {name.replace('_', ' ')} differ from those the run began with"
+        for name, key in changed.items()
+        if key not in allowed
+    ]
     if differences:
-        raise ValueError(
+        raise IncompatibleCheckpointError(
             f"the run cannot be resumed from step {snapshot.state.step}: {'; '.join(differences)} "
             "(--allow_changed KEY resumes it with the changed value, with different results)"
         )
@@ -178,4 +273,4 @@ def _hex(state: Tensor) -> str:
 
 
 def _from_hex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)  # ValueError for an empty text

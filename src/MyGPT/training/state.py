@@ -12,7 +12,7 @@ _RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
 
 
 class IncompatibleCheckpointError(ValueError):
-    """Raised for a checkpoint that lacks a value which this version of MyGPT needs."""
+    """Raised for an undamaged checkpoint that cannot be continued: another version wrote it, or the run has changed."""
 
 
 @dataclass
@@ -83,12 +83,20 @@ class RunState:
 
         Other keys are ignored.
 
-        Raises IncompatibleCheckpointError if a field is missing, and ValueError if its value has the wrong type.
+        Raises:
+            IncompatibleCheckpointError: a field is missing.
+            ValueError: a value has the wrong type, or is impossible after this number of steps.
         """
         values = {_RENAMED.get(key, key): value for key, value in values.items()}
         if missing := [field.name for field in fields(cls) if field.name not in values]:
             raise IncompatibleCheckpointError(f"it lacks {', '.join(missing)}, so another version of MyGPT wrote it")
-        return cls(**{it.name: _from_json(values[it.name], str(it.type), it.name) for it in fields(cls)})
+        state = cls(**{it.name: _from_json(values[it.name], str(it.type), it.name) for it in fields(cls)})
+        for name in ("evaluated_step", "evals_since_best", "n_skipped"):
+            if (getattr(state, name) or 0) > state.step:
+                raise ValueError(f"{name} must be at most the step {state.step}, got {getattr(state, name)}")
+        if math.isnan(state.best_loss):
+            raise ValueError("best_loss must be a number or infinity, got nan")
+        return state
 
 
 def _from_json(value: Any, kind: str, name: str) -> Any:

@@ -28,7 +28,14 @@ from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.optim import make_optimizers, set_learning_rate
 from MyGPT.training.run import BestModelStore, Run, WholeModel
-from MyGPT.training.snapshot import Snapshot, identify, restore_snapshot, seed_everything, take_snapshot
+from MyGPT.training.snapshot import (
+    Snapshot,
+    check_fit,
+    identify,
+    restore_snapshot,
+    seed_everything,
+    take_snapshot,
+)
 from MyGPT.training.state import RunState
 from MyGPT.training.texts import LiveSamples, make_batches, to_device
 
@@ -55,7 +62,8 @@ class Trainer:
         device: the device on which the model is trained.
         overwrite: replace an earlier run in run_dir.
         resume: continue the run in run_dir. The recipe and the data must be unchanged.
-        allow_changed: recipe keys that may differ on resuming; "data" and "model" allow other data and frozen weights.
+        allow_changed: recipe keys that may differ on resuming; "data_content" and "model_content" allow other data and
+            other frozen weights.
         console: prints all messages. Default: `Console(progress)`, with a progress bar if `progress` is True.
     """
 
@@ -91,6 +99,7 @@ class Trainer:
             WholeModel(model, tokenizer) if best_model is None else best_model,
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
+            partial(check_fit, model, config),
             overwrite=overwrite,
             resume=resume,
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,

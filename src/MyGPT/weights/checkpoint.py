@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
-from MyGPT.files import FileWarning
+from MyGPT.messages import FileWarning
 from MyGPT.weights.layout import HEAD, WTE, config_of, fit, reconcile, to_ours
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
+from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.torch_file import split_checkpoint
 from MyGPT.weights.hub import download_from_hub, is_downloaded
@@ -64,9 +65,15 @@ def download_model(name: str, directory: str | os.PathLike[str] | None = None, b
     repository = _repository(name)
     if repository:
         return download_from_hub(repository, parent / repository.replace("/", "--"))
-    if name in GPT2_CONFIGS:
-        return download_gpt2(name, parent, base_url)
-    raise ValueError(f"unknown model {name!r}: choose {', '.join(GPT2_CONFIGS)} or hf://user/model")
+    check_name(name)
+    return download_gpt2(name, parent, base_url)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if `name` is not the name of a model that `download_model` can download."""
+    if name not in GPT2_CONFIGS and _repository(name) is None:
+        hint = did_you_mean(name, GPT2_CONFIGS, MODEL_SYNONYMS)
+        raise ValueError(f"unknown model {name!r}: choose {', '.join(GPT2_CONFIGS)} or hf://user/model{hint}")
 
 
 def read_weights(

@@ -11,6 +11,7 @@ from typing import Any
 
 from MyGPT.config import GPT2_CONFIGS
 from MyGPT.download import DownloadError, address_of, download
+from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
 from MyGPT.tokenizers.gpt2 import VOCABULARY_SHA256
 from MyGPT.weights.formats.openai import load_gpt2_params_from_tf_ckpt, read_settings
 from MyGPT.weights.tensorflow.bundle import latest_checkpoint
@@ -82,5 +83,6 @@ def download_and_load_gpt2(
 def released_size(name: str) -> str:
     """Return OpenAI's name of a released model: "124M" for "124M" or "gpt2". Raises ValueError for an unknown name."""
     if name not in GPT2_CONFIGS:
-        raise ValueError(f"there is no GPT-2 of the size {name!r}; the sizes are {', '.join(GPT2_CONFIGS)}")
+        hint = did_you_mean(name, GPT2_CONFIGS, MODEL_SYNONYMS)
+        raise ValueError(f"there is no GPT-2 of the size {name!r}; the sizes are {', '.join(GPT2_CONFIGS)}{hint}")
     return next(size for size in DATA_BYTES if GPT2_CONFIGS[size] == GPT2_CONFIGS[name])

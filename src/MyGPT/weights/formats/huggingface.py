@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from MyGPT.config import GPTConfig, read_config_json
+from MyGPT.config import GPT2_CONFIGS, GPTConfig, read_config_json
 from MyGPT.files import atomic_directory, read_json, restore_directory
+from MyGPT.messages import MODEL_SYNONYMS, did_you_mean, near_path
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 from MyGPT.weights.formats.torch_file import read_torch_file
@@ -111,7 +112,10 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
     """Return the result of `find_directory`. Raises FileNotFoundError instead of returning None."""
     directory = find_directory(path)
     if directory is None:
-        raise FileNotFoundError(f"no model at {path}: neither it nor {Path(path, 'model')} has a config.json")
+        if Path(path).exists():
+            raise FileNotFoundError(f"no model at {path}: neither it nor {Path(path, 'model')} has a config.json")
+        hint = did_you_mean(str(path), GPT2_CONFIGS, MODEL_SYNONYMS) or near_path(path)
+        raise FileNotFoundError(f"no model at {path}: there is no such file or directory{hint}")
     return directory
 
 
