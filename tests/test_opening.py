@@ -143,7 +143,7 @@ def test_an_adapter_never_makes_a_command_download_its_model(
     for function in ("download_from_hub", "download_gpt2"):
         monkeypatch.setattr(f"MyGPT.weights.pretrained.{function}", lambda *arguments: pytest.fail("it downloads"))
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("MyGPT.commands._model.start_build", lambda device: None)
+    monkeypatch.setattr("MyGPT.commands._model.start_build", lambda *arguments: None)
     assert run_command(command, adapter, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert f"was trained on {base}, which is not on this machine" in error
@@ -256,7 +256,7 @@ def test_info_and_generate_give_the_same_error(
         (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
     elif wrong == "base":
         save_adapter(path, str(tmp_path / "gone"), model)
-    monkeypatch.setattr("MyGPT.commands.generate.start_build", lambda device: None)
+    monkeypatch.setattr("MyGPT.commands.generate.start_build", lambda *arguments: None)
     assert main(["generate", "--model", str(path)]) == 2
     expected = capsys.readouterr().err.removeprefix("mygpt generate: ")
     assert main(["info", str(path)]) == 2

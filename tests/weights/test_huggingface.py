@@ -398,7 +398,7 @@ def test_an_error_about_a_missing_file_names_the_file(saved: Path) -> None:
     (saved / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=f"{saved}.*config.json"):
         GPTModel.from_pretrained(saved)
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*config\.json"):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such file"):
         GPTModel.from_pretrained(saved / "nowhere")
 
 

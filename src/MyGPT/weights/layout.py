@@ -179,13 +179,16 @@ def reconcile(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTe
     if not config.qkv_bias:
         for name in present:
             del found[name]
-    biases = {name: shape for name, shape in shapes(config).items() if name.endswith(".bias")}
-    kinds = set(map(_kind, found))
-    lacking = [name for name in biases.keys() - found.keys() if name in qkv_biases or _kind(name) not in kinds]
+    optional, kinds = set(qkv_biases), set(map(_kind, found))
+    lacking = {
+        name: _zeros(shape, found)
+        for name, shape in shapes(config).items()
+        if name.endswith(".bias") and name not in found and (name in optional or _kind(name) not in kinds)
+    }
     if lacking:
-        found |= {name: _zeros(biases[name], found) for name in lacking}
+        found |= lacking
         more = f" and {len(lacking) - 1} more biases" if len(lacking) > 1 else ""
-        notes.append(f"it lacks {min(lacking)}{more}: missing biases are taken as zero")
+        notes.append(f"it lacks {next(iter(lacking))}{more}: missing biases are taken as zero")
     head, embedding = found.get(HEAD), found.get(WTE)
     if not config.tie_weights and head is None and embedding is not None:
         found[HEAD] = embedding.map(embedding.shape, torch.clone)
