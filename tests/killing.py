@@ -62,6 +62,25 @@ def run(arguments: list[str], *how: Any, **more: Any) -> int:
     return process.exitcode
 
 
+class SignalInStep6:
+    """A function that can be pickled for another process: it sends a signal in the sixth step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self) -> None:
+        from MyGPT.training.trainer import Trainer
+
+        step = Trainer.step
+
+        def signalling(trainer: Any) -> dict[str, float]:
+            if trainer.step_number == 5:
+                os.kill(os.getpid(), self.number)
+            return step(trainer)
+
+        Trainer.step = signalling  # type: ignore[method-assign]
+
+
 def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
     """Run a command once for each kill and once more to its end. Return how many of the kills hit a running process."""
     struck = 0

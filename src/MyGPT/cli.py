@@ -6,6 +6,8 @@ the command's options. A command is imported only when it runs, which keeps `myg
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -14,9 +16,14 @@ from collections.abc import Iterable, Sequence
 
 from MyGPT.messages import did_you_mean, error_message, plain_warnings, printable, safe_streams
 
+SIGPIPE = 13
+"""The number of the signal on every system that has it; Windows has not."""
+
 COMMANDS = {
     "train": "train a GPT on text files",
     "finetune": "fine-tune a model on instructions, with LoRA or on all weights",
+    "dpo": "train a model to prefer chosen answers to rejected ones (DPO)",
+    "classify": "train a text classifier, or classify texts with it",
     "generate": "continue a prompt with a trained model",
     "chat": "chat with a model in the terminal",
     "evaluate": "measure loss, perplexity and bits per byte on a text",
@@ -32,6 +39,8 @@ COMMANDS = {
 _SYNONYMS = {
     "train": "pretrain fit",
     "finetune": "tune sft lora ft",
+    "dpo": "preference preferences align rlhf ipo orpo",
+    "classify": "classifier classification label sentiment cls",
     "generate": "sample gen complete predict run inference",
     "chat": "talk ask",
     "evaluate": "eval perplexity test",
@@ -58,10 +67,31 @@ _KIND_SYNONYMS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
-    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM.
+    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. If the
+    program that reads our output has ended, such as `head`, it is 141, as after SIGPIPE, and after SIGHUP it is 129.
     An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
     Then the exception is raised instead.
     """
+    status = 0
+    try:
+        try:
+            status = _main(arguments)
+        finally:  # also after --help, which raises SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        status = status or 128 + SIGPIPE
+    except OSError as error:  # stdout is a file on a full disk
+        _discard_output()
+        if status == 0:
+            _report("", f"the output could not be written: {error_message(error)}")
+        status = status or 2
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    """Run a command as `main` does. Output that is still buffered at the end is left to the caller."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with safe_streams():
         return _run(arguments)
@@ -84,25 +114,35 @@ def _run(arguments: list[str]) -> int:
             hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}{hint}")
     except KeyboardInterrupt as interrupt:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # The terminal has printed ^C, perhaps after an unfinished line.
-        _report(name, str(interrupt) or "interrupted")
+        # The terminal has printed ^C, perhaps after an unfinished line.
+        _report(name, str(interrupt) or "interrupted", begins_line=sys.stderr is not None and sys.stderr.isatty())
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
-    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("MYGPT_DEBUG"):
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = error_message(error)
+        if isinstance(error, (MemoryError, RuntimeError)) or getattr(error, "errno", None) == errno.ENOMEM:
+            from MyGPT.commands._memory import memory_advice
+
+            message = memory_advice(name, error) or ""
+        if os.environ.get("MYGPT_DEBUG") or not message:  # any other RuntimeError is a mistake in the program
             raise
-        _report(name, error_message(error))
+        _report(name, message)
         return 2
     return 0
 
 
-def _report(command: str, message: str) -> None:
-    """Print a message of a command as one line on stderr."""
+def _report(command: str, message: str, begins_line: bool = False) -> None:
+    """Print a message of a command as one line on stderr, unless the terminal or the reader of stderr is gone.
+
+    With begins_line=True, a line end is printed first.
+    """
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
-    print(f"{program}: {printable(message, keep='')}", file=sys.stderr)
+    start = "\n" if begins_line else ""
+    try:
+        print(f"{start}{program}: {printable(message, keep='')}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output()
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
@@ -124,6 +164,21 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
     call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
+
+
+def _discard_output() -> None:
+    """Send the rest of stdout, and of stderr if it is broken too, to nowhere.
+
+    Without this, Python would print an error and change the exit status when it flushes the streams at its end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # ValueError: no file, or a closed one
+            try:
+                stream.flush()
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -36,6 +36,9 @@ _GELUS = {
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"),
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
 }
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_TOKEN_FIELDS = (*_SPECIAL_IDS, "generation_config")
+"""The fields of GPTConfig that describe special tokens and generation, not the model."""
 _HUGGING_FACE_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
@@ -78,6 +81,17 @@ class GPTConfig:
     init: Init = "gpt2"
     """Initial weights: gpt2 (random, as in GPT-2) or local (each attention head at first attends to a nearby token).
     config.json does not store this field, because a trained model does not need it."""
+    bos_token_id: int | None = field(default=None, compare=False)
+    """Id of the token with which a text begins, as config.json gives it. The fields from here on do not change the
+    model's computation, so two configs that differ only in them are equal."""
+    eos_token_id: int | tuple[int, ...] | None = field(default=None, compare=False)
+    """Id of the token that ends a text, or several such ids, as config.json gives them. None uses the tokenizer's
+    token."""
+    pad_token_id: int | None = field(default=None, compare=False)
+    """Id of the token that pads shorter sequences, as config.json gives it."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Content of generation_config.json, which is written back when the model is saved. Its bos_token_id, eos_token_id
+    and pad_token_id, if they are not null, override the fields of the same names, as in transformers."""
 
     model_type: ClassVar[str] = "gpt2"
 
@@ -95,6 +109,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not _is_number(self.drop_rate) or not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate must be a number of at least 0 and below 1, got {self.drop_rate!r}")
+        self._check_special_ids()
         for name in ("layer_norm_eps", "init_std"):
             value = getattr(self, name)
             is_unset = name == "init_std" and value is None
@@ -113,6 +128,50 @@ class GPTConfig:
         if n > _MAX_PARAMETERS:
             raise ValueError(f"these sizes give a model of {n:.0e} parameters, the limit is {_MAX_PARAMETERS:.0e}")
 
+    def _check_special_ids(self) -> None:
+        """Raise ValueError for an invalid special id. A list of ids, as JSON gives it, becomes a tuple."""
+        end: object = self.eos_token_id
+        if isinstance(end, list):
+            object.__setattr__(self, "eos_token_id", tuple(end))
+        generation: object = self.generation_config
+        if not isinstance(generation, Mapping):
+            raise ValueError(f"generation_config must map names to values, got {type(generation).__name__}")
+        for values in (vars(self), generation):
+            for name in _SPECIAL_IDS:
+                value, several = values.get(name), name == "eos_token_id"
+                ids = value if several and isinstance(value, (list, tuple)) else [value]
+                if value is not None and not all(type(id_) is int for id_ in ids):
+                    allowed = "null, a whole number" + " or a list of whole numbers" * several
+                    raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
+
+    def special_ids(self, name: str) -> tuple[int, ...]:
+        """Return the ids that generation uses for "bos_token_id", "eos_token_id" or "pad_token_id".
+
+        The value in `generation_config` comes first, as in transformers. Ids outside the vocabulary are left out, because
+        transformers writes GPT-2's id 50256 into the config.json of smaller models too.
+        """
+        value = self.generation_config.get(name)
+        value = getattr(self, name) if value in (None, [], ()) else value
+        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        return tuple(id_ for id_ in ids if 0 <= id_ < self.vocab_size)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids at which generation ends a text. Empty if the model's files name none."""
+        return self.special_ids("eos_token_id")
+
+    def ending_with(self, id_: int | None) -> GPTConfig:
+        """Return this config with one more id at which generation ends, before those that are already there.
+
+        A model that is trained to end its texts with another token then stops at this token. Nothing changes if `id_` is
+        None or is already an end id.
+        """
+        if id_ is None or id_ in self.end_ids:
+            return self
+        ids = (id_, *self.end_ids) if self.end_ids else id_
+        generation = self.generation_config and {**self.generation_config, "eos_token_id": ids}
+        return dataclasses.replace(self, eos_token_id=ids, generation_config=generation)
+
     @property
     def tie_word_embeddings(self) -> bool:
         """The value of `tie_weights` under the name that Hugging Face's PEFT library reads."""
@@ -124,7 +183,8 @@ class GPTConfig:
         dropouts = dict.fromkeys(_HUGGING_FACE_DROPOUTS, self.drop_rate)
         if self.init_std is None:
             del named["initializer_range"]  # transformers requires a number, and trained weights do not depend on it.
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": self.model_type, **named, **dropouts}
+        special = {name: getattr(self, name) for name in _SPECIAL_IDS}
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": self.model_type, **named, **dropouts, **special}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
@@ -147,6 +207,7 @@ class GPTConfig:
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
         if "activation" in ours:
             ours["activation"] = _GELUS[ours["activation"]]
+        ours |= {name: config[name] for name in _SPECIAL_IDS if name in config}
         # GPT-2 of transformers always has biases, so they are the default for a config.json.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
 
@@ -160,11 +221,21 @@ class GPTConfig:
 
 
 def read_config_json(path: Path) -> GPTConfig:
-    """Return the config in the `config.json` at `path`. A damaged file or another kind of model raises ValueError."""
+    """Return the config in the `config.json` at `path`, with the content of `generation_config.json` beside it.
+
+    A damaged file or another kind of model raises ValueError.
+    """
     try:
-        return GPTConfig.from_dict(read_json(path))
+        config = GPTConfig.from_dict(read_json(path))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
+    generation = path.with_name("generation_config.json")
+    if not generation.is_file():
+        return config
+    try:
+        return dataclasses.replace(config, generation_config=read_json(generation))
+    except ValueError as error:
+        raise ValueError(f"{generation} has wrong settings: {error}") from None
 
 
 def config_beside(path: Path) -> GPTConfig | None:

@@ -82,7 +82,8 @@ def download(
         ValueError: an address does not begin with http:// or https://.
     """
     from filelock import FileLock
-    from tqdm import tqdm
+
+    from MyGPT.progress import progress_bar
 
     path = Path(path)
     urls = [urls] if isinstance(urls, str) else urls
@@ -93,7 +94,7 @@ def download(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress)
+    bar = progress_bar(progress, desc=path.name, unit="B", unit_scale=True)
     with bar, FileLock(path.parent / ".downloads.lock"):
         if _is_complete(path, sha256, size):  # another process had the lock and downloaded it
             return path

@@ -6,14 +6,17 @@ sees half a file. Reading: a damaged or hostile file raises ValueError with the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -21,10 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows, which refuses to rename a directory while one of its files is open
+    fcntl = None  # type: ignore[assignment]
+
 MAX_TEXT_BYTES = 1 << 32
 """Size in bytes of the largest file that `read_text` accepts by default. data/sources.py reads larger files in pieces."""
 MAX_JSON_BYTES = 1 << 28
 """Size in bytes of the largest file that `read_json` accepts: ten times the largest tokenizer.json in use."""
+_MAX_WAIT_FOR_READERS = 10.0
+"""Seconds after which `atomic_directory` replaces a directory although another process is still reading it."""
 _MAX_NESTING = 100  # Recursive code that walks through a deeper value could exceed Python's recursion limit of 1,000.
 
 
@@ -93,8 +103,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     directory has the permissions of the old one. If `path` is a symbolic link, the directory to which it points is
     replaced. A `path` that contains the current directory raises ValueError.
 
-    For an instant, the old directory is already renamed and the new one is not, so `path` does not exist. If the process
-    is killed then, `restore_directory` puts the old directory back.
+    For an instant, the old directory is already renamed and the new one is not, so `path` does not exist. Readers use
+    `present_directory` and `reading`, and the next writer puts the old directory back if this process is killed then.
     """
     shown, path = Path(path), _real(path)
     if Path.cwd().is_relative_to(path):
@@ -118,8 +128,10 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         if path.exists():
             _copy_missing(path, temporary, replaces)
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-            os.rename(path, _aside(path))
-        os.rename(temporary, path)
+        with _without_readers(path):
+            if path.exists():
+                os.rename(path, _aside(path))
+            os.rename(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         restore_directory(path)
@@ -130,12 +142,83 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
 
 
 def restore_directory(path: str | os.PathLike[str]) -> None:
-    """Put the old directory back at `path` if a process was killed while `atomic_directory` was replacing it."""
+    """Put the old directory back at `path` if a process was killed while `atomic_directory` was replacing it.
+
+    Only a process that may write to `path` may call this function. Readers call `present_directory`.
+    """
     path = _real(path)
     if path.exists():
         shutil.rmtree(_aside(path), ignore_errors=True)  # An old directory that was replaced but not yet removed.
     elif _aside(path).exists():
-        os.rename(_aside(path), path)
+        with _without_readers(_aside(path)):
+            os.rename(_aside(path), path)
+
+
+def present_directory(path: str | os.PathLike[str]) -> Path:
+    """Return where the directory `path` is now: at `path`, or beside it while `atomic_directory` is replacing it.
+
+    Nothing is changed, so the function also works for readers without write permission. If there is neither directory,
+    the result is `path`.
+    """
+    given, path = Path(path), _real(path)
+    # The third look finds a new directory whose old one disappeared between the first two.
+    return next((place for place in (given, _aside(path), given) if place.exists()), given)
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep `atomic_directory` from replacing a model while its files are opened within the `with` block.
+
+    The block covers the directory `path`, or the directory of the file `path`, and its subdirectories `model` and
+    `adapter`. The writer waits for the end of the block, at most ten seconds. Without this lock, a reader could open the
+    config of the old model and the weights of the new one.
+    """
+    with contextlib.ExitStack() as locks:
+        top = Path(path).parent if Path(path).is_file() else Path(path)
+        for directory in (top, top / "model", top / "adapter"):
+            locks.enter_context(_shared_lock(directory))
+        yield
+
+
+@contextmanager
+def _shared_lock(path: Path) -> Iterator[None]:
+    """Hold a shared lock of the directory that is now at `path`, if there is one and the file system has locks."""
+    descriptor = None
+    while fcntl is not None and descriptor is None:
+        try:
+            descriptor = os.open(present_directory(path), os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if not os.path.samestat(os.fstat(descriptor), present_directory(path).stat()):
+                os.close(descriptor)  # It was replaced before it was locked.
+                descriptor = None
+        except OSError:  # no such directory, or a file system without locks
+            break
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def _without_readers(path: Path) -> Iterator[None]:
+    """Wait until no process is within `reading(path)`, and make new readers wait for the end of the `with` block."""
+    descriptor = None
+    with contextlib.suppress(OSError):  # no such directory, or a file system without locks
+        if fcntl is not None:
+            descriptor = os.open(path, os.O_RDONLY)
+            deadline = time.monotonic() + _MAX_WAIT_FOR_READERS
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.002)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str]) -> None:
@@ -187,6 +270,23 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
         raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Return `value` as JSON that every program can read. `options` are those of `json.dumps`, such as indent.
+
+    JSON has no infinity and no NaN. They become the strings "inf", "-inf" and "nan", which Python's `float` reads.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with the text of each float that is not finite in place of the float, in all lists and dicts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None = None) -> Any:

@@ -6,7 +6,9 @@ B batch size, T tokens, V vocabulary size. sampling.py picks the next token from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next, seeded_generators
+from MyGPT.tokenizers.base import ids_without_token
 
 Stop = str | Sequence[int]
 """A text, or a sequence of token ids, at which generation ends."""
@@ -27,7 +30,7 @@ def generate(
     context_size: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     *,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -40,15 +43,16 @@ def generate(
 ) -> Tensor:
     """Return the prompts followed by up to max_new_tokens new tokens, as int64 ids (B, T + number of new tokens).
 
-    Generation ends early when all sequences have finished. Until then, a finished sequence is filled with eos_id, or else
-    with the tokenizer's `<|endoftext|>`, or else with 0. The model's training or evaluation mode is left unchanged.
+    Generation ends early when all sequences have finished. Until then, a finished sequence is filled with eos_id (the first
+    of several ids), or else with the tokenizer's end-of-text token, or else with 0. The model's training or evaluation mode
+    is left unchanged.
 
     Args:
         model: a GPTModel, an accelerated model, or any module that maps ids (B, T) to logits (B, T, V).
         idx: the token ids of the prompts, (B, T) int64.
         context_size: number of most recent tokens that the model sees (default and maximum: its context length).
         temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingConfig`. Temperature 0 is greedy.
-        eos_id: the id that finishes a sequence.
+        eos_id: the id that finishes a sequence, or several such ids. `end_ids` returns those of an opened model.
         stop: one or several texts or sequences of ids that finish a sequence. The stop itself stays in the result, because a
             text can begin in the middle of a token. Texts need `tokenizer`.
         seed: makes the sampled tokens reproducible, independently of torch's global seed. Row r (from 0) of a batch is
@@ -57,7 +61,8 @@ def generate(
             prompt is continued as if it were alone.
         use_cache: True computes only the newest token in every step. False recomputes all tokens, which gives the same
             result more slowly.
-        tokenizer: decodes the new tokens to find stop texts.
+        tokenizer: decodes the new tokens to find stop texts. An id without a token, such as the ids by which a vocabulary
+            was rounded up, is then never generated, unless it is an eos_id.
 
     Raises:
         ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
@@ -77,7 +82,7 @@ def generate_stream(
     context_size: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     *,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -95,7 +100,8 @@ def generate_stream(
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     has_stopped = _stop_check(stop, tokenizer)
-    fill = next((id_ for id_ in (eos_id, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
+    ends = _checked_ends(eos_id)
+    fill = next((id_ for id_ in (*ends, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
     generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
 
@@ -103,8 +109,10 @@ def generate_stream(
     def steps(ids: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         B, T = ids.shape
         finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        ends_tensor = torch.tensor(ends, device=ids.device)
         new_ids: list[list[int]] = [[] for _ in range(B)]
         seen: Tensor | None = None
+        excluded: Tensor | None = None
         cache: Any = None
         new_cache = getattr(model, "new_cache", None)
         if use_cache and new_cache is not None and window is not None and window >= T:
@@ -113,11 +121,16 @@ def generate_stream(
             if window is not None and ids.shape[1] > window:
                 cache = None  # Learned positions shift with the window, so nothing cached stays valid: recompute.
             logits = _last_logits(model, ids, mask, window, cache)  # (B, V)
+            if excluded is None:
+                without_token = ids_without_token(tokenizer, logits.shape[-1])
+                excluded = torch.tensor([id_ for id_ in without_token if id_ not in ends], device=ids.device)
+            if excluded.numel():
+                logits = logits.index_fill(1, excluded, -math.inf)
             if sampling.repetition_penalty is not None:
                 seen = _mark_seen(seen, ids, mask, logits)
             new = pick_next(logits, sampling, generators, seen).masked_fill(finished, fill)
-            if eos_id is not None:
-                finished = finished | (new == eos_id)
+            if ends:
+                finished = finished | torch.isin(new, ends_tensor)
                 if finished.all():
                     return
             yield new
@@ -134,6 +147,30 @@ def generate_stream(
 
     # A generator function runs nothing before its first step, but wrong arguments must raise errors at once.
     return steps(*_pad_left(idx, attention_mask))
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids at which the texts of a model end, for `generate(eos_id=...)`: those that its files name.
+
+    If the files of the model name none, the result is the tokenizer's end-of-text token. It is empty if there is none.
+    """
+    own = getattr(getattr(model, "config", None), "end_ids", ())
+    return list(own) or [id_ for id_ in [getattr(tokenizer, "eot_token", None)] if id_ is not None]
+
+
+def _checked_ends(eos_id: Any) -> list[int]:
+    """Return the ids that `eos_id`, one id or a sequence of ids, contains, or an empty list for None."""
+    if eos_id is None:
+        return []
+    several = isinstance(eos_id, Iterable) and not (isinstance(eos_id, Tensor) and eos_id.dim() == 0)
+    given = list(eos_id) if several else [eos_id]
+    try:
+        ids = [operator.index(id_) for id_ in given if not isinstance(id_, bool)]
+    except TypeError:
+        ids = []
+    if not ids or len(ids) < len(given) or min(ids) < 0:
+        raise ValueError(f"eos_id must be a token id of at least 0, or a sequence of such ids, got {eos_id!r:.80}")
+    return ids
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor | None, window: int | None, cache: Any) -> Tensor:
@@ -217,7 +254,7 @@ def stream_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of the prompt `ids` as short strings, until a stop text or the tokenizer's end-of-text token.
+    """Yield the continuation of the prompt `ids` as short strings, until a stop text or an end-of-text token (`end_ids`).
 
     The stop text itself is not yielded. `sampling` contains the temperature and the other sampling options. For the other
     arguments, see `generate`.
@@ -226,7 +263,7 @@ def stream_text(
     device = next((parameter.device for parameter in model.parameters()), "cpu")  # an accelerated model has none
     prompt = torch.tensor([ids], device=device)
     options = {**dataclasses.asdict(sampling), "stop": stop or None, "seed": seed, "tokenizer": tokenizer}
-    for new in generate_stream(model, prompt, max_new_tokens, eos_id=tokenizer.eot_token, **options):
+    for new in generate_stream(model, prompt, max_new_tokens, eos_id=end_ids(model, tokenizer) or None, **options):
         yield stream.add(int(new))
     yield stream.end()
 

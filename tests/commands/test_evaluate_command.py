@@ -51,7 +51,8 @@ def number(pattern: str, printed: str) -> float:
 
 @pytest.mark.parametrize("stride", [None, 5])
 def test_it_prints_what_transformers_loss_amounts_to(stride: int | None, models: Path, capsys: Any) -> None:
-    """The text fits into one window, and the loss of transformers is the mean over all tokens except the first."""
+    """The text fits into one window, and the loss of transformers is the mean over all tokens except the first, which is
+    one byte and half of the first word."""
     from transformers import AutoModelForCausalLM
 
     (name := models / "short.txt").write_text("It was hot.\n")
@@ -63,9 +64,9 @@ def test_it_prints_what_transformers_loss_amounts_to(stride: int | None, models:
     # Printed with six digits behind the point, of numbers of about 3 in float32: 1e-5 is ten times both.
     assert number("loss +# nats per token", printed) == pytest.approx(loss, abs=1e-5)
     assert number("# per token", printed) == pytest.approx(math.exp(loss), rel=1e-4)
-    assert number("# per word", printed) == pytest.approx(math.exp(loss * 11 / 3), rel=1e-4)
-    assert number("bits per byte +#", printed) == pytest.approx(loss * 11 / 12 / math.log(2), abs=1e-5)
-    assert "counted          11 tokens, 3 words, 12 bytes\n" in printed
+    assert number("# per word", printed) == pytest.approx(math.exp(loss * 11 / 2.5), rel=1e-4)
+    assert number("bits per byte +#", printed) == pytest.approx(loss / math.log(2), abs=1e-5)
+    assert "counted          11 tokens, 2.5 words, 11 bytes\n" in printed
     expected = f"windows of 16 tokens, stride {stride or 16}; first token not counted; text unchanged\n"
     assert f"protocol         {expected}" in printed
 
@@ -120,6 +121,42 @@ def test_published_figures_stand_beside_a_model_of_that_shape(
 def test_a_tokenizer_that_loses_text_is_told(models: Path, capsys: Any) -> None:
     printed = table(["--model", str(models / "words"), "--data", str(models / "book.txt")], capsys)
     assert "warning          the tokenizer loses part of the text" in printed
+
+
+@pytest.mark.parametrize("name", ["blank.txt", "blank.jsonl"])
+def test_a_text_of_white_space_has_no_perplexity_per_word(name: str, models: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / name).write_text("  \n\n  " if name == "blank.txt" else '{"text": "  \\n\\n  "}\n{"text": " "}\n')
+    printed = table(["--model", str(models / "chars"), "--data", str(tmp_path / name)], capsys)
+    loss = number("loss +# nats", printed)
+    assert number("bits per byte +#", printed) == pytest.approx(loss / math.log(2), abs=1e-5)
+    assert "per token, not defined per word without words\n" in printed
+    assert "counted          5 tokens, 0 words, 5 bytes\n" in printed
+    assert ("skipped          1 texts without a token to predict" in printed) == (name == "blank.jsonl")
+
+
+@pytest.mark.parametrize("n", [2000, 20, 5, 2])
+@pytest.mark.parametrize("name", ["letters.jsonl", "letters.NDJSON", "letters.json"])
+def test_bits_per_byte_do_not_depend_on_how_a_text_is_cut_into_documents(
+    n: int, name: str, models: Path, tmp_path: Path, capsys: Any
+) -> None:
+    text = (TEXT * 8)[:2000]
+    records = [{"text": text[i : i + n]} for i in range(0, 2000, n)]
+    lines = "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(json.dumps(records) if name.endswith("json") else lines)
+    printed = table(["--model", str(models / "chars"), "--data", str(tmp_path / name)], capsys)
+    n_predicted = 2000 - 2000 // n
+    assert number("counted +# tokens", printed) == n_predicted
+    assert f"words, {n_predicted:,} bytes" in printed
+    loss = number("loss +# nats", printed)
+    assert number("bits per byte +#", printed) == pytest.approx(loss / math.log(2), abs=1e-5)
+
+
+def test_a_file_that_is_named_twice_is_measured_once(models: Path, capsys: Any) -> None:
+    book = str(models / "book.txt")
+    assert main(["evaluate", "--model", str(models / "bpe"), "--data", json.dumps([book, book])]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"{book} is named more than once and is read once\n"
+    assert f"{len(TEXT)} bytes" in captured.out
 
 
 def test_the_example_of_the_help_works(models: Path, in_tmp_path: Path, capsys: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor, nn
 
 from conftest import lively_model
@@ -133,6 +134,137 @@ def test_a_plain_text_is_measured_unchanged_after_endoftext(tiny_config: GPTConf
 def test_without_endoftext_the_first_token_is_not_counted() -> None:
     tokenizer = CharTokenizer("abc ")
     assert measure_text(uniform_model(), tokenizer, ["ab ca", "a", "bb"]).result.n_tokens == 4 + 0 + 1
+
+
+def expected_counts(pieces: list[list[bytes]], n_given: int) -> tuple[int, float]:
+    """Return the numbers of predicted bytes and words of texts, given the words and white space of each text as bytes.
+
+    The first n_given bytes of each text are not predicted. Each other byte of a word counts as its fraction of the word.
+    """
+    n_bytes, n_words = 0, 0.0
+    for words in pieces:
+        owners = [word for word in words for _ in word][n_given:]
+        n_bytes += len(owners)
+        n_words += sum(1 / len(word) for word in owners if word.decode().strip())
+    return n_bytes, n_words
+
+
+def cut(text: str, n: int) -> list[str]:
+    return [text[i : i + n] for i in range(0, len(text), n)]
+
+
+def pieces_of(text: str) -> list[bytes]:
+    return [piece.encode() for piece in re.findall(r"\s+|\S+", text)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=st.text("ab é中\n\u2003", min_size=2, max_size=40), n=st.integers(2, 40))
+def test_only_predicted_characters_are_counted(text: str, n: int) -> None:
+    texts = cut(text, n)
+    tokenizer = CharTokenizer.from_text(text)
+    measured = measure_text(uniform_model(16), tokenizer, texts)
+    counted = [one for one in texts if len(one) > 1]
+    expected = [expected_counts([pieces_of(one)], len(one[0].encode())) for one in counted]
+    assert measured.result.n_tokens == len(text) - len(texts)
+    assert measured.n_skipped == len(texts) - len(counted)
+    assert measured.n_bytes == sum(n_bytes for n_bytes, _ in expected)
+    assert measured.n_words == pytest.approx(sum(n_words for _, n_words in expected), abs=1e-9)
+    if measured.n_bytes == measured.result.n_tokens:
+        assert measured.bits_per_byte == pytest.approx(4, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 40])
+@pytest.mark.parametrize("special_tokens", [(), ("<|endoftext|>",)])
+def test_bits_per_byte_of_a_tokenizer_of_bytes_are_its_bits_per_token(special_tokens: Any, n: int) -> None:
+    """The first token of a text may be a part of a character."""
+    tokenizer = BPETokenizer.train("", 256 + len(special_tokens), special_tokens, progress=False)
+    texts = cut("中é the — \u2028 naïve\n\n  cat 🐈 sat ", n)
+    measured = measure_text(uniform_model(512), tokenizer, texts)
+    n_given = 0 if special_tokens else 1
+    assert measured.bits_per_byte == pytest.approx(9, rel=1e-5)
+    n_bytes, n_words = expected_counts([pieces_of(text) for text in texts if len(text.encode()) > n_given], n_given)
+    assert (measured.n_bytes, measured.result.n_tokens) == (n_bytes, n_bytes)
+    assert measured.n_words == pytest.approx(n_words, rel=1e-9)
+
+
+def test_counts_equal_a_sum_over_predicted_tokens() -> None:
+    """The tokenizer has merges and no end-of-text token; the loss is summed over one forward pass per text."""
+    text = "the cat sat by the fire. it is 50% hot\n" * 3
+    tokenizer = BPETokenizer.train(text, 290, special_tokens=(), progress=False)
+    model = lively_model(GPTConfig(vocab_size=290, context_length=64, emb_dim=12, n_heads=3, n_layers=2)).double()
+    for n in (len(text), 31, 8):
+        nats, n_bytes, n_words = 0.0, 0, 0.0
+        for one in cut(text, n):
+            ids = tokenizer.encode(one)
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+            nats -= sum(float(log_p[i, id_]) for i, id_ in enumerate(ids[1:]))
+            n_given = len(tokenizer.decode_tokens_bytes(ids)[0])
+            counts = expected_counts([pieces_of(one)], n_given)
+            n_bytes, n_words = n_bytes + counts[0], n_words + counts[1]
+        measured = measure_text(model, tokenizer, cut(text, n))
+        assert measured.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-12)
+        assert math.log(measured.word_perplexity) == pytest.approx(nats / n_words, rel=1e-12)
+
+
+@pytest.mark.parametrize("texts", [["the cat sat by the fire"], ["the cat", " sat by\n", "the fire"]])
+def test_word_perplexity_of_a_tokenizer_of_words_is_its_perplexity_per_token(texts: list[str]) -> None:
+    vocabulary = {word: i for i, word in enumerate(["by", "cat", "fire", "sat", "the", "<|unk|>"])}
+    measured = measure_text(uniform_model(), SimpleTokenizer(vocabulary), texts)
+    assert measured.n_words == measured.result.n_tokens == 6 - len(texts)
+    assert measured.word_perplexity == pytest.approx(512, rel=1e-4)
+
+
+def test_the_bytes_of_a_first_word_are_counted_in_the_text() -> None:
+    """An unknown word has another length than <|unk|>, and the white space before the first word is dropped."""
+    tokenizer = SimpleTokenizer({"the": 0, ",": 1, "<|unk|>": 2})
+    for text, n_bytes, n_words in (
+        ("  naïve the", 4, 1),
+        ("the, the", 5, 1.25),
+        (", the", 4, 1),
+        ("<|unk|>the", 3, 0.3),
+    ):
+        measured = measure_text(uniform_model(), tokenizer, [text])
+        assert (measured.n_bytes, measured.n_words) == (n_bytes, pytest.approx(n_words)), text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "corpus", "written", "n_words"),
+    [
+        ("wikitext2", " = Hi = \n it \n", "= Hi =\nit\n", 5),  # without the first =
+        ("wikitext2", " \n = Hi = \n", "\n= Hi =\n", 4),  # without the first line end
+        ("wikitext2", " well @-@ known \n", "well-known\n", 3.75),  # without a quarter of "well"
+        ("wikitext2", " $ 5 ", "$5", 1),
+        ("ptb", " n't it \n", "n't it\n", 2 + 2 / 3),
+        (None, " well-known\n", " well-known\n", 1),
+    ],
+)
+def test_only_predicted_words_of_a_corpus_are_counted(
+    protocol: str | None, corpus: str, written: str, n_words: float
+) -> None:
+    measured = measure_text(uniform_model(), CharTokenizer.from_text(written), [corpus], find_protocol(protocol))
+    assert measured.result.n_tokens == len(written) - 1
+    assert measured.n_bytes == len(corpus) - 1
+    assert measured.n_words == pytest.approx(n_words)
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer(" \n"), BPETokenizer.train("", 257, progress=False)])
+def test_a_text_without_words_has_no_perplexity_per_word(tokenizer: Any) -> None:
+    measured = measure_text(uniform_model(), tokenizer, ["  \n", " "])
+    assert measured.n_words == 0 and measured.bits_per_byte == pytest.approx(9, rel=1e-5)
+    with pytest.raises(ValueError, match="a loss per unit needs a text with words, got 0"):
+        print(measured.word_perplexity)
+
+
+def test_texts_without_a_token_to_predict_are_skipped() -> None:
+    words, chars = SimpleTokenizer.from_text("the cat"), CharTokenizer("abc ")
+    for tokenizer, texts in ((words, ["the cat", " \n ", "", "the cat"]), (chars, ["a", "ab c", "", "ab c"])):
+        measured = measure_text(uniform_model(), tokenizer, texts)
+        alone = measure_text(uniform_model(), tokenizer, texts[1:2] if tokenizer is chars else texts[:1])
+        assert (measured.n_skipped, alone.n_skipped) == (2, 0)
+        assert (measured.n_bytes, measured.n_words) == (2 * alone.n_bytes, 2 * alone.n_words)
+    with pytest.raises(ValueError, match="a text needs at least 2 tokens, or 1 after a bos_id, got 1"):
+        measure_text(uniform_model(), chars, ["a", "", "b"])
 
 
 def test_a_lossy_tokenizer_is_reported() -> None:

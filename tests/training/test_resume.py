@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import lively_model
-from killing import Kill, differences, leftovers, remains, run, run_with_kills, start
+from killing import Kill, SignalInStep6, differences, leftovers, remains, run, run_with_kills, start
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, Trainer
 from MyGPT.cli import main
 from MyGPT.data.templates import load_template
@@ -105,7 +105,7 @@ def test_a_finetuning_that_is_killed_ends_like_an_untouched_one(options: str, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_is_resumed(
     number: int, status: int, text: Path, untouched: Path, tmp_path: Path
 ) -> None:
@@ -115,23 +115,6 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_is_resumed(
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")].count("step-000006") == 1
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert differences(remains(untouched), remains(tmp_path / "run")) == []
-
-
-class SignalInStep6:
-    """A function that can be pickled for another process: it sends a signal in the sixth step."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __call__(self) -> None:
-        step = Trainer.step
-
-        def signalling(trainer: Trainer) -> dict[str, float]:
-            if trainer.step_number == 5:
-                os.kill(os.getpid(), self.number)
-            return step(trainer)
-
-        Trainer.step = signalling  # type: ignore[method-assign]
 
 
 def test_a_run_stopped_before_its_first_evaluation_has_a_model(text: Path, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 GROUPS = {
     "Model": "model adapter context_length emb_dim n_heads n_layers drop_rate qkv_bias tie_weights layer_norm_eps init_std "
     "activation init",
-    "LoRA": "full merge frozen_dtype lora lora.r lora.alpha lora.dropout lora.targets lora.dora lora.rslora",
-    "Data": "data text tokenizer tokenizer_size val_fraction max_length rows train_fraction test_fraction split_seed",
+    "LoRA": "full merge frozen_dtype train_only lora lora.r lora.alpha lora.dropout lora.targets lora.dora lora.rslora",
+    "Data": "data val_data test_data text file text_column label_column tokenizer tokenizer_size val_fraction max_length rows "
+    "balance train_fraction test_fraction split_seed",
     "Prompt": "prompt template mask_prompt system memory slide",
-    "Training": "max_steps epochs batch_size micro_batch_size order early_stop max_skipped_steps",
+    "Training": "max_steps epochs beta label_smoothing batch_size micro_batch_size order early_stop max_skipped_steps",
     "Optimizer": "optimizer learning_rate min_learning_rate warmup_steps schedule decay_fraction weight_decay grad_clip beta1 "
     "beta2 muon_learning_rate muon_momentum",
     "Evaluation and samples": "eval_every eval_windows sample_every sample_tokens sample_temperature sample_prompt "

@@ -1,4 +1,4 @@
-"""The options of `mygpt train` and `mygpt finetune` for starting and resuming a run, which writes into a directory."""
+"""The options of the training commands for starting and resuming a run, which writes into a directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from MyGPT.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of `mygpt train` and `mygpt finetune` for the run directory, for resuming a run, and for the device."""
+    """Options of the training commands for the run directory, for resuming a run, and for the device."""
 
     out: str | None = None
     """Directory for the run. Default: runs/ and the current time."""

@@ -41,6 +41,7 @@ def evaluate(
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
     """
+    from MyGPT.commands._model import report_tokenizer
     from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
@@ -53,13 +54,13 @@ def evaluate(
         raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
     files = find_files(data, report=partial(print, file=sys.stderr))
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     texts = read_texts(files, way.by_line)
-    show_progress = sys.stderr.isatty()
     if way.last_word:
-        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, show_progress))
+        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
-        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, show_progress)
-        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.eot_token is not None)
+        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
+        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.bos_token is not None)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
 
@@ -76,13 +77,17 @@ def text_rows(
     if protocol.detokenizer is not None:
         spelling = f"de-tokenized; {measured.n_ambiguous:,} words of the corpus have no unique spelling"
     first = "first token after <|endoftext|>" if has_start else "first token not counted"
+    n_words = f"{measured.n_words:,.1f}".removesuffix(".0")
+    per_word = f"{measured.word_perplexity:.4f} per word" if measured.n_words else "not defined per word without words"
     rows = [
         ("loss", f"{result.loss:.6f} nats per token"),
-        ("perplexity", f"{result.perplexity:.4f} per token, {measured.word_perplexity:.4f} per word"),
+        ("perplexity", f"{result.perplexity:.4f} per token, {per_word}"),
         ("bits per byte", f"{measured.bits_per_byte:.6f}"),
-        ("counted", f"{result.n_tokens:,} tokens, {measured.n_words:,} words, {measured.n_bytes:,} bytes"),
+        ("counted", f"{result.n_tokens:,} tokens, {n_words} words, {measured.n_bytes:,} bytes"),
         ("protocol", f"windows of {context} tokens, stride {stride or context}; {first}; {spelling}"),
     ]
+    if measured.n_skipped:
+        rows.append(("skipped", f"{measured.n_skipped:,} texts without a token to predict"))
     warning = ("warning", "the tokenizer loses part of the text, so the values per word and per byte are too low")
     return rows if measured.is_lossless else [*rows, warning]
 

@@ -11,12 +11,10 @@ from typing import Any, Literal
 import torch
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.commands.train import draw_losses
+from MyGPT.commands._tuning import base_name, count_steps, open_base, require_epochs, run_and_draw
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
 from MyGPT.messages import quote
-from MyGPT.model import GPTModel
-from MyGPT.opening import adapter_without_model, find_model_files
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
@@ -48,8 +46,7 @@ class TuneOptions:
     """Data type of the weights that LoRA does not train; bf16 halves their memory."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be a number above 0, got {self.epochs}")
+        require_epochs(self.epochs)
         if self.full and self.merge:
             raise ValueError("--merge cannot be used with --full, which has no adapter to merge: leave out --merge")
         if self.full and self.frozen_dtype != "fp32":
@@ -73,22 +70,15 @@ def finetune(
     run_options = run.for_trainer(training.tensorboard)
     directory = run_options["run_dir"]
     examples.check_files()
-    if adapter_without_model(model) is not None:
-        need = "finetune needs a complete model, such as a run made with --merge"
-        raise ValueError(f"{model} holds only an adapter, but {need}")
-    files = find_model_files(model)
-    torch.manual_seed(training.seed)
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32
-    gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
-    tokenizer = files.tokenizer(gpt.config.vocab_size)
+    gpt, tokenizer, _ = open_base(model, training.seed, "finetune", dtype)
     data = Examples(examples, tokenizer, gpt.config.context_length)
     print(data.describe())
     sampler = data.sampler(training.batch_size, training.seed)
-    max_steps = max(1, round(tuning.epochs * sampler.batches_per_epoch))
+    max_steps = count_steps(tuning.epochs, sampler)
     best_model: Any = WholeModel(gpt, tokenizer, data.template)
     if not tuning.full:
-        base = str(Path(model).resolve()) if Path(model).exists() else model
-        best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base, data.template)
+        best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base_name(model), data.template)
     prompts = data.prompts(5, training.sample_tokens)
     if training.sample_every and not prompts:
         print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
@@ -117,16 +107,8 @@ def finetune(
 
 
 def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
-    """Train the model, then print the validation loss and, if there is test data, the test loss.
-
-    split.json and loss.png are written to the run directory `run` even if the training raises an error.
-    """
-    with trainer:  # An error before the run's directory is locked must not change it.
-        data.split.save(run / "split.json")
-        try:
-            loss = trainer.run()
-        finally:
-            draw_losses(run)
+    """Train the model, then print the validation loss and, if there is test data, the test loss."""
+    loss = run_and_draw(trainer, data.split, run)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token (step {trainer.best_step})")
     if data.test is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from MyGPT.commands._model import check_generation, make_fast, start_build
+from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.generation import stream_text
 from MyGPT.messages import read_standard_input
@@ -34,8 +34,8 @@ def generate(
         mygpt generate --model gpt2 --prompt - < prompt.txt
 
     Args:
-        prompt: The text to continue; - reads it from standard input. Default: start from <|endoftext|>, or from the first
-            token of a vocabulary that has no <|endoftext|>.
+        prompt: The text to continue; - reads it from standard input. Default: start from the model's beginning-of-text
+            token, <|endoftext|> in GPT-2, or from the first token of a vocabulary that has no such token.
         max_new_tokens: Maximum number of tokens to generate.
         n_samples: Number of texts to generate.
         stop: Texts at which the generation stops, written as a list: '["first", "second"]'.
@@ -48,7 +48,8 @@ def generate(
         raise ValueError("the prompt is empty; it must have at least one token")
     build = start_build(device, precision)
     gpt, tokenizer = open_model(model, device, adapter)
-    ids = [tokenizer.eot_token or 0] if prompt is None else tokenizer.encode(text)
+    report_tokenizer(tokenizer)
+    ids = [tokenizer.bos_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty; it must have at least one token")
     context = gpt.config.context_length

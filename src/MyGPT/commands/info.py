@@ -54,14 +54,16 @@ def explain(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
         return describe(name, config, training=training or ONE_SEQUENCE)
+    from MyGPT.files import reading
     from MyGPT.opening import find_model_files
     from MyGPT.weights.formats import find_format, open_checkpoint
     from MyGPT.weights.layout import fit
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
-    files = find_model_files(name)
-    checkpoint = open_checkpoint(files.path)
+    with reading(name):
+        files = find_model_files(name)
+        checkpoint = open_checkpoint(files.path)
     config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
     rows = [

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.config import GPTConfig
+from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import quote
 from MyGPT.training.config import TrainConfig
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
-HIDDEN = ("vocab_size",)
+HIDDEN = ("vocab_size", *SPECIAL_TOKEN_FIELDS)
 COMMON = (
     "data tokenizer out resume max_steps batch_size learning_rate context_length emb_dim n_heads n_layers drop_rate "
     "eval_every sample_every device"
@@ -108,7 +108,8 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 def draw_losses(run: Path) -> None:
     """Draw the losses that were recorded in the run directory `run`, and write the picture to loss.png in this directory.
 
-    Without recorded losses, nothing is written. If matplotlib is missing, a hint is printed.
+    Without recorded losses, nothing is written. If matplotlib is missing or the picture cannot be written, the reason is
+    printed.
     """
     if not (run / "metrics.jsonl").is_file():
         return
@@ -116,6 +117,9 @@ def draw_losses(run: Path) -> None:
         from MyGPT.inside.plots import plot_losses, save_figure
 
         save_figure(plot_losses([run]), run / "loss.png")
+        return
     except ImportError:
         reason = "matplotlib is not installed: pip install 'mygpt[plots]'"
-        print(f"loss.png was not drawn, because {reason}", file=sys.stderr)
+    except OSError as error:
+        reason = f"it could not be written: {error}"
+    print(f"loss.png was not drawn, because {reason}", file=sys.stderr)

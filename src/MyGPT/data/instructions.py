@@ -1,6 +1,7 @@
 """Instruction fine-tuning: records as token ids, padded batches, and a sampler that groups examples by length.
 
-Each example ends with the end-of-text id as its last target, so the model learns to stop. packing.py puts several
+Each example ends with the end-of-text id as its last target, so the model learns to stop. A record that already ends with
+this token does not get a second one. packing.py puts several
 examples into one sequence instead of padding. B batch size, T sequence length.
 """
 
@@ -23,7 +24,7 @@ from MyGPT.data.templates import BOOK, Part, Template
 from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
 from MyGPT.loss import IGNORED
-from MyGPT.tokenizers.base import encode_with_specials
+from MyGPT.tokenizers.base import encode_with_specials, encode_without_end
 
 
 class Example(list[int]):
@@ -33,6 +34,11 @@ class Example(list[int]):
         super().__init__(ids)
         self.is_answer = list(is_answer)
         """One bool per token id: True if the model must produce the token, False if the token belongs to the prompt."""
+
+    def add(self, ids: Sequence[int], is_answer: bool) -> None:
+        """Append the token ids of a part of the prompt, or of the answer."""
+        self.extend(ids)
+        self.is_answer += [is_answer] * len(ids)
 
 
 class InstructionDataset(Dataset[Example]):
@@ -117,7 +123,7 @@ def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> 
 
     `template` adds text around the fields of the record. The record needs no answer.
     """
-    return list(_encode_parts(template.parts(record, with_answer=False), tokenizer))
+    return list(_encode_parts(template.for_tokenizer(tokenizer).parts(record, with_answer=False), tokenizer))
 
 
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
@@ -127,7 +133,11 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
     """
     record = check_record(record, where)
     try:
-        example = _encode_parts(template.parts(record), tokenizer)
+        parts = template.for_tokenizer(tokenizer).parts(record)
+        has_answer = bool(parts) and parts[-1].is_answer
+        example = _encode_parts(parts[:-1] if has_answer else parts, tokenizer)
+        # The targets end with the end-of-text token, so the answer itself must not.
+        example.add(encode_without_end(tokenizer, parts[-1].text) if has_answer else [], True)
     except ValueError as error:  # The tokenizer does not know a character.
         raise ValueError(f"{where}: {error}") from None
     if not example:
@@ -137,12 +147,10 @@ def _encode_record(record: Record, where: str, tokenizer: Any, template: Templat
 
 def _encode_parts(parts: list[Part], tokenizer: Any) -> Example:
     """Encode the prompt and answer parts of a text, each separately, and return their token ids as one Example."""
-    ids: list[int] = []
-    is_answer: list[bool] = []
+    example = Example([], [])
     for part in parts:
-        ids += encode_with_specials(tokenizer, part.text)
-        is_answer += [part.is_answer] * (len(ids) - len(is_answer))
-    return Example(ids, is_answer)
+        example.add(encode_with_specials(tokenizer, part.text), part.is_answer)
+    return example
 
 
 def collate_instructions(

@@ -23,7 +23,9 @@ from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
 from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
-from MyGPT.tokenizers import BPETokenizer, Tokenizer
+from MyGPT.progress import progress_bar
+from MyGPT.tokenizers import Tokenizer
+from MyGPT.tokenizers.base import encode_without_end
 
 TASK_CHARACTERS = 1 << 20
 """Smallest number of characters in a task, the amount of text that a worker process encodes at a time."""
@@ -40,7 +42,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode text files, write their token ids to the directory `out`, and return the content of its `tokens.json`.
 
-    Each document is followed by `<|endoftext|>` if the tokenizer has this token. If an error occurs, `out` does not
+    Each document is followed by the tokenizer's end-of-text token, if it has one. A document that already ends with this
+    token, perhaps before white space, does not get a second one. If an error occurs, `out` does not
     change.
 
     Args:
@@ -65,7 +68,7 @@ def prepare(
     n_tokens = n_documents = n_characters = 0
     with (
         atomic_directory(out) as directory,
-        tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
+        progress_bar(progress, total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True) as bar,
     ):
         with open(directory / "tokens.bin", "wb") as file:
             for ids, documents, characters in _encode_all(_tasks(paths, text_key, bar), tokenizer, workers):
@@ -111,10 +114,11 @@ def tokenize(paths: Iterable[Path], tokenizer: Tokenizer, text_key: str = "text"
 
 
 def _refuse_split_specials(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a special token contains a space, where a long text may be cut into pieces."""
-    for token in tokenizer.special_tokens if isinstance(tokenizer, BPETokenizer) else ():
-        if TOKEN_END.search(token):
-            raise ValueError(f"the special token {token!r} contains a space, where a long text may be split")
+    """Raise ValueError if an added token contains or removes a space, where a long text may be cut into pieces."""
+    for token in tokenizer.added_tokens:
+        if TOKEN_END.search(token.content) or token.lstrip or token.rstrip:
+            what = "contains a space" if TOKEN_END.search(token.content) else "removes the spaces beside it"
+            raise ValueError(f"the special token {token.content!r} {what}, where a long text may be split")
 
 
 Encoded = tuple[TokenArray, int, int]
@@ -185,12 +189,13 @@ def _encode_in_worker(task: list[Piece]) -> Encoded:
 def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
     """Encode text pieces. Return (token ids, number of documents that end in the pieces, number of characters).
 
-    The id of `<|endoftext|>` follows each document if the tokenizer has this token.
+    The tokenizer's end-of-text token, if it has one, follows each document, once if the document already ends with it.
     """
     ids: list[int] = []
     for piece in task:
-        ids += tokenizer.encode(piece.text)
         if piece.ends_document and tokenizer.eot_token is not None:
-            ids.append(tokenizer.eot_token)
+            ids += [*encode_without_end(tokenizer, piece.text), tokenizer.eot_token]
+        else:
+            ids += tokenizer.encode(piece.text)
     documents = sum(piece.ends_document for piece in task)
     return np.array(ids, dtype=id_dtype(tokenizer.n_vocab)), documents, sum(len(piece.text) for piece in task)

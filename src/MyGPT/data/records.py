@@ -63,17 +63,23 @@ def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], 
     return [record for _, record in items]
 
 
-def read_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_items(path: str | os.PathLike[str], has_header: bool = True) -> Iterator[tuple[str, Any]]:
     """Yield (where, record) for each record of a file; `where` names the file and line, for example "a.json, line 3".
 
     A file whose name ends in .csv or .tsv is a table: its first line names the columns, which are separated by commas,
     semicolons or tabs, and each record is a dict of strings. Any other file contains a JSON array, or one JSON value per
     line. All files may be compressed as .gz. A damaged file, or a file without records, raises ValueError.
+
+    If has_header is False, the file is a table without names of columns, whatever its name. The keys of a record are then
+    the positions of the columns: "1", "2" and so on.
     """
-    is_table, is_empty = format_of(path) == "table", True
-    for item in (table_items if is_table else json_items)(read_data(path), path):
+    is_table, is_empty = format_of(path) == "table" or not has_header, True
+    text = read_data(path)
+    for item in table_items(text, path, has_header) if is_table else json_items(text, path):
         is_empty = False
         yield item
+    if is_empty and not has_header:
+        raise ValueError(f"{path} has no records: it must contain a table without names of columns")
     if is_empty and is_table:
         raise ValueError(f"{path} has no records: the first line must name the columns, and records must follow")
     if is_empty:
@@ -85,17 +91,25 @@ def json_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, A
     return (_array_items if text.lstrip().startswith("[") else _line_items)(text, path)
 
 
-def table_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
-    """Yield (where, record) for each line of the table `text` after the first, which names the columns.
+def table_items(
+    text: str, path: str | os.PathLike[str], has_header: bool = True
+) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield (where, record) for each line of the table `text`, except the first line if it names the columns.
 
-    A record is a dict of strings. Values that are missing at the end of a line are None.
+    A record is a dict of strings. Values that are missing at the end of a line are None. If has_header is False, the keys are
+    the positions of the columns, and in a table with tabs a quotation mark is an ordinary character.
     """
     columns: list[str] = []
     rows, line = csv.reader([]), 1
+    delimiter = _delimiter(text)
+    # Such files, for example the SMS Spam Collection of the UCI repository, are written without any quoting.
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" and not has_header else csv.QUOTE_MINIMAL
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         for row in rows:
             where, line = f"{path}, line {line}", rows.line_num + 1
+            if row and not has_header:
+                columns = [str(position) for position in range(1, max(len(row), len(columns)) + 1)]
             if row and not columns:
                 columns = [name.strip() for name in row]
                 if len(set(columns)) < len(columns):

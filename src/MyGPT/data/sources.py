@@ -159,6 +159,8 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         if not block:
             break
         ends = [match.end() for match in TOKEN_END.finditer(pending, max(0, len(pending) - 10_000))]
+        if ends and pending[ends[-1] :].isspace():
+            ends.pop()  # so that the last piece shows whether the document ends with <|endoftext|>
         if ends:
             yield Piece(pending[: ends[-1]], False)
             pending = pending[ends[-1] :]

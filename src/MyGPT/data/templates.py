@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
 from MyGPT.files import atomic_write, read_json
@@ -56,7 +56,9 @@ class Template:
     """Text of an assistant's message; must contain {content}, which the message's text replaces. The text before
     {content} belongs to the prompt, the text from there on to the answer."""
     turn_end: str = ENDOFTEXT
-    """Text after each of the assistant's messages except the last. Training ends the last one with the end-of-text id."""
+    """Text after each of the assistant's messages except the last, unless the message already ends with it. Training ends
+    the last message with the end-of-text id. If the tokenizer ends texts with another token than `<|endoftext|>`, the
+    default stands for this token."""
     asks: Asks = "instruction"
     """`mygpt chat` turns each question into a record of this kind. `mygpt finetune` sets it to the kind of its data."""
 
@@ -71,6 +73,11 @@ class Template:
             for placeholder in _PLACEHOLDERS[field.name]:
                 if text.count(placeholder) != 1:
                     raise ValueError(f"a template's {field.name} must contain {placeholder} once, got {text!r}")
+
+    def for_tokenizer(self, tokenizer: Any) -> Template:
+        """Return this template, with the tokenizer's end-of-text token as `turn_end` if that is `<|endoftext|>`."""
+        end = getattr(tokenizer, "eot_token", None)
+        return self if self.turn_end != ENDOFTEXT or end is None else replace(self, turn_end=tokenizer.decode([end]))
 
     def prompt(self, record: Record) -> str:
         """Return the prompt of a record: the text before its answer or, in a conversation, before the last answer."""
@@ -108,7 +115,9 @@ class Template:
         for message in messages:
             content = message["content"]
             if message["role"] == "assistant":
-                parts += [Part(before, False), Part(content + after, True), Part(self.turn_end, True)]
+                answer, end = content + after, self.turn_end.rstrip()
+                has_end = bool(end) and answer.rstrip().endswith(end)
+                parts += [Part(before, False), Part(answer, True), Part("" if has_end else self.turn_end, True)]
             else:
                 parts.append(Part(_fill(getattr(self, message["role"]), content=content), False))
         return parts[:-1] if with_answer else [*parts, Part(before, False)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from MyGPT.files import read_json, restore_directory, sha256_of
+from MyGPT.files import present_directory, read_json, reading, sha256_of
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
@@ -46,12 +46,8 @@ def compact_ids(ids: Any) -> TokenArray:
 
 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
-    """Return True if a directory contains a data set that `prepare` wrote.
-
-    If a `prepare` was killed while it replaced the data set, the old data set is restored first.
-    """
-    restore_directory(directory)
-    return (Path(directory) / "tokens.json").is_file()
+    """Return True if a directory contains a data set that `prepare` wrote."""
+    return (present_directory(directory) / "tokens.json").is_file()
 
 
 def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str, Any]]:
@@ -63,10 +59,13 @@ def open_tokens(directory: str | os.PathLike[str]) -> tuple[TokenArray, dict[str
     `tokens.bin`. Early versions of MyGPT stored no hash of blocks; for their files over 64 MiB, only the size is
     checked.
     """
-    restore_directory(directory)
-    path, json_path, tokenizer_path = (
-        Path(directory, name) for name in ("tokens.bin", "tokens.json", "tokenizer.json")
-    )
+    with reading(directory):
+        return _open_tokens(present_directory(directory))
+
+
+def _open_tokens(directory: Path) -> tuple[TokenArray, dict[str, Any]]:
+    """Open a data set as `open_tokens` does. No other process may replace the directory during the call."""
+    path, json_path, tokenizer_path = (directory / name for name in ("tokens.bin", "tokens.json", "tokenizer.json"))
     description = read_json(json_path)
     try:
         n_tokens, dtype, whole = description["n_tokens"], description["dtype"], description["sha256"]

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from MyGPT.config import require_positive
 from MyGPT.data.tokens import TokenArray, compact_ids
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.progress import progress_bar
 
 Item = TypeVar("Item")
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -50,18 +50,27 @@ class Result:
         return _exp(self.loss)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Return the loss in bits per byte for a text of n_bytes bytes.
+        """Return the loss in bits per byte, where n_bytes is the number of bytes of all targets.
 
-        It does not depend on the number of tokens, so models with different tokenizers can be compared.
+        The first token of a text is a target only after a bos_id; without one, its bytes must not be counted either. The
+        result does not depend on the number of tokens, so models with different tokenizers can be compared.
         """
+        _require_some("bytes", n_bytes)
         return self.total_nats / math.log(2) / n_bytes
 
-    def word_perplexity(self, n_words: int) -> float:
-        """Return the perplexity per word, exp(total_nats / n_words), for a text of n_words words.
+    def word_perplexity(self, n_words: float) -> float:
+        """Return the perplexity per word, exp(total_nats / n_words), where n_words is the number of words of all targets.
 
-        The result is infinity if it is too large for a float.
+        A word of which only a part is a target counts as a fraction. The result is infinity if it is too large for a float.
         """
+        _require_some("words", n_words)
         return _exp(self.total_nats / n_words)
+
+
+def _require_some(units: str, n: float) -> None:
+    """Raise ValueError unless a number of bytes or words, by which a loss is divided, is above 0."""
+    if not n > 0:
+        raise ValueError(f"a loss per unit needs a text with {units}, got {n} {units}")
 
 
 def _exp(x: float) -> float:
@@ -135,7 +144,7 @@ def documents_loss(
         raise ValueError(f"a text needs at least {needed}, got {max(0, n)}")
     device, total, count = model.lm_head.weight.device, 0.0, 0
     windows = (window for ids in texts for window in _windows(ids, length, stride))
-    with torch.no_grad(), evaluation_mode(model), tqdm(total=n_targets, unit="token", disable=not progress) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(progress, total=n_targets, unit="token") as bar:
         for batch in _batches(windows, batch_size):
             inputs = pad_sequence([window for window, _ in batch], batch_first=True)  # (B, T)
             # Padding follows the tokens, so no token attends to it, and it is not a target.
@@ -168,7 +177,7 @@ def continuation_logits(
                 f"got {len(context)} and {len(continuation)}"
             )
         _checked([*context, *continuation], model.config.vocab_size, None)
-    with tqdm(total=len(pairs), unit="text", disable=not progress) as bar:
+    with progress_bar(progress, total=len(pairs), unit="text") as bar:
         for batch in _batches(pairs, batch_size):
             # Evaluation mode ends before each `yield`, because the caller's code runs between two results.
             yield from _batch_logits(model, batch, length)

@@ -225,14 +225,18 @@ class TextMeasurement:
     result: Result
     """The summed loss and the number of predicted tokens."""
     n_bytes: int
-    """Number of bytes of the original texts in UTF-8, before detokenization."""
-    n_words: int
-    """Number of words, separated by white space. If the protocol has a detokenizer, each line end counts as a word."""
+    """Number of predicted bytes of the original texts in UTF-8, before detokenization. These are all bytes if the
+    tokenizer has a token with which each text starts, and otherwise all bytes except those of each text's first token."""
+    n_words: float
+    """Number of predicted words, separated by white space. If the protocol has a detokenizer, each line end counts as a
+    word. A word counts as a fraction if the first token of the text, which is not predicted, is a part of it."""
     n_ambiguous: int
     """Number of corpus tokens that `Detokenizer.split` does not restore from the detokenized text."""
     is_lossless: bool
     """True if decoding the token ids returns the same texts. If False, the tokenizer loses characters that the model then
     does not predict, so the loss per word and per byte is too low."""
+    n_skipped: int
+    """Number of texts without a predicted token, such as a text of one token that no other token precedes."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -256,33 +260,65 @@ def measure_text(
 ) -> TextMeasurement:
     """Compute the loss of the model on one or several independent texts.
 
-    The model reads `<|endoftext|>` before each text if the tokenizer has this token. The protocol defines how texts are
-    detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
+    The model reads the tokenizer's beginning-of-text token, such as `<|endoftext|>`, before each text. If there is none, the
+    first token of each text is not predicted, and its bytes and its part of a word are not counted. The protocol defines
+    how texts are detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
 
     Raises:
-        ValueError: there is no text, or the tokenizer cannot encode a text.
+        ValueError: there is no text, no text has a token to predict, or the tokenizer cannot encode a text.
     """
     documents, is_lossless = [], True
-    n_bytes = n_words = n_ambiguous = 0
+    n_bytes, n_words, n_ambiguous, n_skipped = 0, 0.0, 0, 0
     for text in texts:
-        n_bytes += len(text.encode())
-        written = text
-        if protocol.detokenizer is None:
-            n_words += len(text.split())
-        else:
+        written, text_words = text, len(text.split())
+        if protocol.detokenizer is not None:
             lines = [_split_spaces(line) for line in text.split("\n")]
             written = "\n".join(map(protocol.detokenizer.join, lines))
-            n_words += sum(map(len, lines)) + text.count("\n")
+            text_words = sum(map(len, lines)) + text.count("\n")
             n_ambiguous += sum(map(protocol.detokenizer.is_ambiguous, (token for line in lines for token in line)))
         ids = tokenizer.encode(written)
         is_lossless = is_lossless and tokenizer.decode(ids) == written
         documents.append(compact_ids(ids))
+        if len(ids) < (1 if tokenizer.bos_token is not None else 2):
+            n_skipped += 1
+            continue
+        n_given = 0 if tokenizer.bos_token is not None else tokenizer.first_token_bytes(written, ids)
+        n_bytes += len(text.encode()) - n_given
+        n_words += text_words - _words_in(written, n_given, protocol.detokenizer)
     if not documents:
         raise ValueError("there is no text to measure")
     result = documents_loss(
-        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.eot_token, progress=progress
+        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.bos_token, progress=progress
     )
-    return TextMeasurement(result, n_bytes, n_words, n_ambiguous, is_lossless)
+    return TextMeasurement(result, n_bytes, n_words, n_ambiguous, is_lossless, n_skipped)
+
+
+def _words_in(text: str, n_bytes: int, detokenizer: Detokenizer | None) -> float:
+    """Return the number of words in the first n_bytes bytes of a text. The last word may be a fraction.
+
+    With a detokenizer, the words are the tokens of the corpus, as in `measure_text`.
+    """
+    n_words, start = 0.0, 0
+    pieces = _pieces(text, detokenizer)
+    while start < n_bytes:
+        piece, is_word = next(pieces)
+        length = len(piece.encode())
+        n_words += is_word * min(1.0, (n_bytes - start) / length)
+        start += length
+    return n_words
+
+
+def _pieces(text: str, detokenizer: Detokenizer | None) -> Iterator[tuple[str, bool]]:
+    """Yield the words of a text and the white space between them, each with True if it counts as a word."""
+    if detokenizer is None:
+        yield from ((match[0], not match[0].isspace()) for match in re.finditer(r"\s+|\S+", text))
+        return
+    for part in re.split("([ \n])", text):
+        if part in (" ", "\n"):
+            yield part, part == "\n"  # a line end is a word of the corpus
+            continue
+        tokens = detokenizer._split_word(part) if part else []
+        yield from ((token[1] if _is_inner(token) and len(tokens) > 1 else token, True) for token in tokens)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,26 @@ transformers, which can open the saved model directories. Shapes: B sequences, T
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
+from MyGPT.config import GPTConfig
+from MyGPT.data.formats import format_of, read_data
 from MyGPT.data.records import is_missing, read_items
-from MyGPT.files import read_json
+from MyGPT.data.tokens import fingerprint
+from MyGPT.files import read_json, reading
+from MyGPT.finetuning.lora import merge
+from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel, model_of
 from MyGPT.tokenizers.base import encode_with_specials
@@ -96,6 +104,20 @@ class GPTForClassification(nn.Module):
         scores = self.score(_last_tokens(hidden, attention_mask))
         return scores if labels is None else ClassifierOutput(F.cross_entropy(scores, labels), scores)
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer without an output head."""
+        return self.gpt.transformer
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """True if training recomputes each block in the backward pass, which saves memory but takes more computation."""
+        return self.gpt.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.gpt.gradient_checkpointing = value
+
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Save the model, and the tokenizer if there is one, to a directory.
 
@@ -106,7 +128,7 @@ class GPTForClassification(nn.Module):
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": names,
             "label2id": {label: i for i, label in names.items()},
-            "pad_token_id": getattr(tokenizer, "eot_token", None),
+            "pad_token_id": _pad_id(self.config, tokenizer),
         }
         write_directory(
             directory, self.config, self.gpt.state_dict(), tokenizer,
@@ -119,10 +141,16 @@ class GPTForClassification(nn.Module):
 
         The directory or name of the model may be any that GPTModel.from_pretrained accepts.
         """
-        checkpoint = open_checkpoint(find_model(name_or_dir))
+        with reading(name_or_dir):
+            return cls._open(find_model(name_or_dir))
+
+    @classmethod
+    def _open(cls, path: Path) -> GPTForClassification:
+        """Open a classifier as `from_pretrained` does. No other process may replace the directory during the call."""
+        checkpoint = open_checkpoint(path)
         score = checkpoint.tensors.pop("score.weight", None)
         if score is None:
-            raise ValueError(f"{name_or_dir} does not contain a classifier: its weights have no score.weight")
+            raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
         config, state_dict = checkpoint.read(score.dtype)
         if score.dtype is None or len(score.shape) != 2 or score.shape[1] != config.emb_dim:
             expected = f"expected floats of (labels, {config.emb_dim})"
@@ -142,6 +170,15 @@ class GPTForClassification(nn.Module):
         return model.eval()
 
 
+def _pad_id(config: GPTConfig | None, tokenizer: Any) -> int | None:
+    """Return the id of the padding token: that of the config, or else of the tokenizer, or else its end-of-text token."""
+    named = [
+        getattr(config, "pad_token_id", None),
+        *(getattr(tokenizer, name, None) for name in ("pad_token", "eot_token")),
+    ]
+    return next((id_ for id_ in named if id_ is not None), None)
+
+
 def _last_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return, from hidden states (B, T, C), the states (B, C) of the last token of each sequence that is not padding."""
     if attention_mask is None:
@@ -156,7 +193,8 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
 
     Args:
         path: a table (.csv or .tsv) whose first line names the columns, or a JSON or JSON Lines file of objects.
-        text_key: the column or JSON key of the text.
+        text_key: the column or JSON key of the text. If text_key and label_key are numbers, such as "2" and "1", the file is a
+            table without a header, and the numbers are the positions of its columns, counted from 1.
         label_key: the column or JSON key of the label. An integer label is converted to a string.
 
     Raises:
@@ -164,16 +202,39 @@ def read_labelled(path: str | os.PathLike[str], text_key: str = "text", label_ke
             message names the file, the line and the key.
     """
     pairs = []
-    for where, record in read_items(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-        for key, kinds in ((text_key, str), (label_key, (str, int))):
-            if is_missing(record.get(key)) or record[key] == "":
-                raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
-            if not isinstance(record[key], kinds) or isinstance(record[key], bool):
-                raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
+    for where, record in read_items(path, has_header=not (text_key.isdecimal() and label_key.isdecimal())):
+        _check_values(record, where, {text_key: (str,), label_key: (str, int)})
         pairs.append((record[text_key], str(record[label_key])))
     return pairs
+
+
+def read_unlabelled(path: str | os.PathLike[str], text_key: str = "text") -> list[str]:
+    """Read texts to classify from a file: one per line, or those in a table or JSON file under `text_key`.
+
+    If text_key is a number, the file is a table without a header, as for `read_labelled`. Empty lines are skipped. Raises
+    ValueError if there are no texts.
+    """
+    if format_of(path) == "text" and not text_key.isdecimal():
+        texts = [line for line in read_data(path).split("\n") if line.strip()]
+        if not texts:
+            raise ValueError(f"{path} has no texts: each line must be a text")
+        return texts
+    texts = []
+    for where, record in read_items(path, has_header=not text_key.isdecimal()):
+        _check_values(record, where, {text_key: (str,)})
+        texts.append(record[text_key])
+    return texts
+
+
+def _check_values(record: Any, where: str, kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError unless the record has a value of one of the types in `kinds` under each key of `kinds`."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
+    for key, allowed in kinds.items():
+        if is_missing(record.get(key)) or record[key] == "":
+            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
+        if not isinstance(record[key], allowed) or isinstance(record[key], bool):
+            raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
 
 
 def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tuple[Tensor, Tensor]:
@@ -185,8 +246,133 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     for number, row in enumerate(rows):
         if not len(row):
             raise ValueError(f"a text to classify needs at least one token, text {number} has none")
-    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eot_token or 0)
+    return _pad(rows, _pad_id(None, tokenizer) or 0)
+
+
+def _pad(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of token ids padded on the right to one length, and their attention mask, each (rows, tokens)."""
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+class LabelledTexts:
+    """A data set of texts and their labels as token ids.
+
+    Args:
+        examples: pairs of a text and its label.
+        labels: the labels of the classifier, in the order of its scores.
+        tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding.
+        max_length: maximum number of tokens of a text. Longer texts are cut, and counted in `n_cut`.
+        names: the name of each example in error messages. Default: "text 1", "text 2" and so on.
+
+    Raises:
+        ValueError: a text has no tokens or cannot be encoded, a label is unknown, or there are no examples.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[str],
+        tokenizer: Any,
+        max_length: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if not examples:
+            raise ValueError("there are no examples: give at least one pair of a text and its label")
+        self.n_cut, self._rows = 0, []
+        self._padding: int = _pad_id(None, tokenizer) or 0
+        index = {label: i for i, label in enumerate(labels)}
+        for number, (text, label) in enumerate(examples):
+            where = f"text {number + 1}" if names is None else names[number]
+            if label not in index:
+                raise ValueError(f"{where}: the model has no label {label!r}; its labels are {', '.join(labels)}")
+            try:
+                ids = encode_with_specials(tokenizer, text)
+            except ValueError as error:  # The tokenizer does not know a character.
+                raise ValueError(f"{where}: {error}") from None
+            if not ids:
+                raise ValueError(f"{where}: the text has no tokens; it needs at least one to be classified")
+            self.n_cut += len(ids) > max_length
+            self._rows.append(torch.tensor(ids[:max_length]))
+        self.targets = torch.tensor([index[label] for _, label in examples])
+        """The index of each label in `labels`, (n_examples,) int64."""
+        self.lengths = np.array([len(row) for row in self._rows])
+        """The number of tokens of each text, (n_examples,)."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def examples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the token ids (B, T), label indices (B,) and attention masks (B, T) of the B texts with these indices."""
+        ids, mask = _pad([self._rows[index] for index in indices], self._padding)
+        return ids, self.targets[list(indices)], mask
+
+    def fingerprint(self) -> str:
+        """Return a hash of all examples, with which a resumed training run detects changed data."""
+        return fingerprint(self.lengths, self.targets.numpy(), torch.cat(self._rows).numpy())
+
+
+class LabelLoss:
+    """The cross-entropy of the labels as the objective of a Trainer. Its terms are texts, and its score is the accuracy.
+
+    A batch has the token ids, label indices and attention masks from `LabelledTexts.examples`.
+    """
+
+    scores = ("accuracy",)
+
+    def __init__(self, model: GPTForClassification) -> None:
+        self.model = model
+
+    def count(self, *batch: Tensor) -> int:
+        """Return the number of texts."""
+        return len(batch[0])
+
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, int]:
+        """Return the summed cross-entropy in nats and the number of correct predictions, (2,), and the number of texts."""
+        ids, targets, mask = batch
+        scores = self.model(ids, mask).float()
+        loss = F.cross_entropy(scores, targets, reduction="sum")
+        return torch.stack([loss, (scores.argmax(1) == targets).sum().float()]), len(targets)
+
+
+class KeptClassifier:
+    """Saves the best classifier of a training run in the directory `model/` of the run, with its tokenizer.
+
+    If the classifier is trained with LoRA, `peft_model` is the PeftModel of its GPT. The saved classifier is a copy with
+    the adapter merged into its weights.
+    """
+
+    def __init__(self, model: GPTForClassification, tokenizer: Any, peft_model: Any = None) -> None:
+        self.model, self.tokenizer, self.peft_model = model, tokenizer, peft_model
+
+    def place(self, run_dir: Path) -> Path:
+        return run_dir / "model"
+
+    def save(self, run_dir: Path) -> Path:
+        model = self.model
+        if self.peft_model is not None:
+            # Merging and unmerging again would change the last digits of the weights that are being trained.
+            model, peft_model = copy.deepcopy((self.model, self.peft_model))
+            model.gpt = merge(peft_model)
+        model.save_pretrained(self.place(run_dir), self.tokenizer)
+        return self.place(run_dir)
+
+    def restore(self, run_dir: Path) -> None:
+        if self.peft_model is not None:
+            self.peft_model.base_model.unload()  # the saved weights contain the adapter
+            self.peft_model = None
+        self.model.load_state_dict(GPTForClassification.from_pretrained(self.place(run_dir)).state_dict())
+
+
+def count_predictions(model: GPTForClassification, dataset: LabelledTexts) -> Tensor:
+    """Return a table (n_labels, n_labels) int64: entry (i, j) counts the texts with label i that are classified as j."""
+    n, device = len(model.labels), model.score.weight.device
+    table = torch.zeros(n, n, dtype=torch.int64)
+    with torch.no_grad(), evaluation_mode(model):
+        for ids, targets, mask in ExampleBatches(dataset).batches():
+            predicted = model(ids.to(device), mask.to(device)).argmax(1).cpu()
+            table += torch.bincount(n * targets + predicted, minlength=n * n).view(n, n)
+    return table
 
 
 def train_classifier(
@@ -220,12 +406,25 @@ def train_classifier(
 
 def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
     """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one."""
-    predicted: list[str] = []
+    names = _classifier(model).labels
+    return [names[i] for i in _scores(model, texts, tokenizer, batch_size).argmax(1)]
+
+
+def label_probabilities(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> Tensor:
+    """Return the probability of each label for each text, (texts, labels) float32 on the CPU.
+
+    `model` is a GPTForClassification, or a PeftModel that contains one.
+    """
+    return _scores(model, texts, tokenizer, batch_size).float().softmax(1)
+
+
+def _scores(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int) -> Tensor:
+    """Return the scores of the labels for each text before the softmax, (texts, labels) on the CPU."""
+    parts = [torch.empty(0, len(_classifier(model).labels))]
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
-            scores = model(*_batch(model, texts[start : start + batch_size], tokenizer))
-            predicted += [_classifier(model).labels[i] for i in scores.argmax(1)]
-    return predicted
+            parts.append(model(*_batch(model, texts[start : start + batch_size], tokenizer)).cpu())
+    return torch.cat(parts)
 
 
 def confusion_table(model: nn.Module, examples: Sequence[Example], tokenizer: Any, batch_size: int = 16) -> Tensor:

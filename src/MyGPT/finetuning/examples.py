@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,7 +14,8 @@ from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler, co
 from MyGPT.data.packing import PackedSampler
 from MyGPT.data.records import check_split, kind_of, read_records, split_records
 from MyGPT.data.templates import Template, load_template
-from MyGPT.messages import near_path
+from MyGPT.finetuning.splits import require_file
+from MyGPT.tokenizers.base import require_end_token
 
 Rows = Literal["padded", "packed"]
 
@@ -51,9 +51,7 @@ class ExampleOptions:
 
     def check_files(self) -> None:
         """Raise an error if the data file does not exist, or if there is no such template."""
-        if not Path(self.data).is_file():
-            reason = "it is a directory" if Path(self.data).is_dir() else "there is no such file"
-            raise FileNotFoundError(f"cannot read the records in {self.data}: {reason}{near_path(self.data)}")
+        require_file(self.data)
         load_template(self.template)
 
 
@@ -61,8 +59,7 @@ class Examples:
     """The training, validation and test examples of a file of records, as token ids."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any, context_length: int) -> None:
-        if tokenizer.eot_token is None:
-            raise ValueError("the model's tokenizer has no <|endoftext|>, which marks the end of an answer")
+        require_end_token(tokenizer, "fine-tuning")
         self.options, self.tokenizer = options, tokenizer
         self.max_length = min(options.max_length or context_length, context_length)
         self.records = read_records(options.data)

@@ -185,9 +185,14 @@ class KeptAdapter:
         return run_dir / "adapter"
 
     def save(self, run_dir: Path) -> Path:
+        from safetensors import SafetensorError
+
         with atomic_directory(self.place(run_dir)) as temporary:
-            # By default PEFT asks the hub for the base model's vocabulary size, to decide whether to save embeddings.
-            self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+            try:
+                # By default PEFT asks the hub for the base model's vocabulary size, to decide about saving embeddings.
+                self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+            except SafetensorError as error:  # safetensors reports a full disk this way
+                raise OSError(f"cannot write {self.place(run_dir)}: {error}") from error
             _sort_config(temporary / "adapter_config.json")
             self.template.save(temporary)
         return self.place(run_dir)

@@ -6,16 +6,20 @@ library can open this file and encodes text to the same ids.
 
 from __future__ import annotations
 
+import copy
 import json
 import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
-from MyGPT.files import atomic_write
+from MyGPT.files import atomic_write, read_json
 
 ENDOFTEXT = "<|endoftext|>"
 """The special token that marks the end of a document."""
@@ -25,8 +29,53 @@ MAX_ID = 2**31 - 1
 """The largest token id that a vocabulary may contain; real vocabularies are far smaller."""
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that `encode` finds in a text before it splits the rest of the text into other tokens.
+
+    The fields are those of `tokenizer.json`.
+    """
+
+    content: str
+    """The token's text."""
+    id: int
+    special: bool = True
+    """True for a token with a meaning for the model, such as `<|endoftext|>`, which transformers leaves out of decoded
+    text with skip_special_tokens=True. False for ordinary text, such as a word of a special field."""
+    normalized: bool = False
+    """True finds the token only in the text that the tokens with False leave."""
+    single_word: bool = False
+    """True finds the token only where no letter, digit or underscore touches it."""
+    lstrip: bool = False
+    """True removes white space before the token."""
+    rstrip: bool = False
+    """True removes white space after the token."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str) or not self.content:
+            raise ValueError(f"a special token must be a string of at least one character, got {self.content!r}")
+        for name in ("special", "normalized", "single_word", "lstrip", "rstrip"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(
+                    f"{name} of the token {self.content!r} must be true or false, got {getattr(self, name)!r}"
+                )
+
+
 class Tokenizer(ABC):
     """The base class of all tokenizers. A tokenizer encodes text to token ids and decodes token ids to text."""
+
+    added_tokens: tuple[AddedToken, ...] = ()
+    """The tokens that are found in a text before the rest is encoded: special tokens and added words."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """The content of the tokenizer_config.json with which the tokenizer was opened. `save` writes it back."""
+    source: str = ""
+    """The files from which the tokenizer was opened, such as "tokenizer.json in runs/x/model", or the reason why it is
+    GPT-2's. Empty for a tokenizer that was trained or made in Python."""
+    is_assumed: bool = False
+    """True for GPT-2's tokenizer if it was chosen because a model's directory has no tokenizer."""
+    optional_tokens: frozenset[str] = frozenset()
+    """Added tokens that no file names, but that transformers adds. They are left out if the model has no row for them."""
+    _end_of_model: str | None = None
 
     @property
     @abstractmethod
@@ -34,17 +83,39 @@ class Tokenizer(ABC):
         """The vocabulary size: the largest token id plus 1."""
 
     @property
-    @abstractmethod
     def eot_token(self) -> int | None:
-        """The id of `<|endoftext|>`, or None if the vocabulary lacks this token."""
+        """The id of the token that ends a text, or None if there is no such token.
+
+        It is the eos_token of the directory from which the tokenizer was opened, or else `<|endoftext|>`.
+        """
+        return next((id_ for id_ in (self._named_id("eos_token"), *self._default_ends()) if id_ is not None), None)
+
+    @property
+    def bos_token(self) -> int | None:
+        """The id of the token with which a text starts: the directory's bos_token, or else `eot_token`."""
+        own = self._named_id("bos_token")
+        return self.eot_token if own is None else own
+
+    @property
+    def pad_token(self) -> int | None:
+        """The id of the directory's pad_token, which fills up short sequences, or None if the directory names none."""
+        return self._named_id("pad_token")
+
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token, written as in tokenizer.json, or None if the vocabulary lacks the token."""
+
+    @abstractmethod
+    def token_of(self, id_: int) -> str | None:
+        """Return the token with this id, written as in tokenizer.json, or None if the vocabulary lacks the id."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. A special token in the text, such as `<|endoftext|>`, becomes a single id."""
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids.
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids, without special tokens if `skip_special_tokens` is True.
 
         An id without a token is skipped, as in transformers: models often have more ids than their tokenizer has tokens.
         A negative id, or one above 2**31 - 1, raises ValueError, and a float raises TypeError.
@@ -54,6 +125,13 @@ class Tokenizer(ABC):
         """Return the ids that have a token. They can be fewer than `n_vocab`."""
         return range(self.n_vocab)
 
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many bytes of a text, in UTF-8, its first token represents. `ids` are the token ids of the text.
+
+        White space that the tokenizer drops before the first token is counted too.
+        """
+        return len(self.decode(ids[:1]).encode())
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return the content of the `tokenizer.json` that `save` writes for this tokenizer."""
@@ -61,19 +139,161 @@ class Tokenizer(ABC):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` to a directory.
 
-        `load_tokenizer` needs only the first file; the transformers library needs both.
+        The second file names the special tokens. If the tokenizer was opened from a directory, its settings are kept.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
         with atomic_write(directory / "tokenizer.json") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.eot_token is not None:
-            unknown = content["model"].get("unk_token") or ENDOFTEXT  # transformers requires an unknown token.
-            settings |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": unknown}
         with atomic_write(directory / "tokenizer_config.json") as file:
-            json.dump(settings, file, indent=1)
+            json.dump(self._settings_to_save(content["model"].get("unk_token")), file, ensure_ascii=False, indent=1)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """Return a copy of this tokenizer with the settings of a tokenizer_config.json. It shares the vocabulary.
+
+        Raises ValueError if a special token in the settings is neither a string, nor an object with a string "content",
+        nor null.
+        """
+        for role in ROLES:
+            token_name(settings, role)
+        changed = copy.copy(self)
+        changed.settings = dict(settings)
+        return changed
+
+    def ending_with(self, ids: Iterable[int]) -> Self:
+        """Return a copy that ends texts with the first of `ids` that is in the vocabulary, or return the tokenizer itself.
+
+        `ids` come from the model's config. The settings come first: if they name an eos_token, nothing changes.
+        """
+        token = next((token for token in map(self.token_of, ids) if token is not None), None)
+        if token is None or self._named_id("eos_token") is not None:
+            return self
+        changed = copy.copy(self)
+        changed._end_of_model = token
+        return changed
+
+    def _shown(self, ids: Iterable[int], skip_special_tokens: bool) -> list[int]:
+        """Return the ids as a list of int, without those of special tokens if `skip_special_tokens` is True."""
+        special = {token.id for token in self.added_tokens if token.special} if skip_special_tokens else ()
+        return [id_ for id_ in valid_ids(ids) if id_ not in special]
+
+    def _named_id(self, role: str) -> int | None:
+        """Return the id of the token that the settings name for a role such as "eos_token", or None."""
+        name = token_name(self.settings, role)
+        return None if name is None else self.id_of(name)
+
+    def _default_ends(self) -> Iterator[int | None]:
+        """Yield the ids of the tokens that may end a text if the settings name none; None for a missing token."""
+        yield None if self._end_of_model is None else self.id_of(self._end_of_model)
+        yield self.id_of(ENDOFTEXT)
+
+    def _settings_to_save(self, unknown: str | None) -> dict[str, Any]:
+        """Return the content of tokenizer_config.json. `unknown` is the unknown token of the model in tokenizer.json."""
+        if "tokenizer_class" in self.settings:
+            return dict(self.settings)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if not self.settings:
+            settings["clean_up_tokenization_spaces"] = False
+        if self.eot_token is not None:
+            end = self.token_of(self.eot_token)
+            start = end if self.id_of(ENDOFTEXT) is None else ENDOFTEXT
+            # transformers requires an unknown token.
+            settings |= {"bos_token": start, "eos_token": end, "unk_token": unknown or start}
+        settings |= {key: value for key, value in self.settings.items() if value is not None}
+        return settings
+
+
+# Unicode's White_Space, the characters that \s matches in the tokenizers library.
+_WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(
+    map(chr, range(0x2000, 0x200B))
+)
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a tokenizer_config.json can name."""
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of a directory's tokenizer_config.json, and of special_tokens_map.json in older directories.
+
+    The result is empty if both files are missing. A damaged file raises ValueError.
+    """
+    settings = read_object(Path(directory, "tokenizer_config.json"))
+    if "added_tokens_decoder" in settings:  # transformers then ignores the older file
+        return settings
+
+    def name_of(value: Any) -> Any:
+        """Return the text of a token that is described by an object, which tokenizer_config.json cannot contain."""
+        if isinstance(value, list):
+            return [name_of(item) for item in value]
+        return value["content"] if isinstance(value, dict) and "content" in value else value
+
+    older = read_object(Path(directory, "special_tokens_map.json"))
+    return settings | {key: name_of(value) for key, value in older.items()}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty dict if there is no file. Raises ValueError for any other content."""
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_end_ids(directory: str | os.PathLike[str]) -> list[int]:
+    """Return the ids that end a text according to generation_config.json or else config.json in a directory.
+
+    The result is empty if the two files are missing or do not name such an id.
+    """
+    for name in ("generation_config.json", "config.json"):
+        content = read_json(Path(directory, name)) if Path(directory, name).is_file() else None
+        value = content.get("eos_token_id") if isinstance(content, dict) else None
+        if ids := [id_ for id_ in (value if isinstance(value, list) else [value]) if type(id_) is int]:
+            return ids
+    return []
+
+
+def token_name(settings: Mapping[str, Any], role: str) -> str | None:
+    """Return the token that the settings name for a role such as "eos_token", or None. A wrong type raises ValueError."""
+    value = settings.get(role)
+    name = value.get("content") if isinstance(value, Mapping) else value
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{role} in tokenizer_config.json must be a string, got {value!r:.80}")
+    return name
+
+
+def split_added(text: str, tokens: Iterable[AddedToken]) -> list[str | AddedToken]:
+    """Return the added tokens in a text, and the texts before, between and after them, in order.
+
+    Tokens are found as in Hugging Face's tokenizers library: at each position the longest one, first those that are not
+    `normalized`, and then the others in the texts that are left.
+    """
+    parts: list[str | AddedToken] = [text]
+    groups: dict[bool, dict[str, AddedToken]] = {False: {}, True: {}}
+    for token in tokens:
+        groups[token.normalized][token.content] = token
+    for group in filter(None, groups.values()):
+        pattern = special_pattern(group)
+        parts = [
+            piece for part in parts for piece in (_find(part, group, pattern) if isinstance(part, str) else [part])
+        ]
+    return [part for part in parts if part != ""]
+
+
+def _find(text: str, tokens: Mapping[str, AddedToken], pattern: re.Pattern[str]) -> Iterator[str | AddedToken]:
+    """Yield the tokens that `pattern` matches in a text, and the texts between them. `tokens` maps texts to tokens."""
+    end = 0
+    for match in pattern.finditer(text):
+        token, (start, stop) = tokens[match[0]], match.span()
+        if token.single_word and re.search(r"\w", text[max(start - 1, 0) : start] + text[stop : stop + 1]):
+            continue
+        while token.lstrip and start > end and text[start - 1] in _WHITE_SPACE:
+            start -= 1
+        while token.rstrip and stop < len(text) and text[stop] in _WHITE_SPACE:
+            stop += 1
+        yield text[end:start]
+        yield token
+        end = stop
+    yield text[end:]
 
 
 def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -94,6 +314,34 @@ def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
     if hasattr(tokenizer, "special_tokens_set") and not isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text, allowed_special="all"))
     return list(tokenizer.encode(text))
+
+
+def encode_without_end(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without the end-of-text token that may be at its end.
+
+    The caller then adds this token, so a text that already has it does not get a second one. White space after the
+    token is also left out. `tokenizer` is a tokenizer of MyGPT or a `tiktoken.Encoding`.
+    """
+    try:
+        end: int | None = tokenizer.eot_token
+    except (AttributeError, KeyError):  # an Encoding without this token
+        end = None
+    stripped = text.rstrip()
+    ids = encode_with_specials(tokenizer, stripped)
+    if end is not None and ids[-1:] == [end]:
+        return ids[:-1]
+    return ids if stripped == text else encode_with_specials(tokenizer, text)
+
+
+def require_end_token(tokenizer: Any, task: str, name: str = "") -> None:
+    """Raise ValueError if a tokenizer has no end-of-text token, which marks where an answer ends.
+
+    `task` is what needs the token, such as "fine-tuning"; `name` is the model's name. Both are for the message.
+    """
+    if tokenizer.eot_token is None:
+        owner = f"the tokenizer of {name}" if name else "the tokenizer"
+        way_out = "train a model with mygpt train --tokenizer bpe, or use one that has it, such as gpt2"
+        raise ValueError(f"{owner} has no {ENDOFTEXT} token, with which {task} marks the end of an answer: {way_out}")
 
 
 def require_text(text: object) -> None:
@@ -132,38 +380,26 @@ def lookup_tokens(id_to_token: Mapping[int, str], ids: Iterable[int]) -> list[st
     return [id_to_token[id_] for id_ in valid_ids(ids) if id_ in id_to_token]
 
 
-def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Return the ids from 0 to vocab_size - 1 that have no token, in ascending order.
-
-    `tokenizer` is a tokenizer of MyGPT, of tiktoken or of transformers. The result is empty for any other object.
-    """
+def has_token(tokenizer: Any, id_: int) -> bool:
+    """Return whether an id has a token. `tokenizer` is a tokenizer of MyGPT, tiktoken or transformers; others give True."""
     if isinstance(tokenizer, Tokenizer):
-        known: Collection[int] = tokenizer.ids()
-    elif hasattr(tokenizer, "get_vocab"):
-        known = set(tokenizer.get_vocab().values())
-    elif hasattr(tokenizer, "token_byte_values"):
-        known = _ids_of_tiktoken(tokenizer)
-    else:
-        return []
-    n = max(known, default=-1) + 1
-    gaps = [] if len(known) == n else [id_ for id_ in range(min(n, vocab_size)) if id_ not in known]
-    return [*gaps, *range(n, vocab_size)]
-
-
-def _ids_of_tiktoken(encoding: Any) -> Collection[int]:
-    """Return the ids that have a token in a `tiktoken.Encoding`, which can have gaps before its special tokens."""
-    n = encoding.n_vocab
-    if len(encoding.token_byte_values()) + len(encoding.special_tokens_set) == n:
-        return range(n)
-
-    def has_token(id_: int) -> bool:
+        return id_ in tokenizer.ids()
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer.convert_ids_to_tokens(id_) is not None
+    if hasattr(tokenizer, "decode_single_token_bytes"):
         try:
-            encoding.decode_single_token_bytes(id_)
+            tokenizer.decode_single_token_bytes(id_)
         except KeyError:
             return False
-        return True
+    return True
 
-    return set(filter(has_token, range(n)))
+
+def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Return the ids from 0 to vocab_size - 1 that have no token (see `has_token`), in ascending order."""
+    first = 0
+    if isinstance(tokenizer, Tokenizer) and len(tokenizer.ids()) == tokenizer.n_vocab:
+        first = tokenizer.n_vocab  # There are no gaps.
+    return [id_ for id_ in range(first, vocab_size) if not has_token(tokenizer, id_)]
 
 
 def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
@@ -186,14 +422,53 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
     return inverted
 
 
-def hugging_face_json(model: dict[str, Any], special_tokens: Mapping[str, int], **parts: Any) -> dict[str, Any]:
+def place_added_tokens(vocab: Mapping[str, int], added: Iterable[AddedToken]) -> list[AddedToken]:
+    """Return the added tokens with the ids that Hugging Face's `tokenizers` library gives them.
+
+    The library ignores the ids of added tokens in a file. A token of `vocab` keeps its id there, and the other tokens
+    get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to another
+    token. In this case only, the id in the file is used, or the first id above all others if the file has no id, which
+    is written as -1. A repeated token counts once.
+
+    Args:
+        vocab: maps each token of the model to its id.
+        added: the added tokens in the order of the file.
+
+    Raises:
+        ValueError: a token has no free id.
+    """
+    taken = set(vocab.values())
+    placed: dict[str, AddedToken] = {}
+    for token in added:
+        id_ = vocab.get(token.content)
+        if id_ is None and token.content not in placed:
+            id_ = max(len(vocab), 1 + max((other.id for other in placed.values()), default=-1))
+            if id_ in taken:
+                id_ = max(taken) + 1 if token.id == -1 else token.id
+            if type(id_) is not int or id_ < 0 or id_ in taken:
+                raise ValueError(f"the added token {token.content!r} needs an id of its own, but got {token.id!r}")
+            taken.add(id_)
+        if id_ is not None:
+            placed.setdefault(token.content, replace(token, id=id_))
+    return list(placed.values())
+
+
+def with_added(vocab: Mapping[str, int], added_tokens: Iterable[AddedToken]) -> dict[str, int]:
+    """Return a vocabulary with the added tokens. An added token that has another id in `vocab` raises ValueError."""
+    whole = dict(vocab)
+    for token in added_tokens:
+        if whole.setdefault(token.content, token.id) != token.id:
+            raise ValueError(f"the token {token.content!r} has two ids, {whole[token.content]} and {token.id}")
+    return whole
+
+
+def hugging_face_json(model: dict[str, Any], added_tokens: Iterable[AddedToken], **parts: Any) -> dict[str, Any]:
     """Return the content of a `tokenizer.json` in Hugging Face's format, with `model` as the value of the key "model".
 
-    `special_tokens` maps each special token to its id. `parts` are values of other keys, such as pre_tokenizer and
-    decoder; the keys that are not given are null.
+    `parts` are values of other keys, such as pre_tokenizer and decoder; the keys that are not given are null.
     """
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    in_order = sorted(special_tokens.items(), key=lambda item: item[1])
-    added = [{"id": id_, "content": token, **flags} for token, id_ in in_order]
+    names = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    in_order = sorted(added_tokens, key=attrgetter("id"))
+    added = [{name: getattr(token, name) for name in names} for token in in_order]
     empty = {"truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None, "post_processor": None}
     return {"version": "1.0", "added_tokens": added, **empty, "decoder": None, **parts, "model": model}

@@ -18,11 +18,13 @@ from typing import Any, Literal
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     MAX_ID,
+    AddedToken,
     Tokenizer,
     hugging_face_json,
     refuse_surrogates,
     require_text,
     special_pattern,
+    split_added,
     valid_ids,
 )
 
@@ -58,6 +60,8 @@ class BPETokenizer(Tokenizer):
             the 50,000 merges of GPT-2
         unmerged: maps tokens that no merge creates to their ids. They are decoded, but no text is encoded to them. The
             tokens are written in visible characters, as in GPT-2's files.
+        added_tokens: further tokens that are found in a text as a whole, such as ordinary words that were added to the
+            vocabulary
     """
 
     def __init__(
@@ -67,24 +71,30 @@ class BPETokenizer(Tokenizer):
         special_tokens: Mapping[str, int],
         known: bool = False,
         unmerged: Mapping[str, int] | None = None,
+        *,
+        added_tokens: Iterable[AddedToken] = (),
     ) -> None:
         import tiktoken
 
+        self.added_tokens = (*(AddedToken(token, id_) for token, id_ in special_tokens.items()), *added_tokens)
         unmerged = unmerged or {}
-        _check(vocab, merges, special_tokens, unmerged)
+        _check(vocab, merges, self.added_tokens, unmerged)
         ranks = _ranks(vocab, merges)
         if not known:
             _check_merge_order(ranks, merges)
         self._vocab, self._unmerged = dict(vocab), dict(unmerged)
         self.merges = list(merges)
         """The pairs of tokens that are joined, in the order in which they are joined."""
-        self.special_tokens = dict(special_tokens)
+        self.special_tokens = {token.content: token.id for token in self.added_tokens if token.special}
         """Maps each special token to its id."""
-        self._bytes_of = {id_: token.encode() for token, id_ in special_tokens.items()}
+        self._bytes_of = {token.id: token.content.encode() for token in self.added_tokens}
         self._bytes_of |= {id_: _visible_to_bytes(token) for token, id_ in unmerged.items()}
         self._bytes_of |= {id_: token for token, id_ in vocab.items()}
-        self._id_of_rank = None if ranks == self._vocab else [vocab[token] for token in ranks]
-        self._encoding = tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._n_vocab = max(self._bytes_of) + 1
+        self._id_of_rank = None if ranks is vocab else [vocab[token] for token in ranks]
+        self._encoding = tiktoken.Encoding(
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
+        )
 
     @classmethod
     def train(
@@ -128,11 +138,26 @@ class BPETokenizer(Tokenizer):
 
     @property
     def n_vocab(self) -> int:
-        return max(self._bytes_of) + 1
+        return self._n_vocab
 
-    @property
-    def eot_token(self) -> int | None:
-        return self.special_tokens.get(ENDOFTEXT)
+    def id_of(self, token: str) -> int | None:
+        known = self._unmerged | {added.content: added.id for added in self.added_tokens}
+        return known[token] if token in known else self._vocab.get(_visible_to_bytes(token))
+
+    def token_of(self, id_: int) -> str | None:
+        names = [*((added.content, added.id) for added in self.added_tokens), *self._unmerged.items()]
+        name = next((name for name, other in names if other == id_), None)
+        if name is not None or id_ not in self._bytes_of:
+            return name
+        return "".join(BYTE_TO_CHARACTER[byte] for byte in self._bytes_of[id_])
+
+    def without_added(self, contents: Collection[str]) -> BPETokenizer:
+        """Return a copy without these added tokens, which are then encoded as ordinary text."""
+        kept = [token for token in self.added_tokens if token.content not in contents]
+        changed = BPETokenizer(self._vocab, self.merges, {}, True, self._unmerged, added_tokens=kept)
+        changed.settings, changed.source = self.settings, self.source
+        changed._end_of_model = self._end_of_model
+        return changed
 
     def encode(
         self,
@@ -144,7 +169,7 @@ class BPETokenizer(Tokenizer):
         """Return the token ids of a text.
 
         The two options have the same meaning as in tiktoken, but in tiktoken no special token is allowed by default. A
-        special token that is in neither of the two sets is encoded as ordinary text.
+        special token that is in neither of the two sets is encoded as ordinary text. Added words always become one id.
 
         Args:
             allowed_special: special tokens that each become a single id; "all" for all special tokens
@@ -161,9 +186,9 @@ class BPETokenizer(Tokenizer):
                 raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
         ids: list[int] = []
-        for i, part in enumerate(special_pattern(allowed & set(self.special_tokens)).split(text)):
-            if i % 2:
-                ids.append(self.special_tokens[part])
+        for part in split_added(text, [it for it in self.added_tokens if not it.special or it.content in allowed]):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
             else:
                 for stretch in _cut_long_white_space(part):
                     ids += self._encode_ordinary(stretch)
@@ -182,12 +207,17 @@ class BPETokenizer(Tokenizer):
         """Return one list of token ids per text. `special` are the keyword options of `encode`."""
         return [self.encode(text, **special) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. Bytes that are not valid UTF-8, such as half of a character, become U+FFFD.
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids, without special tokens if `skip_special_tokens` is True.
 
-        An id without a token is skipped, as in transformers. An id that no vocabulary can have raises ValueError.
+        Bytes that are not valid UTF-8, such as half of a character, become U+FFFD. An id without a token is skipped, as in
+        transformers. An id that no vocabulary can have raises ValueError.
         """
-        return b"".join(self.decode_tokens_bytes(ids)).decode("utf-8", errors="replace")
+        tokens = self.decode_tokens_bytes(self._shown(ids, skip_special_tokens))
+        return b"".join(tokens).decode("utf-8", errors="replace")
+
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        return len(self.decode_tokens_bytes(ids[:1])[0])  # The token may be a part of a character.
 
     def decode_tokens_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """Return the bytes of the token of each id, for example to show tokens one by one.
@@ -204,13 +234,14 @@ class BPETokenizer(Tokenizer):
         empty = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
         flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
         vocab = {visible[token]: id_ for token, id_ in self._vocab.items()} | self._unmerged
-        own = sorted(id_ for token, id_ in self.special_tokens.items() if token not in vocab)
+        added = {token.content: token.id for token in self.added_tokens}
+        own = sorted(id_ for token, id_ in added.items() if token not in vocab)
         if own != list(range(len(vocab), len(vocab) + len(own))):  # other readers would give added tokens these ids
-            vocab |= self.special_tokens
+            vocab |= added
         merges = [[visible[first], visible[second]] for first, second in self.merges]
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return hugging_face_json(model, self.special_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+        return hugging_face_json(model, self.added_tokens, pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
@@ -242,7 +273,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     count can only fall. So a count in the heap can be too high, but never too low; an outdated pair is pushed again
     with its true count.
     """
-    from tqdm import tqdm
+    from MyGPT.progress import progress_bar
 
     chunks = [list(chunk) for chunk in chunk_counts]
     counts = list(chunk_counts.values())
@@ -257,7 +288,7 @@ def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: boo
     heapq.heapify(heap)
 
     merges: list[Pair] = []
-    with tqdm(total=n_merges, desc="learning merges", unit="merge", disable=not progress, leave=False) as bar:
+    with progress_bar(progress, total=n_merges, desc="learning merges", unit="merge", leave=False) as bar:
         while heap and len(merges) < n_merges:
             negative_count, pair = heapq.heappop(heap)
             if -negative_count != pair_counts[pair]:
@@ -304,13 +335,14 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 
 
 def from_visible(
-    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], special: Mapping[str, int], known: bool = False
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], added: Iterable[AddedToken], known: bool = False
 ) -> BPETokenizer:
     """Return a BPETokenizer for tokens that are written with the characters of BYTE_TO_CHARACTER, as in GPT-2's files.
 
-    `vocab` may include the special tokens, whose ids are in `special`. If `known` is True, the merges are
-    not checked.
+    `vocab` may include the added tokens, such as special tokens. If `known` is True, the merges are not checked.
     """
+    added = list(added)
+    contents = {token.content for token in added}
 
     @cache  # Nearly every token occurs three times.
     def to_bytes(token: str) -> bytes:
@@ -324,43 +356,11 @@ def from_visible(
     return BPETokenizer(
         {to_bytes(token): id_ for token, id_ in vocab.items() if token in merged},
         [(to_bytes(first), to_bytes(second)) for first, second in merges],
-        special,
+        {},
         known,
-        {token: id_ for token, id_ in vocab.items() if token not in merged and token not in special},
+        {token: id_ for token, id_ in vocab.items() if token not in merged and token not in contents},
+        added_tokens=added,
     )
-
-
-def place_added_tokens(vocab: Mapping[str, int], added: Iterable[tuple[str, int | None]]) -> dict[str, int]:
-    """Return the id of each added token, chosen as Hugging Face's `tokenizers` library chooses it.
-
-    The library ignores the ids that a file gives to added tokens. A token of `vocab` keeps its id there, and the other
-    tokens get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to
-    another token. In this case only, the id in the file is used.
-
-    Args:
-        vocab: maps each token of the model to its id.
-        added: the added tokens and their ids in the file, in the order of the file. None stands for a missing id.
-
-    Raises:
-        ValueError: a token has no free id.
-    """
-    taken = set(vocab.values())
-    ids: dict[str, int] = {}
-    for token, listed in added:
-        if not isinstance(token, str):
-            raise ValueError(f"an added token must be a string, got {token!r}")
-        if not token or token in ids:
-            continue
-        id_ = vocab.get(token)
-        if id_ is None:
-            id_ = max(len(vocab), max(ids.values(), default=-1) + 1)
-            if id_ in taken:
-                if type(listed) is not int or listed in taken:
-                    raise ValueError(f"the added token {token!r} needs an id of its own, but got {listed!r}")
-                id_ = listed
-            taken.add(id_)
-        ids[token] = id_
-    return ids
 
 
 def _visible_to_bytes(token: str) -> bytes:
@@ -373,22 +373,19 @@ def _visible_to_bytes(token: str) -> bytes:
 def _check(
     vocab: Mapping[bytes, int],
     merges: Sequence[Merge],
-    special_tokens: Mapping[str, int],
+    added_tokens: Sequence[AddedToken],
     unmerged: Mapping[str, int],
 ) -> None:
     """Raise ValueError unless `vocab` has exactly the 256 bytes and the results of `merges`, all with valid ids.
 
-    All ids, including those of the special tokens, must be distinct whole numbers from 0 to MAX_ID. Only a special token
+    All ids, including those of the added tokens, must be distinct whole numbers from 0 to MAX_ID. Only an added token
     that repeats a token of `vocab` has the same id as this token.
     """
     missing = [byte for byte in range(256) if bytes([byte]) not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
-    for token in special_tokens:
-        if not isinstance(token, str) or not token:
-            raise ValueError(f"a special token must be a string of at least one character, got {token!r}")
-    own = {token: id_ for token, id_ in special_tokens.items() if vocab.get(_visible_to_bytes(token)) != id_}
-    ids = [*vocab.values(), *own.values(), *unmerged.values()]
+    ids = [token.id for token in added_tokens if vocab.get(_visible_to_bytes(token.content)) != token.id]
+    ids += [*vocab.values(), *unmerged.values()]
     if any(type(id_) is not int or not 0 <= id_ <= MAX_ID for id_ in ids) or len(set(ids)) != len(ids):
         raise ValueError(f"the ids of the vocabulary must be distinct whole numbers from 0 to {MAX_ID}")
     for first, second in merges:
@@ -399,11 +396,11 @@ def _check(
         raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
-def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> dict[bytes, int]:
+def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> Mapping[bytes, int]:
     """Return the numbers by which tiktoken orders the merges: the ids if they increase, else new numbers from 0 on."""
     ids = [vocab[first + second] for first, second in merges]
     if all(one < other for one, other in pairwise(ids)):
-        return dict(vocab)
+        return vocab
     tokens = [*(bytes([byte]) for byte in range(256)), *(first + second for first, second in merges)]
     return {token: rank for rank, token in enumerate(tokens)}
 

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from MyGPT.files import read_json, read_text
-from MyGPT.tokenizers.base import ENDOFTEXT
+from MyGPT.tokenizers.base import ENDOFTEXT, AddedToken
 from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, BPETokenizer, from_visible
 
 VOCABULARY_SHA256 = {
@@ -27,11 +27,11 @@ VOCABULARY_SHA256 = {
 def gpt2_tokenizer() -> BPETokenizer:
     """Return the tokenizer of the released GPT-2 models: 50,257 tokens, with `<|endoftext|>` at id 50256."""
     path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
-    merges = _read_merges(path)
+    merges = read_merges(path)
     if not has_gpt2_merges(merges):
         way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
         raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
-    return from_visible(gpt2_vocabulary(merges), merges, {ENDOFTEXT: 50256}, known=True)
+    return from_visible(gpt2_vocabulary(merges), merges, [AddedToken(ENDOFTEXT, 50256)], known=True)
 
 
 def gpt2_vocabulary(merges: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -50,20 +50,22 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
     """Return the tokenizer in a directory with OpenAI's `encoder.json` (tokens and ids) and `vocab.bpe` (merges)."""
     try:
         vocab = read_json(directory / "encoder.json")
-        merges = _read_merges(directory / "vocab.bpe")
+        merges = read_merges(directory / "vocab.bpe")
         if not isinstance(vocab, dict):
             raise ValueError("encoder.json must be a JSON object of tokens and ids")
-        special = {ENDOFTEXT: vocab[ENDOFTEXT]} if ENDOFTEXT in vocab else {}
+        special = [AddedToken(ENDOFTEXT, vocab[ENDOFTEXT])] if ENDOFTEXT in vocab else []
         return from_visible(vocab, merges, special, known=has_gpt2_merges(merges))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} has no valid encoder.json and vocab.bpe: {error}") from None
 
 
-def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    """Return the pair of tokens on each line of a `vocab.bpe` file. A first line with the version is skipped."""
+def read_merges(path: Path) -> list[tuple[str, ...]]:
+    """Return the pair of tokens on each line of `vocab.bpe` or `merges.txt`. A first line with the version is skipped."""
     lines = read_text(path).rstrip("\n").split("\n")
-    merges = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines)]
+    if lines[0].startswith("#version") or lines == [""]:
+        del lines[0]
+    merges = [tuple(line.split(" ")) for line in lines]
     for merge in merges:
         if len(merge) != 2:
-            raise ValueError(f"a merge in vocab.bpe must have two tokens, got the line {' '.join(merge)!r}")
+            raise ValueError(f"a merge in {path.name} must have two tokens, got the line {' '.join(merge)!r}")
     return merges

@@ -7,18 +7,20 @@ that splits a text is from "Build a Large Language Model (From Scratch)" (Raschk
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     UNKNOWN,
+    AddedToken,
     Tokenizer,
     hugging_face_json,
     invert_vocabulary,
     lookup_tokens,
     require_text,
-    special_pattern,
+    split_added,
+    with_added,
 )
 
 _PUNCTUATION = r"""[,.:;?_!"()']|--"""
@@ -36,13 +38,17 @@ PRE_TOKENIZER = {
 
 
 class SimpleTokenizer(Tokenizer):
-    """A tokenizer whose tokens are words and punctuation marks. `vocab` maps each of these tokens to its id."""
+    """A tokenizer whose tokens are words and punctuation marks. `vocab` maps each of these tokens to its id.
 
-    def __init__(self, vocab: Mapping[str, int]) -> None:
-        self.int_to_str = invert_vocabulary(vocab)
-        self.str_to_int = dict(vocab)
-        self._special_tokens = {token: vocab[token] for token in (ENDOFTEXT, UNKNOWN) if token in vocab}
-        self._special = special_pattern(self._special_tokens)
+    `added_tokens` are found in a text as a whole. Default: `<|endoftext|>` and `<|unk|>`, if they are in `vocab`.
+    """
+
+    def __init__(self, vocab: Mapping[str, int], added_tokens: Iterable[AddedToken] | None = None) -> None:
+        if added_tokens is None:
+            added_tokens = [AddedToken(token, vocab[token]) for token in (ENDOFTEXT, UNKNOWN) if token in vocab]
+        self._vocab, self.added_tokens = dict(vocab), tuple(added_tokens)
+        self.str_to_int = with_added(vocab, self.added_tokens)
+        self.int_to_str = invert_vocabulary(self.str_to_int)
 
     @classmethod
     def from_text(cls, text: str) -> SimpleTokenizer:
@@ -55,9 +61,11 @@ class SimpleTokenizer(Tokenizer):
     def n_vocab(self) -> int:
         return max(self.int_to_str) + 1
 
-    @property
-    def eot_token(self) -> int | None:
-        return self.str_to_int.get(ENDOFTEXT)
+    def id_of(self, token: str) -> int | None:
+        return self.str_to_int.get(token)
+
+    def token_of(self, id_: int) -> str | None:
+        return self.int_to_str.get(id_)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of the words and punctuation marks in a text.
@@ -66,33 +74,41 @@ class SimpleTokenizer(Tokenizer):
         """
         require_text(text)
         unknown = self.str_to_int.get(UNKNOWN)
-        words: list[str] = []
-        for i, part in enumerate(self._special.split(text)):
-            words += [part] if i % 2 else _words(part)
         ids = []
-        for word in words:
+        for word in self._words(text):
             id_ = self.str_to_int.get(word, unknown)
             if id_ is None:
                 raise ValueError(f"{word!r} is not in the vocabulary of {self.n_vocab} tokens, which has no {UNKNOWN}")
             ids.append(id_)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Return the tokens of the ids, joined by spaces, without a space before a punctuation mark.
 
-        An id without a token is skipped, as in transformers. An id that no vocabulary can have raises ValueError.
+        Special tokens are left out if `skip_special_tokens` is True. An id without a token is skipped, as in transformers.
+        An id that no vocabulary can have raises ValueError.
         """
-        text = " ".join(lookup_tokens(self.int_to_str, ids))
+        text = " ".join(lookup_tokens(self.int_to_str, self._shown(ids, skip_special_tokens)))
         return _SPACE_BEFORE_PUNCTUATION.sub(r"\1", text)
 
     def ids(self) -> Collection[int]:
         return self.int_to_str.keys()
 
+    def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:
+        # An unknown word has another length than <|unk|>, so the length is that of the word in the text.
+        n_dropped = len(text) - len(text.lstrip())
+        return len(text[:n_dropped].encode()) + len(self._words(text)[0].encode())
+
+    def _words(self, text: str) -> list[str]:
+        """Return the words, punctuation marks and added tokens of a text."""
+        parts = split_added(text, self.added_tokens)
+        return [word for part in parts for word in ([part.content] if isinstance(part, AddedToken) else _words(part))]
+
     def to_json(self) -> dict[str, Any]:
-        model = {"type": "WordLevel", "vocab": self.str_to_int, "unk_token": UNKNOWN}
-        return hugging_face_json(model, self._special_tokens, pre_tokenizer=PRE_TOKENIZER)
+        model = {"type": "WordLevel", "vocab": self._vocab, "unk_token": UNKNOWN}
+        return hugging_face_json(model, self.added_tokens, pre_tokenizer=PRE_TOKENIZER)
 
 
 def _words(text: str) -> list[str]:
-    """Return the words and punctuation marks of a text that contains no special tokens. White space is dropped."""
+    """Return the words and punctuation marks of a text that contains no added tokens. White space is dropped."""
     return [word for word in _SPLIT.split(text) if word.strip()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
-from MyGPT.files import atomic_write, check_output_directory, remove_leftovers, restore_directory
+from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers
 from MyGPT.training.checkpoint import CHECKPOINTS
 from MyGPT.training.snapshot import LOGS
 
@@ -33,9 +33,7 @@ def check_run_directory(run: Path, overwrite: bool) -> None:
 
 def is_empty_run(run: Path) -> bool:
     """Return True if the directory `run` holds a run that was stopped before it saved a model."""
-    models = run / "model", run / "adapter"
-    for directory in models:
-        restore_directory(directory)
+    models = map(present_directory, (run / "model", run / "adapter"))
     return (run / "config.yaml").is_file() and not any(directory.exists() for directory in models)
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGPIPE = 13
+"""The number of the signal SIGPIPE on every system that has it. Windows has not, and Python ignores the signal itself."""
+
 
 class Stopped(KeyboardInterrupt):
     """Raised when the signal signal_number has stopped a training run and everything has been saved."""
@@ -19,16 +22,19 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def delayed_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in the yielded list instead of interrupting the `with` block.
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in the yielded list instead of interrupting the `with` block.
 
-    A second Ctrl-C interrupts at once. Outside the main thread the list stays empty, because Python allows no signal
-    handlers there.
+    SIGHUP arrives when the terminal or the ssh connection closes. A process that ignores SIGHUP, as nohup arranges,
+    keeps ignoring it. A second Ctrl-C interrupts at once. Outside the main thread the list stays empty, because Python
+    allows no signal handlers there.
     """
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP.
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
 
     def remember(number: int, frame: Any) -> None:
         signals.append(number)

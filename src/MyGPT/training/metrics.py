@@ -3,35 +3,82 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from MyGPT.files import parse_json, read_text
+from MyGPT.files import json_text, parse_json, read_text
+
+
+class AppendedFile:
+    """A text file to which a run appends. A failed write neither ends the run nor leaves half a record.
+
+    The text of a failed write is kept in memory, and the next call of `write` or `flush` tries again. `report` is called
+    with the first error of each series of failures.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self.path = path
+        self.failure: OSError | None = None
+        """The error of the last attempt; None if the file is complete."""
+        self._report = report
+        self._waiting = ""
+
+    def write(self, text: str) -> None:
+        """Append `text`, after the text of earlier calls that failed."""
+        self._waiting += text
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to append the text of earlier calls that failed."""
+        if not self._waiting:
+            return
+        length = None
+        try:
+            with open(self.path, "ab") as file:
+                length = file.tell()
+                file.write(self._waiting.encode())
+        except OSError as error:
+            if length is not None:  # A part may have been written. A full disk still allows to remove it.
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, length)
+            if self.failure is None:
+                self._report(f"{self.path} could not be written, and the next write tries again: {error}")
+            self.failure = error
+        else:
+            self._waiting, self.failure = "", None
 
 
 class MetricsLog:
     """Appends records to `metrics.jsonl` in the directory `run`, and to TensorBoard event files if requested.
 
-    `after` is the step from which the run is resumed, or None for a new run. TensorBoard ignores the events of steps
-    after `after` that the interrupted process wrote, because the resumed run writes them again.
+    `report` is called with a message about records that cannot be written (see AppendedFile). `after` is the step from
+    which the run is resumed, or None for a new run. TensorBoard ignores the events of steps after `after` that the
+    interrupted process wrote, because the resumed run writes them again.
     """
 
-    def __init__(self, run: Path, tensorboard: bool = False, after: int | None = None) -> None:
-        self._path = run / "metrics.jsonl"
+    def __init__(
+        self, run: Path, report: Callable[[str], None], tensorboard: bool = False, after: int | None = None
+    ) -> None:
+        self.file, self._report = AppendedFile(run / "metrics.jsonl", report), report
         self._writer = _summary_writer(run, after) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
         """Append `step` and the named values, which were measured after this step, to metrics.jsonl as one record.
 
-        If TensorBoard files were requested, the values are also added to them.
+        A value that is not finite is written as the string "nan", "inf" or "-inf", because JSON has no such numbers. If
+        TensorBoard files were requested, the values are also added to them.
         """
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer is not None:
+        self.file.write(json_text({"step": step, **values}) + "\n")
+        if self._writer is None:
+            return
+        try:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._report(f"the TensorBoard files end at step {step}, because they could not be written: {error}")
+            self._writer = None
 
     def close(self) -> None:
         """Close the TensorBoard event files, if there are any."""
@@ -42,7 +89,8 @@ class MetricsLog:
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records in metrics.jsonl of the directory `run`, in the order of their lines.
 
-    An incomplete last line, left by a killed process, is ignored.
+    An incomplete last line, left by a killed process, is ignored. The strings "nan", "inf" and "-inf" become floats.
+    Early versions of MyGPT wrote NaN and Infinity, which are also accepted.
 
     Raises:
         FileNotFoundError: the directory has no metrics.jsonl.
@@ -57,7 +105,7 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            record = parse_json(line, path, number)
+            record = _parse_record(line, path, number)
         except ValueError:
             if number == len(lines):
                 break
@@ -66,7 +114,7 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} has no valid step: {line[:80]!r}")
         for name in ("loss", "val_loss"):
             value = record.get(name, 0.0)
-            if not isinstance(value, float) and not _is_int64(value):  # A diverging run writes infinity and NaN.
+            if not isinstance(value, float) and not _is_int64(value):
                 raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[:80]!r}")
         records.append(record)
     return records
@@ -82,12 +130,20 @@ def evaluations_after(run: Path, n_bytes: int, last_step: int) -> list[dict[str,
     evaluations = []
     for line in path.read_bytes()[n_bytes:].splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
-            record = parse_json(line, path)
+            record = _parse_record(line, path)
             if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] > last_step:
                 continue
             if any(isinstance(record.get(name), float) for name in ("val_loss", "final_val_loss")):
                 evaluations.append(record)
     return evaluations
+
+
+def _parse_record(line: str | bytes, path: Path, number: int | None = None) -> Any:
+    """Return the value in a line of metrics.jsonl. In an object, the strings "nan", "inf" and "-inf" become floats."""
+    record = parse_json(line, path, number)
+    if not isinstance(record, dict):
+        return record
+    return {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in record.items()}
 
 
 def _is_int64(value: object) -> bool:

@@ -6,7 +6,6 @@ best model), `checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, a p
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from MyGPT.data.templates import Template
-from MyGPT.files import atomic_write
+from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
@@ -33,13 +32,15 @@ from MyGPT.training.directory import (
     remove_run,
     remove_unfinished,
 )
-from MyGPT.training.metrics import MetricsLog, evaluations_after, read_metrics
+from MyGPT.training.metrics import AppendedFile, MetricsLog, evaluations_after, read_metrics
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
 from MyGPT.weights.pretrained import read_weights
 
 _SPIKE = 5.0
 """A gradient norm above this multiple of its running mean is reported."""
+_NOT_SAVED = "model_not_saved"
+"""The key in metrics.jsonl that marks the validation loss of a model which was the best one but could not be saved."""
 
 
 class BestModelStore(Protocol):
@@ -82,6 +83,9 @@ class Run:
 
     `with Run(...) as snapshot:` locks the directory. The end of the block waits for the checkpoint writer, closes the
     files and releases the lock, also after an exception. Whatever is written is also reported on the console.
+
+    After its first checkpoint, a run continues when a file cannot be written, for example on a full disk. The failure is
+    reported, the next save tries again, and `raise_failed_writes` ends the run with an error if the last try failed.
     """
 
     directory: Path | None
@@ -100,6 +104,9 @@ class Run:
     writer: CheckpointWriter | None = None
     """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
+    _samples: AppendedFile | None = None
+    _failures: dict[str, OSError] = field(default_factory=dict)
+    """The errors of the last attempts to save "the model" and "the last checkpoint", if they failed."""
     _resources: ExitStack = field(default_factory=ExitStack)
     _is_checkpoint_due: bool = False
     _has_changed: bool = False
@@ -134,7 +141,9 @@ class Run:
                 remove_run(directory)
             with atomic_write(directory / "config.yaml") as file:
                 yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
-            self._metrics = MetricsLog(directory, config.tensorboard, snapshot.state.step if snapshot else None)
+            after = snapshot.state.step if snapshot else None
+            self._metrics = MetricsLog(directory, self.console.warn, config.tensorboard, after)
+            self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
             resources.callback(self._metrics.close)
             self._resources = resources.pop_all()
         if config.checkpoint_every or config.checkpoint_minutes:
@@ -152,7 +161,8 @@ class Run:
         if self.writer is not None:
             self.writer.wait()
         with self._resources:
-            self._metrics = None
+            self._flush_logs()
+            self._metrics = self._samples = None
             self._report_failed_checkpoint()
 
     def log(self, step: int, **values: float) -> None:
@@ -181,30 +191,61 @@ class Run:
         if math.isfinite(values["loss"]):
             self.log(state.step, **values, tokens_per_second=tokens_per_second)
         self.console.logged(state.smoothed_loss, tokens_per_second)
+        self.console.progressed(state.step, state.smoothed_loss, values["learning_rate"], tokens_per_second)
 
-    def record_evaluation(self, state: RunState, loss: float) -> None:
-        """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console."""
-        self.console.evaluated(state.step, loss, state.add_evaluation(loss))
-        self.log(state.step, val_loss=loss)
+    def record_evaluation(
+        self, state: RunState, loss: float, is_saved: bool = True, scores: Mapping[str, float] | None = None
+    ) -> None:
+        """Store the validation loss of the current step in `state` and metrics.jsonl, and print it on the console.
+
+        `is_saved` is False if the loss is the lowest so far but the model could not be saved. `scores` are other measured
+        values, such as an accuracy, which are recorded and printed as well.
+        """
+        self.console.evaluated(state.step, loss, state.add_evaluation(loss, is_saved))
+        if scores:
+            self.console.scored(state.step, scores)
+        values = {f"val_{name}": value for name, value in (scores or {}).items()}
+        self.log(state.step, val_loss=loss, **values, **({} if is_saved else {_NOT_SAVED: 1}))
         if state.has_lost_patience(self.config.early_stop):
             self.console.stopped_early(state.step, state.evals_since_best)
 
     def record_sample(self, step: int, text: str) -> None:
         """Show `text`, which the model generated after `step` steps, and append it to samples.txt."""
         self.console.sampled(step, text)
-        if self.directory is not None:
-            with open(self.directory / "samples.txt", "a", encoding="utf-8", newline="\n") as file:
-                file.write(f"--- step {step} ---\n{text}\n\n")
+        if self._samples is not None:
+            self._samples.write(f"--- step {step} ---\n{text}\n\n")
 
     def save_model(self) -> Path | None:
         """Save the current model as the best model and return its directory, or None if the run has none."""
         return None if self.directory is None else self.best_model.save(self.directory)
 
+    def try_to_save(self, save: Callable[[], object]) -> bool:
+        """Call `save`, which saves the current model, and return True. Report an OSError instead, and return False."""
+        try:
+            save()
+        except OSError as error:
+            self.console.warn(f"the model could not be saved, and the next best model will be saved instead: {error}")
+            self._failures["the model"] = error
+            return False
+        self._failures.pop("the model", None)
+        return True
+
+    def raise_failed_writes(self) -> None:
+        """Raise OSError if the last attempt to write the model, the last checkpoint or a log failed."""
+        self._flush_logs()
+        logs = [log.failure for log in self._logs() if log.failure is not None]
+        if failures := [*self._failures.values(), *logs]:
+            way_out = "" if self.writer is None else f"; --resume {self.directory} completes the run after that"
+            text = "; ".join(map(str, failures))
+            raise OSError(f"{text}; make room on the disk or correct its permissions{way_out}{self._last_checkpoint()}")
+
     def restore_best_model(self, state: RunState) -> None:
         """Load the weights of the run's best model, unless the model after the last step is the best one.
 
-        Raises FloatingPointError if no validation loss was finite.
+        If no model could be saved, the last model is kept. Raises FloatingPointError if no validation loss was finite.
         """
+        if state.best_step is None and self._failures:
+            return
         if state.best_step is None:
             raise FloatingPointError(
                 f"no validation loss was finite, the last one is {state.val_loss}: check the validation data, or lower "
@@ -229,6 +270,7 @@ class Run:
 
     def context(self) -> dict[str, dict[str, Any]]:
         """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine."""
+        self._flush_logs()
         lengths = {} if self.directory is None else log_lengths(self.directory)
         return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
 
@@ -253,13 +295,19 @@ class Run:
             self._is_checkpoint_due = False
 
     def write_last_checkpoint(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Write the checkpoint of the last `step` if it is missing. Report how long training waited for checkpoints."""
+        """Write the checkpoint of the last `step` if it is missing. Report how long training waited for checkpoints.
+
+        If writing fails, the run continues, so that its model can be saved. `raise_failed_writes` then raises the error.
+        """
         if self.writer is None:
             return
         self.writer.wait()
         self._report_failed_checkpoint()
         if self.writer.written_step != step:
-            self.writer.write(take_snapshot)
+            try:
+                self.writer.write(take_snapshot)
+            except OSError as error:
+                self._failures["the last checkpoint"] = error
         n, seconds = self.writer.n_written, self.writer.blocking_seconds
         self.log(step, checkpoints=n, checkpoint_seconds=seconds)
         self.console.checkpointed(n, seconds, seconds / (time.monotonic() - self.writer.created))
@@ -268,14 +316,25 @@ class Run:
         """Return a text with the paths of the model and the last checkpoint. Saves the model if none was saved."""
         if self.directory is None:
             return ""
-        if state.best_step is None:
-            self.save_model()
         which = "last model" if state.best_step is None else f"best model (step {state.best_step})"
-        text = f"; the {which} is in {self.best_model.place(self.directory)}"
-        if self.writer is not None:
-            self.writer.wait()
-            text += f"; the last good checkpoint is {self.writer.written}" if self.writer.written else ""
-        return text
+        is_saved = state.best_step is not None or self.try_to_save(self.save_model)
+        text = f"; the {which} is in {self.best_model.place(self.directory)}" if is_saved else ""
+        return text + self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
+        """Return a text with the path of the last complete checkpoint, or an empty text if this process wrote none."""
+        if self.writer is None:
+            return ""
+        self.writer.wait()
+        return f"; the last good checkpoint is {self.writer.written}" if self.writer.written else ""
+
+    def _logs(self) -> list[AppendedFile]:
+        metrics = None if self._metrics is None else self._metrics.file
+        return [log for log in (metrics, self._samples) if log is not None]
+
+    def _flush_logs(self) -> None:
+        for log in self._logs():
+            log.flush()
 
     def _report_failed_checkpoint(self) -> None:
         if self.writer is not None and self.writer.failure is not None:
@@ -299,7 +358,8 @@ class Run:
         lengths = log_lengths(directory) | snapshot.context["lengths"]
         kept = self._past_evaluations(directory, lengths["metrics.jsonl"], snapshot.state)
         if self.allow_changed:
-            pairs = [(record["val_loss"], record["step"]) for record in read_metrics(directory) if "val_loss" in record]
+            saved = (record for record in read_metrics(directory) if _NOT_SAVED not in record)
+            pairs = [(record["val_loss"], record["step"]) for record in saved if "val_loss" in record]
             if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(finite)
@@ -319,7 +379,7 @@ class Run:
         records = evaluations_after(directory, length, state.step)
         for record in records:
             if record["step"] == state.step != state.evaluated_step and "val_loss" in record:
-                state.add_evaluation(record["val_loss"])
+                state.add_evaluation(record["val_loss"], is_saved=_NOT_SAVED not in record)
         if state.has_lost_patience(self.config.early_stop):
             records = [record for record in records if "val_loss" in record]
-        return "".join(json.dumps(record) + "\n" for record in records).encode()
+        return "".join(json_text(record) + "\n" for record in records).encode()

@@ -54,14 +54,18 @@ class RunState:
         self.mean_grad_norm = 0.98 * mean + 0.02 * min(grad_norm, limit * mean)
         return grad_norm / mean if mean else 1.0
 
-    def add_evaluation(self, loss: float) -> bool:
-        """Store the validation loss of the current step, and return True if it is the lowest so far."""
+    def add_evaluation(self, loss: float, is_saved: bool = True) -> bool:
+        """Store the validation loss of the current step, and return True if its model is the best model so far.
+
+        `is_saved` is False if the loss is the lowest but the model could not be saved. The best model so far is then still
+        the one on the disk, so that a later model which is better than that one is saved.
+        """
         self.val_loss, self.evaluated_step = loss, self.step
-        is_best = loss < self.best_loss
-        self.evals_since_best = 0 if is_best else self.evals_since_best + 1
-        if is_best:
+        is_lowest = loss < self.best_loss
+        self.evals_since_best = 0 if is_lowest else self.evals_since_best + 1
+        if is_lowest and is_saved:
             self.best_loss, self.best_step = loss, self.step
-        return is_best
+        return is_lowest and is_saved
 
     def has_lost_patience(self, early_stop: int | None) -> bool:
         """Return True if the last early_stop evaluations did not lower the best loss. With None, return False."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from MyGPT.data.sampler import WindowSampler, WindowValidation
 from MyGPT.data.tokens import compact_ids
-from MyGPT.generation import generate
+from MyGPT.generation import end_ids, generate
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import uncompiled
@@ -75,6 +75,7 @@ class LiveSamples:
                 temperature=config.sample_temperature,
                 top_k=200,
                 seed=config.seed,
-                eos_id=tokenizer.eot_token if config.sample_to_end else None,
+                eos_id=end_ids(self.model, tokenizer) or None if config.sample_to_end else None,
+                tokenizer=tokenizer,
             )
         return tokenizer.decode(ids[0].tolist())

@@ -1,4 +1,4 @@
-"""The training loop behind `mygpt train` and `mygpt finetune`: the step, the loop around it, and the evaluation.
+"""The training loop behind `mygpt train`, `finetune`, `dpo` and `classify`: the step, the loop, and the evaluation.
 
 A step depends only on the weights, the optimizers, the random states and the step number. A checkpoint stores them, so
 a resumed run gives bit-identical results. state.py holds the counters, run.py writes files, console.py prints.
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from MyGPT.generation import evaluation_mode
-from MyGPT.loss import IGNORED
-from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
-from MyGPT.training.interrupts import Stopped, delayed_signals
+from MyGPT.training.interrupts import SIGPIPE, Stopped, delayed_signals
+from MyGPT.training.objective import NextToken, Objective
 from MyGPT.training.optim import make_optimizers, set_learning_rate
 from MyGPT.training.run import BestModelStore, Run, WholeModel
 from MyGPT.training.snapshot import (
@@ -47,7 +46,7 @@ class Trainer:
     run, bit for bit on the same machine with the same versions and number of threads.
 
     Args:
-        model: the model to train.
+        model: the GPTModel to train, or a GPTForClassification.
         config: the options of the training run.
         train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (batch, time) int64,
             and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data.
@@ -59,6 +58,7 @@ class Trainer:
         best_model: saves the best model of the run. Default: an object that saves it in the directory `model/`.
         run_dir: the directory for the files of the run. None writes no files.
         recipe: the content of config.yaml, such as the options of a command. Default: the options in `config`.
+        objective: the loss to minimize, with the form of its batches. Default: the loss of the next token.
         device: the device on which the model is trained.
         overwrite: replace an earlier run in run_dir.
         resume: continue the run in run_dir. The recipe and the data must be unchanged.
@@ -69,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: Any,
         config: TrainConfig,
         train: Any,
         val: Any = None,
@@ -79,6 +79,7 @@ class Trainer:
         best_model: BestModelStore | None = None,
         run_dir: str | Path | None = None,
         recipe: Mapping[str, Any] | None = None,
+        objective: Objective | None = None,
         device: torch.device | str = "cpu",
         overwrite: bool = False,
         resume: bool = False,
@@ -87,7 +88,10 @@ class Trainer:
         console: Console | None = None,
     ) -> None:
         self.model, self.config, self.device = model, config, torch.device(device)
+        self.objective: Objective = NextToken(model) if objective is None else objective
         self.state = RunState()
+        self.scores: dict[str, float] = {}
+        """The values that the last call of `evaluate` measured beside the loss, by name; empty for the default objective."""
         self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
@@ -105,6 +109,7 @@ class Trainer:
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._contexts, self._is_ready = ExitStack(), False
+        self._sample_errors: set[type[Exception]] = set()
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
     tokens_seen = property(attrgetter("state.tokens_seen"), doc="The number of input tokens so far.")
@@ -150,7 +155,7 @@ class Trainer:
         self.close()
 
     def step(self) -> dict[str, float]:
-        """Take one optimizer step and return {"loss": ..., "grad_norm": ..., "learning_rate": ...}.
+        """Take one optimizer step and return {"loss": ..., "grad_norm": ..., "learning_rate": ...} and the scores.
 
         A step whose loss or gradient is not finite does not change the weights. FloatingPointError is raised after
         more than config.max_skipped_steps such steps.
@@ -160,15 +165,16 @@ class Trainer:
         config, state = self.config, self.state
         learning_rate = set_learning_rate(self.optimizers, config, state.step)
         batch = to_device(self.sampler.batch(state.step), self.device)
-        n_targets = (batch[1] != IGNORED).sum()
-        loss = torch.zeros((), device=self.device)
+        count = self.objective.count(*batch)
+        means = torch.zeros(1 + len(self.objective.scores), device=self.device)  # the loss first
         parts = (tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch)
         for micro_batch in zip(*parts, strict=True):
-            mean = self._token_loss(*micro_batch)[0] / n_targets
-            mean.backward()
-            loss += mean.detach()
+            share = (self._token_loss(*micro_batch)[0] / count).flatten()
+            share[0].backward()
+            means += share.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        values = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
+        loss, *scores = means.tolist()
+        values = {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         for optimizer in self.optimizers:
             if is_finite:
@@ -176,18 +182,28 @@ class Trainer:
             optimizer.zero_grad()
         state.n_skipped += not is_finite
         self.files.check_divergence(state, **values)
+        values |= dict(zip(self.objective.scores, scores, strict=True))
         state.tokens_seen += batch[0].numel()
         state.step += 1
         return values
 
     def evaluate(self, whole: bool = False) -> float:
-        """Return the mean validation loss in nats per token, on all data or on a fixed small part; NaN without data."""
-        total, n_targets = 0.0, 0  # Python adds in float64, which not every device has.
+        """Return the mean validation loss, on all data or on a fixed small part; NaN without data.
+
+        The loss of the next token is in nats per token. `scores` receives the other measured values.
+        """
+        totals, count = (
+            [0.0] * (1 + len(self.objective.scores)),
+            0,
+        )  # Python adds in float64, which not every device has.
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
-                batch_total, batch_targets = self._token_loss(*to_device(batch, self.device))
-                total, n_targets = total + float(batch_total), n_targets + int(batch_targets)
-        return total / n_targets if n_targets else math.nan
+                sums, n_terms = self._token_loss(*to_device(batch, self.device))
+                totals = [total + part for total, part in zip(totals, sums.flatten().tolist(), strict=True)]
+                count += int(n_terms)
+        loss, *scores = [total / count if count else math.nan for total in totals]
+        self.scores = dict(zip(self.objective.scores, scores, strict=True))
+        return loss
 
     def save(self) -> Path | None:
         """Save the current model as the run's best model and return its directory, or None if run_dir is None."""
@@ -204,23 +220,34 @@ class Trainer:
         run_dir hold the best model. Without run_dir, the last model is kept and evaluated instead.
 
         Raises:
-            Stopped: SIGINT (Ctrl-C) or SIGTERM arrived. A checkpoint was saved before.
+            Stopped: SIGINT (Ctrl-C), SIGTERM or SIGHUP arrived, or the program that reads the console's output has
+                ended, which counts as SIGPIPE. A checkpoint was saved before.
             FloatingPointError: too many losses or gradients, or all validation losses, were not finite.
+            OSError: the first checkpoint, or at the end the last checkpoint or the model, could not be written.
         """
         with self:
             self.console.start(self.state.step, self.config.max_steps)
             self.files.write_first_checkpoint(self.snapshot)
             with delayed_signals() as signals:
-                self._train(signals)
+                stop = self._train(signals)
                 self.files.write_last_checkpoint(self.state.step, self.snapshot)
-                if signals:
-                    raise Stopped(self.files.stop_message(self.state), signals[0])
-            return self._finish()
+                if stop is not None:
+                    message = self.files.stop_message(self.state)
+                    self.files.raise_failed_writes()
+                    raise Stopped(message, stop)
+            loss = self._finish()
+            self.files.raise_failed_writes()
+            return loss
 
-    def _train(self, signals: list[int]) -> None:
+    def _train(self, signals: list[int]) -> int | None:
+        """Take steps until the last step, an early stop, or a signal. Return the number of the signal, if any."""
         config, state = self.config, self.state
         seconds, tokens = 0.0, state.tokens_seen
-        while state.step < config.max_steps and not signals and not state.has_lost_patience(config.early_stop):
+        while state.step < config.max_steps and not state.has_lost_patience(config.early_stop):
+            if signals:
+                return signals[0]
+            if self.console.reader_has_ended:
+                return SIGPIPE
             began = time.perf_counter()
             values = self.step()
             self.files.record_step(state, values["loss"], values["grad_norm"])
@@ -230,29 +257,47 @@ class Trainer:
                 seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
                 self._evaluate_and_save_best()
-            if (text := self.samples.text(state.step)) is not None:
-                self.files.record_sample(state.step, text)
+            self._show_sample()
             self.files.checkpoint_if_due(state.step, self.snapshot)
+        return signals[0] if signals else None
 
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
-        if loss < self.best_loss:
-            self.save()  # before the loss is recorded: metrics.jsonl never names a best model that was not saved
-        self.files.record_evaluation(self.state, loss)
+        # The model is saved before its loss is recorded: metrics.jsonl never names a best model that was not saved.
+        is_saved = not loss < self.best_loss or self.files.try_to_save(self.save)
+        self.files.record_evaluation(self.state, loss, is_saved, self.scores)
+
+    def _show_sample(self) -> None:
+        """Print and store a sample text if one is due. A failure is reported once per type of error, and ends nothing."""
+        step = self.state.step
+        try:
+            text = self.samples.text(step)
+        # A model that diverges, a tokenizer that cannot decode a token, too little memory: no error is worth the run.
+        except Exception as error:
+            if type(error) not in self._sample_errors:
+                self._sample_errors.add(type(error))
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.console.warn(f"step {step}: no sample text, because generating it failed: {reason}")
+            return
+        if text is not None:
+            self.files.record_sample(step, text)
 
     def _finish(self) -> float:
         """Evaluate the last model, restore the best one, and return its loss on all validation data."""
         if self.validation is None:
             self.state.best_step = self.state.step
-            self.save()
+            self.files.try_to_save(self.save)
             return math.nan
         if self.state.evaluated_step != self.state.step:
             self._evaluate_and_save_best()
         self.files.restore_best_model(self.state)
         loss = self.evaluate(whole=True)
-        self.files.log(self.state.best_step or 0, final_val_loss=loss)
+        scores = {f"final_val_{name}": value for name, value in self.scores.items()}
+        self.files.log(self.state.best_step or 0, final_val_loss=loss, **scores)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of the best model on all validation data is {loss}: check these data")
         return loss
 
-    def _token_loss(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _token_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor | int]:
         with forward_pass(self.config, self.device, self.autocast_dtype):
-            return self.model.token_loss(inputs, targets, mask)
+            return self.objective(*batch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
+from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.torch_file import split_checkpoint
@@ -83,7 +84,9 @@ def read_weights(
 
     All weights are converted to `dtype`. Default: the dtypes in the file.
     """
-    return open_checkpoint(find_model(name_or_path)).read(dtype)
+    path = find_model(name_or_path)
+    with reading(path):
+        return open_checkpoint(path).read(dtype)
 
 
 def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:

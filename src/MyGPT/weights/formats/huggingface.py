@@ -5,7 +5,6 @@ MyGPT writes models only in this format. transformers opens the same directory, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, read_config_json
-from MyGPT.files import atomic_directory, read_json, restore_directory
+from MyGPT.files import atomic_directory, json_text, present_directory, read_json
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean, near_path
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
@@ -58,8 +57,7 @@ def find_directory(path: str | os.PathLike[str]) -> Path | None:
 
     Return None if neither directory contains config.json.
     """
-    for directory in (Path(path), Path(path, "model")):
-        restore_directory(directory)
+    for directory in map(present_directory, (path, Path(path, "model"))):
         if (directory / "config.json").is_file():
             return directory
     return None
@@ -90,22 +88,37 @@ def write_directory(
 ) -> None:
     """Write config, weights, tokenizer and model card to a directory. If an error occurs, no file changes.
 
-    Other files in the directory are kept. The tokenizer's end-of-text token is written to config.json. `more_config`
-    is added to config.json, and `more_tensors` to the weights, both unchanged. A classifier needs them for its head.
+    Other files in the directory are kept. The ids of special tokens are those of the config; the tokenizer gives the ids
+    that the config lacks. `more_config` is added to config.json, and `more_tensors` to the weights, both unchanged. A
+    classifier needs them for its head.
     """
-    eot_token = getattr(tokenizer, "eot_token", None)
-    special = {"bos_token_id": eot_token, "eos_token_id": eot_token}
+    special = _special_ids(config, tokenizer)
+    given = {key: value for key, value in config.generation_config.items() if value is not None or key not in special}
+    generation = {**special, **given}
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
     with atomic_directory(directory, replaces=_REPLACED_FILES) as temporary:
         _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
-        _write_json(temporary / "generation_config.json", special if eot_token is not None else {})
+        _write_json(temporary / "generation_config.json", generation)
         _write_weights(Path(directory), temporary, tensors)
         if tokenizer is not None:
             tokenizer.save(temporary)
         card = Path(directory) / "README.md"
         if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
             (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
+
+
+def _special_ids(config: GPTConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return the ids of special tokens for config.json: those of the config, or else those of the tokenizer, or else null.
+
+    They are in config.json even if they are null, because transformers replaces missing ids with GPT-2's.
+    """
+    tokens = {"bos_token_id": "bos_token", "eos_token_id": "eot_token", "pad_token_id": "pad_token"}
+    ids = {}
+    for name, token in tokens.items():
+        own = getattr(config, name)
+        ids[name] = getattr(tokenizer, token, None) if own is None else own
+    return ids
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:
@@ -192,7 +205,7 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_card(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,33 @@
+"""Recognise that memory has run out, and advise how each command needs less."""
+
+from __future__ import annotations
+
+import re
+
+_TRAINING = "lower micro_batch_size (the sequences per forward pass), or use a smaller context_length or model"
+ADVICE = {
+    "train": _TRAINING,
+    "finetune": "lower micro_batch_size (the sequences per forward pass), or use a smaller max_length or model",
+    "dpo": "lower micro_batch_size or batch_size, or use a smaller model",
+    "classify": "lower micro_batch_size or batch_size, or use a smaller model",
+    "evaluate": "lower batch_size, or use a smaller model",
+    "generate": "use --precision bf16 or int8, a shorter prompt, or a smaller model",
+    "chat": "use --precision bf16 or int8, or a smaller model",
+    "prepare": "lower workers",
+    "explain": "use a shorter text or a smaller model",
+    "bench": "use a smaller model",
+}
+"""How to need less memory, by the name of the command."""
+
+
+def memory_advice(command: str, error: Exception) -> str | None:
+    """Return the message for an `error` of the command that means too little memory, or None for any other error."""
+    text = str(error)
+    is_known = re.search(
+        r"out of memory|can't allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED", text, re.I
+    )
+    if not isinstance(error, MemoryError) and not is_known:
+        return None
+    size = re.search(r"(\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
+    wanted = "" if size is None else f" ({size[2] or f'{int(size[1]) / 1e9:.3g} GB'} more were needed)"
+    return f"there is not enough memory{wanted}: {ADVICE.get(command, 'use a smaller model')}"

@@ -1,0 +1,69 @@
+"""The steps that `mygpt finetune`, `mygpt dpo` and `mygpt classify` have in common."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from MyGPT.commands._model import report_tokenizer
+from MyGPT.commands.train import draw_losses
+from MyGPT.data.records import Split
+from MyGPT.model import GPTModel
+from MyGPT.opening import ModelFiles, adapter_without_model, find_model_files
+from MyGPT.tokenizers import Tokenizer
+from MyGPT.tokenizers.base import require_end_token
+from MyGPT.training.trainer import Trainer
+
+
+def require_epochs(epochs: float) -> None:
+    """Raise ValueError if a number of epochs is not above 0 and finite."""
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"epochs must be a number above 0, got {epochs}")
+
+
+def open_base(
+    model: str, seed: int, command: str, dtype: torch.dtype = torch.float32, needs_end_token: bool = True
+) -> tuple[GPTModel, Tokenizer, ModelFiles]:
+    """Seed torch, and open the model that is to be trained further, with its tokenizer and its files.
+
+    Raises ValueError if `model` is only an adapter, or if `needs_end_token` is True and its tokenizer has no
+    end-of-text token. `command`, such as "finetune", is for the message.
+    """
+    if adapter_without_model(model) is not None:
+        need = f"{command} needs a complete model, such as a run made with --merge"
+        raise ValueError(f"{model} holds only an adapter, but {need}")
+    files = find_model_files(model)
+    torch.manual_seed(seed)
+    gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
+    tokenizer = files.tokenizer(gpt.config.vocab_size)
+    report_tokenizer(tokenizer)
+    if needs_end_token:
+        require_end_token(tokenizer, f"mygpt {command}", model)
+        gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
+    return gpt, tokenizer, files
+
+
+def base_name(model: str) -> str:
+    """Return the name under which an adapter stores its base model: an absolute path, or the name of a released model."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def count_steps(epochs: float, sampler: Any) -> int:
+    """Return the number of optimizer steps in a number of epochs, at least 1."""
+    return max(1, round(epochs * sampler.batches_per_epoch))
+
+
+def run_and_draw(trainer: Trainer, split: Split, run: Path) -> float:
+    """Train the model and return the validation loss, which is NaN without validation data.
+
+    split.json is written to the run directory `run` before the training, and loss.png afterwards, also after an error.
+    """
+    with trainer:  # An error before the run's directory is locked must not change it.
+        split.save(run / "split.json")
+        try:
+            return trainer.run()
+        finally:
+            draw_losses(run)
