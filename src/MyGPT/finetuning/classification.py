@@ -28,6 +28,7 @@ from MyGPT.finetuning.lora import merge
 from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel, model_of
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.weights.formats import open_checkpoint
 from MyGPT.weights.formats.huggingface import write_directory
@@ -387,16 +388,18 @@ def train_classifier(
     """Train a classifier and return the loss of each step, computed before its update.
 
     The model is a GPTForClassification, or a PeftModel that contains one, and stays in training mode. Each epoch uses all
-    examples once, batch_size per step, in a random order that depends on the seed.
+    examples once, batch_size per step, in a random order that depends on the seed. A loss that is NaN or infinite raises
+    FloatingPointError before its update, so it does not change the weights.
     """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    losses: list[float] = []
     model.train()
     for _ in range(epochs):
         for part in torch.randperm(len(examples), generator=generator).split(batch_size):
             ids, mask = _batch(model, [examples[i][0] for i in part], tokenizer)
             loss = model(ids, mask, labels=targets[part].to(ids.device)).loss
+            require_finite(f"the loss of step {len(losses)}", loss.detach())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -405,7 +408,10 @@ def train_classifier(
 
 
 def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
-    """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one."""
+    """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one.
+
+    Raises FloatingPointError if a score is NaN or infinite.
+    """
     names = _classifier(model).labels
     return [names[i] for i in _scores(model, texts, tokenizer, batch_size).argmax(1)]
 
@@ -424,6 +430,7 @@ def _scores(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: 
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
             parts.append(model(*_batch(model, texts[start : start + batch_size], tokenizer)).cpu())
+            require_finite("a score of the classifier", parts[-1])
     return torch.cat(parts)
 
 

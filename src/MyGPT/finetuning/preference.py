@@ -29,6 +29,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_without_end, require_end_token
 
 if TYPE_CHECKING:
@@ -307,12 +308,14 @@ def train_dpo(
 ) -> list[Preferences]:
     """Take one optimizer step per batch, and return the `Preferences` of each batch, computed before its update.
 
-    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
+    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing. A loss that is NaN or
+    infinite raises FloatingPointError before its update, so it does not change the weights.
     """
     device = next(peft_model.parameters()).device
-    steps = []
+    steps: list[Preferences] = []
     for inputs, targets in batches:
         step = preferences(peft_model, inputs.to(device), targets.to(device), beta, label_smoothing)
+        require_finite(f"the loss of step {len(steps)}", step.loss.detach())
         step.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
