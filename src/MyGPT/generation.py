@@ -177,7 +177,7 @@ def _checked_ends(eos_id: Any) -> list[int]:
         ids = [operator.index(id_) for id_ in given if not isinstance(id_, bool)]
     except TypeError:
         ids = []
-    if not ids or len(ids) < len(given) or min(ids) < 0:
+    if not ids or len(ids) < len(given) or not all(0 <= id_ < 2**63 for id_ in ids):
         raise ValueError(f"eos_id must be a token id of at least 0, or a sequence of such ids, got {eos_id!r:.80}")
     return ids
 

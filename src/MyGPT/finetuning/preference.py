@@ -186,11 +186,13 @@ def _last_message(answer: Any, where: str) -> str:
 
 
 class PreferencePairs:
-    """A preference data set as token ids: prompts, each with a chosen and a rejected answer that end with `<|endoftext|>`.
+    """A preference data set as token ids: prompts, each with a chosen and a rejected answer.
+
+    Both answers end with the tokenizer's end-of-text token.
 
     Args:
         records: dicts as described at `with_answers`, for example with the texts prompt, chosen and rejected.
-        tokenizer: a tokenizer with `<|endoftext|>`.
+        tokenizer: a tokenizer with an end-of-text token.
         max_length: maximum number of tokens of a prompt with its answer. Longer pairs are skipped and counted in
             `n_too_long`.
         template: adds text around the messages of conversations and the fields of instructions. A prompt that is a text
@@ -198,7 +200,7 @@ class PreferencePairs:
         names: the name of each record in error messages. Default: "record 1", "record 2" and so on.
 
     Raises:
-        ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
+        ValueError: a record is invalid, no pair is left, or the tokenizer has no end-of-text token.
     """
 
     def __init__(
