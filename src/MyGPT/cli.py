@@ -10,14 +10,12 @@ import contextlib
 import errno
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 
-from MyGPT.messages import did_you_mean, error_message, printable, safe_streams
-
-SIGPIPE = 13
-"""The number of the signal on every system that has it; Windows has not."""
+# This module imports very little, because an import takes time, in which the user may press Ctrl-C.
+SIGINT, SIGPIPE = 2, 13
+"""The numbers of the signals on every system that has them; Windows has no SIGPIPE."""
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -79,12 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:  # also after --help, which raises SystemExit
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except KeyboardInterrupt:  # before or after the command itself
+        _report("", "interrupted", begins_line=True)
+        status = 128 + SIGINT
     except BrokenPipeError:
         _discard_output()
         status = status or 128 + SIGPIPE
     except OSError as error:  # stdout is a file on a full disk
         _discard_output()
         if status == 0:
+            from MyGPT.messages import error_message
+
             _report("", f"the output could not be written: {error_message(error)}")
         status = status or 2
     return status
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     """Run a command as `main` does. Output that is still buffered at the end is left to the caller."""
+    from MyGPT.messages import safe_streams
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with safe_streams():
         return _run(arguments)
@@ -99,6 +104,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run a command, and return its exit status. See `main`."""
+    from MyGPT.messages import did_you_mean, error_message
+
     name = arguments[0] if arguments else "--help"
     try:
         if name in ("-h", "--help"):
@@ -113,9 +120,8 @@ def _run(arguments: list[str]) -> int:
             hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}{hint}")
     except KeyboardInterrupt as interrupt:
-        # The terminal has printed ^C, perhaps after an unfinished line.
-        _report(name, str(interrupt) or "interrupted", begins_line=sys.stderr is not None and sys.stderr.isatty())
-        return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
+        _report(name, str(interrupt) or "interrupted", begins_line=True)
+        return 128 + getattr(interrupt, "signal_number", SIGINT)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
@@ -134,10 +140,13 @@ def _run(arguments: list[str]) -> int:
 def _report(command: str, message: str, begins_line: bool = False) -> None:
     """Print a message of a command as one line on stderr, unless the terminal or the reader of stderr is gone.
 
-    With begins_line=True, a line end is printed first.
+    With begins_line=True, the line is preceded by a line end on a terminal, which has printed ^C, perhaps after a part of
+    a line.
     """
+    from MyGPT.messages import printable
+
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
-    start = "\n" if begins_line else ""
+    start = "\n" if begins_line and sys.stderr is not None and sys.stderr.isatty() else ""
     try:
         print(f"{start}{program}: {printable(message, keep='')}", file=sys.stderr, flush=True)
     except OSError:
@@ -182,6 +191,8 @@ def _discard_output() -> None:
 
 def _refuse_misspelt_kind(command: str, argument: str, kinds: Iterable[str]) -> None:
     """Raise ValueError if the first argument of a command is not a path, but resembles the name of one of its kinds."""
+    from MyGPT.messages import did_you_mean
+
     hint = did_you_mean(argument, kinds, _KIND_SYNONYMS, prefix=f"mygpt {command} ")
     if hint and not argument.startswith("-") and not os.path.exists(argument):
         raise ValueError(f"there is no run {argument!r}{hint}")

@@ -6,6 +6,7 @@ B batch size, T tokens, V vocabulary size. sampling.py picks the next token from
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next, seeded_generators
+from MyGPT.tokenizers.base import ids_without_token
 
 Stop = str | Sequence[int]
 """A text, or a sequence of token ids, at which generation ends."""
@@ -59,7 +61,8 @@ def generate(
             prompt is continued as if it were alone.
         use_cache: True computes only the newest token in every step. False recomputes all tokens, which gives the same
             result more slowly.
-        tokenizer: decodes the new tokens to find stop texts.
+        tokenizer: decodes the new tokens to find stop texts. An id without a token, such as the ids by which a vocabulary
+            was rounded up, is then never generated, unless it is an eos_id.
 
     Raises:
         ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
@@ -109,6 +112,7 @@ def generate_stream(
         ends_tensor = torch.tensor(ends, device=ids.device)
         new_ids: list[list[int]] = [[] for _ in range(B)]
         seen: Tensor | None = None
+        excluded: Tensor | None = None
         cache: Any = None
         new_cache = getattr(model, "new_cache", None)
         if use_cache and new_cache is not None and window is not None and window >= T:
@@ -117,6 +121,11 @@ def generate_stream(
             if window is not None and ids.shape[1] > window:
                 cache = None  # Learned positions shift with the window, so nothing cached stays valid: recompute.
             logits = _last_logits(model, ids, mask, window, cache)  # (B, V)
+            if excluded is None:
+                without_token = ids_without_token(tokenizer, logits.shape[-1])
+                excluded = torch.tensor([id_ for id_ in without_token if id_ not in ends], device=ids.device)
+            if excluded.numel():
+                logits = logits.index_fill(1, excluded, -math.inf)
             if sampling.repetition_penalty is not None:
                 seen = _mark_seen(seen, ids, mask, logits)
             new = pick_next(logits, sampling, generators, seen).masked_fill(finished, fill)

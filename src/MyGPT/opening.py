@@ -7,7 +7,9 @@ model (weights/formats reads its config and weights), merges the adapter into it
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +22,15 @@ from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
 from MyGPT.messages import quote
 from MyGPT.model import GPTModel
-from MyGPT.tokenizers import Tokenizer, get_tokenizer
+from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
+from MyGPT.tokenizers.directory import READABLE_FILES, find_files
+from MyGPT.tokenizers.nanogpt import META
 from MyGPT.weights.formats import find_format
 from MyGPT.weights.formats.huggingface import find_directory
+from MyGPT.weights.formats.torch_file import read_dataset
 from MyGPT.weights.pretrained import find_model
 
 _GPT2_VOCABULARY_SIZES = (50257, 50304)  # nanoGPT rounds 50,257 up to a multiple of 64
-_TOKENIZER_FILES = ("tokenizer.json", "encoder.json")
 
 
 def open_model(
@@ -70,14 +74,40 @@ class ModelFiles:
     """The directory of the LoRA adapter, or None."""
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the tokenizer that is saved with the model. `vocab_size` is the number of tokens of the model.
+        """Return the tokenizer that is saved with the adapter or with the model; its `source` names the files.
 
-        If no tokenizer is saved and `vocab_size` is that of GPT-2, GPT-2's tokenizer is returned.
+        `vocab_size` is the number of tokens of the model. If no tokenizer is saved and `vocab_size` is that of GPT-2, the
+        result is GPT-2's tokenizer, and its `is_assumed` is True.
+
+        Raises ValueError if the tokenizer is missing, damaged or not supported, or has tokens that the model lacks.
         """
+        found = next((place for place in self._tokenizer_directories() if find_files(place)), None)
+        if found is not None:
+            return _fit(load_tokenizer(found), vocab_size)
         directory = self._directory()
-        if vocab_size in _GPT2_VOCABULARY_SIZES and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-            return get_tokenizer("gpt2")
-        return get_tokenizer(directory)
+        if vocab_size not in _GPT2_VOCABULARY_SIZES:
+            reason = f"and the vocabulary of {vocab_size:,} tokens is not GPT-2's"
+            dataset = read_dataset(self.path)
+            missing = "its files" if dataset is None else f"nanoGPT's data/{dataset}/{META}"
+            raise ValueError(f"{directory} has no tokenizer ({READABLE_FILES}), {reason}: copy {missing} there")
+        tokenizer = copy.copy(get_tokenizer("gpt2"))
+        tokenizer.source = f"GPT-2's, because {directory} has no tokenizer and the vocabulary has {vocab_size:,} tokens"
+        tokenizer.is_assumed = True
+        return tokenizer
+
+    def _tokenizer_directories(self) -> Iterator[Path]:
+        """Yield the directories that can contain the tokenizer, in the order in which they are searched.
+
+        nanoGPT keeps its table of characters in data/<dataset>/meta.pkl, where `dataset` is in the checkpoint's config. The
+        path is relative to the directory from which nanoGPT was started, which contains the directory of the checkpoint.
+        """
+        if self.adapter is not None:
+            yield self.adapter
+        yield self._directory()
+        dataset = read_dataset(self.path)
+        if dataset is not None:
+            places = [root / "data" / dataset for root in (self.path.absolute().parent.parent, Path.cwd())]
+            yield from (place for place in places if (place / META).is_file())
 
     def template(self) -> Template | None:
         """Return the prompt template saved with the adapter, else the one saved with the model, else None."""
@@ -90,6 +120,26 @@ class ModelFiles:
         """Return the directory that contains the tokenizer and the template."""
         directory = self.path.parent if self.path.is_file() else self.path
         return find_directory(directory) or directory
+
+
+def _fit(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer, without a padding token and optional tokens for which the model has no row.
+
+    Raises ValueError if the tokenizer has other tokens that the model lacks.
+    """
+    if tokenizer.n_vocab <= vocab_size:
+        return tokenizer
+    beyond = {token.content for token in tokenizer.added_tokens if token.id >= vocab_size}
+    padding = {
+        token.content for token in tokenizer.added_tokens if token.id == tokenizer.pad_token != tokenizer.eot_token
+    }
+    if isinstance(tokenizer, BPETokenizer) and beyond <= tokenizer.optional_tokens | padding:
+        tokenizer = tokenizer.without_added(beyond)
+    if tokenizer.n_vocab > vocab_size:
+        sizes = f"ids up to {tokenizer.n_vocab - 1:,}, but the model's ids end at {vocab_size - 1:,}"
+        way_out = "use the tokenizer of this model, or resize its embeddings with transformers"
+        raise ValueError(f"the tokenizer does not fit the model: {tokenizer.source} has {sizes}: {way_out}")
+    return tokenizer
 
 
 def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> ModelFiles:

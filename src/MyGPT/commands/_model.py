@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,12 @@ def check_generation(max_new_tokens: int | None = None, seed: int | None = None,
     check_seed(seed)
     if "" in (stop or []):
         raise ValueError(f"stop must be a list of texts that are not empty, got {stop!r}")
+
+
+def report_tokenizer(tokenizer: Tokenizer) -> None:
+    """Print one line to stderr if GPT-2's tokenizer is used because the model's directory has no tokenizer."""
+    if tokenizer.is_assumed:
+        print(f"tokenizer: {tokenizer.source}", file=sys.stderr)
 
 
 def encode_for(model: GPTModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:

@@ -76,14 +76,14 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
     If the recipe names no tokenizer, it is chars for a recipe with training options (is_training) and gpt2 otherwise.
     """
     from MyGPT.data.tokens import is_prepared
-    from MyGPT.tokenizers import load_tokenizer
+    from MyGPT.tokenizers import get_tokenizer, load_tokenizer
 
     data, name = recipe.get("data", "alice"), recipe.get("tokenizer", "chars" if is_training else "gpt2")
     if isinstance(data, str) and is_prepared(data):
         return load_tokenizer(data).n_vocab
     if name == "bpe":
         return int(recipe.get("tokenizer_size", 1024))
-    return VOCABULARY_SIZES.get(name) or load_tokenizer(name).n_vocab
+    return VOCABULARY_SIZES.get(name) or get_tokenizer(name).n_vocab
 
 
 def fields_of(kind: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from MyGPT.commands._model import report_tokenizer
 from MyGPT.commands.train import draw_losses
 from MyGPT.data.records import Split
 from MyGPT.model import GPTModel
@@ -38,6 +39,7 @@ def open_base(
     torch.manual_seed(seed)
     gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
     tokenizer = files.tokenizer(gpt.config.vocab_size)
+    report_tokenizer(tokenizer)
     if needs_end_token:
         require_end_token(tokenizer, f"mygpt {command}", model)
         gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example

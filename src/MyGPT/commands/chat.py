@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from MyGPT.commands._lines import LineReader
-from MyGPT.commands._model import make_fast, start_build
+from MyGPT.commands._model import make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.templates import Template, load_template
@@ -209,6 +209,7 @@ def chat(
     given = load_template(template) if template else None
     build = start_build(device)
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     context = gpt.config.context_length
     longest = _checked_length(min(200, context // 2) if max_new_tokens is None else max_new_tokens, context)
     own = given or find_model_files(model, adapter).template()

@@ -20,7 +20,7 @@ def explain(
         text: The text in quotes, at most 128 tokens.
         out: The .html file to write.
     """
-    from MyGPT.commands._model import check_html_path, encode_for
+    from MyGPT.commands._model import check_html_path, encode_for, report_tokenizer
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
     from MyGPT.opening import open_model
@@ -29,6 +29,7 @@ def explain(
     if not "".join(text):
         raise ValueError("the text is empty; give at least one token")
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
     with atomic_write(out) as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from MyGPT.commands._model import check_generation, make_fast, start_build
+from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.generation import stream_text
 from MyGPT.messages import read_standard_input
@@ -48,6 +48,7 @@ def generate(
         raise ValueError("the prompt is empty; it must have at least one token")
     build = start_build(device, precision)
     gpt, tokenizer = open_model(model, device, adapter)
+    report_tokenizer(tokenizer)
     ids = [tokenizer.bos_token or 0] if prompt is None else tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty; it must have at least one token")

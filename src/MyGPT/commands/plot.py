@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from MyGPT.commands._model import check_html_path, encode_for
+from MyGPT.commands._model import check_html_path, encode_for, report_tokenizer
 from MyGPT.commands._recipe import fields_of, read_recipe
 from MyGPT.config import require_positive
 from MyGPT.files import atomic_write
@@ -49,6 +49,7 @@ class Reading:
         if not self.text:
             raise ValueError("the text is empty; give at least one token")
         model, tokenizer = open_model(self.model, self.device, self.adapter)
+        report_tokenizer(tokenizer)
         return model, tokenizer, encode_for(model, tokenizer, self.text)
 
 
@@ -162,8 +163,7 @@ def tokens(text: str, tokenizer: str = "gpt2", out: str | None = None) -> None:
     """
     if out is not None:
         check_html_path(out)
-    inside = Path(tokenizer, "model")
-    coder = get_tokenizer(inside if (inside / "tokenizer.json").is_file() else tokenizer)
+    coder = get_tokenizer(tokenizer)
     text = read_standard_input() if text == "-" else text
     if out is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -9,9 +9,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,12 +137,38 @@ def _encode_all(tasks: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int
     pool, encode = _pool(workers, tokenizer)
     with pool:
         pending: deque[Future[Encoded]] = deque()
-        for task in tasks:
-            pending.append(pool.submit(encode, task))
-            if len(pending) > 2 * workers:
+        try:
+            for task in tasks:
+                with _without_sigint():  # `submit` starts the processes
+                    pending.append(pool.submit(encode, task))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _without_sigint() -> Iterator[None]:
+    """Delay Ctrl-C (SIGINT) until the end of a `with` block. Processes that start within the block never receive it.
+
+    A terminal sends Ctrl-C to all processes, but only the main process must answer, by ending its workers.
+    """
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # A new process inherits the mask.
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if received and callable(handler):
+            handler(*received[0])
 
 
 def _pool(workers: int, tokenizer: Tokenizer) -> tuple[Executor, Callable[[list[Piece]], Encoded]]:

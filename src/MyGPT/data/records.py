@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -50,17 +50,6 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     contains the path and, for an invalid record, its line.
     """
     return [check_record(record, where) for where, record in read_items(path)]
-
-
-def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], object]) -> list[Any]:
-    """Return the records in a file (see `read_items`). `check` raises ValueError for an invalid record.
-
-    `check` is called with each record and a text such as "a.json, line 3", which names the file and line of the record.
-    """
-    items = list(read_items(path))
-    for where, record in items:
-        check(record, where)
-    return [record for _, record in items]
 
 
 def read_items(path: str | os.PathLike[str], has_header: bool = True) -> Iterator[tuple[str, Any]]:

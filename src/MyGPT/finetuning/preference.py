@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from MyGPT.data.instructions import encode_prompt
-from MyGPT.data.records import Record, check_record, is_missing, read_json_records
+from MyGPT.data.records import Record, check_record, is_missing, read_items
 from MyGPT.data.templates import ALPACA, Template
 from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
@@ -88,7 +88,10 @@ def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises ValueError, with the file, line and key in its message, if `check_pair` refuses a record.
     """
-    return read_json_records(path, check_pair)
+    items = list(read_items(path))
+    for where, record in items:
+        check_pair(record, where)
+    return [record for _, record in items]
 
 
 def check_pair(record: Any, where: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from MyGPT.files import atomic_write, check_output_file
+from MyGPT.tokenizers.base import ids_without_token
 from MyGPT.tokenizers.display import shorten, token_labels, tokens_to_html, tokens_to_terminal
 from MyGPT.training.metrics import read_metrics
 
@@ -190,7 +191,9 @@ def plot_sampling(
     if logits.dim() != 1:
         raise ValueError(f"logits must have the shape (vocabulary,), one position, got {tuple(logits.shape)}")
     n = min(n_tokens, len(logits))
-    stages = _stages(logits.detach().float().cpu(), config, seen)
+    logits = logits.detach().float().cpu()
+    without_token = torch.tensor(ids_without_token(tokenizer, len(logits)), dtype=torch.int64)
+    stages = _stages(logits, logits.index_fill(0, without_token, -math.inf), config, seen)
     best = torch.topk(stages[0][1], n).indices
     names = shorten(_drawable(token_labels(tokenizer, best.tolist())), 14)
     others = torch.ones(len(logits), dtype=torch.bool).index_fill(0, best, False)
@@ -215,11 +218,11 @@ def plot_sampling(
     return figure
 
 
-def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list[tuple[str, Tensor]]:
+def _stages(logits: Tensor, allowed: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list[tuple[str, Tensor]]:
     """Return pairs of a title and the next-token probabilities (V,), where V is the vocabulary size.
 
-    The first pair is unfiltered, and the others follow each active filter of `config`. `seen` contains the ids of the text
-    so far, for the repetition penalty.
+    The first pair is the softmax of `logits`. The others follow each active filter of `config`, applied to `allowed`: the
+    logits with -inf for ids without a token. `seen` contains the ids of the text so far, for the repetition penalty.
     """
     import torch
 
@@ -233,7 +236,7 @@ def _stages(logits: Tensor, config: SamplingConfig, seen: Sequence[int]) -> list
         if value is None or (name, value) == ("temperature", 1.0):
             continue
         so_far = dataclasses.replace(so_far, **{name: value})
-        filtered = filter_logits(logits[None], so_far, mask)[0]
+        filtered = filter_logits(allowed[None], so_far, mask)[0]
         if so_far.temperature == 0:
             stages.append(("temperature 0", torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)))
             break

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from MyGPT.files import present_directory, read_json
+from MyGPT.files import read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers import chars, words
 from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
 from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
-from MyGPT.tokenizers.base import AddedToken, read_end_ids, read_settings
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
+from MyGPT.tokenizers.base import place_added_tokens, read_end_ids, read_settings
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
-from MyGPT.tokenizers.bpe import check_vocab_size, from_visible, place_added_tokens
+from MyGPT.tokenizers.bpe import check_vocab_size, from_visible
 from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
+from MyGPT.tokenizers.directory import (
+    READABLE_FILES,
+    added_token,
+    find_directory,
+    find_files,
+    read_vocab_and_merges,
+)
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
+from MyGPT.tokenizers.nanogpt import META, read_meta
 from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -36,34 +43,42 @@ def get_tokenizer(name_or_dir: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     """Return GPT-2's tokenizer, or the tokenizer in a directory.
 
     `name_or_dir` is "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", which all have the same tokenizer; or a directory
-    with `tokenizer.json`, or with OpenAI's `encoder.json` and `vocab.bpe`.
+    that `load_tokenizer` opens.
     """
     if name_or_dir in _GPT2_NAMES:
         return gpt2_tokenizer()
-    directory = Path(name_or_dir)
-    if (present_directory(directory) / "tokenizer.json").is_file():
-        return load_tokenizer(directory)
-    if (directory / "encoder.json").is_file() and (directory / "vocab.bpe").is_file():
-        return described(read_openai_vocabulary(directory), directory)
-    known = f"{', '.join(_GPT2_NAMES)}, or a directory with tokenizer.json or with encoder.json and vocab.bpe"
-    hint = did_you_mean(str(name_or_dir), _GPT2_NAMES) or near_path(name_or_dir)
-    raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}{hint}")
+    if find_directory(name_or_dir) is None:
+        known = f"{', '.join(_GPT2_NAMES)}, or a directory with {READABLE_FILES}"
+        hint = did_you_mean(str(name_or_dir), _GPT2_NAMES) or near_path(name_or_dir)
+        raise ValueError(f"there is no tokenizer {str(name_or_dir)!r}: give {known}{hint}")
+    return load_tokenizer(name_or_dir)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer in the `tokenizer.json` of a directory.
+    """Return the tokenizer in the directory of a tokenizer, a model, an adapter or a training run.
 
-    MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE that splits text by GPT-2's
-    pattern. Any other tokenizer raises ValueError with the path. The other files of the directory name the
-    special tokens, see `described`.
+    The first of these files that exist are read: tokenizer.json; vocab.json and merges.txt; OpenAI's encoder.json and
+    vocab.bpe; nanoGPT's meta.pkl. MyGPT supports the tokenizers that `Tokenizer.save` writes, and every byte-level BPE
+    that splits text by GPT-2's pattern. `source` of the result names the files. `described` adds what the directory says
+    about special tokens.
+
+    Raises:
+        FileNotFoundError: the directory has no file of a tokenizer.
+        ValueError: a file is damaged or missing, or MyGPT does not support the tokenizer. The message names the path.
     """
-    path = present_directory(directory) / "tokenizer.json"
+    place = find_directory(directory)
+    if place is None:
+        raise FileNotFoundError(f"{directory} has no tokenizer: neither {READABLE_FILES}")
+    files = find_files(place)
+    path = place / files[0]
     try:
-        return described(_from_json(read_json(path)), directory)
+        tokenizer = described(_READERS[files[0]](place), place)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path} is not a valid {files[0]}: {type(error).__name__}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(str(error) if str(place) in str(error) else f"{path}: {error}") from None
+    tokenizer.source = f"{' and '.join(files)} in {place}"
+    return tokenizer
 
 
 def described(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> Tokenizer:
@@ -78,19 +93,15 @@ def described(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> Tokeni
 def _from_json(data: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
-    # As in the tokenizers library, empty and repeated tokens are ignored.
-    entries: dict[str, Mapping[str, Any]] = {}
-    for entry in data["added_tokens"]:
-        if entry["content"] != "":
-            entries.setdefault(entry["content"], entry)
-    added = [_added_token(entry) for entry in entries.values()]
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
+    if kind not in ("BPE", "WordLevel"):
+        raise ValueError(f"MyGPT does not support a {kind} tokenizer")
+    listed = [added_token(token) for token in data["added_tokens"] if token["content"] != ""]
+    added = place_added_tokens(model["vocab"], listed)
     if kind == "BPE":
         _require_gpt2_rules(data)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        ids = place_added_tokens(model["vocab"], [(token.content, token.id) for token in added])
-        placed = [replace(token, id=ids[token.content]) for token in added]
-        return from_visible(model["vocab"], merges, placed, known=has_gpt2_merges(merges))
+        return from_visible(model["vocab"], merges, added, known=has_gpt2_merges(merges))
     if kind == "WordLevel" and pre_tokenizer == words.PRE_TOKENIZER:
         return SimpleTokenizer(model["vocab"], added)
     if kind == "WordLevel" and pre_tokenizer == chars.PRE_TOKENIZER:
@@ -120,9 +131,13 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
             raise ValueError(f"the option {option}={data['model'][option]!r} is not supported")
 
 
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    """Return an added token from its entry in a tokenizer.json. As in the tokenizers library, missing flags are false."""
-    return AddedToken(**{field.name: entry[field.name] for field in fields(AddedToken) if field.name in entry})
+_READERS: Mapping[str, Callable[[Path], Tokenizer]] = {
+    "tokenizer.json": lambda place: _from_json(read_json(place / "tokenizer.json")),
+    "vocab.json": read_vocab_and_merges,
+    "encoder.json": read_openai_vocabulary,
+    META: lambda place: read_meta(place / META),
+}
+"""Maps the first file of each kind of tokenizer (see READABLE) to the function that reads a directory of this kind."""
 
 
 def check_tokenizer(kind: str, vocab_size: int = 1024) -> None:
@@ -131,7 +146,7 @@ def check_tokenizer(kind: str, vocab_size: int = 1024) -> None:
     The check needs no texts, so a command makes it before it reads any.
     """
     names = (*_LEARNED, *_GPT2_NAMES)
-    if kind not in names and not Path(kind).is_dir():
+    if kind not in names and find_directory(kind) is None:
         known = (
             f"{', '.join(_LEARNED)} (learned from the text), {', '.join(_GPT2_NAMES)}, or a directory with a tokenizer"
         )

@@ -90,8 +90,11 @@ class BPETokenizer(Tokenizer):
         self._bytes_of = {token.id: token.content.encode() for token in self.added_tokens}
         self._bytes_of |= {id_: _visible_to_bytes(token) for token, id_ in unmerged.items()}
         self._bytes_of |= {id_: token for token, id_ in vocab.items()}
-        self._id_of_rank = None if ranks == self._vocab else [vocab[token] for token in ranks]
-        self._encoding = tiktoken.Encoding("mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._n_vocab = max(self._bytes_of) + 1
+        self._id_of_rank = None if ranks is vocab else [vocab[token] for token in ranks]
+        self._encoding = tiktoken.Encoding(
+            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
+        )
 
     @classmethod
     def train(
@@ -135,18 +138,26 @@ class BPETokenizer(Tokenizer):
 
     @property
     def n_vocab(self) -> int:
-        return max(self._bytes_of) + 1
+        return self._n_vocab
 
     def id_of(self, token: str) -> int | None:
         known = self._unmerged | {added.content: added.id for added in self.added_tokens}
         return known[token] if token in known else self._vocab.get(_visible_to_bytes(token))
 
     def token_of(self, id_: int) -> str | None:
-        added = next((added.content for added in self.added_tokens if added.id == id_), None)
-        if added is not None:
-            return added
-        token = self._bytes_of.get(id_)
-        return None if token is None else "".join(BYTE_TO_CHARACTER[byte] for byte in token)
+        names = [*((added.content, added.id) for added in self.added_tokens), *self._unmerged.items()]
+        name = next((name for name, other in names if other == id_), None)
+        if name is not None or id_ not in self._bytes_of:
+            return name
+        return "".join(BYTE_TO_CHARACTER[byte] for byte in self._bytes_of[id_])
+
+    def without_added(self, contents: Collection[str]) -> BPETokenizer:
+        """Return a copy without these added tokens, which are then encoded as ordinary text."""
+        kept = [token for token in self.added_tokens if token.content not in contents]
+        changed = BPETokenizer(self._vocab, self.merges, {}, True, self._unmerged, added_tokens=kept)
+        changed.settings, changed.source = self.settings, self.source
+        changed._end_of_model = self._end_of_model
+        return changed
 
     def encode(
         self,
@@ -352,39 +363,6 @@ def from_visible(
     )
 
 
-def place_added_tokens(vocab: Mapping[str, int], added: Iterable[tuple[str, int | None]]) -> dict[str, int]:
-    """Return the id of each added token, chosen as Hugging Face's `tokenizers` library chooses it.
-
-    The library ignores the ids that a file gives to added tokens. A token of `vocab` keeps its id there, and the other
-    tokens get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to
-    another token. In this case only, the id in the file is used.
-
-    Args:
-        vocab: maps each token of the model to its id.
-        added: the added tokens and their ids in the file, in the order of the file. None stands for a missing id.
-
-    Raises:
-        ValueError: a token has no free id.
-    """
-    taken = set(vocab.values())
-    ids: dict[str, int] = {}
-    for token, listed in added:
-        if not isinstance(token, str):
-            raise ValueError(f"an added token must be a string, got {token!r}")
-        if not token or token in ids:
-            continue
-        id_ = vocab.get(token)
-        if id_ is None:
-            id_ = max(len(vocab), max(ids.values(), default=-1) + 1)
-            if id_ in taken:
-                if type(listed) is not int or listed in taken:
-                    raise ValueError(f"the added token {token!r} needs an id of its own, but got {listed!r}")
-                id_ = listed
-            taken.add(id_)
-        ids[token] = id_
-    return ids
-
-
 def _visible_to_bytes(token: str) -> bytes:
     """Return the bytes of a token written in visible characters, or its UTF-8 bytes if not all characters are bytes."""
     if all(character in CHARACTER_TO_BYTE for character in token):
@@ -418,11 +396,11 @@ def _check(
         raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
-def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> dict[bytes, int]:
+def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> Mapping[bytes, int]:
     """Return the numbers by which tiktoken orders the merges: the ids if they increase, else new numbers from 0 on."""
     ids = [vocab[first + second] for first, second in merges]
     if all(one < other for one, other in pairwise(ids)):
-        return dict(vocab)
+        return vocab
     tokens = [*(bytes([byte]) for byte in range(256)), *(first + second for first, second in merges)]
     return {token: rank for rank, token in enumerate(tokens)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from MyGPT.tokenizers.base import encode_with_specials
+from MyGPT.tokenizers.base import encode_with_specials, has_token
 
 _MARKS = {" ": "·", "\n": "↵", "\r": "←", "\t": "⇥"}
 _KEPT = {" ": " ", "\n": "↵\n", "\r": "←", "\t": "⇥   "}
@@ -22,11 +22,19 @@ def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return the text of each token id, decoded alone. A part of a character is written as an escape such as \\xe2."""
-    ids = list(ids)
-    if hasattr(tokenizer, "decode_tokens_bytes"):
-        return [token.decode("utf-8", errors="backslashreplace") for token in tokenizer.decode_tokens_bytes(ids)]
-    return [tokenizer.decode([id_]) for id_ in ids]
+    """Return the text of each token id, decoded alone. A part of a character is written as an escape such as \\xe2.
+
+    The text of an id without a token is <id 50300>, for example, because models often have more ids than tokens.
+    """
+
+    def text_of(id_: int) -> str:
+        if not has_token(tokenizer, id_):
+            return f"<id {id_}>"
+        if hasattr(tokenizer, "decode_tokens_bytes"):
+            return tokenizer.decode_tokens_bytes([id_])[0].decode("utf-8", errors="backslashreplace")
+        return tokenizer.decode([id_])
+
+    return [text_of(id_) for id_ in ids]
 
 
 def tokens_to_terminal(tokenizer: Any, text: str, colour: bool = True) -> str:

@@ -27,7 +27,7 @@ VOCABULARY_SHA256 = {
 def gpt2_tokenizer() -> BPETokenizer:
     """Return the tokenizer of the released GPT-2 models: 50,257 tokens, with `<|endoftext|>` at id 50256."""
     path = Path(str(resources.files("MyGPT"))) / "assets" / "gpt2" / "vocab.bpe"
-    merges = _read_merges(path)
+    merges = read_merges(path)
     if not has_gpt2_merges(merges):
         way_out = "install mygpt again with pip install --force-reinstall --no-deps mygpt"
         raise ValueError(f"{path} is damaged, its SHA-256 is not {VOCABULARY_SHA256['vocab.bpe']}: {way_out}")
@@ -50,7 +50,7 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
     """Return the tokenizer in a directory with OpenAI's `encoder.json` (tokens and ids) and `vocab.bpe` (merges)."""
     try:
         vocab = read_json(directory / "encoder.json")
-        merges = _read_merges(directory / "vocab.bpe")
+        merges = read_merges(directory / "vocab.bpe")
         if not isinstance(vocab, dict):
             raise ValueError("encoder.json must be a JSON object of tokens and ids")
         special = [AddedToken(ENDOFTEXT, vocab[ENDOFTEXT])] if ENDOFTEXT in vocab else []
@@ -59,11 +59,13 @@ def read_openai_vocabulary(directory: Path) -> BPETokenizer:
         raise ValueError(f"{directory} has no valid encoder.json and vocab.bpe: {error}") from None
 
 
-def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    """Return the pair of tokens on each line of a `vocab.bpe` file. A first line with the version is skipped."""
+def read_merges(path: Path) -> list[tuple[str, ...]]:
+    """Return the pair of tokens on each line of `vocab.bpe` or `merges.txt`. A first line with the version is skipped."""
     lines = read_text(path).rstrip("\n").split("\n")
-    merges = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines)]
+    if lines[0].startswith("#version") or lines == [""]:
+        del lines[0]
+    merges = [tuple(line.split(" ")) for line in lines]
     for merge in merges:
         if len(merge) != 2:
-            raise ValueError(f"a merge in vocab.bpe must have two tokens, got the line {' '.join(merge)!r}")
+            raise ValueError(f"a merge in {path.name} must have two tokens, got the line {' '.join(merge)!r}")
     return merges

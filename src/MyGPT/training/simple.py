@@ -118,7 +118,7 @@ def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, 
     ids = torch.tensor([encode_with_specials(tokenizer, start_context)], device=device)
     positions = getattr(model, "pos_emb", None)  # The book's model has no config.
     context_size = None if positions is None else positions.weight.shape[0]
-    text = tokenizer.decode(generate(model, ids, 50, context_size)[0].tolist())
+    text = tokenizer.decode(generate(model, ids, 50, context_size, tokenizer=tokenizer)[0].tolist())
     print(text.replace("\n", " "))
 
 

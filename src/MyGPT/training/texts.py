@@ -76,5 +76,6 @@ class LiveSamples:
                 top_k=200,
                 seed=config.seed,
                 eos_id=end_ids(self.model, tokenizer) or None if config.sample_to_end else None,
+                tokenizer=tokenizer,
             )
         return tokenizer.decode(ids[0].tolist())

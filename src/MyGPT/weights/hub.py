@@ -11,10 +11,10 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+from MyGPT.tokenizers.directory import is_tokenizer_file
 from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weights
 
-_OTHER_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
-    vocab.json merges.txt encoder.json vocab.bpe template.json""".split()
+_OTHER_FILES = ("config.json", "generation_config.json", "template.json")
 _UNFINISHED = ".mygpt-unfinished-download"
 """The name of a file that lists the files to download. It is deleted when all of them have arrived."""
 
@@ -71,7 +71,7 @@ def _is_complete(directory: Path) -> bool:
 def _choose_files(names: list[str]) -> list[str]:
     """Return those of a repository's file names that must be downloaded: config, weights in one format, tokenizer."""
     names = [name for name in names if re.fullmatch(r"[\w.-]+", name)]  # not in subdirectories
-    other_files = [name for name in _OTHER_FILES if name in names]
+    other_files = [name for name in names if name in _OTHER_FILES or is_tokenizer_file(name)]
     for weights in WEIGHTS if "config.json" in names else ():
         index, shards = f"{weights}{INDEX_SUFFIX}", "-*-of-*".join(os.path.splitext(weights))
         if weights in names:

@@ -49,6 +49,19 @@ def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None
     return {name: tensor.map(tensor.shape, torch.clone) for name, tensor in tensors.items()}, config
 
 
+def read_dataset(path: Path) -> str | None:
+    """Return the name of the data set in the config of a nanoGPT checkpoint, or None if `path` has no such name.
+
+    A name that is not a plain directory name, such as one with a slash, also gives None.
+    """
+    try:
+        config = _load(path).get("config") if path.is_file() and path.suffix != ".safetensors" else None
+    except ValueError:
+        return None  # not a checkpoint of torch.save
+    dataset = config.get("dataset") if isinstance(config, Mapping) else None
+    return dataset if isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset) else None
+
+
 def split_checkpoint(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], GPTConfig | None]:
     """Return the state dict and the config from `content`, the checkpoint of a training script.
 
