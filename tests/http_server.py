@@ -76,6 +76,7 @@ def file(
     if_range: bool = True,
     length: int | None = None,
     headers: dict[str, str] | None = None,
+    pause: float = 0,
 ) -> Answer:
     """Return an answer that sends a file.
 
@@ -89,6 +90,7 @@ def file(
         if_range: support the If-Range header.
         length: the Content-Length header; default: the length of the body.
         headers: more headers.
+        pause: seconds of silence after every 20,000 bytes.
     """
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -115,7 +117,11 @@ def file(
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(body) if length is None else length))
         handler.end_headers()
-        handler.wfile.write(body[:cut])
+        body = body[:cut]
+        for begin in range(0, len(body), 20_000) if pause else ():
+            handler.wfile.write(body[begin : begin + 20_000])
+            time.sleep(pause)
+        handler.wfile.write(b"" if pause else body)
         handler.wfile.flush()
         time.sleep(stall)
         if reset:

@@ -390,6 +390,28 @@ def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str)
         explain(str(tmp_path / "run.yaml"))
 
 
+@pytest.mark.parametrize(
+    "key", ["epochs", "train_fraction", "full", "rows", "learning_rate", "batch_size", "lora.dropout"]
+)
+def test_a_recipe_with_null_for_a_number_is_refused(key: str, tmp_path: Path) -> None:
+    """jsonargparse accepts null for every option. `0 < None` ended in a traceback."""
+    recipe = copy.deepcopy(TUNING)
+    outer, _, inner = key.partition(".")
+    if inner:
+        recipe[outer][inner] = None
+    else:
+        recipe[outer] = None
+    (tmp_path / "config.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=rf"--{key} must be .*, got null|{key} must be .*, got None"):
+        call(finetune, parser_of(finetune).parse_args(["--config", str(tmp_path / "config.yaml")]))
+
+
+def test_a_recipe_with_a_tokenizer_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps(RECIPE | {"tokenizer": "2026-13-45"}))
+    with pytest.raises(ValueError, match=r"config\.yaml: .*2026-13-45"):
+        explain(str(tmp_path / "config.yaml"))
+
+
 def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) -> None:
     """Nine lines expand to a billion words, which the error message would have contained."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]

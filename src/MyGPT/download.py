@@ -8,6 +8,7 @@ http_proxy and no_proxy.
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -90,6 +91,8 @@ def download(
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"an address must begin with http:// or https://, got {url!r}")
     if _is_complete(path, sha256, size):
+        with contextlib.suppress(OSError):  # A cache that cannot be written is used as it is.
+            _info_path(path).unlink(missing_ok=True)  # left by a process that was killed when the file was complete
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -108,10 +111,17 @@ def download(
 
 
 def cache_directory() -> Path:
-    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt."""
-    if "MYGPT_CACHE" in os.environ:
-        return Path(os.environ["MYGPT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
+    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt.
+
+    An empty variable counts as not set. A relative path in XDG_CACHE_HOME is ignored, as the XDG Base Directory
+    Specification demands. A relative path in MYGPT_CACHE raises ValueError: each directory would have its own cache.
+    """
+    own, common = os.environ.get("MYGPT_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if own and not Path(own).is_absolute():
+        raise ValueError(f"MYGPT_CACHE must be an absolute path, got {own!r}: write {os.path.abspath(own)}")
+    if own:
+        return Path(own)
+    return (common if common.is_absolute() else Path.home() / ".cache") / "mygpt"
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
@@ -134,6 +144,10 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
     if expected == recorded.get("sha256") and found.st_mtime_ns == recorded.get("mtime_ns", found.st_mtime_ns):
         return True  # not modified since it was verified, or nothing is known about it
     return sha256_of(path) == expected
+
+
+def _info_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part.json")
 
 
 @dataclass
@@ -160,7 +174,7 @@ class _Transfer:
     def __init__(self, url: str, path: Path, sha256: str | None, size: int | None, timeout: float, bar: Any) -> None:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
         self.part = path.with_name(f"{path.name}.part")
-        self.info_path = path.with_name(f"{path.name}.part.json")
+        self.info_path = _info_path(path)
         self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
         try:
             self.info = _PartInfo(**_read_json(self.info_path))

@@ -106,8 +106,8 @@ class FastModel(nn.Module):
         self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
         self.head = self._pack(head)
         # A tied embedding is read from the packed head; None stands for it.
-        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight).contiguous()
-        self.wpe = copied(transformer.wpe.weight).contiguous()
+        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight)
+        self.wpe = copied(transformer.wpe.weight)
         self.norms = [(_Norm(layer.ln_1), _Norm(layer.ln_2)) for layer in layers]
         self.linears = [[self._pack(linear) for linear in _linears(layer)] for layer in layers]
         self.ln_f = _Norm(transformer.ln_f)

@@ -206,9 +206,20 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer in a global variable of a new worker process, so that it need not be sent with every task."""
+    """Store the tokenizer in a global variable of a new worker process, so that it need not be sent with every task.
+
+    The worker process also ends when its parent is killed. Otherwise it would wait for tasks forever.
+    """
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None in a test that calls the function in the main process
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(task: list[Piece]) -> Encoded:

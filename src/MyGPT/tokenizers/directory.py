@@ -53,7 +53,7 @@ def find_files(directory: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises ValueError if a file is missing, or if there are only files of a tokenizer that MyGPT cannot read.
     """
     directory = Path(directory)
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file()) if directory.is_dir() else []
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.is_dir()) if directory.is_dir() else []
     found = next((files for files in READABLE if all(name in names for name in files)), None)
     if found is not None:
         return found
