@@ -6,7 +6,6 @@ This module does not import torch, so worker processes start quickly.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
-from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, check_output_directory, json_text, restore_directory, sha256_of
 from MyGPT.progress import progress_bar
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.tokenizers.base import encode_without_end
@@ -94,7 +93,7 @@ def prepare(
             "tokenizer_sha256": sha256_of(directory / "tokenizer.json"),
             "files": [path.name for path in paths],
         }
-        (directory / "tokens.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (directory / "tokens.json").write_text(json_text(description, indent=1) + "\n", encoding="utf-8")
     return description
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from MyGPT.data.formats import format_of, read_data
-from MyGPT.files import atomic_write, parse_json, read_json
+from MyGPT.files import atomic_write, json_text, parse_json, read_json
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
@@ -271,7 +271,7 @@ class Split:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the three lists of indices to a JSON file, which `load_split` reads."""
         with atomic_write(path) as file:
-            json.dump(asdict(self), file)
+            file.write(json_text(asdict(self)))
             file.write("\n")
 
 

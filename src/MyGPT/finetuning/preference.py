@@ -29,6 +29,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_without_end, require_end_token
 
 if TYPE_CHECKING:
@@ -186,11 +187,13 @@ def _last_message(answer: Any, where: str) -> str:
 
 
 class PreferencePairs:
-    """A preference data set as token ids: prompts, each with a chosen and a rejected answer that end with `<|endoftext|>`.
+    """A preference data set as token ids: prompts, each with a chosen and a rejected answer.
+
+    Both answers end with the tokenizer's end-of-text token.
 
     Args:
         records: dicts as described at `with_answers`, for example with the texts prompt, chosen and rejected.
-        tokenizer: a tokenizer with `<|endoftext|>`.
+        tokenizer: a tokenizer with an end-of-text token.
         max_length: maximum number of tokens of a prompt with its answer. Longer pairs are skipped and counted in
             `n_too_long`.
         template: adds text around the messages of conversations and the fields of instructions. A prompt that is a text
@@ -198,7 +201,7 @@ class PreferencePairs:
         names: the name of each record in error messages. Default: "record 1", "record 2" and so on.
 
     Raises:
-        ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
+        ValueError: a record is invalid, no pair is left, or the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -308,12 +311,14 @@ def train_dpo(
 ) -> list[Preferences]:
     """Take one optimizer step per batch, and return the `Preferences` of each batch, computed before its update.
 
-    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
+    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing. A loss that is NaN or
+    infinite raises FloatingPointError before its update, so it does not change the weights.
     """
     device = next(peft_model.parameters()).device
-    steps = []
+    steps: list[Preferences] = []
     for inputs, targets in batches:
         step = preferences(peft_model, inputs.to(device), targets.to(device), beta, label_smoothing)
+        require_finite(f"the loss of step {len(steps)}", step.loss.detach())
         step.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
