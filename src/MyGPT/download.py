@@ -17,11 +17,12 @@ import random
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -201,7 +202,8 @@ class _Transfer:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
         self.part = path.with_name(f"{path.name}.part")
         self.info_path = _info_path(path)
-        self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
+        # Not urlopen, which would keep the proxies of its first call.
+        self.opener = urllib.request.build_opener(_SafeRedirects())
         self.info = _PartInfo.read(self.info_path)
 
     def run(self, attempts: int, sleep: Callable[[float], object]) -> None:
@@ -344,6 +346,30 @@ class _Transfer:
         self.part.unlink(missing_ok=True)
         self.info_path.unlink(missing_ok=True)
         self.info = _PartInfo()
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https addresses, and to http addresses only from a server that is itself reached over http."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Any:
+        """Return the request for a redirect to `newurl`. Raises _PermanentError if this address is not allowed."""
+        problem = redirect_problem(req.full_url, newurl)
+        if problem is not None:
+            raise _PermanentError(problem)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def redirect_problem(source: str, target: str) -> str | None:
+    """Return why a redirect from the URL `source` to `target` must not be followed, or None if it may be.
+
+    A redirect may not leave https, because everyone on the way could then change the file, and may lead only to a web server.
+    """
+    schemes = ("https",) if urllib.parse.urlsplit(source).scheme == "https" else ("http", "https")
+    if urllib.parse.urlsplit(target).scheme in schemes:
+        return None
+    return f"the server redirects to {target:.200}, but only {' and '.join(schemes)} addresses are followed from here"
 
 
 def _check_response(response: Any) -> None:
