@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -11,8 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 CONTENT = random.Random(0).randbytes(300_000)
+CERTIFICATE = Path(__file__).parent / "fixtures/localhost.pem"
+"""A certificate for 127.0.0.1 and its key, which protect nothing. Clients trust it if SSL_CERT_FILE is this file."""
 OTHER = random.Random(1).randbytes(250_000)
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -21,7 +25,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 class Server:
     """A server that replies with the next of `answers`, then with `default`, and records the requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: bool = False) -> None:
         self.answers: list[Answer] = []
         self.default: Answer = status(599)
         self.requests: list[tuple[str, Message]] = []
@@ -43,7 +47,11 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        self.address = f"{'https' if tls else 'http'}://127.0.0.1:{self.http.server_port}"
         self.url = f"{self.address}/file.bin"
 
     def will(self, *answers: Answer) -> str:
@@ -55,8 +63,8 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
+def serving(tls: bool = False) -> Iterator[Server]:
+    server = Server(tls)
     threading.Thread(target=server.http.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
@@ -76,6 +84,7 @@ def file(
     if_range: bool = True,
     length: int | None = None,
     headers: dict[str, str] | None = None,
+    pause: float = 0,
 ) -> Answer:
     """Return an answer that sends a file.
 
@@ -89,6 +98,7 @@ def file(
         if_range: support the If-Range header.
         length: the Content-Length header; default: the length of the body.
         headers: more headers.
+        pause: seconds of silence after every 20,000 bytes.
     """
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -115,7 +125,11 @@ def file(
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(body) if length is None else length))
         handler.end_headers()
-        handler.wfile.write(body[:cut])
+        body = body[:cut]
+        for begin in range(0, len(body), 20_000) if pause else ():
+            handler.wfile.write(body[begin : begin + 20_000])
+            time.sleep(pause)
+        handler.wfile.write(b"" if pause else body)
         handler.wfile.flush()
         time.sleep(stall)
         if reset:

@@ -15,13 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 # Processes are forked from one that has already imported torch, because the import takes seconds.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "MyGPT.cli", "MyGPT.training.trainer", "MyGPT.commands.train", "peft"])
+_processes.set_forkserver_preload(
+    "torch MyGPT.cli MyGPT.training.trainer MyGPT.commands.train MyGPT.commands.finetune MyGPT.data.prepare peft".split()
+)
 
 MOMENTS = ("step", "half_file", "fsync", "rename", "replace", "rmtree", "snapshot")
 """Functions at whose call a process is killed; "half_file" leaves the first half of a file of tensors on the disk."""
@@ -29,10 +31,14 @@ MOMENTS = ("step", "half_file", "fsync", "rename", "replace", "rmtree", "snapsho
 
 @dataclass(frozen=True)
 class Kill:
-    """The moment of a kill: the n-th call of a function in MOMENTS, or, with "time", n milliseconds after the start."""
+    """The moment of a kill: the n-th call of a function in MOMENTS, or, with "time", n milliseconds after the start.
+
+    With `after_merge`, calls and time are counted from the moment when `mygpt finetune --merge` merges the adapter.
+    """
 
     moment: str
     n: int
+    after_merge: bool = False
 
 
 def start(
@@ -99,13 +105,17 @@ def remains(run_dir: Path) -> dict[str, Any]:
         del state[variable]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timings = ("tokens_per_second", "checkpoints", "checkpoint_seconds")
-    kept = run_dir / ("adapter" if (run_dir / "adapter").is_dir() else "model")
     return {
         "checkpoint": newest.name,
         "state": state,
         "records": [{k: v for k, v in record.items() if k not in timings} for record in records],
         "samples": (run_dir / "samples.txt").read_text() if (run_dir / "samples.txt").exists() else "",
-        **{str(file.relative_to(run_dir)): file.read_bytes() for file in kept.glob("*.safetensors")},
+        **{
+            str(file.relative_to(run_dir)): file.read_bytes()
+            for kept in ("adapter", "model")
+            for file in (run_dir / kept).glob("*")
+            if file.suffix == ".safetensors" or file.name in ("template.json", "tokenizer.json")
+        },
         **{file.name: file.read_bytes() for file in newest.glob("*.safetensors")},
     }
 
@@ -115,11 +125,12 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
 
 
-def leftovers(run_dir: Path) -> list[str]:
-    """Return the names of unfinished files and directories."""
-    return sorted(
-        path.name for path in run_dir.rglob(".*") if path.name not in (".lock", ".process") and "tmp" not in path.name
-    )
+def leftovers(directory: Path) -> list[str]:
+    """Return the names of unfinished files and directories in a directory, and of those beside it that belong to it."""
+    known = (".lock", ".process", ".downloads.json", ".downloads.lock")
+    inside = [path.name for path in directory.rglob("*") if path.name.startswith(".") or ".part" in path.name]
+    beside = [path.name for path in directory.parent.glob(f".{directory.name}.*")]
+    return sorted(name for name in [*inside, *beside] if name not in known)
 
 
 def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] | None, errors: str | Path) -> None:
@@ -137,6 +148,12 @@ def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] |
 
 
 def _arm(kill: Kill) -> None:
+    if kill.after_merge:
+        from MyGPT.commands import finetune
+
+        merge, kill = finetune.merge, replace(kill, after_merge=False)
+        finetune.merge = lambda model: (_arm(kill), merge(model))[1]
+        return
     if kill.moment == "time":
         threading.Thread(target=lambda: (time.sleep(kill.n / 1000), _die()), daemon=True).start()
         return

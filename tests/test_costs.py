@@ -114,7 +114,49 @@ def test_info_tells_the_cost_of_every_released_size(capsys: pytest.CaptureFixtur
     assert "KV cache per token               73.7 kB      36.9 kB" in printed  # 2 * 12 * 768 numbers
     with torch.device("meta"):
         total = GPTModel(GPT2_CONFIGS["1558M"]).num_parameters()
-    assert f"{total:,}" in printed and "6.23 GB      3.12 GB" in printed
+    assert f"{total:,}" in printed and "6,230 MB     3,115 MB" in printed
+
+
+@pytest.mark.parametrize(
+    "recipe", [None, "max_steps: 3", "max_steps: 3\nmicro_batch_size: 2\ndrop_rate: 0.1\noptimizer: muon"]
+)
+def test_the_memory_that_info_shows_adds_up_and_is_the_estimate(
+    recipe: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The totals are sums of the rounded numbers in the lines above, as a reader adds them."""
+    name = "gpt2"
+    if recipe is not None:
+        name = str(tmp_path / "mine.yaml")
+        (tmp_path / "mine.yaml").write_text(recipe)
+    assert main(["info", name]) == 0
+    sums, n_totals, units = [0, 0], 0, set()
+    for line in capsys.readouterr().out.partition("generation\n")[2].splitlines():
+        found = re.fullmatch(r" +(\w.*?) {2,}([\d,]+) (\w+) +([\d,]+) (\w+)", line)
+        if found is None:  # the title of the next table, or a remark
+            sums = [0, 0]
+            continue
+        numbers = [int(found[i].replace(",", "")) for i in (2, 4)]
+        units |= {found[3], found[5]}
+        if found[1].startswith("total"):
+            assert numbers == sums
+            n_totals += 1
+        else:
+            sums = [before + number for before, number in zip(sums, numbers, strict=True)]
+    assert n_totals == (2 if recipe == "max_steps: 3" else 3) and len(units) == 1
+    size = {"MB": 10**6, "kB": 10**3}[units.pop()]
+    if recipe is None:
+        config = GPT2_CONFIGS["gpt2"]
+        peak = training_memory(config, 1, bf16=True, device="cpu").peak
+        assert abs(numbers[1] * size - peak) < 5 * size
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize("vocab_size", [100, 50_000])
+def test_the_parts_at_the_peak_are_those_of_one_moment(vocab_size: int, accumulates: bool) -> None:
+    memory = training_memory(dataclasses.replace(CONFIG, vocab_size=vocab_size), 2, accumulates=accumulates)
+    parts = memory.at_peak()
+    assert sum(parts.values()) == memory.peak and parts["weights"] == memory.weights
+    assert ("activations" in parts) != ("tying" in parts)
 
 
 def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from http_server import CONTENT, OTHER, Server, chunked, file, serving, status, until_the_end
+from http_server import CERTIFICATE, CONTENT, OTHER, Server, chunked, file, serving, status, until_the_end
 from MyGPT import GPT2_CONFIGS, BPETokenizer, GPTConfig, GPTModel
 from MyGPT.data import sources
 from MyGPT.data.templates import load_template
@@ -515,6 +516,43 @@ def test_another_content_than_the_known_one_is_not_kept(server: Server, tmp_path
     assert get(urls, tmp_path / "file.bin", sha256=SHA256).read_bytes() == CONTENT
 
 
+@pytest.fixture
+def secure(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with an https address that this process trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with serving(tls=True) as server:
+        yield server
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("hops", [1, 2])
+def test_a_redirect_does_not_leave_https(code: int, hops: int, secure: Server, server: Server, tmp_path: Path) -> None:
+    server.default = file()
+    secure.will(*[status(code, Location=secure.url)] * (hops - 1), status(code, Location=server.url))
+    with pytest.raises(DownloadError, match=f"redirects to {server.url}, but only https addresses are followed"):
+        get(secure.url, tmp_path / "file.bin")
+    assert server.requests == [] and names(tmp_path) == set()
+    assert get(
+        [secure.will(status(code, Location=server.url)), server.url], tmp_path / "file.bin"
+    ).is_file()  # a mirror
+
+
+def test_redirects_within_https_and_from_http_to_either_are_followed(
+    secure: Server, server: Server, tmp_path: Path
+) -> None:
+    secure.default = server.default = file()
+    assert get(secure.will(status(302, Location="/other.bin")), tmp_path / "a").read_bytes() == CONTENT
+    assert get(server.will(status(302, Location=secure.url)), tmp_path / "b").read_bytes() == CONTENT
+    assert get(server.will(status(302, Location=server.url)), tmp_path / "c").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "data:,x", "gopher://127.0.0.1/"])
+def test_a_redirect_to_another_scheme_is_refused(target: str, server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=re.escape(target)):
+        get(server.will(status(302, Location=target)), tmp_path / "file.bin")
+    assert names(tmp_path) == set() and len(server.requests) == 1
+
+
 def test_redirects_are_followed_with_the_range(server: Server, tmp_path: Path) -> None:
     moved = status(302, Location=f"{server.address}/elsewhere")
     path = get(server.will(moved, file(cut=1000), moved, file()), tmp_path / "file.bin")
@@ -788,7 +826,12 @@ def sha1(content: bytes) -> str:
 
 @pytest.fixture
 def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
-    """The server, used as the hub by this process. huggingface_hub reads its environment only when it is imported."""
+    """The server, used as the hub by this process."""
+    return use_as_hub(server, monkeypatch, tmp_path)
+
+
+def use_as_hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    """Let huggingface_hub use the server, although it reads its environment only when it is imported."""
     from huggingface_hub import constants
 
     for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
@@ -797,6 +840,56 @@ def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Serv
     template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     return server
+
+
+@pytest.mark.parametrize("moved", ["/api/", "/resolve/"])
+def test_the_hub_may_not_redirect_to_an_unencrypted_address(
+    moved: str, secure: Server, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session of huggingface_hub, which other code shares, follows such redirects again afterwards."""
+    from huggingface_hub import utils
+
+    use_as_hub(secure, monkeypatch, tmp_path)
+    repository = hub_repository({"config.json": b"{}", "model.safetensors": b"weights"})
+    server.default = repository
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        about = {"X_Repo_Commit": COMMIT, "ETag": '"1"', "X_Linked_Size": "7"}
+        leaves = moved in handler.path and "config.json" not in handler.path
+        (status(307, Location=server.address + handler.path, **about) if leaves else repository)(handler)
+
+    secure.default = answer
+    utils.close_session()  # the next session reads SSL_CERT_FILE
+    try:
+        with pytest.raises(OSError, match=f"redirects to {server.address}/.* only https addresses"):
+            download_from_hub("user/model", tmp_path / "gpt2")
+        assert server.requests == []
+        hooks = utils.get_session().event_hooks["request"]
+        assert utils.get_session().get(f"{secure.address}/api/models/user/model").status_code == 200 and len(hooks) == 1
+    finally:
+        utils.close_session()
+
+
+def test_the_hubs_token_is_not_sent_to_another_server(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    repository = hub_repository(files)
+    with serving() as other:
+        other.default = repository
+        elsewhere = f"http://localhost:{other.http.server_port}"
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            content, name = b"weights", handler.path.rpartition("/")[2]
+            moved = {"Location": elsewhere + handler.path, "X_Repo_Commit": COMMIT, "ETag": sha1(content)}
+            leaves = name == "model.safetensors"
+            (status(302, **moved, X_Linked_Size="7") if leaves else repository)(handler)
+
+        hub.default = answer
+        download_from_hub("user/model", tmp_path / "gpt2")
+        assert {headers["Authorization"] for _, headers in hub.requests} == {"Bearer hf_secret"}
+        assert other.requests and all(headers["Authorization"] is None for _, headers in other.requests)
 
 
 CONTENT_OF: dict[str, bytes] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from MyGPT import files
-from MyGPT.files import atomic_directory, atomic_write, read_text, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, atomic_write, read_text, remove_leftovers, restore_directory, sha256_of
 
 
 class Failure(Exception):
@@ -243,3 +244,97 @@ def test_a_nul_is_named_with_its_position(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x looks like a binary file: it has a NUL character at position 1"):
         read_text(tmp_path / "x")
+
+
+# What killed processes leave
+
+SLOW_WRITER = """
+import os, sys, time
+from pathlib import Path
+from MyGPT.files import atomic_directory, atomic_write
+with (atomic_directory if sys.argv[2] == "directory" else atomic_write)(sys.argv[1]) as new:
+    (new / "weights").write_text("half") if sys.argv[2] == "directory" else new.write("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def write(path: Path, kind: str) -> None:
+    if kind == "directory":
+        with atomic_directory(path) as new:
+            (new / "weights").write_text("new")
+    else:
+        with atomic_write(path) as file:
+            file.write("new")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of open directories")
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_the_next_writer_removes_what_a_killed_one_left_but_not_what_a_living_one_writes(
+    kind: str, tmp_path: Path
+) -> None:
+    """A killed `prepare` left gigabytes for ever."""
+    command = [sys.executable, "-c", SLOW_WRITER, str(tmp_path / "d"), kind]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    processes[0].kill()
+    processes[0].wait()
+    (tmp_path / ".d.notes").write_text("mine")
+    (tmp_path / ".other.0123abcd").write_text("mine")
+    write(tmp_path / "d", kind)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 4 and {"d", ".d.notes", ".other.0123abcd"} < set(left)  # and that of the living process
+    processes[1].kill()
+    processes[1].wait()
+    write(tmp_path / "d", kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".d.notes", ".other.0123abcd", "d"]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of open directories")
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_writer_whose_temporary_file_is_removed_before_it_is_locked_makes_another(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes it for abandoned in the instant between its creation and its lock."""
+    flock, seen = files.fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not seen:
+            seen.extend(tmp_path.iterdir())
+            for path in seen:
+                path.rmdir() if path.is_dir() else path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write(tmp_path / "d", kind)
+    assert len(seen) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_file_system_without_locks_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems refuse locks. Nothing can be taken for abandoned there."""
+    if files.fcntl is None:
+        pytest.skip("no locks of this kind")
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    (tmp_path / ".d.0123abcd").mkdir()
+    write(tmp_path / "d", "directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".d.0123abcd", "d"]
+
+
+def test_a_leftover_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / ".d.0123abcd").symlink_to(tmp_path / "mine")
+    write(tmp_path / "d", "directory")
+    remove_leftovers(tmp_path, ["d"])
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+    assert not (tmp_path / ".d.0123abcd").is_symlink()

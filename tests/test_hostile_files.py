@@ -161,6 +161,10 @@ def read_recipe(command: Any, place: Path) -> None:
 BPE = BPETokenizer.train("the cat sat on the mat, the cat ate the rat " * 3, 270, progress=False)
 MODEL = lively_model(TINY)
 LABELLED = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+TALKS = [
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Rhyme."},
+    {"conversations": [{"from": "system", "value": "Sing."}, {"from": "gpt", "value": "La"}], "system": None},
+]
 METRICS = [{"step": 1, "loss": 2.5, "lr": 1e-3}, {"step": 2, "loss": 2.25}, {"step": 2, "val_loss": 2.0}]
 
 READERS = {
@@ -210,6 +214,14 @@ READERS = {
         lambda d: (d / "records.json").write_text(json.dumps(RECORDS)), "records.json", "json",
         lambda d: [ALPACA.parts(record) for record in read_records(d / "records.json")],
     ),
+    "records, CSV": Reader(
+        lambda d: (d / "records.csv").write_text('instruction;input;output\nSay;"it; or\nnot";yes\nSay;;no\n'), "records.csv",
+        "text", lambda d: [ALPACA.parts(record) for record in read_records(d / "records.csv")],
+    ),
+    "records, ShareGPT": Reader(
+        lambda d: lines(d / "talks.jsonl", TALKS), "talks.jsonl", "jsonl",
+        lambda d: [ALPACA.parts(record) for record in read_records(d / "talks.jsonl")],
+    ),
     "text": Reader(
         lambda d: (d / "a.txt").write_text("Once\nupon a time.\n"), "a.txt", "text",
         lambda d: BPE.encode("".join(piece.text for piece in read_pieces(d / "a.txt"))),
@@ -217,6 +229,10 @@ READERS = {
     "text, lines of JSON": Reader(
         lambda d: lines(d / "a.jsonl", [{"text": "Once"}, {"text": "upon", "id": 3}]), "a.jsonl", "jsonl",
         lambda d: BPE.encode("".join(read_texts([d / "a.jsonl"]))),
+    ),
+    "text, array": Reader(
+        lambda d: (d / "a.json").write_text(json.dumps([{"text": "Once"}, {"text": "upon", "id": 3}])), "a.json", "json",
+        lambda d: BPE.encode("".join(read_texts([d / "a.json"]))),
     ),
     "text, gzip": Reader(
         lambda d: (d / "a.txt.gz").write_bytes(gzip.compress(b"Once upon a time. " * 9)), "a.txt.gz", "bytes",
@@ -388,6 +404,28 @@ def test_a_deep_recipe_does_not_crash_the_interpreter(tmp_path: Path, deep: str)
         parser_of(train).parse_args(["--config", str(tmp_path / "run.yaml")])
     with pytest.raises(ValueError, match=r"run\.yaml .*nested more than 20 levels deep"):
         explain(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    "key", ["epochs", "train_fraction", "full", "rows", "learning_rate", "batch_size", "lora.dropout"]
+)
+def test_a_recipe_with_null_for_a_number_is_refused(key: str, tmp_path: Path) -> None:
+    """jsonargparse accepts null for every option. `0 < None` ended in a traceback."""
+    recipe = copy.deepcopy(TUNING)
+    outer, _, inner = key.partition(".")
+    if inner:
+        recipe[outer][inner] = None
+    else:
+        recipe[outer] = None
+    (tmp_path / "config.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=rf"--{key} must be .*, got null|{key} must be .*, got None"):
+        call(finetune, parser_of(finetune).parse_args(["--config", str(tmp_path / "config.yaml")]))
+
+
+def test_a_recipe_with_a_tokenizer_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps(RECIPE | {"tokenizer": "2026-13-45"}))
+    with pytest.raises(ValueError, match=r"config\.yaml: .*2026-13-45"):
+        explain(str(tmp_path / "config.yaml"))
 
 
 def test_a_recipe_of_aliases_is_refused_before_it_is_unfolded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import lively_model, same_weights
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, get_tokenizer, open_model
+from MyGPT.cli import main
 from MyGPT.data.templates import load_template
 from MyGPT.devices import pick_device
 from MyGPT.opening import find_model_files
 from MyGPT.weights.formats import FORMATS, open_checkpoint
+from MyGPT.weights.released import FILES
 from oracles_layouts import NanoGPT
 from oracles_model import transformers_twin
 from oracles_openai import OPENAI
@@ -85,6 +88,179 @@ def test_an_adapter_opens_with_its_model_and_the_nearest_template(
         assert tokenizer.encode("the cat") == bpe.encode("the cat")
         files = find_model_files(arguments[0], *arguments[2:])
         assert files.template() == load_template("alpaca" if has_template else "book")
+
+
+# Adapters whose model is known only by its name
+
+
+def save_adapter(directory: Path, base: str, model: GPTModel) -> Path:
+    """Save a small LoRA adapter that claims to have been trained on `base`."""
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"]))
+    peft_model.peft_config["default"].base_model_name_or_path = base
+    peft_model.save_pretrained(directory, save_embedding_layers=False)
+    return directory
+
+
+USERS = {
+    "generate": ["--model", "ADAPTER"],
+    "chat": ["--model", "ADAPTER"],
+    "info": ["ADAPTER"],
+    "evaluate": ["--model", "ADAPTER", "--data", "alice"],
+    "explain": ["the cat", "--model", "ADAPTER", "--out", "OUT.html"],
+    "plot": ["lens", "--model", "ADAPTER", "--text", "the cat", "--out", "OUT.png"],
+    "bench": ["--model", "ADAPTER"],
+}
+"""The arguments of every command that opens an adapter."""
+
+
+def run_command(command: str, adapter: Path, out: Path) -> int:
+    arguments = [part.replace("ADAPTER", str(adapter)).replace("OUT", str(out)) for part in USERS[command]]
+    return main([command, *arguments])
+
+
+@pytest.mark.parametrize("command", USERS)
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("gpt2", "gpt2"),
+        ("124M", "124M"),
+        ("openai-community/gpt2-xl", "openai-community/gpt2-xl"),
+        ("user/model", "hf://user/model"),
+        ("hf://user/model", "hf://user/model"),
+    ],
+)
+def test_an_adapter_never_makes_a_command_download_its_model(
+    base: str,
+    name: str,
+    command: str,
+    tmp_path: Path,
+    model: GPTModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A stranger's adapter could otherwise make us download gigabytes, or a model of the stranger's choice."""
+    adapter = save_adapter(tmp_path / "an adapter", base, model)
+    for function in ("download_from_hub", "download_gpt2"):
+        monkeypatch.setattr(f"MyGPT.weights.pretrained.{function}", lambda *arguments: pytest.fail("it downloads"))
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("MyGPT.commands._model.start_build", lambda *arguments: None)
+    assert run_command(command, adapter, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"was trained on {base}, which is not on this machine" in error
+    assert f"mygpt download {name}, " in error and f"--model MODEL --adapter '{adapter}'" in error
+
+
+@pytest.mark.parametrize(
+    ("base", "cached"),
+    [
+        ("user/model", "user--model"),
+        ("hf://user/model", "user--model"),
+        ("gpt2", "openai-community--gpt2"),
+        ("openai-community/gpt2", "openai-community--gpt2"),
+    ],
+)
+def test_an_adapter_opens_with_its_model_from_the_cache(
+    base: str, cached: str, tmp_path: Path, model: GPTModel, bpe: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    model.save_pretrained(tmp_path / "models" / cached, bpe)
+    adapter = save_adapter(tmp_path / "adapter", base, model)
+    opened, tokenizer = open_model(adapter, "cpu")
+    assert same_weights(opened, GPTModel.from_pretrained(tmp_path / "models" / cached))
+    assert tokenizer.n_vocab == bpe.n_vocab
+
+
+def test_openais_files_in_the_cache_are_the_model_of_an_adapter_on_the_hubs_gpt2(
+    tmp_path: Path, model: GPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    (tmp_path / "models/124M").mkdir(parents=True)
+    adapter = save_adapter(tmp_path / "adapter", "openai-community/gpt2", model)
+    for name in FILES:
+        with pytest.raises(FileNotFoundError, match="not on this machine"):
+            find_model_files(adapter)
+        (tmp_path / "models/124M" / name).write_bytes(b"")
+    assert find_model_files(adapter).path == tmp_path / "models/124M"
+
+
+def test_a_local_model_with_the_name_of_a_repository_is_the_model_of_an_adapter(
+    tmp_path: Path, model: GPTModel, bpe: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("runs/base", bpe)
+    adapter = save_adapter(tmp_path / "adapter", "runs/base", model)
+    assert find_model_files(adapter).path == Path("runs/base")
+    shutil.rmtree("runs/base")
+    with pytest.raises(FileNotFoundError, match="was trained on runs/base, which is not on this machine"):
+        find_model_files(adapter)
+
+
+# Commands open the same models
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["directory", "run", "config", "safetensors", "bin", "shard", "nanogpt", "openai", "adapter", "run of adapter"],
+)
+def test_info_opens_what_generate_opens(
+    kind: str,
+    tmp_path: Path,
+    model: GPTModel,
+    bpe: BPETokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("MyGPT.weights.formats.huggingface.MAX_SHARD_BYTES", 20_000 if kind == "shard" else 10**9)
+    directory, n_parameters = tmp_path / "run/model", model.num_parameters()
+    model.save_pretrained(directory, bpe)
+    path = {
+        "directory": directory,
+        "run": tmp_path / "run",
+        "config": directory / "config.json",
+        "safetensors": directory / "model.safetensors",
+        "bin": directory / "pytorch_model.bin",
+        "shard": next(directory.glob("model-00002-of-*"), None),
+        "nanogpt": tmp_path / "ckpt.pt",
+        "openai": OPENAI,
+        "adapter": tmp_path / "tuned/adapter",
+        "run of adapter": tmp_path / "tuned",
+    }[kind]
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    torch.save(NanoGPT(280, 16, 24, 3, 2, bias=True).checkpoint(), tmp_path / "ckpt.pt")
+    assert path is not None
+    if "adapter" in kind:
+        save_adapter(tmp_path / "tuned/adapter", str(directory), model)
+        n_adapter = 2 * 2 * (24 + 72)  # two layers of rank 2
+    opened = find_model_files(path).model()
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{opened.num_parameters():,} (" in out and re.search("complete +yes", out)
+    assert kind == "openai" or opened.num_parameters() == n_parameters
+    assert ("adapter" not in kind) or f"{tmp_path / 'tuned/adapter'}, {n_adapter:,} parameters" in out
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "text", "config", "index", "base"])
+def test_info_and_generate_give_the_same_error(
+    wrong: str,
+    tmp_path: Path,
+    model: GPTModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / wrong
+    if wrong == "text":
+        path.write_text("hello")
+    elif wrong in ("config", "index"):
+        path.mkdir()
+        (path / "config.json").write_text("{}" if wrong == "index" else "{")
+        (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    elif wrong == "base":
+        save_adapter(path, str(tmp_path / "gone"), model)
+    monkeypatch.setattr("MyGPT.commands.generate.start_build", lambda *arguments: None)
+    assert main(["generate", "--model", str(path)]) == 2
+    expected = capsys.readouterr().err.removeprefix("mygpt generate: ")
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.removeprefix("mygpt info: ") == expected
 
 
 @pytest.mark.parametrize("n_shards", [1, 2])

@@ -1,16 +1,19 @@
-"""Tiny training runs: `make_trainer` for Trainers that run in this process, `train_command` for the command line.
+"""Tiny runs: `make_trainer` for Trainers in this process, `train_command` and `finetune_command` for the command line.
 
 test_resume.py stops and kills the commands, and soak.py does so fifty times.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from MyGPT import CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
+from conftest import lively_model
+from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer
+from MyGPT.data.templates import load_template
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 SIZES = "--context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --drop_rate 0.2 --batch_size 4 --warmup_steps 3"
@@ -25,6 +28,24 @@ RECIPES = {
 def train_command(text: Path, out: Path, *options: str) -> list[str]:
     """Return the arguments of `mygpt` for a tiny run on the text file `text` in the directory `out`."""
     return ["train", "--data", str(text), *f"{SIZES} {EVENTS}".split(), *options, "--device", "cpu", "--out", str(out)]
+
+
+def finetune_command(place: Path, out: Path, *options: str) -> list[str]:
+    """Return the arguments of `mygpt` for a tiny fine-tuning in the directory `out`.
+
+    Its model and its records are written to the directory `place` if they are not there yet.
+    """
+    if not (place / "base").exists():
+        words = [(word, n) for word in "abcd" for n in range(1, 8)]
+        records = [{"instruction": f"Say {word} {n} times.", "output": " ".join([word] * n)} for word, n in words]
+        (place / "records.json").write_text(json.dumps(records))
+        texts = [load_template("alpaca").prompt(record) for record in records]
+        tokenizer = BPETokenizer.train(texts, 320, progress=False)
+        sizes = {"context_length": 128, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
+        lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes)).save_pretrained(place / "base", tokenizer)
+    where = ["--model", str(place / "base"), "--data", str(place / "records.json"), "--out", str(out)]
+    events = "--epochs 3 --batch_size 4 --checkpoint_every 3 --eval_every 5 --sample_tokens 5 --device cpu".split()
+    return ["finetune", *where, *events, *options]
 
 
 TOKENIZER = CharTokenizer.from_text(TEXT)

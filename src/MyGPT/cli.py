@@ -104,7 +104,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run a command, and return its exit status. See `main`."""
-    from MyGPT.messages import did_you_mean, error_message
+    from MyGPT.messages import did_you_mean, error_message, plain_warnings
 
     name = arguments[0] if arguments else "--help"
     try:
@@ -115,7 +115,8 @@ def _run(arguments: list[str]) -> int:
 
             print(f"mygpt {__version__}")
         elif name in COMMANDS:
-            run_command(name, arguments[1:])
+            with plain_warnings():
+                run_command(name, arguments[1:])
         else:
             hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}{hint}")

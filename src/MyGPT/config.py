@@ -31,6 +31,11 @@ _HUGGING_FACE_KEYS = {
     "activation": "activation_function",
     "qkv_bias": "qkv_bias",  # transformers ignores this key; its models always have biases, which are then zero.
 }
+# The activations of transformers that compute one of the two GELUs (up to rounding), and MyGPT's names of the two.
+_GELUS = {
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+}
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SPECIAL_TOKEN_FIELDS = (*_SPECIAL_IDS, "generation_config")
 """The fields of GPTConfig that describe special tokens and generation, not the model."""
@@ -186,21 +191,22 @@ class GPTConfig:
         """Return the config for a dict from Hugging Face's `config.json`. An unsupported setting raises ValueError."""
         for key, only in (
             ("model_type", (cls.model_type,)),
-            ("activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh")),
+            ("activation_function", tuple(_GELUS)),
             ("n_inner", (None, 4 * config.get("n_embd", 768))),
             ("scale_attn_weights", (True,)),
             ("scale_attn_by_inverse_layer_idx", (False,)),
             ("add_cross_attention", (False,)),
         ):
             if config.get(key, only[0]) not in only:
-                raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {only[0]!r}")
+                allowed = " or ".join(map(repr, only))
+                raise ValueError(f"config.json has {key}={config[key]!r}, MyGPT supports only {allowed}")
         dropouts = {config[key] for key in _HUGGING_FACE_DROPOUTS if key in config}
         if len(dropouts) > 1:
             rates = sorted(dropouts)
             raise ValueError(f"config.json has different dropout rates {rates}, MyGPT supports only equal rates")
         ours = {name: config[theirs] for name, theirs in _HUGGING_FACE_KEYS.items() if theirs in config}
-        if ours.get("activation") == "gelu_pytorch_tanh":  # the same function under another name
-            ours["activation"] = "gelu_new"
+        if "activation" in ours:
+            ours["activation"] = _GELUS[ours["activation"]]
         ours |= {name: config[name] for name in _SPECIAL_IDS if name in config}
         # GPT-2 of transformers always has biases, so they are the default for a config.json.
         return cls(**{"qkv_bias": True, "drop_rate": min(dropouts, default=0.1), **ours})
@@ -230,6 +236,12 @@ def read_config_json(path: Path) -> GPTConfig:
         return dataclasses.replace(config, generation_config=read_json(generation))
     except ValueError as error:
         raise ValueError(f"{generation} has wrong settings: {error}") from None
+
+
+def config_beside(path: Path) -> GPTConfig | None:
+    """Return the config in the `config.json` of the directory that contains the file `path`, or None if there is no such file."""
+    config = path.parent / "config.json"
+    return read_config_json(config) if config.is_file() else None
 
 
 def require_positive(*, optional: bool = False, **values: object) -> None:

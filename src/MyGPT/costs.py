@@ -111,17 +111,26 @@ def cache_bytes(config: GPTConfig, itemsize: int = 4) -> int:
     return 2 * config.n_layers * config.emb_dim * itemsize
 
 
-def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, length: int | None = None) -> int:
-    """Estimate the peak memory, in bytes, of generating text for batch_size prompts at once.
+def generation_memory(
+    config: GPTConfig, itemsize: int = 4, batch_size: int = 1, length: int | None = None
+) -> dict[str, int]:
+    """Estimate the peak memory of generating text for batch_size prompts at once: the bytes for each purpose.
 
-    The estimate is the sum of the weights, the KV cache and the largest activations of the prompt, which are the input of an
-    MLP and its hidden layer before and after GELU. `itemsize` is the size of a number in bytes, and `length` the number of
-    tokens of prompt and answer together (default: the model's context length).
+    The purposes are the weights, the KV cache, and the largest activations of the prompt, which are the input of an MLP and
+    its hidden layer before and after GELU. `itemsize` is the size of a number in bytes, and `length` the number of tokens of
+    prompt and answer together (default: the model's context length).
     """
     T = config.context_length if length is None else length
-    largest_activations = 10 * config.emb_dim * itemsize * T
-    n_parameters = sum(parameters_by_part(config).values())
-    return n_parameters * itemsize + batch_size * (T * cache_bytes(config, itemsize) + largest_activations)
+    return {
+        "weights": sum(parameters_by_part(config).values()) * itemsize,
+        "KV cache": batch_size * T * cache_bytes(config, itemsize),
+        "activations": batch_size * 10 * config.emb_dim * itemsize * T,
+    }
+
+
+def generation_bytes(config: GPTConfig, itemsize: int = 4, batch_size: int = 1, length: int | None = None) -> int:
+    """Estimate the peak memory, in bytes, of generating text (see `generation_memory`)."""
+    return sum(generation_memory(config, itemsize, batch_size, length).values())
 
 
 @dataclass(frozen=True)
@@ -146,14 +155,20 @@ class TrainingMemory:
     accumulates: bool
     """True if a step has several micro-batches, so that the gradients of one exist during the forward pass of the next."""
 
+    def at_peak(self) -> dict[str, int]:
+        """Return the bytes in use when a step needs most memory, for each purpose. Their sum is the peak."""
+        # The backward pass frees activations while it makes gradients, so only the larger of the two counts.
+        forward = {"activations": self.activations, "logits": self.head, "copies": self.copies}
+        backward = {"gradients": self.gradients, "tying": self.tying}
+        if self.accumulates:
+            forward["gradients"] = self.gradients
+        largest = max((backward, forward), key=lambda parts: sum(parts.values()))
+        return {"weights": self.weights, "moments": self.moments, **largest}
+
     @property
     def peak(self) -> int:
         """Largest number of bytes in use at one time."""
-        # The backward pass frees activations while it makes gradients, so only the larger of the two counts.
-        forward = self.activations + self.head + self.copies
-        backward = self.gradients + self.tying
-        passing = self.gradients + max(forward, self.tying) if self.accumulates else max(backward, forward)
-        return self.weights + self.moments + passing
+        return sum(self.at_peak().values())
 
 
 def training_memory(

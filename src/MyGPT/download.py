@@ -8,6 +8,7 @@ http_proxy and no_proxy.
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -16,11 +17,12 @@ import random
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ def download(
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"an address must begin with http:// or https://, got {url!r}")
     if _is_complete(path, sha256, size):
+        with contextlib.suppress(OSError):  # A cache that cannot be written is used as it is.
+            _info_path(path).unlink(missing_ok=True)  # left by a process that was killed when the file was complete
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -108,10 +112,17 @@ def download(
 
 
 def cache_directory() -> Path:
-    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt."""
-    if "MYGPT_CACHE" in os.environ:
-        return Path(os.environ["MYGPT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mygpt"
+    """Return the directory for downloads: $MYGPT_CACHE if set, else $XDG_CACHE_HOME/mygpt, else ~/.cache/mygpt.
+
+    An empty variable counts as not set. A relative path in XDG_CACHE_HOME is ignored, as the XDG Base Directory
+    Specification demands. A relative path in MYGPT_CACHE raises ValueError: each directory would have its own cache.
+    """
+    own, common = os.environ.get("MYGPT_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if own and not Path(own).is_absolute():
+        raise ValueError(f"MYGPT_CACHE must be an absolute path, got {own!r}: write {os.path.abspath(own)}")
+    if own:
+        return Path(own)
+    return (common if common.is_absolute() else Path.home() / ".cache") / "mygpt"
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
@@ -134,6 +145,10 @@ def _is_complete(path: Path, sha256: str | None, size: int | None) -> bool:
     if expected == recorded.get("sha256") and found.st_mtime_ns == recorded.get("mtime_ns", found.st_mtime_ns):
         return True  # not modified since it was verified, or nothing is known about it
     return sha256_of(path) == expected
+
+
+def _info_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part.json")
 
 
 @dataclass
@@ -160,8 +175,9 @@ class _Transfer:
     def __init__(self, url: str, path: Path, sha256: str | None, size: int | None, timeout: float, bar: Any) -> None:
         self.url, self.path, self.sha256, self.size, self.timeout, self.bar = url, path, sha256, size, timeout, bar
         self.part = path.with_name(f"{path.name}.part")
-        self.info_path = path.with_name(f"{path.name}.part.json")
-        self.opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
+        self.info_path = _info_path(path)
+        # Not urlopen, which would keep the proxies of its first call.
+        self.opener = urllib.request.build_opener(_SafeRedirects())
         try:
             self.info = _PartInfo(**_read_json(self.info_path))
         except TypeError:
@@ -305,6 +321,30 @@ class _Transfer:
         self.part.unlink(missing_ok=True)
         self.info_path.unlink(missing_ok=True)
         self.info = _PartInfo()
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https addresses, and to http addresses only from a server that is itself reached over http."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Any:
+        """Return the request for a redirect to `newurl`. Raises _PermanentError if this address is not allowed."""
+        problem = redirect_problem(req.full_url, newurl)
+        if problem is not None:
+            raise _PermanentError(problem)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def redirect_problem(source: str, target: str) -> str | None:
+    """Return why a redirect from the URL `source` to `target` must not be followed, or None if it may be.
+
+    A redirect may not leave https, because everyone on the way could then change the file, and may lead only to a web server.
+    """
+    schemes = ("https",) if urllib.parse.urlsplit(source).scheme == "https" else ("http", "https")
+    if urllib.parse.urlsplit(target).scheme in schemes:
+        return None
+    return f"the server redirects to {target:.200}, but only {' and '.join(schemes)} addresses are followed from here"
 
 
 def _check_response(response: Any) -> None:

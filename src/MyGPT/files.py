@@ -1,7 +1,9 @@
 """Write files so that a failed write leaves no incomplete file, and read files of unknown origin safely.
 
 Writing: content goes to a temporary file beside the target, is flushed to the disk, and is then renamed. A reader never
-sees half a file. Reading: a damaged or hostile file raises ValueError with the file's name, and never exhausts memory.
+sees half a file. A temporary file is locked while it is written, so the next writer of the same target recognises and
+removes those that a killed process left. Reading: a damaged or hostile file raises ValueError with the file's name, and
+never exhausts memory.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ try:
     import fcntl
 except ImportError:  # Windows, which refuses to rename a directory while one of its files is open
     fcntl = None  # type: ignore[assignment]
+_HAS_LOCKS = fcntl is not None
 
 MAX_TEXT_BYTES = 1 << 32
 """Size in bytes of the largest file that `read_text` accepts by default. data/sources.py reads larger files in pieces."""
@@ -76,10 +79,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     is_new = not path.exists()
     # The kernel applies the user's umask to these permissions. A private file stays private while it is written.
     permissions = 0o666 if is_new else stat.S_IMODE(path.stat().st_mode)
+    _remove_abandoned(path)
     temporary = _temporary(path)
     text_options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        opener = partial(os.open, mode=permissions)
+        opener = partial(_open_locked, mode=permissions)
         with open(temporary, mode.replace("w", "x"), opener=opener, **text_options) as file:
             yield file
             file.flush()
@@ -112,9 +116,11 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     check_output_directory(path if shown.is_symlink() else shown)
     path.parent.mkdir(parents=True, exist_ok=True)
     restore_directory(path)
+    _remove_abandoned(path)
     temporary = _temporary(path)
+    lock = None
     try:
-        temporary.mkdir()
+        lock = _make_locked_directory(temporary)
         file_permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # what the user's umask leaves
         if path.exists():
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) | 0o700)
@@ -137,6 +143,9 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
         restore_directory(path)
         _rename_in(error, temporary, shown)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     _sync_directory(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)  # The next call removes what could not be removed now.
 
@@ -235,7 +244,7 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
         if suffix == "previous":
             restore_directory(entry.parent / name)
         elif re.fullmatch(r"[a-z0-9_]{8}", suffix):  # also the names of earlier versions, which used tempfile
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -331,6 +340,65 @@ def _is_deep(value: Any) -> bool:
 def _temporary(path: Path) -> Path:
     """Return an unused path for a temporary file beside `path`, with a hidden name that `remove_leftovers` recognises."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"
+
+
+def _open_locked(path: str, flags: int, mode: int = 0o777) -> int:
+    """Open a new temporary file as os.open does, and lock it against `_remove_abandoned`."""
+    while True:
+        descriptor = os.open(path, flags, mode)
+        if _lock(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+        Path(path).unlink(missing_ok=True)
+
+
+def _make_locked_directory(path: Path) -> int | None:
+    """Create a temporary directory, lock it against `_remove_abandoned`, and return the descriptor that holds the lock."""
+    while True:
+        path.mkdir()
+        if not _HAS_LOCKS:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            if _lock(descriptor, path):
+                return descriptor
+            os.close(descriptor)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock(descriptor: int, path: str | Path) -> bool:
+    """Lock a new temporary file or directory. Return False if another process has just taken it for abandoned."""
+    if not _HAS_LOCKS:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks, where nothing is taken for abandoned
+        return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files and directories for `path` that killed processes left. Processes that live lock theirs."""
+    for entry in path.parent.iterdir() if _HAS_LOCKS else ():
+        if not re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}", entry.name) or entry.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # It is locked, or another process removes it.
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(entry)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a symbolic link (but not its target) or a directory with its content."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:

@@ -66,6 +66,7 @@ def generate(
 
     Raises:
         ValueError: an argument out of range, an empty prompt, or a stop text without a tokenizer.
+        FloatingPointError: the model computes logits that are NaN or infinite.
     """
     steps = generate_stream(
         model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, top_p=top_p, min_p=min_p,
@@ -101,7 +102,7 @@ def generate_stream(
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     has_stopped = _stop_check(stop, tokenizer)
     ends = _checked_ends(eos_id)
-    fill = next((id_ for id_ in (*ends, getattr(tokenizer, "eot_token", None)) if id_ is not None), 0)
+    fill = next((id_ for id_ in (*ends, _end_of_text(tokenizer)) if id_ is not None), 0)
     generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
 
@@ -155,7 +156,15 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     If the files of the model name none, the result is the tokenizer's end-of-text token. It is empty if there is none.
     """
     own = getattr(getattr(model, "config", None), "end_ids", ())
-    return list(own) or [id_ for id_ in [getattr(tokenizer, "eot_token", None)] if id_ is not None]
+    return list(own) or [id_ for id_ in [_end_of_text(tokenizer)] if id_ is not None]
+
+
+def _end_of_text(tokenizer: Any) -> int | None:
+    """Return the id of the tokenizer's end-of-text token, or None if there is no such token or no tokenizer."""
+    try:
+        return getattr(tokenizer, "eot_token", None)
+    except KeyError:  # raised by a tiktoken.Encoding without <|endoftext|>
+        return None
 
 
 def _checked_ends(eos_id: Any) -> list[int]:
@@ -168,7 +177,7 @@ def _checked_ends(eos_id: Any) -> list[int]:
         ids = [operator.index(id_) for id_ in given if not isinstance(id_, bool)]
     except TypeError:
         ids = []
-    if not ids or len(ids) < len(given) or min(ids) < 0:
+    if not ids or len(ids) < len(given) or not all(0 <= id_ < 2**63 for id_ in ids):
         raise ValueError(f"eos_id must be a token id of at least 0, or a sequence of such ids, got {eos_id!r:.80}")
     return ids
 

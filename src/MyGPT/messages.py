@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
@@ -105,6 +106,30 @@ MODEL_SYNONYMS = {
     "gpt2-xl": "xl gpt2-1558m 1.5B gpt2-1.5b 1542M",
 }
 """For each released model, other names that are in use."""
+
+
+class FileWarning(UserWarning):
+    """A warning about a file that can be used, although its contents do not agree with each other.
+
+    A command of `mygpt` prints such a warning as one plain line on stderr. In Python, the module `warnings` shows it.
+    """
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print each different FileWarning once, as a line on stderr, during the `with` block. Python shows other warnings."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, FileWarning):
+                print(f"note: {printable(' '.join(str(message).split()), keep='')}", file=sys.stderr)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.simplefilter("default", FileWarning)
+        warnings.showwarning = print_note
+        yield
 
 
 def printable(text: str, keep: str = "\n\t") -> str:

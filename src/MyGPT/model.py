@@ -262,10 +262,14 @@ class GPTModel(nn.Module):
             dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file.
         """
-        config, state_dict = read_weights(name_or_dir, dtype)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(state_dict, assign=True)
-        if config.tie_weights:
-            model.lm_head.weight = model.transformer.wte.weight
-        return model.eval()
+        return model_of(*read_weights(name_or_dir, dtype))
+
+
+def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> GPTModel:
+    """Return a model in evaluation mode whose parameters are the tensors in `state_dict` themselves, not copies."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    model.load_state_dict(state_dict, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()

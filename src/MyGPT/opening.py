@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from MyGPT.tokenizers.nanogpt import META
 from MyGPT.weights.formats import find_format
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
-from MyGPT.weights.pretrained import find_model
+from MyGPT.weights.pretrained import find_downloaded, find_model, is_name
 
 _GPT2_VOCABULARY_SIZES = (50257, 50304)  # nanoGPT rounds 50,257 up to a multiple of 64
 
@@ -55,10 +56,9 @@ def open_model(
     place = pick_device(device)
     with reading(name_or_path):
         files = find_model_files(name_or_path, adapter)
-        model = GPTModel.from_pretrained(files.path)
+        model = files.model()
         tokenizer = files.tokenizer(model.config.vocab_size)
         if files.adapter is not None:
-            model = merge(open_adapter(model, files.adapter)).eval()
             # The adapter was trained to end its texts with the tokenizer's token.
             model.config = model.config.ending_with(tokenizer.eot_token)
         return model.to(place), tokenizer
@@ -66,12 +66,17 @@ def open_model(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The paths of a model and its LoRA adapter, with methods that open the tokenizer and prompt template."""
+    """The paths of a model and its LoRA adapter, with methods that open them, the tokenizer and the prompt template."""
 
     path: Path
     """The directory or file with the weights."""
     adapter: Path | None = None
     """The directory of the LoRA adapter, or None."""
+
+    def model(self) -> GPTModel:
+        """Return the model on the CPU in evaluation mode, with the adapter merged into it."""
+        model = GPTModel.from_pretrained(self.path)
+        return model if self.adapter is None else merge(open_adapter(model, self.adapter)).eval()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         """Return the tokenizer that is saved with the adapter or with the model; its `source` names the files.
@@ -143,21 +148,43 @@ def _fit(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
 
 
 def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> ModelFiles:
-    """Return the paths of a model's files and adapter. Download a released model that is not in the cache.
+    """Return the paths of a model's files and adapter. Download a named model that is not in the cache.
 
-    The arguments are those of `open_model`. Raises FileNotFoundError if there is no model, or if the model that an
-    adapter was trained on is not at the path in the adapter's config.
+    The arguments are those of `open_model`. The model that an adapter was trained on is never downloaded, because an
+    adapter from a stranger names it, not the user.
+
+    Raises FileNotFoundError if there is no model, or if the model that an adapter was trained on is not on this machine.
     """
     if adapter is not None:
         return ModelFiles(find_model(name_or_path), find_adapter(adapter) or Path(adapter))
     found = adapter_without_model(name_or_path)
     if found is None:
         return ModelFiles(find_model(name_or_path))
-    base = base_of_adapter(found)
-    if Path(base).is_absolute() and not Path(base).exists():
-        way_out = f"name the model's present path with --model MODEL --adapter {quote(found)}"
-        raise FileNotFoundError(f"{found} was trained on {base}, which does not exist: {way_out}")
-    return ModelFiles(find_model(base), found)
+    return ModelFiles(_find_base(base_of_adapter(found), found), found)
+
+
+def _find_base(base: str, adapter: Path) -> Path:
+    """Return the directory or file of the model called `base`, on which the adapter in the directory `adapter` was trained.
+
+    `base` is a path, or a name that MyGPT, PEFT or transformers writes. Raises FileNotFoundError if it is not on this
+    machine.
+    """
+    path = Path(base)
+    if find_format(path) is not None:
+        return path
+    is_repository = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not path.exists()
+    name = f"hf://{base}" if is_repository and not is_name(base) else base
+    trained_on = f"{adapter} was trained on {base}, which"
+    choice = f"--model MODEL --adapter {quote(adapter)}"
+    if is_name(name):
+        downloaded = find_downloaded(name)
+        if downloaded is None:
+            way_out = f"download it with: mygpt download {name}, or name another copy with {choice}"
+            raise FileNotFoundError(f"{trained_on} is not on this machine: {way_out}")
+        return downloaded
+    if not path.exists():
+        raise FileNotFoundError(f"{trained_on} does not exist: name the model's present path with {choice}")
+    return path
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path | None:

@@ -35,7 +35,7 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
         """End the display. tqdm would print control characters here."""
         if not self.disable:
             self.disable = True
-            tqdm._decr_instances(self)  # type: ignore[attr-defined]
+            self._decr_instances(self)  # type: ignore[attr-defined]
 
 
 def progress_bar(progress: bool, **options: Any) -> tqdm[Any]:

@@ -54,6 +54,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def require_finite(name: str, values: Tensor | float) -> None:
+    """Raise FloatingPointError, with `name` in its message, if one of the values is NaN or infinite."""
+    values = torch.as_tensor(values).detach()
+    # A sum is finite only if all of its values are. The reverse does not hold for very large values.
+    if not math.isfinite(values.sum()) and not values.isfinite().all():
+        wrong = values[~values.isfinite()][0].item()
+        raise FloatingPointError(f"{name} is {wrong}: the weights are damaged, or the training of the model diverged")
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Return the logits (B, V) with all but the k largest of each sequence set to -inf (Fan et al., 2018).
 
@@ -129,8 +138,13 @@ def pick_next(
             sequence. Default: torch's global generator.
         seen: a bool tensor (B, V) that is True for tokens that already occurred. Without it, no repetition penalty is
             applied.
+
+    Raises FloatingPointError if the largest logit of a sequence is NaN or infinite. Single logits may be -inf, as after a
+    filter.
     """
-    logits = filter_logits(logits.float() if logits.dtype.itemsize < 4 else logits, config, seen)
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    require_finite("a logit of the model", logits.amax(-1))
+    logits = filter_logits(logits, config, seen)
     if config.temperature == 0:
         return _argmax(logits)
     probabilities = logits.softmax(-1)

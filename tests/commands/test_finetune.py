@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from conftest import lively_model
@@ -227,6 +227,20 @@ def test_the_best_adapter_is_put_back(base: Path, tmp_path: Path) -> None:
     keeper.restore(tmp_path)
     assert torch.equal(model(IDS), before)
     assert merge(keeper.peft_model) is model
+
+
+def test_the_config_of_an_adapter_is_written_in_one_order_and_read_by_peft(tmp_path: Path) -> None:
+    """PEFT writes a set's elements in an order that differs from process to process."""
+    model = lively_model(GPTConfig(67, 16, 24, 3, 4))
+    names = [f"h.{i}.attn.{layer}" for i in range(4) for layer in ("c_proj", "c_attn")]
+    kept = KeptAdapter(
+        add_lora(model, target_modules=names, exclude_modules=["wpe", "wte"]), "gpt2", load_template("book")
+    )
+    path = kept.save(tmp_path) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert list(config) == sorted(config)
+    assert config["target_modules"] == sorted(names) and config["exclude_modules"] == ["wpe", "wte"]
+    assert LoraConfig.from_pretrained(path.parent).target_modules == set(names)
 
 
 @pytest.mark.slow

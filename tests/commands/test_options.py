@@ -293,7 +293,10 @@ def commands_with_hostile_text(model: str, directory: Path) -> dict[str, list[st
     from safetensors.torch import save_file
 
     weights = dict(GPTModel.from_pretrained(model).state_dict())
-    save_file({f"{name}{CONTROL}": tensor.contiguous().clone() for name, tensor in weights.items()}, directory / "names.safetensors")
+    save_file(
+        {f"{name}{CONTROL}": tensor.contiguous().clone() for name, tensor in weights.items()},
+        directory / "names.safetensors",
+    )
     (directory / "text.txt").write_text(f"abc{CONTROL} " * 40, newline="")
     (directory / f"recipe{CONTROL}.yaml").write_text('"max_steps\\e[2J": 3\n')
     return {

@@ -7,8 +7,10 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +314,32 @@ def test_a_damaged_token_file_is_detected(tmp_path: Path, damage: str) -> None:
         (out / "tokens.json").write_text(json.dumps(change))
     with pytest.raises((ValueError, FileNotFoundError), match="tokens"):
         open_tokens(out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_prepare_leaves_no_processes_and_the_next_one_removes_its_files(tmp_path: Path) -> None:
+    """Its worker processes once waited for ever, and its temporary directory stayed, which can have gigabytes."""
+    (tmp_path / "a.txt").write_text("the cat sat on the mat " * 300_000)
+    command = [sys.executable, "-m", "MyGPT", "prepare", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]
+    command += ["--tokenizer", "chars", "--workers", "2"]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.*/tokens.bin")):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.01)
+    children = children_of(first.pid)
+    first.kill()
+    first.wait()
+    assert len(children) >= 2
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    prepare([tmp_path / "a.txt"], tmp_path / "out", CharTokenizer("the caosnm"), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def children_of(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]

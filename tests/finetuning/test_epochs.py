@@ -16,10 +16,12 @@ from torch import Tensor
 from conftest import lively_model
 from MyGPT import BPETokenizer, GPTConfig
 from MyGPT.cli import main
+from MyGPT.commands._tuning import count_steps
 from MyGPT.data.instructions import InstructionDataset, LengthGroupedSampler
 from MyGPT.data.packing import PackedSampler
-from MyGPT.finetuning.classification import GPTForClassification, train_classifier
+from MyGPT.finetuning.classification import GPTForClassification, LabelledTexts, train_classifier
 from MyGPT.finetuning.preference import PreferencePairs
+from MyGPT.finetuning.splits import ExampleSampler
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.trainer import Trainer
 
@@ -34,7 +36,7 @@ def named(i: int) -> str:
 
 def names_in(inputs: Tensor) -> list[str]:
     """Return the name of each example in the inputs of a batch."""
-    text = BYTES.decode([id_ for id_ in inputs.flatten().tolist() if id_ != BYTES.eot_token])
+    text = BYTES.decode([id_ for id_ in inputs.flatten().tolist() if id_ not in (0, BYTES.eot_token)])
     return [part.partition("<")[2] for part in text.split(">")[:-1]]
 
 
@@ -69,6 +71,20 @@ def test_preference_pairs(n: int, batch_size: int, epochs: int, seed: int) -> No
     for batch in batches:  # the prompts with their chosen answers, then the same prompts with their rejected answers
         assert batch[: len(batch) // 2] == batch[len(batch) // 2 :]
     check([batch[: len(batch) // 2] for batch in batches], n, batch_size, epochs)
+
+
+@settings(deadline=None, max_examples=50)
+@given(n=st.integers(1, 25), batch_size=st.integers(1, 40), epochs=st.integers(1, 3), seed=st.integers(0, 99))
+def test_batches_of_the_commands_dpo_and_classify(n: int, batch_size: int, epochs: int, seed: int) -> None:
+    texts = [(named(i), "ab"[i % 2]) for i in range(n)]
+    records = [{"prompt": named(i), "chosen": "a", "rejected": "b"} for i in range(n)]
+    for dataset in (LabelledTexts(texts, ["a", "b"], BYTES, 32), PreferencePairs(records, BYTES, 32)):
+        sampler = ExampleSampler(dataset, batch_size, seed)
+        batches = []
+        for step in range(count_steps(epochs, sampler)):
+            ids = sampler.batch(step)[0]
+            batches.append(names_in(ids if ids.dim() == 2 else ids[:, 0]))  # of a pair, only the chosen answer
+        check([[name for name in batch if name] for batch in batches], n, batch_size, epochs)
 
 
 @pytest.mark.parametrize(("n", "batch_size", "epochs"), [(1, 8, 2), (3, 8, 3), (8, 8, 1), (9, 8, 2), (5, 1, 2)])

@@ -18,6 +18,7 @@ import pandas
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 from MyGPT import GPTModel
 from MyGPT.cli import main
@@ -25,6 +26,7 @@ from MyGPT.training import checkpoint
 from MyGPT.training.console import Console
 from MyGPT.training.interrupts import Stopped, delayed_signals
 from MyGPT.training.metrics import AppendedFile, read_metrics
+from MyGPT.training.optim import schedule_factor
 from MyGPT.training.trainer import Trainer
 from places import FIXTURES
 from tiny_runs import TEXT, TOKENIZER, change, make_trainer, train_command
@@ -330,3 +332,47 @@ def test_metrics_of_early_versions_are_read(tmp_path: Path) -> None:
     losses = [record["val_loss"] for record in read_metrics(tmp_path)]
     assert math.isnan(losses[0]) and losses[1] == math.inf
     assert read_metrics(FIXTURES / "run_0_1")
+
+
+# Warmup
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "used"), [(10, 20, 1), (10, 10, 1), (4, 100, 0), (100, 100, 10), (10, 9, 9)]
+)
+def test_a_warmup_longer_than_the_run_is_shortened_with_a_report(
+    steps: int, given: int, used: int, tmp_path: Path, capsys: Any
+) -> None:
+    config = change(max_steps=steps, warmup_steps=given, log_every=1, eval_every=1000)
+    trainer = make_trainer(tmp_path / "run", config)
+    trainer.run()
+    err = capsys.readouterr().err
+    report = f"warmup_steps is shortened from {given} to {used}, because the run has only {steps} steps\n"
+    assert err == ("" if used == given else report)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["warmup_steps"] == used
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run") if "learning_rate" in record]
+    assert rates == [config.learning_rate * schedule_factor(change(config, warmup_steps=used), i) for i in range(steps)]
+    assert max(rates) == config.learning_rate
+
+
+def test_a_shortened_run_resumes_with_the_same_command_and_an_old_one_keeps_its_warmup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(max_steps=10, warmup_steps=20, checkpoint_every=4)
+    for is_old in (False, True):
+        with monkeypatch.context() as patch:
+            if is_old:  # An earlier version neither shortened nor reported the warmup.
+                patch.setattr("MyGPT.training.run.Run._shorten_warmup", lambda run: None)
+            make_trainer(tmp_path / f"whole {is_old}", config).run()
+            trainer = make_trainer(tmp_path / f"run {is_old}", config)
+            with trainer:
+                for _ in range(4):
+                    trainer.step()
+                trainer.files.write_last_checkpoint(4, trainer.snapshot)
+        make_trainer(tmp_path / f"run {is_old}", config, resume=True).run()
+        one, other = (
+            (tmp_path / f"{name} {is_old}" / "model/model.safetensors").read_bytes() for name in ("whole", "run")
+        )
+        assert one == other
+    first, second = ((tmp_path / f"run {is_old}" / "model/model.safetensors").read_bytes() for is_old in (False, True))
+    assert first != second

@@ -18,11 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import lively_model
 from killing import Kill, SignalInStep6, differences, leftovers, remains, run, run_with_kills, start
-from MyGPT import BPETokenizer, GPTConfig, GPTModel, Trainer
+from MyGPT import GPTModel, Trainer
 from MyGPT.cli import main
-from MyGPT.data.templates import load_template
 from MyGPT.training import checkpoint
 from MyGPT.training.checkpoint import (
     CheckpointWriter,
@@ -32,7 +30,7 @@ from MyGPT.training.checkpoint import (
     write_snapshot,
 )
 from MyGPT.training.metrics import read_metrics
-from tiny_runs import IDS, RECIPES, TEXT, TOKENIZER, change, make_trainer, train_command
+from tiny_runs import IDS, RECIPES, TEXT, TOKENIZER, change, finetune_command, make_trainer, train_command
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +77,16 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_untouched_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["--lora.dropout 0.2", "--full --rows packed --gradient_checkpointing", "--merge"])
 def test_a_finetuning_that_is_killed_ends_like_an_untouched_one(options: str, tmp_path: Path) -> None:
-    records = [{"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n)} for w in "abcd" for n in range(1, 8)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    texts = [load_template("alpaca").prompt(record) for record in records]
-    tokenizer = BPETokenizer.train(texts, 320, progress=False)
-    sizes = {"context_length": 128, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
-    lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes)).save_pretrained(tmp_path / "base", tokenizer)
-    command = [
-        "finetune",
-        "--model",
-        str(tmp_path / "base"),
-        "--data",
-        str(tmp_path / "records.json"),
-        *options.split(),
-    ]
-    command += "--epochs 3 --batch_size 4 --checkpoint_every 3 --eval_every 5 --sample_tokens 5 --device cpu".split()
-    assert run([*command, "--out", str(tmp_path / "untouched")]) == 0
+    command = finetune_command(tmp_path, tmp_path / "untouched", *options.split())
+    assert run(command) == 0
+    command[command.index(str(tmp_path / "untouched"))] = str(tmp_path / "killed")
     kills = [Kill("step", 6), Kill("half_file", 3), Kill("fsync", 12), Kill("rename", 3)]
-    struck = run_with_kills([*command, "--out", str(tmp_path / "killed"), "--resume", "auto"], kills)
+    if options == "--merge":
+        kills += [Kill(moment, 1, after_merge=True) for moment in ("half_file", "fsync", "rename", "replace")]
+    struck = run_with_kills([*command, "--resume", "auto"], kills)
     assert struck >= 3
     assert differences(remains(tmp_path / "untouched"), remains(tmp_path / "killed")) == []
-    if options == "--merge":
-        one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("untouched", "killed"))
-        assert one == other
+    assert leftovers(tmp_path / "killed") == []
 
 
 @pytest.mark.slow

@@ -341,7 +341,7 @@ def test_every_missing_unknown_and_misshapen_tensor_is_in_one_error(saved: Path)
         tensors["transformer.h.7.ln_1.weight"] = torch.ones(24)
         tensors["transformer.wpe.weight"] = torch.ones(15, 24)
         tensors["transformer.h.0.attn.c_proj.weight"] = torch.ones(24, 23)
-        tensors["transformer.h.0.attn.c_attn.bias"] = torch.ones(72)  # the config has no qkv biases
+        tensors["transformer.h.0.attn.c_attn.bias"] = torch.ones(71)
 
     change(saved, spoil)
     with pytest.raises(ValueError) as caught:
@@ -353,17 +353,9 @@ def test_every_missing_unknown_and_misshapen_tensor_is_in_one_error(saved: Path)
         "transformer.h.7.ln_1.weight is unknown",
         "transformer.wpe.weight is (15, 24), expected (16, 24)",
         "transformer.h.0.attn.c_proj.weight is (23, 24), expected (24, 24)",
-        "transformer.h.0.attn.c_attn.bias is unknown",
+        "transformer.h.0.attn.c_attn.bias is (71,), expected (72,)",
     ):
         assert part in str(caught.value)
-
-
-def test_a_second_head_beside_a_tied_one_is_refused_unless_it_is_the_same(saved: Path) -> None:
-    change(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
-    GPTModel.from_pretrained(saved)
-    change(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
-    with pytest.raises(ValueError, match=r"lm_head\.weight.*tie_w"):
-        GPTModel.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 1000, -1])
@@ -406,7 +398,7 @@ def test_an_error_about_a_missing_file_names_the_file(saved: Path) -> None:
     (saved / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=f"{saved}.*config.json"):
         GPTModel.from_pretrained(saved)
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*config\.json"):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such file"):
         GPTModel.from_pretrained(saved / "nowhere")
 
 

@@ -50,7 +50,9 @@ def has_int8_linear() -> bool:
 
 def _int8(x: Tensor, weight: Tensor) -> Tensor:
     scales = torch.ones(len(weight), dtype=torch.bfloat16, device=weight.device)
-    return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), weight, scales)  # ten times slower for float32 rows
+    return torch.ops.aten._weight_int8pack_mm(
+        x.bfloat16().contiguous(), weight.contiguous(), scales
+    )  # ten times slower for float32 rows
 
 
 def _gives(expected: Tensor, operator: Callable[[], Tensor]) -> bool:

@@ -85,7 +85,7 @@ class PanelLinear:
         self.shape = N, K = weight.shape
         self.panels = memory.take(panel_shape(weight, precision, kernel), DTYPES[precision])
         self.scale = row_scales(weight.detach()) if precision == "int8" else None
-        self.bias = None if bias is None else copied(bias).contiguous()
+        self.bias = None if bias is None else copied(bias)
         self.ctypes_struct = LinearStruct(address(self.panels), address(self.scale), address(self.bias), N, K)
         kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct, self.panels.element_size())
 
@@ -147,8 +147,11 @@ class PlainLinear:
 
 
 def copied(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a copy of the tensor in `dtype`, without gradients. Later changes of the tensor do not affect the copy."""
-    return tensor.detach().to(dtype, copy=True)
+    """Return a contiguous copy of the tensor in `dtype`, without gradients.
+
+    Opened models have transposed weights, which torch's int8 operator refuses.
+    """
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 AnyLinear = PanelLinear | PlainLinear

@@ -20,6 +20,7 @@ from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import Precision
 from MyGPT.loss import TiedHead
 from MyGPT.model import Block, GPTModel
+from MyGPT.sampling import require_finite
 
 MAX_KERNEL_TOKENS = 32
 """Largest number of new tokens per sequence for which kernel.cpp is used. With more tokens torch is used, which is faster."""
@@ -43,9 +44,14 @@ def accelerate(
 
     Raises:
         ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
+        FloatingPointError: precision is "int8", and a weight is NaN or infinite. Other precisions keep such a weight.
         OSError: compiled=True, and no C++ compiler works.
     """
     _check_model(model, precision)
+    if precision == "int8":
+        for name, parameter in model.named_parameters():
+            # The norm is the largest absolute value, or NaN. It reads each weight once, without another tensor.
+            require_finite(f"a weight of {name}", torch.linalg.vector_norm(parameter.detach(), torch.inf))
     if precision == "auto":
         precision = "bf16" if model.transformer.wte.weight.dtype == torch.bfloat16 else "fp32"
     kernel: c.Kernel | None = None
@@ -106,8 +112,8 @@ class FastModel(nn.Module):
         self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
         self.head = self._pack(head)
         # A tied embedding is read from the packed head; None stands for it.
-        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight).contiguous()
-        self.wpe = copied(transformer.wpe.weight).contiguous()
+        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight)
+        self.wpe = copied(transformer.wpe.weight)
         self.norms = [(_Norm(layer.ln_1), _Norm(layer.ln_2)) for layer in layers]
         self.linears = [[self._pack(linear) for linear in _linears(layer)] for layer in layers]
         self.ln_f = _Norm(transformer.ln_f)

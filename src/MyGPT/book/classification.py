@@ -21,6 +21,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.download import download
 from MyGPT.files import read_text
 from MyGPT.generation import evaluation_mode
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.training.simple import Device, evaluate_model
 
@@ -138,7 +139,9 @@ def calc_accuracy_loader(data_loader: Any, model: nn.Module, device: Device, num
     correct, n_examples = 0, 0
     with evaluation_mode(model):
         for input_batch, target_batch in islice(data_loader, num_batches):
-            predicted = model(input_batch.to(device))[:, -1].argmax(-1)  # (B,)
+            logits = model(input_batch.to(device))[:, -1]
+            require_finite("a logit of the model", logits)
+            predicted = logits.argmax(-1)  # (B,)
             correct += int((predicted == target_batch.to(device)).sum())
             n_examples += len(target_batch)
     return correct / n_examples if n_examples else float("nan")
@@ -200,4 +203,5 @@ def classify_review(
         ids = ids[:length] + [pad_token_id] * (length - len(ids))
     with torch.no_grad(), evaluation_mode(model):
         logits = model(torch.tensor([ids], device=device))[0, -1]
+    require_finite("a logit of the model", logits)
     return "spam" if logits.argmax() == 1 else "not spam"

@@ -50,6 +50,8 @@ def train_model(
     train_losses, val_losses, track_tokens_seen, track_lrs = [], [], [], []
     tokens_seen, global_step = 0, -1
     peak_lr, total_steps = optimizer.param_groups[0]["lr"], len(train_loader) * n_epochs
+    if warmup_steps >= total_steps:
+        print(f"the warmup of {warmup_steps} steps does not end before the training, which has {total_steps} steps")
     for epoch in range(n_epochs):
         model.train()
         for input_batch, target_batch in train_loader:

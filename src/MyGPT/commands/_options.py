@@ -50,7 +50,10 @@ class CommandParser(ArgumentParser):
         """Parse a YAML file of options, after `read_recipe` has refused files that could fill the memory or crash the parser."""
         self.recipe = path
         read_recipe(path)
-        return super().parse_path(path, *arguments, **options)
+        try:
+            return super().parse_path(path, *arguments, **options)
+        except ValueError as error:  # jsonargparse opens a text such as "lora: x" as a file, and "\0" cannot be opened
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """Raise ValueError if the arguments contain an unknown option, which includes abbreviated options.
@@ -168,6 +171,7 @@ def call(command: Command, options: Any) -> None:
     groups = _dataclasses_of(command)
     positional: list[Any] = []
     keywords = {}
+    _refuse_null({name: value for name, value in values.items() if name not in groups}, typing.get_type_hints(command))
     for name, parameter in inspect.signature(command).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             positional = values[name]
@@ -177,9 +181,21 @@ def call(command: Command, options: Any) -> None:
             given = values.get(name, values)  # a nested parameter, such as lora, has its fields in a mapping of its own
             if not isinstance(given, dict):
                 raise ValueError(f"{name} must be a mapping of options to values, got {given!r}")
-            fields = [field.name for field in dataclasses.fields(groups[name]) if field.name in given]
-            keywords[name] = groups[name](**{field: given[field] for field in fields})
+            fields = {
+                field.name: given[field.name] for field in dataclasses.fields(groups[name]) if field.name in given
+            }
+            _refuse_null(fields, typing.get_type_hints(groups[name]), f"{name}." if name in values else "")
+            keywords[name] = groups[name](**fields)
     command(*positional, **keywords)
+
+
+def _refuse_null(values: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> None:
+    """Raise ValueError if a value is None although its type in `kinds` does not allow None. jsonargparse accepts null."""
+    for name, value in values.items():
+        if value is None and name in kinds and NoneType not in typing.get_args(kinds[name]):
+            *most, last = _allowed(kinds[name], "", has_null=False)
+            allowed = f"{', '.join(most)} or {last}" if most else last
+            raise ValueError(f"--{prefix}{name} must be {allowed}, got null")
 
 
 def _dataclasses_of(command: Command) -> dict[str, Any]:

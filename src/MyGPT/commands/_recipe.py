@@ -66,7 +66,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
         model = {"vocab_size": _vocabulary(recipe, is_training), **(DEFAULTS if is_training else {})}
         config = as_config({**model, **fields_of(GPTConfig, recipe)})
         return config, TrainConfig(**fields_of(TrainConfig, recipe)) if is_training else None, recipe
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:  # OSError: the recipe names a tokenizer that cannot be opened
         raise ValueError(f"{path}: {error}") from None
 
 

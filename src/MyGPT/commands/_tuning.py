@@ -11,6 +11,7 @@ import torch
 from MyGPT.commands._model import report_tokenizer
 from MyGPT.commands.train import draw_losses
 from MyGPT.data.records import Split
+from MyGPT.files import reading
 from MyGPT.model import GPTModel
 from MyGPT.opening import ModelFiles, adapter_without_model, find_model_files
 from MyGPT.tokenizers import Tokenizer
@@ -37,8 +38,9 @@ def open_base(
         raise ValueError(f"{model} holds only an adapter, but {need}")
     files = find_model_files(model)
     torch.manual_seed(seed)
-    gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
-    tokenizer = files.tokenizer(gpt.config.vocab_size)
+    with reading(files.path):
+        gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
+        tokenizer = files.tokenizer(gpt.config.vocab_size)
     report_tokenizer(tokenizer)
     if needs_end_token:
         require_end_token(tokenizer, f"mygpt {command}", model)

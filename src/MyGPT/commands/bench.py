@@ -11,7 +11,6 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,7 +51,8 @@ def bench(
     from MyGPT.config import GPT2_CONFIGS, require_positive
     from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
     from MyGPT.model import GPTModel
-    from MyGPT.weights.pretrained import find_model
+    from MyGPT.opening import find_model_files
+    from MyGPT.weights.formats.huggingface import find_directory
 
     require_positive(n_tokens=n_tokens, prompt=prompt, rounds=rounds)
     if size not in GPT2_CONFIGS:
@@ -63,14 +63,15 @@ def bench(
     with tempfile.TemporaryDirectory() as directory:
         if model is None:
             GPTModel(GPT2_CONFIGS[size]).save_pretrained(directory)
-        gpt = GPTModel.from_pretrained(directory if model is None else find_model(model))
+        files = find_model_files(directory if model is None else model)
+        gpt = files.model()
         context, n = gpt.config.context_length, prompt + n_tokens
         if n >= context:
             raise ValueError(f"prompt + n_tokens must be below the model's context of {context}, got {n}")
         programs = {name: open_mygpt(gpt, kind) for name, kind in MYGPT.items()}
-        peer = model or directory
-        if Path(peer, "config.json").is_file() and importlib.util.find_spec("transformers") is not None:
-            programs["transformers fp32"] = open_transformers(peer, "float32")
+        peer = find_directory(files.path) if files.adapter is None else None
+        if peer is not None and importlib.util.find_spec("transformers") is not None:
+            programs["transformers fp32"] = open_transformers(str(peer), "float32")
     ids = torch.randint(0, gpt.config.vocab_size, (8, prompt), generator=torch.Generator().manual_seed(1))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     bandwidths = []

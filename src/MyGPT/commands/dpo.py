@@ -25,6 +25,7 @@ from MyGPT.finetuning.preference import (
 )
 from MyGPT.finetuning.splits import ExampleBatches, ExampleSampler, Part, Parts, SplitOptions, read_parts
 from MyGPT.messages import quote
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
@@ -138,6 +139,7 @@ def dpo(
     if test is not None:
         trainer.validation = ExampleBatches(test)
         loss = trainer.evaluate(whole=True)
+        require_finite("the test loss", loss)
         print(f"test: {describe(loss, trainer)} on {len(test):,} pairs kept for this test")
     if tuning.merge:
         WholeModel(merge(adapter.peft_model), tokenizer, template).save(directory)

@@ -60,23 +60,24 @@ def evaluate(
         rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
     else:
         measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
-        rows = text_rows(measured, way, gpt.config.context_length, stride, tokenizer.bos_token is not None)
+        start = None if tokenizer.bos_token is None else tokenizer.token_of(tokenizer.bos_token)
+        rows = text_rows(measured, way, gpt.config.context_length, stride, start)
     rows += published_rows(way, released_size(gpt.config))
     print("\n".join([f"{model} on {', '.join(map(str, files))}", *(f"  {label:<16} {value}" for label, value in rows)]))
 
 
 def text_rows(
-    measured: TextMeasurement, protocol: Protocol, context: int, stride: int | None, has_start: bool
+    measured: TextMeasurement, protocol: Protocol, context: int, stride: int | None, start: str | None
 ) -> list[Row]:
     """Return the labels and values to print for a text that was measured by `protocol` in windows of `context` tokens.
 
-    `has_start` is true if the first token was predicted after <|endoftext|>, and false if it was not counted.
+    `start` is the token after which the first token of each text was predicted, or None if the first token was not counted.
     """
     result = measured.result
     spelling = "text unchanged"
     if protocol.detokenizer is not None:
         spelling = f"de-tokenized; {measured.n_ambiguous:,} words of the corpus have no unique spelling"
-    first = "first token after <|endoftext|>" if has_start else "first token not counted"
+    first = "first token not counted" if start is None else f"first token after {start}"
     n_words = f"{measured.n_words:,.1f}".removesuffix(".0")
     per_word = f"{measured.word_perplexity:.4f} per word" if measured.n_words else "not defined per word without words"
     rows = [

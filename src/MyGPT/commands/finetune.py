@@ -15,6 +15,7 @@ from MyGPT.commands._tuning import base_name, count_steps, open_base, require_ep
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
 from MyGPT.messages import quote
+from MyGPT.sampling import require_finite
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
@@ -114,4 +115,5 @@ def run_and_report(trainer: Trainer, data: Examples, run: Path) -> None:
     if data.test is not None:
         trainer.validation = data.validation(data.test)
         loss, n = trainer.evaluate(whole=True), len(data.test)
+        require_finite("the test loss", loss)
         print(f"test loss {loss:.4f} nats per token on {n:,} examples kept for this test")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,22 @@ if TYPE_CHECKING:
     from MyGPT.costs import TrainingMemory
 
 Row = tuple[str, str]
+Unit = tuple[str, int]
 ONE_SEQUENCE = TrainConfig(batch_size=1)
 PRECISIONS = ("fp32", "bf16")
 """The precisions for which memory is shown. Even in bf16, training keeps weights, gradients and optimizer state in fp32."""
+PURPOSES = {
+    "weights": "weights",
+    "KV cache": "KV cache, {}",
+    "moments": "optimizer's moments",
+    "gradients": "gradients",
+    "activations": "activations, {}",
+    "logits": "logits, head's gradient",
+    "tying": "gradients of tied head",
+    "copies": "bf16 copies of weights",
+}
+"""The purposes of memory in the order in which they are shown, with their labels; {} is replaced by the number of tokens."""
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
 
 
 def info(*models: str) -> None:
@@ -42,13 +55,15 @@ def explain(name: str) -> str:
         config, training, _ = read_plan(name)
         return describe(name, config, training=training or ONE_SEQUENCE)
     from MyGPT.files import reading
+    from MyGPT.opening import find_model_files
     from MyGPT.weights.formats import find_format, open_checkpoint
     from MyGPT.weights.layout import fit
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
     with reading(name):
-        checkpoint = open_checkpoint(name)
+        files = find_model_files(name)
+        checkpoint = open_checkpoint(files.path)
     config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
     rows = [
@@ -56,14 +71,29 @@ def explain(name: str) -> str:
         ("weights in", str(checkpoint.path)),
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]
+    if files.adapter is not None:
+        from MyGPT.finetuning.foreign_adapters import count_adapter_parameters
+
+        rows.insert(0, ("adapter", f"{files.adapter}, {count_adapter_parameters(files.adapter):,} parameters"))
     if checkpoint.config is None:
         rows.append(("heads", "not in the file; each is assumed to be 64 wide, as in GPT-2"))
     try:
         fit(checkpoint.tensors, config)
-        rows.append(("complete", "yes"))
+        rows += [("complete", "yes"), *(("note", note) for note in checkpoint.notes)]
     except ValueError as error:
         rows.append(("complete", f"no: {error}"))
+    rows.append(("tokenizer", tokenizer_source(name, config.vocab_size)))
     return describe(name, config, rows)
+
+
+def tokenizer_source(name: str, vocab_size: int) -> str:
+    """Return the files of a model's tokenizer, or why it has none. `vocab_size` is the number of tokens of the model."""
+    from MyGPT.opening import find_model_files
+
+    try:
+        return find_model_files(name).tokenizer(vocab_size).source
+    except (ValueError, OSError) as error:
+        return f"none: {error}"
 
 
 def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:
@@ -73,7 +103,7 @@ def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: T
     """
     import torch
 
-    from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part
+    from MyGPT.costs import cache_bytes, generation_memory, parameters_by_part
     from MyGPT.model import GPTModel
 
     with torch.device("meta"):
@@ -87,38 +117,56 @@ def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: T
         ("", "the output head shares the token embedding" if config.tie_weights else ""),
         ("FLOPs per token", f"{model.estimate_flops(backward=False):,} forward, {model.estimate_flops():,} training"),
     ]
-    context, widths = config.context_length, (4, 2)  # bytes per number in fp32 and bf16
-    costs = [
-        ("weights", [n * width for width in widths]),
-        ("KV cache per token", [cache_bytes(config, width) for width in widths]),
-        (f"KV cache, {context:,} tokens", [context * cache_bytes(config, width) for width in widths]),
-        ("generation, total", [generation_bytes(config, width) for width in widths]),
-        *training_rows(config, training),
-    ]
     text = [(label, value) for label, value in [*rows, *sizes] if value]
     text.append(("memory", "".join(f"{precision:>13}" for precision in PRECISIONS)))
-    text += [(f"  {label}", "".join(f"{_bytes(size):>13}" for size in of_precision)) for label, of_precision in costs]
-    if config.drop_rate:
-        text.append(("", f"on a CPU, dropout {config.drop_rate:g} stores all attention weights; drop_rate 0 does not"))
-    return "\n".join([name, *(f"  {label:<28} {value}" for label, value in text)])
-
-
-def training_rows(config: GPTConfig, training: TrainConfig) -> list[tuple[str, list[int]]]:
-    """Return the memory for a training step on one micro-batch: labels, each with the bytes in fp32 and in bf16.
-
-    The total on a CPU is included only if the model has dropout, because otherwise it equals the total on a GPU.
-    """
-    gpu, cpu = (
+    widths, context = (4, 2), config.context_length  # bytes per number in fp32 and bf16
+    text.append(("  KV cache per token", "".join(f"{_bytes(cache_bytes(config, width)):>13}" for width in widths)))
+    generation = [generation_memory(config, width) for width in widths]
+    on_gpu, on_cpu = (
         [step_memory(config, training, precision == "bf16", device) for precision in PRECISIONS]
         for device in ("cuda", "cpu")
     )
-    sequences = training.micro_batch_size or training.batch_size
-    rows = [
-        ("training state", [step.weights + step.gradients + step.moments for step in gpu]),
-        (f"  activations, {sequences} x {config.context_length:,}", [step.activations for step in gpu]),
-        ("  total on a GPU", [step.peak for step in gpu]),
-    ]
-    return [*rows, ("  total on a CPU", [step.peak for step in cpu])] if config.drop_rate else rows
+    unit = _unit(min(sum(parts.values()) for parts in generation))
+    text += memory_rows("generation", generation, unit, f"{context:,} tokens")
+    shape = f"{training.micro_batch_size or training.batch_size} x {context:,}"
+    more = [step.peak for step in on_cpu] if config.drop_rate else None
+    text += memory_rows("training step", [step.at_peak() for step in on_gpu], unit, shape, more)
+    text.append(("", "when a step needs most: the backward pass frees activations while it makes gradients"))
+    if config.drop_rate:
+        text.append(("", f"on a CPU, dropout {config.drop_rate:g} stores all attention weights; drop_rate 0 does not"))
+    return "\n".join([name, *(f"  {label:<28} {value}".rstrip() for label, value in text)])
+
+
+def memory_rows(
+    title: str, columns: Sequence[Mapping[str, int]], unit: Unit, shape: str, on_cpu: Sequence[int] | None = None
+) -> list[Row]:
+    """Return a table of memory: a line with `title`, a line for each purpose, and the total.
+
+    Every number is rounded to whole units, and a total is the sum of the numbers above it, so that the lines add up.
+
+    Args:
+        title: what needs the memory.
+        columns: for each of PRECISIONS, the bytes for each purpose.
+        unit: the name of the unit of all numbers, and its size in bytes.
+        shape: the number of tokens, shown with the purposes that depend on it.
+        on_cpu: for each of PRECISIONS, the bytes needed on a CPU, or None if they are the same as on a GPU.
+    """
+    name, size = unit
+
+    def row(label: str, numbers: Sequence[int]) -> Row:
+        return f"    {label}", "".join(f"{f'{number:,} {name}':>13}" for number in numbers)
+
+    purposes = [purpose for purpose in PURPOSES if any(column.get(purpose) for column in columns)]
+    parts = [[round(column.get(purpose, 0) / size) for column in columns] for purpose in purposes]
+    totals = [sum(numbers) for numbers in zip(*parts, strict=True)]
+    rows = [(f"  {title}", "")]
+    rows += [row(PURPOSES[purpose].format(shape), numbers) for purpose, numbers in zip(purposes, parts, strict=True)]
+    rows.append(row("total" if on_cpu is None else "total on a GPU", totals))
+    if on_cpu is not None:
+        more = [round(needed / size) - total for needed, total in zip(on_cpu, totals, strict=True)]
+        rows.append(row("more on a CPU", more))
+        rows.append(row("total on a CPU", [total + number for total, number in zip(totals, more, strict=True)]))
+    return rows
 
 
 def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
@@ -139,7 +187,12 @@ def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: st
 
 def _bytes(n: int) -> str:
     """Return a number of bytes as text with three digits and a unit: 1,234,567 gives "1.23 MB"."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in _UNITS[:-1]:
         if n >= size:
             return f"{n / size:,.{max(0, 3 - len(str(n // size)))}f} {unit}"
     return f"{n} B"
+
+
+def _unit(n: int) -> Unit:
+    """Return the name and the size of the largest unit of which `n` bytes are at least a hundred."""
+    return next((unit for unit in _UNITS if n >= 100 * unit[1]), _UNITS[-1])

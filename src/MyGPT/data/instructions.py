@@ -171,7 +171,7 @@ def collate_instructions(
 
     Args:
         batch: the examples, as lists of token ids with at least one id each
-        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target
+        pad_token_id: id of the end-of-text token, used as padding and as the last target
         ignore_index: target at padded positions; the loss ignores positions with this target
         allowed_max_length: maximum of T; the end of longer examples is cut off. Default: no limit.
         mask_prompt: True also sets the targets inside prompts to ignore_index. The examples must then be items of an
@@ -195,7 +195,7 @@ def item_targets(item: Sequence[int], end_id: int, ignore_index: int, mask_promp
     """
     if type(end_id) is not int or end_id < 0:
         allowed = "a whole number of at least 0"
-        raise ValueError(f"the id of <|endoftext|>, the last target, must be {allowed}, got {end_id!r}")
+        raise ValueError(f"the id of the end-of-text token, the last target, must be {allowed}, got {end_id!r}")
     targets = [*item[1:], end_id]
     if not mask_prompt:
         return targets

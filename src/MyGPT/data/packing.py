@@ -67,7 +67,7 @@ def collate_packed(
         rows: the examples of each packed sequence, as lists of token ids. An empty example, or a sequence of more than
             max_length tokens, raises ValueError.
         max_length: length of each packed sequence
-        pad_token_id: id of `<|endoftext|>`, used as padding and as the last target of each example
+        pad_token_id: id of the end-of-text token, used as padding and as the last target of each example
         ignore_index: target at padded positions; the loss ignores positions with this target
         mask_prompt: True also sets the targets inside prompts to ignore_index. The examples must then be items of an
             `InstructionDataset`.

@@ -6,7 +6,6 @@ This module does not import torch, so worker processes start quickly.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from MyGPT.config import require_positive
 from MyGPT.data.sources import TOKEN_END, Piece, read_pieces
 from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
-from MyGPT.files import atomic_directory, check_output_directory, restore_directory, sha256_of
+from MyGPT.files import atomic_directory, check_output_directory, json_text, restore_directory, sha256_of
 from MyGPT.progress import progress_bar
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.tokenizers.base import encode_without_end
@@ -94,7 +93,7 @@ def prepare(
             "tokenizer_sha256": sha256_of(directory / "tokenizer.json"),
             "files": [path.name for path in paths],
         }
-        (directory / "tokens.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (directory / "tokens.json").write_text(json_text(description, indent=1) + "\n", encoding="utf-8")
     return description
 
 
@@ -206,9 +205,20 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer in a global variable of a new worker process, so that it need not be sent with every task."""
+    """Store the tokenizer in a global variable of a new worker process, so that it need not be sent with every task.
+
+    The worker process also ends when its parent is killed. Otherwise it would wait for tasks forever.
+    """
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None in a test that calls the function in the main process
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(task: list[Piece]) -> Encoded:

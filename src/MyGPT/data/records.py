@@ -14,14 +14,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 
 from MyGPT.data.formats import format_of, read_data
-from MyGPT.files import atomic_write, parse_json, read_json
+from MyGPT.files import atomic_write, json_text, parse_json, read_json
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
@@ -50,17 +50,6 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     contains the path and, for an invalid record, its line.
     """
     return [check_record(record, where) for where, record in read_items(path)]
-
-
-def read_json_records(path: str | os.PathLike[str], check: Callable[[Any, str], object]) -> list[Any]:
-    """Return the records in a file (see `read_items`). `check` raises ValueError for an invalid record.
-
-    `check` is called with each record and a text such as "a.json, line 3", which names the file and line of the record.
-    """
-    items = list(read_items(path))
-    for where, record in items:
-        check(record, where)
-    return [record for _, record in items]
 
 
 def read_items(path: str | os.PathLike[str], has_header: bool = True) -> Iterator[tuple[str, Any]]:
@@ -101,9 +90,10 @@ def table_items(
     """
     columns: list[str] = []
     rows, line = csv.reader([]), 1
-    delimiter = _delimiter(text)
+    has_tabs = not has_header and "\t" in text.lstrip("\n").partition("\n")[0]
+    delimiter = "\t" if has_tabs else _delimiter(text)
     # Such files, for example the SMS Spam Collection of the UCI repository, are written without any quoting.
-    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" and not has_header else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if has_tabs else csv.QUOTE_MINIMAL
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         for row in rows:
@@ -281,7 +271,7 @@ class Split:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the three lists of indices to a JSON file, which `load_split` reads."""
         with atomic_write(path) as file:
-            json.dump(asdict(self), file)
+            file.write(json_text(asdict(self)))
             file.write("\n")
 
 

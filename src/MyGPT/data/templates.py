@@ -7,7 +7,6 @@ same template as in training.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from MyGPT.data.records import Record, check_record, kind_of
-from MyGPT.files import atomic_write, read_json
+from MyGPT.files import atomic_write, json_text, read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers.base import ENDOFTEXT, refuse_surrogates
 
@@ -126,7 +125,7 @@ class Template:
         """Write this template to `template.json` in a directory, from which `load_template` reads it."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(directory) / TEMPLATE_FILE) as file:
-            json.dump(asdict(self), file, ensure_ascii=False, indent=1)
+            file.write(json_text(asdict(self), ensure_ascii=False, indent=1))
             file.write("\n")
 
 

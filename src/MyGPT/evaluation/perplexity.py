@@ -25,6 +25,7 @@ from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
 from MyGPT.progress import progress_bar
+from MyGPT.sampling import require_finite
 
 Item = TypeVar("Item")
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -105,6 +106,7 @@ def strided_loss(
 
     Raises:
         ValueError: an argument is out of range, an id is outside the vocabulary, or the text is too short for a target.
+        FloatingPointError: the loss is NaN or infinite.
     """
     return documents_loss(model, [ids], stride, max_length, batch_size, bos_id, progress)
 
@@ -150,6 +152,7 @@ def documents_loss(
             # Padding follows the tokens, so no token attends to it, and it is not a target.
             targets = pad_sequence([targets for _, targets in batch], batch_first=True, padding_value=IGNORED)
             nats, n_counted = model.token_loss(inputs.to(device), targets.to(device))
+            require_finite(f"the loss of tokens {count + 1:,} to {count + int(n_counted):,}", nats)
             total, count = total + float(nats), count + int(n_counted)
             bar.update(int(n_counted))
     assert count == n_targets

@@ -25,6 +25,7 @@ from MyGPT.data.tokens import compact_ids
 from MyGPT.evaluation.perplexity import Result, continuation_logits, documents_loss
 from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import Tokenizer
 
 # Words that keep their full stop; after all other words the full stop is a token.
@@ -362,11 +363,13 @@ def measure_last_words(
     if not pairs:
         raise ValueError("there is no passage to measure")
     stop_ids = _stop_ids(tokenizer)
-    nats = []
+    nats: list[float] = []
     n_correct = n_filtered = n_tokens = 0
     for (_, word_ids), logits in zip(pairs, continuation_logits(model, pairs, batch_size, progress), strict=True):
         log_p = (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(dim=1)  # (n, V)
-        nats.append(-math.fsum(log_p[range(len(word_ids)), word_ids].tolist()))
+        of_word = log_p[range(len(word_ids)), word_ids]
+        require_finite(f"the log-probability of the last word of passage {len(nats) + 1}", of_word)
+        nats.append(-math.fsum(of_word.tolist()))
         predicted = log_p.argmax(dim=1).tolist()
         log_p[0, stop_ids] = -math.inf
         filtered = log_p.argmax(dim=1).tolist()

@@ -23,15 +23,16 @@ from MyGPT.config import GPTConfig
 from MyGPT.data.formats import format_of, read_data
 from MyGPT.data.records import is_missing, read_items
 from MyGPT.data.tokens import fingerprint
-from MyGPT.files import present_directory, read_json, reading
+from MyGPT.files import read_json, reading
 from MyGPT.finetuning.lora import merge
 from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
-from MyGPT.model import GPTModel
+from MyGPT.model import GPTModel, model_of
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
-from MyGPT.weights.formats.huggingface import read_config, write_directory
-from MyGPT.weights.formats.safetensors import read_safetensors
-from MyGPT.weights.layout import drop_zero_biases, fit, to_ours
+from MyGPT.weights.formats import open_checkpoint
+from MyGPT.weights.formats.huggingface import write_directory
+from MyGPT.weights.pretrained import find_model
 
 Trained = Literal["head", "last_block", "all"]
 Example = tuple[str, str]
@@ -136,32 +137,34 @@ class GPTForClassification(nn.Module):
         )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> GPTForClassification:
-        """Return the classifier that `save_pretrained` or transformers saved in a directory, in evaluation mode."""
-        with reading(directory):
-            return cls._open(present_directory(directory))
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTForClassification:
+        """Return the classifier that `save_pretrained` or transformers saved, in evaluation mode.
+
+        The directory or name of the model may be any that GPTModel.from_pretrained accepts.
+        """
+        with reading(name_or_dir):
+            return cls._open(find_model(name_or_dir))
 
     @classmethod
     def _open(cls, path: Path) -> GPTForClassification:
         """Open a classifier as `from_pretrained` does. No other process may replace the directory during the call."""
-        config = read_config(path)
-        tensors = read_safetensors(path / "model.safetensors")
-        if "score.weight" not in tensors:
+        checkpoint = open_checkpoint(path)
+        score = checkpoint.tensors.pop("score.weight", None)
+        if score is None:
             raise ValueError(f"{path} does not contain a classifier: its weights have no score.weight")
-        score = tensors.pop("score.weight")
+        config, state_dict = checkpoint.read(score.dtype)
         if score.dtype is None or len(score.shape) != 2 or score.shape[1] != config.emb_dim:
-            raise ValueError(f"{path}: score.weight is {score.shape}, expected floats of (labels, {config.emb_dim})")
+            expected = f"expected floats of (labels, {config.emb_dim})"
+            raise ValueError(f"{checkpoint.path}: score.weight is {score.shape}, {expected}")
         numbered = {str(i): f"LABEL_{i}" for i in range(score.shape[0])}  # transformers omits its default names
-        names = read_json(path / "config.json").get("id2label", numbered)
+        path = checkpoint.path.parent / "config.json"
+        names = read_json(path).get("id2label", numbered)
         is_complete = isinstance(names, dict) and names.keys() == numbered.keys()
         if not is_complete or not all(isinstance(name, str) for name in names.values()):
             what = f"id2label must have a text for each of the {len(numbered)} labels 0 to {len(numbered) - 1}"
-            raise ValueError(f"{path / 'config.json'}: {what}")
+            raise ValueError(f"{path}: {what}")
         try:
-            fitted = fit(drop_zero_biases(to_ours(tensors)[0], config), config)
-            gpt = GPTModel(config).to(score.dtype)  # only after `fit` has checked the sizes
-            gpt.load_state_dict({name: tensor.load() for name, tensor in fitted.items()})
-            model = cls(gpt, [names[str(i)] for i in range(len(names))])
+            model = cls(model_of(config, state_dict), [names[str(i)] for i in range(len(names))])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         model.score.load_state_dict({"weight": score.load()})
@@ -385,16 +388,18 @@ def train_classifier(
     """Train a classifier and return the loss of each step, computed before its update.
 
     The model is a GPTForClassification, or a PeftModel that contains one, and stays in training mode. Each epoch uses all
-    examples once, batch_size per step, in a random order that depends on the seed.
+    examples once, batch_size per step, in a random order that depends on the seed. A loss that is NaN or infinite raises
+    FloatingPointError before its update, so it does not change the weights.
     """
     targets = _targets(model, examples)
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    losses: list[float] = []
     model.train()
     for _ in range(epochs):
         for part in torch.randperm(len(examples), generator=generator).split(batch_size):
             ids, mask = _batch(model, [examples[i][0] for i in part], tokenizer)
             loss = model(ids, mask, labels=targets[part].to(ids.device)).loss
+            require_finite(f"the loss of step {len(losses)}", loss.detach())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -403,7 +408,10 @@ def train_classifier(
 
 
 def classify(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: int = 16) -> list[str]:
-    """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one."""
+    """Return the predicted label of each text. `model` is a GPTForClassification, or a PeftModel that contains one.
+
+    Raises FloatingPointError if a score is NaN or infinite.
+    """
     names = _classifier(model).labels
     return [names[i] for i in _scores(model, texts, tokenizer, batch_size).argmax(1)]
 
@@ -422,6 +430,7 @@ def _scores(model: nn.Module, texts: Sequence[str], tokenizer: Any, batch_size: 
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
             parts.append(model(*_batch(model, texts[start : start + batch_size], tokenizer)).cpu())
+            require_finite("a score of the classifier", parts[-1])
     return torch.cat(parts)
 
 

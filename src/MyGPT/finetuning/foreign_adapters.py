@@ -36,6 +36,11 @@ def base_of_adapter(directory: str | os.PathLike[str]) -> str:
     return str(base)
 
 
+def count_adapter_parameters(directory: str | os.PathLike[str]) -> int:
+    """Return the number of parameters of the adapter in a directory."""
+    return sum(math.prod(shape) for shape in _tensor_shapes(Path(directory)).values())
+
+
 def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftModel:
     """Add a saved LoRA adapter to `model`, in place, and return the PEFT model, frozen and in evaluation mode.
 

@@ -8,6 +8,7 @@ error where PEFT would silently give wrong results. foreign_adapters.py opens ad
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import require_positive
 from MyGPT.data.templates import Template
-from MyGPT.files import atomic_directory
+from MyGPT.files import atomic_directory, read_json
 from MyGPT.model import GPTModel
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class KeptAdapter:
                 self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
             except SafetensorError as error:  # safetensors reports a full disk this way
                 raise OSError(f"cannot write {self.place(run_dir)}: {error}") from error
+            _sort_config(temporary / "adapter_config.json")
             self.template.save(temporary)
         return self.place(run_dir)
 
@@ -199,6 +201,19 @@ class KeptAdapter:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(self.peft_model, load_peft_weights(str(self.place(run_dir)), device="cpu"))
+
+
+def _sort_config(path: Path) -> None:
+    """Sort the keys and the lists of names in an adapter_config.json, so that equal adapters have equal files.
+
+    PEFT holds lists such as target_modules as sets, whose order differs from process to process.
+    """
+
+    def ordered(value: Any) -> Any:
+        return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+
+    config = {key: ordered(value) for key, value in read_json(path).items()}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def refuse_adapted(model: nn.Module) -> None:

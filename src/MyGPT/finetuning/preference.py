@@ -22,13 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from MyGPT.data.instructions import encode_prompt
-from MyGPT.data.records import Record, check_record, is_missing, read_json_records
+from MyGPT.data.records import Record, check_record, is_missing, read_items
 from MyGPT.data.templates import ALPACA, Template
 from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_without_end, require_end_token
 
 if TYPE_CHECKING:
@@ -88,7 +89,10 @@ def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises ValueError, with the file, line and key in its message, if `check_pair` refuses a record.
     """
-    return read_json_records(path, check_pair)
+    items = list(read_items(path))
+    for where, record in items:
+        check_pair(record, where)
+    return [record for _, record in items]
 
 
 def check_pair(record: Any, where: str) -> None:
@@ -131,7 +135,8 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; it must have at least one token")
-    first, second = (_example(prompt, _last_message(answer, where), asks) for answer in (chosen, rejected))
+    form = "messages" if is_conversation else asks
+    first, second = (_example(prompt, _last_message(answer, where), form) for answer in (chosen, rejected))
     check_record(first, where, needs_answer=False)
     return first, second
 
@@ -182,11 +187,13 @@ def _last_message(answer: Any, where: str) -> str:
 
 
 class PreferencePairs:
-    """A preference data set as token ids: prompts, each with a chosen and a rejected answer that end with `<|endoftext|>`.
+    """A preference data set as token ids: prompts, each with a chosen and a rejected answer.
+
+    Both answers end with the tokenizer's end-of-text token.
 
     Args:
         records: dicts as described at `with_answers`, for example with the texts prompt, chosen and rejected.
-        tokenizer: a tokenizer with `<|endoftext|>`.
+        tokenizer: a tokenizer with an end-of-text token.
         max_length: maximum number of tokens of a prompt with its answer. Longer pairs are skipped and counted in
             `n_too_long`.
         template: adds text around the messages of conversations and the fields of instructions. A prompt that is a text
@@ -194,7 +201,7 @@ class PreferencePairs:
         names: the name of each record in error messages. Default: "record 1", "record 2" and so on.
 
     Raises:
-        ValueError: a record is invalid, no pair is left, or the tokenizer has no `<|endoftext|>`.
+        ValueError: a record is invalid, no pair is left, or the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -304,12 +311,14 @@ def train_dpo(
 ) -> list[Preferences]:
     """Take one optimizer step per batch, and return the `Preferences` of each batch, computed before its update.
 
-    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing.
+    `batches` comes from `PreferencePairs.batches`. `dpo_loss` explains beta and label_smoothing. A loss that is NaN or
+    infinite raises FloatingPointError before its update, so it does not change the weights.
     """
     device = next(peft_model.parameters()).device
-    steps = []
+    steps: list[Preferences] = []
     for inputs, targets in batches:
         step = preferences(peft_model, inputs.to(device), targets.to(device), beta, label_smoothing)
+        require_finite(f"the loss of step {len(steps)}", step.loss.detach())
         step.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

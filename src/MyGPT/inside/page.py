@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from MyGPT.files import json_text
 from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.display import token_labels
 
 MAX_TOKENS = 128
@@ -30,13 +31,14 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
 
     Raises:
         ValueError: `ids` is not a batch of one text, or has more than 128 tokens.
+        FloatingPointError: the model computes logits that are NaN or infinite.
     """
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a page explains one text, so ids must have the shape (1, tokens), got {tuple(ids.shape)}")
     if ids.shape[1] > MAX_TOKENS:
         raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {MAX_TOKENS}")
     # A < in the text must not end the script element that holds the data.
-    data = json.dumps(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
+    data = json_text(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
     template = (Path(__file__).parents[1] / "assets" / "explain.html").read_text(encoding="utf-8")
     title = html.escape(f"How {name} reads a text")
     before, after = template.split("{{data}}")
@@ -51,6 +53,7 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
     """
     config, traced = model.config, trace(model, ids)
     lens = logit_lens(model, traced)[:, 0]  # (L + 1, T, V)
+    require_finite("a logit of the model", lens)
     lens_tops = [_most_likely(logits.float().softmax(-1), tokenizer, 5) for logits in lens]
     probabilities = lens[-1].float().softmax(-1).cpu()  # (T, V)
     tokens = list(zip(ids[0].tolist(), token_labels(tokenizer, ids[0].tolist()), strict=True))

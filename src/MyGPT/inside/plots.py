@@ -94,6 +94,9 @@ def plot_attention(weights: Tensor, labels: Sequence[str], first_head: int = 0) 
     H, T = weights.shape[:2]
     if weights.dim() != 3 or weights.shape[2] != T or len(labels) != T:
         raise ValueError(f"weights must be (heads, {len(labels)}, {len(labels)}), got {tuple(weights.shape)}")
+    from MyGPT.sampling import require_finite
+
+    require_finite("an attention weight", weights)
     # Labels of a longer text need larger maps.
     n_columns = min(H, 2 if T > 16 and H <= 4 else 3 if T > 16 or H in (5, 6, 9) else 4)
     n_rows = math.ceil(H / n_columns)
@@ -134,6 +137,9 @@ def plot_layers(
     labels = [str(i) for i in range(N)] if numbered else list(columns)
     if len(labels) != N:
         raise ValueError(f"values has {N} columns, there are {len(labels)} labels")
+    from MyGPT.sampling import require_finite
+
+    require_finite("a value to draw", values)
     cell = min(0.7, (WIDTH - 2) / N)
     figure = _figure(max(4.0, cell * N + 2), max(1.8, min(0.5, cell) * L + 1))
     axes = _heat_map(figure, values, labels, cell * N, label, limits or (None, None))
@@ -155,6 +161,9 @@ def plot_logit_lens(lens: Tensor, labels: Sequence[str], tokenizer: Any) -> Figu
     n_depths, T, _ = lens.shape
     if len(labels) != T:
         raise ValueError(f"lens has {T} tokens, there are {len(labels)} labels")
+    from MyGPT.sampling import require_finite
+
+    require_finite("a logit of the model", lens)
     probabilities, best = lens.detach().float().softmax(-1).max(-1)  # (L + 1, T)
     figure, width = _figure(WIDTH, max(2.4, 0.3 * n_depths + 1.2)), WIDTH - 1.8
     axes = _heat_map(figure, probabilities, labels, width, "highest probability", (0, 1))
@@ -190,6 +199,9 @@ def plot_sampling(
 
     if logits.dim() != 1:
         raise ValueError(f"logits must have the shape (vocabulary,), one position, got {tuple(logits.shape)}")
+    from MyGPT.sampling import require_finite
+
+    require_finite("a logit of the model", logits.amax(-1))
     n = min(n_tokens, len(logits))
     logits = logits.detach().float().cpu()
     without_token = torch.tensor(ids_without_token(tokenizer, len(logits)), dtype=torch.int64)

@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
+from MyGPT.sampling import require_finite
 
 Edit = Callable[[Tensor], Tensor]
 """A function that receives an activation and returns its replacement, a tensor of the same shape."""
@@ -226,6 +227,7 @@ def patching_effects(
             f"{tuple(clean.shape)} and {tuple(corrupted.shape)}"
         )
     source = trace(model, clean)
+    require_finite("a logit of the model", source["logits"])
     effects = []
     with evaluation_mode(model):
         for i in range(model.config.n_layers):
@@ -267,6 +269,7 @@ def induction_scores(model: GPTModel, length: int | None = None, n_sequences: in
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (n_sequences, n), generator=generator)
     attention = trace(model, torch.cat([once, once], dim=1).to(model.transformer.wte.weight.device)).attention
+    require_finite("an attention weight", attention)
     times = torch.arange(n, 2 * n)
     return attention[..., times, times - n + 1].mean(dim=(1, 3))  # over sequences and positions
 
@@ -277,6 +280,7 @@ def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tens
     The result is the ids and the similarities of these tokens, each (k,), in descending order; `id_` itself is left out.
     """
     _require_gpt(model)
+    require_finite("a weight of the token embedding", model.transformer.wte.weight.detach())
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
     _check_number("id", id_, len(vectors))
     if type(k) is not int or not 1 <= k < len(vectors):

@@ -23,6 +23,7 @@ from MyGPT.tokenizers.directory import (
     added_token,
     find_directory,
     find_files,
+    named_tokens,
     read_vocab_and_merges,
 )
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
@@ -90,13 +91,23 @@ def described(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> Tokeni
     return tokenizer.with_settings(read_settings(directory)).ending_with(read_end_ids(directory))
 
 
-def _from_json(data: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer described by `data`, the content of a tokenizer.json file."""
+def _read_tokenizer_json(directory: Path) -> Tokenizer:
+    """Return the tokenizer in a directory with a tokenizer.json."""
+    return _from_json(read_json(directory / "tokenizer.json"), read_settings(directory))
+
+
+def _from_json(data: dict[str, Any], settings: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer described by `data`, the content of a tokenizer.json file.
+
+    As in transformers, a token that `settings` name as a special token is special, even if it is an ordinary token of the
+    vocabulary.
+    """
     model, pre_tokenizer = data["model"], data["pre_tokenizer"] or {}
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # Older files have no type.
     if kind not in ("BPE", "WordLevel"):
         raise ValueError(f"MyGPT does not support a {kind} tokenizer")
     listed = [added_token(token) for token in data["added_tokens"] if token["content"] != ""]
+    listed += [token for token in named_tokens(settings) if token.content in model["vocab"]]
     added = place_added_tokens(model["vocab"], listed)
     if kind == "BPE":
         _require_gpt2_rules(data)
@@ -132,7 +143,7 @@ def _require_gpt2_rules(data: dict[str, Any]) -> None:
 
 
 _READERS: Mapping[str, Callable[[Path], Tokenizer]] = {
-    "tokenizer.json": lambda place: _from_json(read_json(place / "tokenizer.json")),
+    "tokenizer.json": _read_tokenizer_json,
     "vocab.json": read_vocab_and_merges,
     "encoder.json": read_openai_vocabulary,
     META: lambda place: read_meta(place / META),

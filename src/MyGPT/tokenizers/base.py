@@ -7,7 +7,6 @@ library can open this file and encodes text to the same ids.
 from __future__ import annotations
 
 import copy
-import json
 import operator
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from MyGPT.files import atomic_write, read_json
+from MyGPT.files import atomic_write, json_text, read_json
 
 ENDOFTEXT = "<|endoftext|>"
 """The special token that marks the end of a document."""
@@ -145,9 +144,10 @@ class Tokenizer(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
         with atomic_write(directory / "tokenizer.json") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+            file.write(json_text(content, ensure_ascii=False, indent=1))
         with atomic_write(directory / "tokenizer_config.json") as file:
-            json.dump(self._settings_to_save(content["model"].get("unk_token")), file, ensure_ascii=False, indent=1)
+            settings = self._settings_to_save(content["model"].get("unk_token"))
+            file.write(json_text(settings, ensure_ascii=False, indent=1))
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """Return a copy of this tokenizer with the settings of a tokenizer_config.json. It shares the vocabulary.

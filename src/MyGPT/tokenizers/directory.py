@@ -38,6 +38,8 @@ OTHERS = (
     "*tokenizer.bin", "tokenizer.pkl", "tokenizer.pickle", "tokenizer.pt",
 )  # fmt: skip
 """The names of files of other tokenizers, such as SentencePiece, BERT's, tiktoken's, nanochat's and llm.c's."""
+_DEFAULT_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT)
+"""The special tokens of GPT2Tokenizer if the settings do not name them."""
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
 """The classes of transformers that split text as GPT-2 does, as far as MyGPT reads their settings."""
 
@@ -53,7 +55,7 @@ def find_files(directory: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises ValueError if a file is missing, or if there are only files of a tokenizer that MyGPT cannot read.
     """
     directory = Path(directory)
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file()) if directory.is_dir() else []
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.is_dir()) if directory.is_dir() else []
     found = next((files for files in READABLE if all(name in names for name in files)), None)
     if found is not None:
         return found
@@ -89,7 +91,7 @@ def read_vocab_and_merges(directory: Path) -> BPETokenizer:
     vocab, merges = read_object(directory / "vocab.json"), read_merges(directory / "merges.txt")
     settings = read_settings(directory)
     _require_gpt2_settings(settings)
-    listed = [*_listed_tokens(settings, directory), *_named_tokens(settings)]
+    listed = [*_listed_tokens(settings, directory), *named_tokens({**_DEFAULT_NAMES, **settings})]
     tokenizer = from_visible(vocab, merges, place_added_tokens(vocab, listed), known=has_gpt2_merges(merges))
     named = {token_name(settings, role) for role in ROLES}
     if ENDOFTEXT not in vocab and ENDOFTEXT not in named:
@@ -110,29 +112,35 @@ def _listed_tokens(settings: Mapping[str, Any], directory: Path) -> Iterator[Add
         for id_, entry in sorted(entries.items()):
             yield added_token(entry, id_)
         return
-    special = {token.content for token in _named_tokens(settings)}
+    special = {token.content for token in named_tokens({**_DEFAULT_NAMES, **settings})}
     for content, id_ in sorted(read_object(directory / "added_tokens.json").items(), key=lambda item: item[1]):
         yield AddedToken(content, id_, special=content in special, normalized=content not in special)
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> Iterator[AddedToken]:
+def named_tokens(settings: Mapping[str, Any]) -> Iterator[AddedToken]:
     """Yield the special tokens that the settings name, in the order in which transformers adds them.
 
-    Three of them are `<|endoftext|>` if the settings do not name them. The ids are not known, so they are -1.
+    The ids are not known, so they are -1.
     """
-    defaults = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT), **settings}
     others = [name for name, value in settings.items() if name.endswith("_token") and name not in ROLES]
+    for role in ROLES:
+        token_name(settings, role)  # raises ValueError for a wrong type
     for name in (*ROLES, *(other for other in others if isinstance(settings[other], (str, Mapping)))):
-        yield from _special(defaults.get(name))
+        yield from _special(settings.get(name))
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     for value in extra.values() if isinstance(extra, Mapping) else extra:
         yield from _special(value)
 
 
 def _special(value: Any) -> Iterator[AddedToken]:
-    """Yield the special token that a string or an object in the settings describes; nothing for null."""
-    if value is not None:
-        entry = {"content": value} if isinstance(value, str) else value
+    """Yield the special token that a string or an object in the settings describes; nothing for null.
+
+    Any other value raises ValueError.
+    """
+    entry = {"content": value} if isinstance(value, str) else value
+    if entry is not None:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"a special token in tokenizer_config.json must be a string, got {value!r:.80}")
         yield added_token({**entry, "special": True, "normalized": False}, -1)
 
 

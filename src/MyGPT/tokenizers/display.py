@@ -18,7 +18,9 @@ _TERMINAL_TINTS = (153, 222, 158, 225, 229)
 
 def token_labels(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """Return a label for each token id: its text with · for a space, ↵ for a line end, \\xe2 for part of a character."""
-    return [_visible(text) for text in token_texts(tokenizer, ids)]
+    ids = list(ids)
+    pairs = zip(ids, token_texts(tokenizer, ids), strict=True)
+    return [_visible(text) if has_token(tokenizer, id_) else text for id_, text in pairs]
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:

@@ -50,18 +50,27 @@ def _load(path: Path) -> Any:
     if path.stat().st_size > MAX_META_BYTES:
         raise ValueError(f"it has {path.stat().st_size:,} bytes, the limit is {MAX_META_BYTES:,}")
     content = path.read_bytes()
+    value = None
     try:
-        for i, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-            if instruction.name not in _HARMLESS:
-                raise ValueError("it contains more than dicts of str and int")
-            # A large number of a memo entry would make the unpickler allocate as many entries.
-            if instruction.name.endswith("PUT") and int(argument or 0) > i:
-                raise ValueError(f"it is damaged: memo entry {argument} does not exist")
-        return _PlainUnpickler(io.BytesIO(content)).load()
-    except ValueError:
-        raise
+        problem = _problem(content)
+        if problem is None:
+            value = _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle raises many types of errors
-        raise ValueError(f"it is damaged: {' '.join(str(error).split()):.100}") from None
+        problem = f"it is damaged: {' '.join(str(error).split()):.100}"
+    if problem is not None:
+        raise ValueError(problem)
+    return value
+
+
+def _problem(content: bytes) -> str | None:
+    """Return why a pickle must not be loaded, or None. A damaged pickle raises ValueError."""
+    for i, (instruction, argument, _) in enumerate(pickletools.genops(content)):
+        if instruction.name not in _HARMLESS:
+            return "it contains more than dicts of str and int"
+        # A large number of a memo entry would make the unpickler allocate as many entries.
+        if instruction.name.endswith("PUT") and int(argument or 0) > i:
+            return f"it is damaged: memo entry {argument} does not exist"
+    return None
 
 
 def _characters(meta: Any) -> list[str]:

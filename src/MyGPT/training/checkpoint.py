@@ -10,7 +10,6 @@ a checkpoint gets its name only when it is complete, and old checkpoints are rem
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MyGPT.files import atomic_directory, atomic_write, read_json, sha256_of
+from MyGPT.files import atomic_directory, atomic_write, json_text, read_json, sha256_of
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
@@ -212,4 +211,4 @@ def _val_loss(path: Path) -> float | None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,8 @@ class TrainConfig:
     min_learning_rate: float = 1e-4
     """Learning rate at the end of the schedule."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    """Steps over which the learning rate rises linearly from 0 to its peak. If the run has no more steps than this, a tenth
+    of the run is used instead."""
     schedule: Schedule = "cosine"
     """Shape of the learning rate after the warmup. wsd (warmup, stable, decay) stays constant, then falls linearly."""
     decay_fraction: float = 0.2

@@ -99,7 +99,7 @@ def cut_log(path: Path, length: int, more: bytes = b"") -> None:
 def remove_run(run: Path) -> None:
     """Remove the files that MyGPT wrote in the directory `run`. Other files stay, because they may be the user's."""
     for path in (run / name for name in _RUN_FILES):
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -106,6 +106,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
+def fitting_warmup(config: TrainConfig) -> int:
+    """Return config.warmup_steps, or a tenth of the run if the warmup would not end before the run does."""
+    return config.warmup_steps if config.warmup_steps < config.max_steps else config.max_steps // 10
+
+
 def set_learning_rate(optimizers: list[Optimizer], config: TrainConfig, step: int) -> float:
     """Set the learning rate of all optimizers for `step` (counted from 0), and return AdamW's learning rate."""
     factor = schedule_factor(config, step)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,9 +33,10 @@ from MyGPT.training.directory import (
     remove_unfinished,
 )
 from MyGPT.training.metrics import AppendedFile, MetricsLog, evaluations_after, read_metrics
+from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
-from MyGPT.weights.pretrained import read_weights
+from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
 """A gradient norm above this multiple of its running mean is reported."""
@@ -74,7 +75,8 @@ class WholeModel:
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
-        self.model.load_state_dict(read_weights(self.place(run_dir))[1])
+        # Not load_state_dict: if another program has trained the directory since, it may have biases that the model lacks.
+        load_weights_into_gpt(self.model, read_weights(self.place(run_dir))[1])
 
 
 @dataclass
@@ -129,6 +131,8 @@ class Run:
                 (config.yaml) or the data have changed.
         """
         directory, config = self.directory, self.config
+        if not self.resume:
+            self._shorten_warmup()
         if directory is None:
             return None
         if not self.resume:
@@ -336,6 +340,17 @@ class Run:
         for log in self._logs():
             log.flush()
 
+    def _shorten_warmup(self) -> None:
+        """Shorten a warmup that would not end before the run does, in the config and the recipe. Report a new run's."""
+        warmup, before = fitting_warmup(self.config), self.config.warmup_steps
+        if warmup == before:
+            return
+        self.config = replace(self.config, warmup_steps=warmup)
+        self.recipe["warmup_steps"] = warmup
+        if not self.resume:
+            steps = f"{self.config.max_steps} step{'s' if self.config.max_steps > 1 else ''}"
+            self.console.warn(f"warmup_steps is shortened from {before} to {warmup}, because the run has only {steps}")
+
     def _report_failed_checkpoint(self) -> None:
         if self.writer is not None and self.writer.failure is not None:
             self.console.warn(f"a checkpoint could not be written: {self.writer.failure}")
@@ -349,6 +364,9 @@ class Run:
         context = self.context()
 
         def check(snapshot: Snapshot) -> None:
+            # A run of an earlier version keeps its long warmup, so that the rest of it is not changed.
+            if snapshot.context["recipe"].get("warmup_steps") == fitting_warmup(self.config):
+                self._shorten_warmup()
             check_unchanged(snapshot, context, self.allow_changed)
             self.check_fit(snapshot)
 
@@ -357,12 +375,13 @@ class Run:
             self.console.warn(warning)
         lengths = log_lengths(directory) | snapshot.context["lengths"]
         kept = self._past_evaluations(directory, lengths["metrics.jsonl"], snapshot.state)
-        if self.allow_changed:
+        if self.allow_changed and (directory / "metrics.jsonl").is_file():
             saved = (record for record in read_metrics(directory) if _NOT_SAVED not in record)
             pairs = [(record["val_loss"], record["step"]) for record in saved if "val_loss" in record]
             if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(finite)
+        if self.allow_changed:
             self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
         for name, length in lengths.items():
             cut_log(directory / name, length, kept if name == "metrics.jsonl" else b"")

@@ -114,11 +114,17 @@ def evaluate_model(
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: Device, start_context: str) -> None:
-    """Continue the text start_context by 50 tokens, each the most likely one, and print everything on one line."""
+    """Continue the text start_context by 50 tokens, each the most likely one, and print everything on one line.
+
+    If the logits of the model are not finite, the reason is printed instead.
+    """
     ids = torch.tensor([encode_with_specials(tokenizer, start_context)], device=device)
     positions = getattr(model, "pos_emb", None)  # The book's model has no config.
     context_size = None if positions is None else positions.weight.shape[0]
-    text = tokenizer.decode(generate(model, ids, 50, context_size, tokenizer=tokenizer)[0].tolist())
+    try:
+        text = tokenizer.decode(generate(model, ids, 50, context_size, tokenizer=tokenizer)[0].tolist())
+    except FloatingPointError as error:  # A training loop prints this sample, and no sample is worth its results.
+        text = f"no sample text: {error}"
     print(text.replace("\n", " "))
 
 

@@ -128,6 +128,7 @@ class Trainer:
             self._contexts.enter_context(deterministic_algorithms(self.config.deterministic))
             seed_everything(self.config.seed)
             snapshot = self._contexts.enter_context(self.files)
+            self.config = self.files.config  # its warmup may have been shortened
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
             self.optimizers = make_optimizers(self.model, self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
-from MyGPT.weights.layout import HEAD, WTE, config_of, drop_zero_biases, fit, to_ours
+from MyGPT.messages import FileWarning
+from MyGPT.weights.layout import HEAD, WTE, config_of, fit, reconcile, to_ours
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 COPY_WEIGHTS = os.name == "nt"
@@ -29,10 +31,14 @@ class Checkpoint:
     """The model's config, or None if the files do not contain one (as in files of nn.Module.state_dict)."""
     tensors: dict[str, LazyTensor]
     """The weights under MyGPT's names. The matrices of linear layers have the shape (out_features, in_features)."""
+    notes: tuple[str, ...] = ()
+    """The contradictions between the config in the files and the tensors, and how they were resolved. `read` reports them."""
 
     @classmethod
     def of(cls, path: Path, tensors: LazyTensors, config: GPTConfig | None, format: str | None = None) -> Checkpoint:
         """Return a checkpoint, with `tensors` renamed and transposed from any known layout to MyGPT's layout.
+
+        If the config and the tensors contradict each other, the tensors decide, and a note says so.
 
         Args:
             path: the file from which the tensors come. It is stored in the checkpoint and named in errors.
@@ -47,9 +53,10 @@ class Checkpoint:
             ours, layout = to_ours(tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        notes: list[str] = []
         if config is not None:
-            ours = drop_zero_biases(ours, config)
-        return cls(format or f"a state dict in {layout} layout", path, config, ours)
+            ours, config, notes = reconcile(ours, config)
+        return cls(format or f"a state dict in {layout} layout", path, config, ours, tuple(notes))
 
     def guess_config(self) -> GPTConfig:
         """Return the config. If there is none, infer it from the tensor shapes.
@@ -66,7 +73,8 @@ class Checkpoint:
         """Return the config and the state dict, with all weights in `dtype`. Default: the dtypes in the file.
 
         Weights that need no conversion are views of the memory-mapped file (see `MappedFile`). Other weights are
-        converted one at a time. Raises ValueError if the config is missing or does not fit the tensors.
+        converted one at a time. Raises ValueError if the config is missing or does not fit the tensors. Each note is
+        reported as a FileWarning.
         """
         if self.config is None:
             raise ValueError(
@@ -77,6 +85,8 @@ class Checkpoint:
             tensors = fit(self.tensors, self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+        for note in self.notes:
+            warnings.warn(f"{self.path}: {note}", FileWarning, stacklevel=4)  # the caller of GPTModel.from_pretrained
         if self.config.tie_weights:
             del tensors[HEAD]
         state_dict = {name: _convert(tensor.load(), dtype) for name, tensor in tensors.items()}

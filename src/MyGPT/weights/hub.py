@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, cast
 
+from MyGPT.download import redirect_problem
 from MyGPT.tokenizers.directory import is_tokenizer_file
 from MyGPT.weights.formats.huggingface import INDEX_SUFFIX, WEIGHTS, find_weights
 
@@ -29,7 +33,7 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
         ValueError: huggingface_hub is not installed, or `repo_id` is not a valid name.
     """
     directory = Path(directory)
-    if _is_complete(directory):
+    if is_downloaded(directory):
         return directory
     by_hand = f"copy the repository's files to {directory}"
     try:
@@ -39,12 +43,13 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
         needed = f"downloading {repo_id} needs the library huggingface_hub"
         raise ValueError(f"{needed}: pip install 'mygpt[hub]', or {by_hand}") from None
     try:
-        info = HfApi().model_info(repo_id)
-        files = _choose_files([file.rfilename for file in info.siblings or []])
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _UNFINISHED).write_text("\n".join(files), encoding="utf-8")
-        snapshot_download(repo_id, revision=info.sha, allow_patterns=files, local_dir=directory)
-        if not _is_complete(directory):  # snapshot_download only warns if the connection fails
+        with _only_safe_redirects():
+            info = HfApi().model_info(repo_id)
+            files = _choose_files([file.rfilename for file in info.siblings or []])
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / _UNFINISHED).write_text("\n".join(files), encoding="utf-8")
+            snapshot_download(repo_id, revision=info.sha, allow_patterns=files, local_dir=directory)
+        if not is_downloaded(directory):  # snapshot_download only warns if the connection fails
             raise OSError("not all files could be downloaded")
     except HFValidationError:
         raise
@@ -54,8 +59,51 @@ def download_from_hub(repo_id: str, directory: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _is_complete(directory: Path) -> bool:
-    """Return whether the directory contains every file that is to be downloaded.
+@contextmanager
+def _only_safe_redirects() -> Iterator[None]:
+    """Make huggingface_hub refuse redirects that leave https (see `redirect_problem`) during the `with` block."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    endpoint, http = constants.ENDPOINT, cast(Any, _http)  # its functions differ from version to version
+
+    def check(url: object) -> None:
+        problem = redirect_problem(endpoint, str(url))
+        if problem is not None:
+            raise OSError(problem)
+
+    session: Any = http.get_session()
+    if hasattr(session, "event_hooks"):
+        hooks = session.event_hooks
+        session.event_hooks = {**hooks, "request": [*hooks["request"], lambda request: check(request.url)]}
+        try:
+            yield
+        finally:
+            session.event_hooks = hooks
+        return
+
+    from requests.adapters import HTTPAdapter  # which huggingface_hub used before version 1.0
+
+    class CheckingAdapter(HTTPAdapter):
+        def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            check(request.url)
+            return super().send(request, *arguments, **options)
+
+    def make_session() -> Any:
+        session = make_unchecked()
+        session.mount("http://", CheckingAdapter())
+        return session
+
+    make_unchecked = http._GLOBAL_BACKEND_FACTORY
+    http.configure_http_backend(make_session)
+    try:
+        yield
+    finally:
+        http.configure_http_backend(make_unchecked)
+
+
+def is_downloaded(directory: Path) -> bool:
+    """Return whether the directory contains every file of a downloaded model.
 
     An unfinished download has a list of these files. Without the list, config.json and all weights must be there.
     """

@@ -85,7 +85,7 @@ def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
         return _from_openai(bare), "OpenAI's"
     if "tok_emb.weight" in bare:
         return _from_book(bare), "the book's"
-    prefixes = ("transformer.", "lm_head.")
+    prefixes = ("transformer.", "lm_head.", "score.")  # a classifier has score.weight
     ours = {name if name.startswith(prefixes) else f"transformer.{name}": bare[name] for name in bare}
     widening = [tensor.shape for name, tensor in ours.items() if _WIDENING.search(name) and len(tensor.shape) == 2]
     if not widening or len(ours) < len(bare):
@@ -150,9 +150,7 @@ def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
             problems.append(f"{name} is {tensor.shape}, expected {expected[name]}")
         elif tensor.dtype is None:
             problems.append(f"{name} does not hold floating-point numbers")
-    head, embedding = found.get(HEAD), found.get(WTE)
-    are_comparable = head and embedding and head.shape == embedding.shape and head.dtype and embedding.dtype
-    if config.tie_weights and are_comparable and not found[HEAD].equals(found[WTE]):
+    if config.tie_weights and WTE in found and _are_different(found[HEAD], found[WTE]):
         problems.append(f"{HEAD} differs from {WTE}, but the model shares one tensor for both (tie_weights)")
     if problems:
         count = f"{len(problems)} mismatches: " if len(problems) > 1 else ""
@@ -160,17 +158,63 @@ def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
     return {name: found[name] for name in expected}
 
 
-def drop_zero_biases(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
-    """Return the tensors without qkv biases that are all zero, if the config says that the model has no qkv biases.
+def reconcile(tensors: LazyTensors, config: GPTConfig) -> tuple[dict[str, LazyTensor], GPTConfig, list[str]]:
+    """Return the weights and the config of a saved model, changed so that they agree, and a note about each contradiction.
 
-    Hugging Face's layout always contains qkv biases, so `to_hugging_face` writes zeros for a model without them. `fit`
-    raises an error for qkv biases that are not zero.
+    The tensors decide where the config says something else, as in transformers:
+
+    - The model has qkv biases if one of them is not zero. If all are zero and the config says that the model has none, they
+      are removed: Hugging Face's layout always has them, so `to_hugging_face` writes zeros.
+    - A bias is zero if no block has it, and a qkv bias also if only some blocks lack it. Other biases that are missing in
+      some blocks, and missing weights, are left to `fit`, which raises an error.
+    - An output head that differs from the token embedding is kept, also if the config ties the two. One of the two is
+      used for both if the other is missing.
     """
-    kept = dict(tensors)
-    for name in () if config.qkv_bias else _qkv_biases(config):
-        if name in kept and kept[name].dtype is not None and not torch.any(kept[name].load()):
-            del kept[name]
-    return kept
+    found, notes = dict(tensors), []
+    qkv_biases = _qkv_biases(config)
+    present = [name for name in qkv_biases if name in found]
+    if not config.qkv_bias and any(_has_nonzero(found[name]) for name in present):
+        config = dataclasses.replace(config, qkv_bias=True)
+        notes.append("it has query, key and value biases although its config says qkv_bias=false: they are used")
+    if not config.qkv_bias:
+        for name in present:
+            del found[name]
+    optional, kinds = set(qkv_biases), set(map(_kind, found))
+    lacking = {
+        name: _zeros(shape, found)
+        for name, shape in shapes(config).items()
+        if name.endswith(".bias") and name not in found and (name in optional or _kind(name) not in kinds)
+    }
+    if lacking:
+        found |= lacking
+        more = f" and {len(lacking) - 1} more biases" if len(lacking) > 1 else ""
+        notes.append(f"it lacks {next(iter(lacking))}{more}: missing biases are taken as zero")
+    head, embedding = found.get(HEAD), found.get(WTE)
+    if not config.tie_weights and head is None and embedding is not None:
+        found[HEAD] = embedding.map(embedding.shape, torch.clone)
+        notes.append(f"it lacks {HEAD} although its config says tie_word_embeddings=false: {WTE} is copied")
+    elif config.tie_weights and head is not None and embedding is None:
+        found[WTE] = head
+    elif config.tie_weights and head is not None and embedding is not None and _are_different(head, embedding):
+        config = dataclasses.replace(config, tie_weights=False)
+        notes.append(f"{HEAD} differs from {WTE} although its config ties the two: both are used")
+    return found, config, notes
+
+
+def _has_nonzero(tensor: LazyTensor) -> bool:
+    """Return whether a tensor contains a number other than 0. A tensor without floating-point numbers counts as one that does."""
+    return tensor.dtype is None or bool(torch.any(tensor.load()))
+
+
+def _are_different(head: LazyTensor, embedding: LazyTensor) -> bool:
+    """Return whether an output head could be an embedding's tied weight, by shape and type, but has other values."""
+    are_comparable = head.shape == embedding.shape and head.dtype is not None and embedding.dtype is not None
+    return are_comparable and not head.equals(embedding)
+
+
+def _kind(name: str) -> str:
+    """Return a tensor's name without the number of its block, and with one name for all LayerNorms."""
+    return re.sub(r"(h\.\d+\.)?ln_[12f]\b|h\.\d+\.", lambda found: "ln" if "ln_" in found[0] else "", name)
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:

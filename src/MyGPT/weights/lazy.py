@@ -41,11 +41,12 @@ class LazyTensor:
         return LazyTensor(shape, self.dtype, lambda: change(self.load()))
 
     def equals(self, other: LazyTensor) -> bool:
-        """Load both tensors and return whether they share memory or have equal values."""
+        """Load both tensors and return whether they share memory or have equal values. Their dtypes may differ."""
         if self is other:
             return True
         first, second = self.load(), other.load()
-        return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+        common = torch.promote_types(first.dtype, second.dtype)
+        return first.data_ptr() == second.data_ptr() or torch.equal(first.to(common), second.to(common))
 
 
 LazyTensors = Mapping[str, LazyTensor]

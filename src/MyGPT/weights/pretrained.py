@@ -17,10 +17,10 @@ from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.torch_file import split_checkpoint
-from MyGPT.weights.hub import download_from_hub
+from MyGPT.weights.hub import download_from_hub, is_downloaded
 from MyGPT.weights.layout import WTE, align, fit, to_ours
 from MyGPT.weights.lazy import flatten
-from MyGPT.weights.released import download_gpt2
+from MyGPT.weights.released import FILES, download_gpt2, released_size
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
@@ -31,9 +31,29 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     same name contains a model, the local model is used.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    is_name = name in GPT2_CONFIGS or _repository(name) is not None
     # A directory called gpt2 may also contain downloaded models without being one.
-    return download_model(name) if is_name and find_format(path) is None else path
+    return download_model(name) if is_name(name) and find_format(path) is None else path
+
+
+def is_name(name: str) -> bool:
+    """Return whether `name` means a model that can be downloaded (see `find_model`). It may also be a local path."""
+    return name in GPT2_CONFIGS or _repository(name) is not None
+
+
+def find_downloaded(name: str) -> Path | None:
+    """Return the directory of a model that was downloaded to the cache directory earlier, or None. Nothing is downloaded.
+
+    `name` is one of the names of `find_model`. Names of the same released model, such as gpt2 and openai-community/gpt2,
+    stand for each other.
+    """
+    models, released = cache_directory() / "models", name.removeprefix("hf://").removeprefix("openai-community/")
+    names = [name, released, f"openai-community/{released}"] if released in GPT2_CONFIGS else [name]
+    for candidate in names:
+        repository = _repository(candidate)
+        directory = models / (repository.replace("/", "--") if repository else released_size(candidate))
+        if is_downloaded(directory) if repository else all((directory / file).is_file() for file in FILES):
+            return directory
+    return None
 
 
 def download_model(name: str, directory: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:

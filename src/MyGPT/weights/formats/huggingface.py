@@ -29,23 +29,29 @@ INDEX_SUFFIX = ".index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
 _REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_REPLACED_WITH_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
+"""Files of an older tokenizer in the directory, whose content tokenizer_config.json and tokenizer.json hold now."""
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a model directory or a training run's directory that contains a model."""
-    return find_directory(path) is not None
+    """Return whether `path` is a model directory, a training run's directory with a model, or a file that stands for one.
+
+    Such a file is the directory's config.json, the index of several weights files, or one of the files that an index lists.
+    """
+    is_config = path.name == "config.json" and path.is_file()
+    return is_config or find_directory(path) is not None or _index_of(path) is not None
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in a model directory, or in the subdirectory `model` of a training run's directory."""
-    config, weights = read_config(path), find_weights(_model_directory(path))
+    """Return the checkpoint in a model directory, or in the subdirectory `model` of a training run's directory.
+
+    If `path` is a file that stands for a model directory (see `matches`), the whole model is returned.
+    """
+    directory = path.parent if path.is_file() else _model_directory(path)
+    config, index = read_config_json(directory / "config.json"), _index_of(path)
+    weights = find_weights(directory) if index is None else _with_shards(index)
     return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
-
-
-def read_config(directory: str | os.PathLike[str]) -> GPTConfig:
-    """Return the config of the model in a model directory or in a training run's directory."""
-    return read_config_json(_model_directory(directory) / "config.json")
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path | None:
@@ -69,10 +75,7 @@ def find_weights(directory: Path) -> Path:
             return directory / name
         index = directory / f"{name}{INDEX_SUFFIX}"
         if index.is_file():
-            for shard in sorted(set(_weight_map(index).values())):
-                if not (directory / shard).is_file():
-                    raise FileNotFoundError(f"{directory / shard} is missing, but {index.name} lists it")
-            return index
+            return _with_shards(index)
     raise FileNotFoundError(f"{directory / WEIGHTS[0]} is missing")
 
 
@@ -96,7 +99,8 @@ def write_directory(
     generation = {**special, **given}
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
-    with atomic_directory(directory, replaces=_REPLACED_FILES) as temporary:
+    replaces = _REPLACED_FILES if tokenizer is None else (*_REPLACED_FILES, *_REPLACED_WITH_TOKENIZER)
+    with atomic_directory(directory, replaces=replaces) as temporary:
         _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
         _write_json(temporary / "generation_config.json", generation)
         _write_weights(Path(directory), temporary, tensors)
@@ -129,6 +133,24 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
         hint = did_you_mean(str(path), GPT2_CONFIGS, MODEL_SYNONYMS) or near_path(path)
         raise FileNotFoundError(f"no model at {path}: there is no such file or directory{hint}")
     return directory
+
+
+def _index_of(path: Path) -> Path | None:
+    """Return the index of a model in several files, if `path` is this index or a file that it lists; otherwise None."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return path if path.is_file() else None
+    for index in (path.with_name(f"{weights}{INDEX_SUFFIX}") for weights in WEIGHTS):
+        if path.suffix in index.suffixes and index.is_file() and path.name in _weight_map(index).values():
+            return index
+    return None
+
+
+def _with_shards(index: Path) -> Path:
+    """Return the index. Raises FileNotFoundError if a file that it lists is missing."""
+    for shard in sorted(set(_weight_map(index).values())):
+        if not index.with_name(shard).is_file():
+            raise FileNotFoundError(f"{index.with_name(shard)} is missing, but {index.name} lists it")
+    return index
 
 
 def _read_tensors(weights: Path) -> dict[str, LazyTensor]:

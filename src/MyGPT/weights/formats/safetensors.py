@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from MyGPT.config import read_config_json
+from MyGPT.config import config_beside
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.lazy import LazyTensor, MappedFile
 
@@ -27,8 +27,7 @@ def read(path: Path) -> Checkpoint:
 
     The config comes from config.json in the same directory. Without that file the config is None.
     """
-    config = path.parent / "config.json"
-    return Checkpoint.of(path, read_safetensors(path), read_config_json(config) if config.is_file() else None)
+    return Checkpoint.of(path, read_safetensors(path), config_beside(path))
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from MyGPT.config import GPTConfig
+from MyGPT.config import GPTConfig, config_beside
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.lazy import LazyTensor, flatten
 
@@ -29,9 +29,12 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in a file that torch.save wrote. Raises ValueError for any other file."""
+    """Return the checkpoint in a file that torch.save wrote. Raises ValueError for any other file.
+
+    The config comes from nanoGPT's checkpoint, or else from config.json in the same directory. Without either it is None.
+    """
     tensors, config = read_torch_file(path)
-    return Checkpoint.of(path, tensors, config, "nanoGPT's checkpoint" if config else None)
+    return Checkpoint.of(path, tensors, config or config_beside(path), "nanoGPT's checkpoint" if config else None)
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, LazyTensor], GPTConfig | None]:
