@@ -205,7 +205,8 @@ def test_saved_directories_name_the_same_special_tokens(change: Any, says: str, 
     model.save_pretrained(tmp_path / "together", tokenizer)
     GPTModel.from_pretrained(tmp_path / "foreign").save_pretrained(tmp_path / "apart")
     load_tokenizer(tmp_path / "foreign").save(tmp_path / "apart")
-    for saved in ("together", "apart"):
+    model.save_pretrained(tmp_path / "foreign", tokenizer)
+    for saved in ("together", "apart", "foreign"):
         found = transformers_view(tmp_path / saved)
         if change is without_tokenizer_config:  # transformers finds no names there; MyGPT writes those that it uses
             assert found["named"]["eos_token"] == "<|im_end|>"
@@ -213,11 +214,12 @@ def test_saved_directories_name_the_same_special_tokens(change: Any, says: str, 
         if change is only_in_generation_config:  # transformers replaces a missing id by GPT-2's
             assert found["config"][1] in (found["generation"]["eos_token_id"], None)
             found["config"] = expected["config"]
-        if change is no_end and saved == "together":  # MyGPT ends texts with <|endoftext|>, and says so
+        if change is no_end and saved != "apart":  # MyGPT ends texts with <|endoftext|>, and says so
             ends = [AutoTokenizer.from_pretrained(tmp_path / saved).convert_tokens_to_ids("<|endoftext|>")]
             assert [found["config"][1]] == [found["generation"]["eos_token_id"]] == ends
             found |= {key: expected[key] for key in ("config", "generation")}
         assert found == expected
+    assert not (tmp_path / "foreign/special_tokens_map.json").exists()  # tokenizer_config.json holds its content
 
 
 @pytest.fixture(scope="module")

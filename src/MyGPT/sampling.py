@@ -56,7 +56,7 @@ def _is_number(value: object) -> bool:
 
 def require_finite(name: str, values: Tensor | float) -> None:
     """Raise FloatingPointError, with `name` in its message, if one of the values is NaN or infinite."""
-    values = torch.as_tensor(values)
+    values = torch.as_tensor(values).detach()
     # A sum is finite only if all of its values are. The reverse does not hold for very large values.
     if not math.isfinite(values.sum()) and not values.isfinite().all():
         wrong = values[~values.isfinite()][0].item()

@@ -12,6 +12,7 @@ from MyGPT import GPTConfig, SamplingConfig, TrainConfig
 from MyGPT.cli import COMMANDS, main
 from MyGPT.commands._help import GROUPS
 from MyGPT.commands.plot import KINDS
+from MyGPT.commands.train import HIDDEN
 from MyGPT.finetuning.examples import ExampleOptions
 from MyGPT.finetuning.lora import LoraOptions
 
@@ -60,7 +61,7 @@ def test_help_reads_alike_in_every_command(name: str, capsys: Any) -> None:
 @pytest.mark.parametrize("kind", [GPTConfig, TrainConfig])
 def test_help_all_of_train_lists_every_field(kind: Any, capsys: Any) -> None:
     options = OPTION.findall(page("train", "--help-all", capsys))
-    fields = [field.name for field in dataclasses.fields(kind) if field.name != "vocab_size"]
+    fields = [field.name for field in dataclasses.fields(kind) if field.name not in HIDDEN]
     assert set(options) >= {f"--{name}" for name in fields}
     assert "--vocab_size" not in options  # the tokenizer gives it
 
@@ -70,8 +71,8 @@ def test_every_option_of_the_long_pages_has_a_heading(capsys: Any) -> None:
     assert len(grouped) == len(set(grouped))
     for kind in (GPTConfig, TrainConfig, SamplingConfig, ExampleOptions, LoraOptions):
         prefix = "lora." if kind is LoraOptions else ""
-        assert {prefix + field.name for field in dataclasses.fields(kind)} - {"vocab_size"} <= set(grouped)
-    for name in ("train", "finetune", "generate", "chat"):
+        assert {prefix + field.name for field in dataclasses.fields(kind)} - {*HIDDEN} <= set(grouped)
+    for name in ("train", "finetune", "dpo", "classify", "generate", "chat"):
         text = page(name, "--help-all", capsys)
         assert "\nModel:\n" in text and "\nOther:\n" not in text
 
@@ -94,6 +95,8 @@ def test_a_default_is_that_of_the_command(capsys: Any) -> None:
     ("name", "missing"),
     [
         ("finetune", "--model and --data"),
+        ("dpo", "--model and --data"),
+        ("classify", "--model"),
         ("generate", "--model"),
         ("chat", "--model"),
         ("evaluate", "--model and --data"),

@@ -219,6 +219,8 @@ def test_every_way_of_opening_gives_the_same_tokenizer(
     assert all(other.encode(TEXT) == expected for other in (tokenizer, *found))
     assert tokenizer.source == f"vocab.json and merges.txt in {model_directory}"
     assert not tokenizer.is_assumed and not capsys.readouterr().err
+    assert main(["info", str(weights)]) == 0
+    assert f"tokenizer                    {tokenizer.source}\n" in capsys.readouterr().out
     model.save_pretrained(tmp_path / "again", tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(TEXT)["input_ids"] == expected
 
@@ -260,6 +262,8 @@ def test_gpt2s_tokenizer_is_assumed_only_without_files_and_reported(
     page = str(tmp_path / "page.html")
     assert main(["explain", "a cat", "--model", str(tmp_path / "ckpt.pt"), "--out", page, "--device", "cpu"]) == 0
     assert capsys.readouterr().err == f"tokenizer: {reason}\n"
+    assert main(["info", str(tmp_path / "ckpt.pt")]) == 0
+    assert f"tokenizer                    {reason}\n" in capsys.readouterr().out
     torch.save(NanoGPT(67, 16, 8, 1, 1, bias=True).checkpoint(), tmp_path / "ckpt.pt")
     with pytest.raises(
         ValueError, match=r"has no tokenizer \(tokenizer\.json, vocab\.json with merges\.txt.*67 tokens"

@@ -21,6 +21,7 @@ from MyGPT import CharTokenizer, GPTConfig, GPTModel, load_weights_into_gpt
 from MyGPT.cli import main
 from MyGPT.finetuning.classification import GPTForClassification
 from MyGPT.messages import FileWarning
+from MyGPT.training.run import WholeModel
 from MyGPT.weights.formats import huggingface
 from oracles_layouts import NanoGPT
 
@@ -157,6 +158,14 @@ def test_nanogpts_checkpoint_without_biases_opens_without_a_warning(tmp_path: Pa
     model = NanoGPT(67, 16, 24, 3, 2, bias=False)
     torch.save(model.checkpoint(), tmp_path / "ckpt.pt")
     assert GPTModel.from_pretrained(tmp_path / "ckpt.pt").config.qkv_bias
+
+
+def test_the_best_model_of_a_run_is_restored_although_transformers_trained_it_since(tmp_path: Path) -> None:
+    trained(save(tmp_path / "model"))
+    model = GPTModel(GPTConfig(**SIZES)).double().eval()
+    with pytest.warns(FileWarning, match="qkv_bias"):
+        WholeModel(model, None).restore(tmp_path)
+    assert_equal_logits(model, theirs(tmp_path / "model"))
 
 
 # The output head

@@ -82,7 +82,18 @@ def explain(name: str) -> str:
         rows += [("complete", "yes"), *(("note", note) for note in checkpoint.notes)]
     except ValueError as error:
         rows.append(("complete", f"no: {error}"))
+    rows.append(("tokenizer", tokenizer_source(name, config.vocab_size)))
     return describe(name, config, rows)
+
+
+def tokenizer_source(name: str, vocab_size: int) -> str:
+    """Return the files of a model's tokenizer, or why it has none. `vocab_size` is the number of tokens of the model."""
+    from MyGPT.opening import find_model_files
+
+    try:
+        return find_model_files(name).tokenizer(vocab_size).source
+    except (ValueError, OSError) as error:
+        return f"none: {error}"
 
 
 def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:

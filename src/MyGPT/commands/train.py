@@ -34,7 +34,8 @@ class TextOptions:
     patterns such as 'texts/*.txt', a directory made by mygpt prepare, or one of the names alice (built in) and
     tinyshakespeare (downloaded)."""
     tokenizer: str = "chars"
-    """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer."""
+    """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
+    chars cannot be fine-tuned on answers, because chars has no end-of-text token."""
     tokenizer_size: int = 1024
     val_fraction: float = 0.1
     """Fraction of the text, taken from its end, for validation."""
@@ -57,6 +58,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     import torch
 
     from MyGPT.model import GPTModel
+    from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
     run_options = run.for_trainer(training.tensorboard)
@@ -73,6 +75,11 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
         f"{len(train_ids):,} training and {len(val_ids):,} validation tokens, vocabulary {coder.n_vocab:,}; "
         f"{gpt.num_parameters():,} parameters; {trainer.device.type}, {precision}"
     )
+    if coder.eot_token is None:
+        print(
+            f"the tokenizer has no {ENDOFTEXT} token, which mygpt finetune and dpo need: for a model to train further with "
+            "them, use --tokenizer bpe"
+        )
     try:
         loss = trainer.run()
     except (KeyboardInterrupt, FloatingPointError):  # the curve of a stopped or diverged run is useful too

@@ -90,9 +90,10 @@ def table_items(
     """
     columns: list[str] = []
     rows, line = csv.reader([]), 1
-    delimiter = _delimiter(text)
+    has_tabs = not has_header and "\t" in text.lstrip("\n").partition("\n")[0]
+    delimiter = "\t" if has_tabs else _delimiter(text)
     # Such files, for example the SMS Spam Collection of the UCI repository, are written without any quoting.
-    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" and not has_header else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if has_tabs else csv.QUOTE_MINIMAL
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         for row in rows:

@@ -135,7 +135,8 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; it must have at least one token")
-    first, second = (_example(prompt, _last_message(answer, where), asks) for answer in (chosen, rejected))
+    form = "messages" if is_conversation else asks
+    first, second = (_example(prompt, _last_message(answer, where), form) for answer in (chosen, rejected))
     check_record(first, where, needs_answer=False)
     return first, second
 

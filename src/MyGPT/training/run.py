@@ -36,7 +36,7 @@ from MyGPT.training.metrics import AppendedFile, MetricsLog, evaluations_after, 
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import RunState
-from MyGPT.weights.pretrained import read_weights
+from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
 """A gradient norm above this multiple of its running mean is reported."""
@@ -75,7 +75,8 @@ class WholeModel:
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
-        self.model.load_state_dict(read_weights(self.place(run_dir))[1])
+        # Not load_state_dict: if another program has trained the directory since, it may have biases that the model lacks.
+        load_weights_into_gpt(self.model, read_weights(self.place(run_dir))[1])
 
 
 @dataclass

@@ -29,6 +29,8 @@ INDEX_SUFFIX = ".index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
 _REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_REPLACED_WITH_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
+"""Files of an older tokenizer in the directory, whose content tokenizer_config.json and tokenizer.json hold now."""
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
@@ -97,7 +99,8 @@ def write_directory(
     generation = {**special, **given}
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
-    with atomic_directory(directory, replaces=_REPLACED_FILES) as temporary:
+    replaces = _REPLACED_FILES if tokenizer is None else (*_REPLACED_FILES, *_REPLACED_WITH_TOKENIZER)
+    with atomic_directory(directory, replaces=replaces) as temporary:
         _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
         _write_json(temporary / "generation_config.json", generation)
         _write_weights(Path(directory), temporary, tensors)
