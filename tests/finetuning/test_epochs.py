@@ -115,7 +115,11 @@ def test_a_run_that_is_resumed_in_the_middle(
 
         model.token_loss = record
         config = TrainConfig(
-            max_steps=max_steps, batch_size=batch_size, micro_batch_size=micro_batch_size, checkpoint_every=1
+            max_steps=max_steps,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            checkpoint_every=1,
+            warmup_steps=0,
         )
         sampler = sampler_of(rows, n, batch_size, 1)
         Trainer(model, config, sampler, run_dir=tmp_path / "run", recipe={}, resume=resume, progress=False).run()
