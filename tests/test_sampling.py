@@ -203,3 +203,12 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_itself(name: str, val
 )
 def test_the_ends_of_the_ranges_and_whole_numbers_are_allowed(name: str, value: Any) -> None:
     assert getattr(SamplingConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("temperature", [1e-300, 1.0, 1e300])
+def test_an_extreme_penalty_leaves_probabilities_finite(penalty: float, temperature: float) -> None:
+    logits, seen = torch.tensor([[0.0, 3.0, -2.0, -torch.inf]]), torch.tensor([[True, True, True, True]])
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty)
+    probabilities = filter_logits(logits, config, seen).softmax(-1)
+    assert probabilities.isfinite().all() and probabilities[0, 3] == 0

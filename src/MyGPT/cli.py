@@ -172,7 +172,8 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     parser = make_parser(name, command)
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
-    call(command, parser.parse_args(getattr(module, "EXPAND", list)(arguments)))
+    expand = getattr(module, "EXPAND", None)
+    call(command, parser.parse_args(expand(arguments, name) if expand else arguments))
 
 
 def _discard_output() -> None:

@@ -155,6 +155,8 @@ def find_model_files(name_or_path: str | os.PathLike[str], adapter: str | os.Pat
 
     Raises FileNotFoundError if there is no model, or if the model that an adapter was trained on is not on this machine.
     """
+    if name_or_path == "":
+        raise ValueError("the name of the model is empty: give the name or the path of a model")
     if adapter is not None:
         return ModelFiles(find_model(name_or_path), find_adapter(adapter) or Path(adapter))
     found = adapter_without_model(name_or_path)

@@ -14,6 +14,9 @@ SECONDS_PER_LINE = 15.0
 class ProgressLines(tqdm):  # type: ignore[type-arg]
     """A progress display for files and pipes: whole lines without control characters instead of a bar."""
 
+    _shown: float | None = None
+    """The number of finished units in the latest line, or None before the first line."""
+
     def __init__(self, **options: Any) -> None:
         limits = {"mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE, "delay": SECONDS_PER_LINE}
         super().__init__(**{**options, **limits, "ncols": 0})
@@ -28,12 +31,23 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
 
         return print_line
 
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the state as a line."""
+        super().display(msg, pos)
+        self._shown = self.n
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Set the text at the end of the line, and print the line unless the text is empty."""
+        super().set_postfix_str(s, refresh and bool(s))
+
     def moveto(self, n: int) -> None:
         """Do nothing, because a file has no cursor."""
 
     def close(self) -> None:
-        """End the display. tqdm would print control characters here."""
+        """End the display. If lines were printed, the last one shows the final state. tqdm would print control characters."""
         if not self.disable:
+            if self._shown not in (None, self.n):
+                self.display()
             self.disable = True
             self._decr_instances(self)  # type: ignore[attr-defined]
 

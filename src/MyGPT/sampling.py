@@ -16,6 +16,9 @@ from torch import Tensor
 
 from MyGPT.config import require_positive
 
+_LARGEST_LOGIT = 1e7
+"""The bound of penalized logits. Tokens that differ by this much have the probabilities 0 and 1."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -98,8 +101,10 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     `seen` is a bool tensor (B, V) that is True for these tokens. Their positive logits are divided by the penalty, and their
     negative logits are multiplied by it.
     """
+    penalty = min(max(penalty, 1e-30), 1e30)  # other values are zero or infinity in float32
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalized, logits)
+    # An extreme penalty must not lead to infinity, also after a division by the temperature.
+    return torch.where(seen & logits.isfinite(), penalized.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT), logits)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import re
@@ -21,6 +22,7 @@ PYTHON_WORDS = re.compile(r"NoneType|\bNone\b|<class|Union|literal|Errno|yaml\.|
 CONTROL = "\x1b\x9b\u202e\r\x07"
 
 
+@functools.cache
 def parser_of(name: str) -> CommandParser:
     command, _, kind = name.partition(" ")
     module = importlib.import_module(f"MyGPT.commands.{command}")
@@ -146,12 +148,15 @@ def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> 
     parser = parser_of(name)
     required = [f"{option}=x" for option in options_of(parser) if parser._option_string_actions[option].required]
     listed = ["x" for action in parser._actions if not action.option_strings]
+    shared: Any = parser_of("train")._option_string_actions
     wrong = ["abc", "", "1e400", "{a: 1}", "☃\u202e", "*a"]
     n_refused = 0
     for option in options_of(parser):
         action: Any = parser._option_string_actions[option]
         if not hasattr(action, "_typehint"):
             continue
+        if name != "train" and option in shared and shared[option]._typehint == action._typehint:
+            continue  # tested with mygpt train
         for value in wrong:
             arguments = [*listed, *required, f"{option}={value}"]
             try:
@@ -191,10 +196,32 @@ def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> 
         ("generate --model x --config nowhere.yaml", "--config nowhere.yaml: there is no such file"),
         ("finetune --model x --data x --lora 4", "--lora must be a YAML file of options, got '4'"),
         ("train --config", "--config needs a value"),
+        ("train --config=", "--config '': there is no such file"),
+        ("train --config .", "--config .: it is a directory"),
+        ("train --out=", "--out is empty"),
+        ("train --data=", "--data is empty"),
+        ("generate --model=", "--model is empty"),
+        ("info x --config=", "--config '': there is no such file"),
+        (f"train --seed {10**30}", "seed must be a whole number from -2**63 to 2**64 - 1"),
+        (f"dpo --model x --data x --seed {10**30}", "seed must be a whole number from -2**63 to 2**64 - 1"),
+        (f"chat --model x --seed {10**30}", "seed must be a whole number from -2**63 to 2**64 - 1"),
+        (f"train --batch_size {10**30}", "batch_size must be at most 1,000,000,000,000"),
+        ("train --batch_size 1000000000", "there is not enough memory"),
+        ("train --context_length 1000000000", "there is not enough memory"),
+        (f"prepare alice --out x --workers {10**30}", "workers must be at most 1024"),
+        ("bench --threads -1", "threads must be a whole number from 0 to 1024"),
+        (f"bench --threads {10**7}", "threads must be a whole number from 0 to 1024"),
+        (f"bench --n_tokens {10**7}", "must be below the model's context of 1024"),
+        ("classify --model gpt2 --text x", "gpt2 is not a classifier"),
+        ("classify --model nowhere --text x", "no model at nowhere"),
+        ("classify --model x --text=", "the text is empty"),
+        ("classify --model x --file .", "it is a directory"),
         ("train a b", "unexpected argument 'a'"),
     ],
 )
-def test_wrong_values_are_explained(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_values_are_explained(
+    arguments: str, message: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert message in error_of(arguments.split(), capsys)
 
 
@@ -255,6 +282,41 @@ def test_all_options_are_checked_before_data_are_read_or_a_model_is_opened(
         monkeypatch.setattr(place, too_early)
     assert word in error_of(arguments.format(model=model).split(), capsys)
     assert sorted(in_tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("argument", ["prepare {} --out x", "info {}", "plot {}", "download {}"])
+def test_an_empty_name_in_a_list_is_refused(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["" if word == "{}" else word for word in argument.split()]
+    assert " is empty: give a value" in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "own"),
+    [("data: x", "train"), ("lora: {}", "finetune"), ("lora: {}\nbeta: 1", "dpo"), ("train_only: head", "classify")],
+)
+@pytest.mark.parametrize("command", ["train", "finetune", "dpo", "classify"])
+def test_a_run_of_another_command_is_not_resumed(
+    command: str, keys: str, own: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp_path / "run").mkdir()
+    (in_tmp_path / "run" / "config.yaml").write_text(keys)
+    if command != own:
+        error = error_of([command, "--resume", "run"], capsys)
+        assert f"run is a run of mygpt {own}: resume it with mygpt {own} --resume run" in error
+
+
+@pytest.mark.parametrize("command", ["info", "plot schedule"])
+def test_a_misspelt_key_of_a_recipe_is_refused(
+    command: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp_path / "recipe.yaml").write_text("max_stepz: 3\ndata: alice\n")
+    assert "unknown option 'max_stepz'; did you mean max_steps?" in error_of([*command.split(), "recipe.yaml"], capsys)
+
+
+def test_sample_to_end_without_an_end_token_is_reported(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_tmp_path / "text.txt").write_text("abc " * 100)
+    assert main(["train", "--data", "text.txt", "--out", "run", "--sample_to_end", *RUN]) == 0
+    assert "sample_to_end has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

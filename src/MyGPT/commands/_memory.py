@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _TRAINING = "lower micro_batch_size (the sequences per forward pass), or use a smaller context_length or model"
@@ -20,6 +21,19 @@ ADVICE = {
 """How to need less memory, by the name of the command."""
 
 
+def require_memory(n_bytes: int) -> None:
+    """Raise MemoryError if the machine has less memory than `n_bytes`.
+
+    Linux may grant more memory than there is, and then kill the process.
+    """
+    try:
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, which grants only the memory that there is
+        return
+    if n_bytes > installed:
+        raise MemoryError(f"{n_bytes / 1e9:,.4g} GB are needed, and the machine has {installed / 1e9:,.3g} GB")
+
+
 def memory_advice(command: str, error: Exception) -> str | None:
     """Return the message for an `error` of the command that means too little memory, or None for any other error."""
     text = str(error)
@@ -30,4 +44,6 @@ def memory_advice(command: str, error: Exception) -> str | None:
         return None
     size = re.search(r"(\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
     wanted = "" if size is None else f" ({size[2] or f'{int(size[1]) / 1e9:.3g} GB'} more were needed)"
+    if "are needed" in text:  # from require_memory
+        wanted = f" ({text})"
     return f"there is not enough memory{wanted}: {ADVICE.get(command, 'use a smaller model')}"

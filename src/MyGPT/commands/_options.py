@@ -6,7 +6,7 @@ The parameters of the function are the options of the command. A command's modul
     HIDDEN    fields of dataclasses that are not options
     NESTED    dataclass parameters whose fields become options with a prefix, such as --lora.r
     KINDS     functions that the command's first argument selects, such as mygpt plot attention
-    EXPAND    a function that changes the arguments before they are parsed
+    EXPAND    a function that changes the arguments before they are parsed; it also receives the command's name
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from MyGPT.commands._run import value_of
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean, quote
 
 Command = Callable[..., Any]
+_MAY_BE_EMPTY = ("prompt", "sample_prompt", "stop", "system", "text")
+"""The options that are texts. An empty text has a meaning, or an error message of its own."""
 
 
 class CommandParser(ArgumentParser):
@@ -90,8 +92,10 @@ class CommandParser(ArgumentParser):
             return self._unknown(f"--{found[1]}")
         if found := re.fullmatch("argument (--.*): expected one argument", message):
             return f"{found[1]} needs a value"
-        if found := re.fullmatch("Parser key \"config\": File does not exist: '.*'", message):
-            return f"--config {value_of(self.given, 'config')}: there is no such file"
+        if message.startswith('Parser key "config": ') and not self.recipe:
+            path = value_of(self.given, "config") or ""
+            reason = "it is a directory" if path and os.path.isdir(path) else "there is no such file"
+            return f"--config {quote(path)}: {reason}"
         if found := re.match('Parser key "(.*?)".*?:', message):
             action = next((action for action in self._actions if action.dest == found[1]), None)
             value = re.search("(?:Got|Given) value:(?: (.*))?$", message)
@@ -171,6 +175,7 @@ def call(command: Command, options: Any) -> None:
     groups = _dataclasses_of(command)
     positional: list[Any] = []
     keywords = {}
+    _refuse_empty(command, values)
     _refuse_null({name: value for name, value in values.items() if name not in groups}, typing.get_type_hints(command))
     for name, parameter in inspect.signature(command).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -196,6 +201,14 @@ def _refuse_null(values: dict[str, Any], kinds: dict[str, Any], prefix: str = ""
             *most, last = _allowed(kinds[name], "", has_null=False)
             allowed = f"{', '.join(most)} or {last}" if most else last
             raise ValueError(f"--{prefix}{name} must be {allowed}, got null")
+
+
+def _refuse_empty(command: Command, values: dict[str, Any]) -> None:
+    """Raise ValueError if a name or a path is empty, as after --out "$DIRECTORY" when the shell's variable is not set."""
+    for name, value in values.items():
+        if name not in _MAY_BE_EMPTY and (value == "" or (isinstance(value, list) and "" in value)):
+            is_listed = inspect.signature(command).parameters.get(name) is not None and isinstance(value, list)
+            raise ValueError(f"{name.upper() if is_listed else f'--{name}'} is empty: give a value, or leave it out")
 
 
 def _dataclasses_of(command: Command) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
-from MyGPT.commands.train import DEFAULTS
+from MyGPT.commands._run import RunOptions
+from MyGPT.commands.train import DEFAULTS, TextOptions
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.files import read_text
+from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 from MyGPT.training.config import TrainConfig
 
 VOCABULARY_SIZES = {"gpt2": 50257, "chars": 100, "words": 10_000}
@@ -58,6 +60,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
     train. The text is not read: if the tokenizer would learn its vocabulary from the text, the vocabulary size is an estimate.
     """
     recipe = read_recipe(path)
+    refuse_unknown_keys(path, recipe)
     if "model" in recipe:
         reason = f"does not describe a model: its model is {recipe['model']!r}"
         raise ValueError(f"{path} is a recipe for mygpt finetune, dpo or classify and {reason}")
@@ -68,6 +71,18 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[GPTConfig, TrainConfig | No
         return config, TrainConfig(**fields_of(TrainConfig, recipe)) if is_training else None, recipe
     except (ValueError, TypeError, OSError) as error:  # OSError: the recipe names a tokenizer that cannot be opened
         raise ValueError(f"{path}: {error}") from None
+
+
+def refuse_unknown_keys(path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that is not an option of `mygpt train`, unless the recipe is for another command."""
+    if "model" in recipe:  # a recipe for mygpt finetune, dpo or classify
+        return
+    known = [
+        field.name for kind in (GPTConfig, TrainConfig, TextOptions, RunOptions) for field in dataclasses.fields(kind)
+    ]
+    for key in recipe:
+        if key not in known:
+            raise ValueError(f"{path}: unknown option {key!r}{did_you_mean(key, known, OPTION_SYNONYMS)}")
 
 
 def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:

@@ -63,10 +63,11 @@ class RunOptions:
                 raise ValueError(f"--allow_changed {quote(name)} names no option of the run in {run}{hint}")
 
 
-def with_options_of_run(arguments: Sequence[str]) -> list[str]:
+def with_options_of_run(arguments: Sequence[str], command: str) -> list[str]:
     """Return the command-line arguments. If they resume a run, --config with the config.yaml of this run comes first.
 
-    The given options follow --config, so they override the run's stored options.
+    The given options follow --config, so they override the run's stored options. Raises an error if there is no such run, or
+    if it is a run of another command than `command`, such as "train".
     """
     run = run_to_resume(value_of(arguments, "resume"), value_of(arguments, "out"))
     if run is None:
@@ -74,7 +75,19 @@ def with_options_of_run(arguments: Sequence[str]) -> list[str]:
     config = run / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"no run to resume at {run}: it has no config.yaml")
+    own = command_of_run(config)
+    if own != command:
+        raise ValueError(f"{run} is a run of mygpt {own}: resume it with mygpt {own} --resume {quote(run)}")
     return ["--config", str(config), *arguments]
+
+
+def command_of_run(config: Path) -> str:
+    """Return the name of the command that wrote the config.yaml of a run."""
+    from MyGPT.commands._recipe import read_recipe
+
+    recipe = read_recipe(config)
+    typical = {"classify": "train_only", "dpo": "beta", "finetune": "lora"}
+    return next((command for command, option in typical.items() if option in recipe), "train")
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:

@@ -20,6 +20,8 @@ Run = Callable[["Tensor", int], object]
 """A function run(ids, n) that continues each prompt in `ids`, a tensor (B, T), by n tokens with greedy decoding."""
 MYGPT = {"GPTModel": "plain", "fp32, no compiler": "eager", "fp32": "fp32", "bf16": "bf16", "int8": "int8"}
 """For each label in the printed table: the argument `kind` of `open_mygpt`."""
+MAX_THREADS = 1024
+"""The largest number of CPU threads. torch crashes if the system cannot start as many as it is asked for."""
 
 
 def bench(
@@ -58,6 +60,10 @@ def bench(
     if size not in GPT2_CONFIGS:
         hint = did_you_mean(size, GPT2_CONFIGS, MODEL_SYNONYMS)
         raise ValueError(f"size must be one of {', '.join(GPT2_CONFIGS)}, got {size!r}{hint}")
+    if not 0 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be a whole number from 0 to {MAX_THREADS}, got {threads}")
+    if model is None:
+        _require_room(prompt + n_tokens, GPT2_CONFIGS[size].context_length)
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as directory:
@@ -65,9 +71,7 @@ def bench(
             GPTModel(GPT2_CONFIGS[size]).save_pretrained(directory)
         files = find_model_files(directory if model is None else model)
         gpt = files.model()
-        context, n = gpt.config.context_length, prompt + n_tokens
-        if n >= context:
-            raise ValueError(f"prompt + n_tokens must be below the model's context of {context}, got {n}")
+        _require_room(prompt + n_tokens, gpt.config.context_length)
         programs = {name: open_mygpt(gpt, kind) for name, kind in MYGPT.items()}
         peer = find_directory(files.path) if files.adapter is None else None
         if peer is not None and importlib.util.find_spec("transformers") is not None:
@@ -82,6 +86,12 @@ def bench(
             if turn > 0:  # the first round warms up
                 times[name].append(pair)
     print_table(times, statistics.median(bandwidths[1:]), gpt)
+
+
+def _require_room(n: int, context: int) -> None:
+    """Raise ValueError if a prompt and its continuation have `n` tokens, and the model's context is not longer than that."""
+    if n >= context:
+        raise ValueError(f"prompt + n_tokens must be below the model's context of {context}, got {n}")
 
 
 def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, gpt: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from MyGPT.commands._lines import LineReader
-from MyGPT.commands._model import make_fast, report_tokenizer, start_build
+from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.templates import Template, load_template
@@ -142,6 +142,7 @@ class Chat:
         elif name == "seed":
             if value is not None and type(value) is not int:
                 raise ValueError(f"seed must be a whole number or off, got {text!r}")
+            check_generation(seed=value)
             self.seed = value
         else:
             self.sampling = dataclasses.replace(self.sampling, **{name: value})
@@ -204,10 +205,10 @@ def chat(
         system: A text at the start of the conversation. A model trained on instructions receives it as the input.
         max_new_tokens: Maximum length of an answer in tokens. Default: 200, or half the context if that is smaller.
     """
-    if max_new_tokens is not None:
-        require_positive(max_new_tokens=max_new_tokens)
+    require_positive(max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
+    check_generation(seed=seed)
     given = load_template(template) if template else None
-    build = start_build(device)
+    build = start_build(device, precision)
     gpt, tokenizer = open_model(model, device, adapter)
     report_tokenizer(tokenizer)
     context = gpt.config.context_length

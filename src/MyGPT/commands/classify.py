@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands._tuning import count_steps, open_base, require_epochs, run_and_draw
-from MyGPT.config import require_positive
+from MyGPT.config import GPT2_CONFIGS, require_positive
 from MyGPT.devices import pick_device
 from MyGPT.finetuning.classification import (
     Example,
@@ -119,6 +120,8 @@ def classify(
     """
     ways = {"--data": labelled.data, "--text": text, "--file": file}
     given = [name for name, value in ways.items() if value is not None]
+    if run.resume is not None and len(given) > 1:
+        raise ValueError(f"--resume continues a training: leave out {given[1]}")
     if len(given) != 1:
         needed = "--data to train a classifier, or --text or --file to classify texts with a trained one"
         raise ValueError(f"give {needed}, got {' and '.join(given) or 'none of them'}")
@@ -126,8 +129,14 @@ def classify(
         train_classifier(model, labelled, training, lora, tuning, run)
         return
     device = pick_device(run.device)
+    if text == "":
+        raise ValueError("the text is empty; give at least one token")
     if file is not None:
         require_file(file)
+    if model in GPT2_CONFIGS and not Path(model).exists():  # before it is downloaded
+        raise ValueError(
+            f"{model} is not a classifier: train one with mygpt classify --model {quote(model)} --data FILE"
+        )
     classifier, tokenizer = open_classifier(model)
     if file is not None:
         texts = read_unlabelled(file, labelled.text_column)
@@ -139,7 +148,7 @@ def classify(
 def open_classifier(model: str) -> tuple[GPTForClassification, Tokenizer]:
     """Return the classifier in a run or a model directory, and its tokenizer."""
     files = find_model_files(model)
-    if not files.path.is_dir():
+    if files.path.is_file():
         raise ValueError(f"{files.path} is a file; give the directory of a classifier")
     classifier = GPTForClassification.from_pretrained(find_directory(files.path) or files.path)
     return classifier, files.tokenizer(classifier.config.vocab_size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from MyGPT.commands._model import check_html_path, encode_for, report_tokenizer
-from MyGPT.commands._recipe import fields_of, read_recipe
+from MyGPT.commands._recipe import fields_of, read_recipe, refuse_unknown_keys
 from MyGPT.config import require_positive
 from MyGPT.files import atomic_write
 from MyGPT.inside import plots
@@ -194,9 +194,10 @@ def _read_training(recipe: str) -> tuple[str, TrainConfig]:
     path, name = (given / "config.yaml", given.resolve().name) if given.is_dir() else (given, given.stem)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {recipe}: {path} does not exist")
-    options = fields_of(TrainConfig, read_recipe(path))
+    options = read_recipe(path)
+    refuse_unknown_keys(path, options)
     try:
-        return name, TrainConfig(**options)
+        return name, TrainConfig(**fields_of(TrainConfig, options))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

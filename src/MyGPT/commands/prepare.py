@@ -6,6 +6,9 @@ import os
 import sys
 from functools import partial
 
+MAX_WORKERS = 1024
+"""The largest number of processes. Each needs some tens of megabytes of memory."""
+
 
 def prepare(
     *files: str,
@@ -40,6 +43,8 @@ def prepare(
     from MyGPT.tokenizers import check_tokenizer, make_tokenizer
 
     require_positive(workers=1 if workers is None else workers)
+    if workers is not None and workers > MAX_WORKERS:
+        raise ValueError(f"workers must be at most {MAX_WORKERS}, got {workers}")
     check_tokenizer(tokenizer, tokenizer_size)
     check_out(out, overwrite)
     paths = find_files(files, report=partial(print, file=sys.stderr))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from MyGPT.commands._memory import require_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import quote
@@ -66,7 +67,10 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
     n_train = len(ids) - round(len(ids) * text.val_fraction)
     torch.manual_seed(training.seed)
-    gpt = GPTModel(dataclasses.replace(model, vocab_size=coder.n_vocab))
+    config = dataclasses.replace(model, vocab_size=coder.n_vocab)
+    if run_options["device"].type == "cpu":
+        require_memory(step_bytes(config, training))
+    gpt = GPTModel(config)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
     train_ids, val_ids = ids[:n_train], ids[n_train:]
@@ -81,6 +85,8 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
             f"the tokenizer has no {ENDOFTEXT} token, which mygpt finetune and dpo need: for a model to train further with "
             "them, use --tokenizer bpe"
         )
+        if training.sample_to_end:
+            print(f"sample_to_end has no effect, because the tokenizer has no {ENDOFTEXT} token", file=sys.stderr)
     try:
         loss = trainer.run()
     except (KeyboardInterrupt, FloatingPointError):  # the curve of a stopped or diverged run is useful too
@@ -90,6 +96,22 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
     print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
+
+
+def step_bytes(config: GPTConfig, training: TrainConfig) -> int:
+    """Return the estimated memory of a training step on a CPU in bytes, with float32 numbers."""
+    from MyGPT.costs import training_memory
+
+    n_sequences = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    memory = training_memory(
+        config,
+        n_sequences,
+        optimizer=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    return (
+        memory.peak + 2 * 8 * training.batch_size * config.context_length
+    )  # the tokens of the batch and their targets
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from MyGPT.files import read_json, reading
 from MyGPT.finetuning.lora import merge
 from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
+from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel, model_of
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
@@ -233,7 +234,8 @@ def _check_values(record: Any, where: str, kinds: dict[str, tuple[type, ...]]) -
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
     for key, allowed in kinds.items():
         if is_missing(record.get(key)) or record[key] == "":
-            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}")
+            hint = "" if key in record else did_you_mean(key, record)
+            raise ValueError(f"{where}: the key {key!r} is missing or empty, there are {', '.join(record)}{hint}")
         if not isinstance(record[key], allowed) or isinstance(record[key], bool):
             raise ValueError(f"{where}: {key!r} must be a text, got {record[key]!r:.80}")
 
@@ -246,7 +248,7 @@ def collate_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> tupl
     rows = [torch.tensor(encode_with_specials(tokenizer, text)[:max_length]) for text in texts]
     for number, row in enumerate(rows):
         if not len(row):
-            raise ValueError(f"a text to classify needs at least one token, text {number} has none")
+            raise ValueError(f"a text to classify needs at least one token, text {number + 1} has none")
     return _pad(rows, _pad_id(None, tokenizer) or 0)
 
 

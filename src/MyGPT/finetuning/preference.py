@@ -117,6 +117,9 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
     record = {key: value for key, value in record.items() if not is_missing(value)}
+    for answer in ANSWERS:
+        if answer not in record:
+            raise ValueError(f"{where}: the key {answer!r} is missing; there are {', '.join(map(str, record))}")
     chosen, rejected = (_answer(record.get(key), f"{where}: {key!r}") for key in ANSWERS)
     is_conversation = isinstance(chosen, list)
     if is_conversation != isinstance(rejected, list):

@@ -49,8 +49,8 @@ class SplitOptions:
 def require_file(path: str | os.PathLike[str]) -> None:
     """Raise FileNotFoundError if there is no file of records at `path`."""
     if not Path(path).is_file():
-        reason = "it is a directory" if Path(path).is_dir() else "there is no such file"
-        raise FileNotFoundError(f"cannot read the records in {path}: {reason}{near_path(path)}")
+        reason = "it is a directory" if Path(path).is_dir() else f"there is no such file{near_path(path)}"
+        raise FileNotFoundError(f"cannot read the records in {path}: {reason}")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from MyGPT.config import TrainingPrecision
+from MyGPT.config import TrainingPrecision, check_seed
 from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
+_LARGEST = 10**12
+"""The largest value of options that are whole numbers, except the seed. Much larger ones overflow in torch."""
 _AT_LEAST_0 = (lambda value: 0 <= value < math.inf), "of at least 0"
 _ABOVE_0 = (lambda value: 0 < value < math.inf), "above 0"
 _BELOW_1 = (lambda value: 0 <= value < 1), "from 0 up to but not including 1"
@@ -107,10 +109,13 @@ class TrainConfig:
             if field.type == "int" or (field.type == "int | None" and value is not None):
                 if type(value) is not int or value < least:
                     raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+                if name != "seed" and value > _LARGEST:
+                    raise ValueError(f"{name} must be at most {_LARGEST:,}, got {value}")
             elif field.type == "float":
                 is_allowed, allowed = _RANGES.get(name, _AT_LEAST_0)
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
                     raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+        check_seed(self.seed)
         if self.min_learning_rate > self.learning_rate:
             rates = f"{self.min_learning_rate} and {self.learning_rate}"
             raise ValueError(f"min_learning_rate must be at most learning_rate, got {rates}")

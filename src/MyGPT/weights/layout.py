@@ -142,6 +142,10 @@ def fit(tensors: LazyTensors, config: GPTConfig) -> dict[str, LazyTensor]:
     if HEAD not in found and WTE in found:
         found[HEAD] = found[WTE]
     expected = shapes(config)
+    if "score.weight" in found:
+        raise ValueError(
+            "it is a text classifier, which mygpt classify uses; it cannot generate text or be trained further"
+        )
     problems = [f"{name} is missing" for name in expected if name not in found]
     for name, tensor in found.items():
         if name not in expected:
