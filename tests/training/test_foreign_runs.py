@@ -520,6 +520,27 @@ def test_an_extended_run_keeps_the_evaluations_of_its_earlier_end(run: Path) -> 
     assert evaluations(run) == extended
 
 
+def test_data_with_another_vocabulary_are_not_taken_for_damaged_checkpoints(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The characters of other data make another vocabulary, so the weights do not fit, even if other data are allowed."""
+    (in_tmp_path / "text.txt").write_text(TEXT)
+    (in_tmp_path / "other.txt").write_text(TEXT.upper() + TEXT)
+    assert main(train_command(Path("text.txt"), Path("run"), "--max_steps", "4", "--sample_every", "0")) == 0
+    allowed = ["--allow_changed", '["data", "data_content"]']
+    assert main(["train", "--resume", "run", "--data", "other.txt", *allowed]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the weights of step 4 do not fit this model (" in error and "no complete checkpoint" not in error
+
+
+def test_a_run_cannot_be_shortened_to_less_than_it_has_trained(run: Path) -> None:
+    """It trained nothing, and config.yaml then had a last step before the checkpoint's."""
+    config = (run / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="the run is at step 8 already, so it cannot end at step 3"):
+        make_trainer(run, change(max_steps=3), resume=True, allow_changed="max_steps").run()
+    assert (run / "config.yaml").read_text() == config
+
+
 @pytest.mark.parametrize("n_steps", [0, 1, 2])
 def test_an_extension_that_is_interrupted_resumes_without_options(n_steps: int, run: Path) -> None:
     """It stops before it writes a checkpoint of its own. The earlier end is neither lost nor doubled."""

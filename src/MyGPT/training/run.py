@@ -35,7 +35,7 @@ from MyGPT.training.directory import (
 from MyGPT.training.metrics import AppendedFile, MetricsLog, read_evaluations
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
-from MyGPT.training.state import RunState
+from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
@@ -372,7 +372,20 @@ class Run:
             if snapshot.context["recipe"].get("warmup_steps") == fitting_warmup(self.config):
                 self._shorten_warmup()
             check_unchanged(snapshot, context, self.allow_changed)
-            self.check_fit(snapshot)
+            step, max_steps = snapshot.state.step, self.config.max_steps
+            if step > max_steps:
+                raise IncompatibleCheckpointError(
+                    f"the run is at step {step} already, so it cannot end at step {max_steps}"
+                )
+            try:
+                self.check_fit(snapshot)
+            except ValueError as error:
+                if snapshot.context["data"].get("architecture") == context["data"].get("architecture"):
+                    raise
+                reason = "options of the model, or a tokenizer that was learned from other data, have changed its size"
+                raise IncompatibleCheckpointError(
+                    f"the weights of step {step} do not fit this model ({error}): {reason}"
+                ) from None
 
         snapshot, warnings = read_newest(directory / CHECKPOINTS, check)
         for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
