@@ -97,7 +97,7 @@ def _read_config(directory: Path) -> LoraConfig:
             default = field.default_factory() if callable(field.default_factory) else field.default
             if field.name not in _OPTIONS and entries.get(field.name) not in (None, False, default):
                 way_out = "merge the adapter with PEFT on transformers' GPT-2, and open the merged model"
-                raise ValueError(f"MyGPT does not support the option {field.name}: {way_out}")
+                raise ValueError(f"the option {field.name} is not supported: {way_out}")
         config: LoraConfig = LoraConfig.from_pretrained(str(directory))
         _refuse_unsafe_options(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -149,14 +149,12 @@ def _refuse_unsafe_options(config: LoraConfig) -> None:
 
 
 def _vocab_size(found: Shapes, config: GPTConfig) -> int:
-    """Return the vocabulary size of the embeddings in an adapter, or that of the model's config if it does not replace them.
+    """Return the vocabulary size of an adapter that contains both the token embedding and the output head.
 
-    `found` maps the adapter's tensor names to shapes.
+    For other adapters, return that of the model's config. `found` maps the adapter's tensor names to shapes.
     """
-    names = [f"base_model.model.{name}" for name in (WTE, HEAD)]
-    sizes = [found[name][0] for name in names if name in found and len(found[name]) == 2]
-    is_complete = len(sizes) == len(names) or (config.tie_weights and sizes)
-    return sizes[0] if is_complete and len(set(sizes)) == 1 else config.vocab_size
+    embedding, head = (found.get(f"base_model.model.{name}", ()) for name in (WTE, HEAD))
+    return embedding[0] if embedding == head and len(embedding) == 2 else config.vocab_size
 
 
 def _resize_vocabulary(model: GPTModel, vocab_size: int) -> None:
