@@ -128,6 +128,12 @@ def with_chat_template(directory: Path, id_of: Any) -> None:
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
 
 
+def with_several_chat_templates(directory: Path, id_of: Any) -> None:
+    with_chat_template(directory, id_of)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+
+
 def with_older_chat_template(directory: Path, id_of: Any) -> None:
     edit_json(directory / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
 
@@ -165,6 +171,7 @@ CHANGES: list[Any] = [
     (no_end, "<|endoftext|>"),
     (no_beginning, "<|im_end|>"),
     (with_chat_template, "<|im_end|>"),
+    (with_several_chat_templates, "<|im_end|>"),
     (with_older_chat_template, "<|im_end|>"),
     (outside, "<|im_start|>"),
     (settings_of_generation, "<|im_end|>"),
