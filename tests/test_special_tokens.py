@@ -256,10 +256,9 @@ def test_training_needs_an_end_that_the_directory_does_not_deny(command: str, tm
         str(tmp_path / "run"),
     ]
     assert main([command, *where]) == 2
-    assert (
-        'tokenizer_config.json has "eos_token": null; name a token there, such as <|endoftext|>'
-        in capsys.readouterr().err
-    )
+    printed = capsys.readouterr()
+    assert printed.out == f"tokenizer: tokenizer.json in {tmp_path / 'foreign'}\n"
+    assert 'tokenizer_config.json has "eos_token": null; name a token there, such as <|endoftext|>' in printed.err
 
 
 def test_a_saved_tokenizer_replaces_the_settings_of_an_older_one(tmp_path: Path) -> None:
