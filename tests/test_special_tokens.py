@@ -128,6 +128,12 @@ def with_chat_template(directory: Path, id_of: Any) -> None:
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
 
 
+def with_several_chat_templates(directory: Path, id_of: Any) -> None:
+    with_chat_template(directory, id_of)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+
+
 def with_older_chat_template(directory: Path, id_of: Any) -> None:
     edit_json(directory / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
 
@@ -165,6 +171,7 @@ CHANGES: list[Any] = [
     (no_end, "<|endoftext|>"),
     (no_beginning, "<|im_end|>"),
     (with_chat_template, "<|im_end|>"),
+    (with_several_chat_templates, "<|im_end|>"),
     (with_older_chat_template, "<|im_end|>"),
     (outside, "<|im_start|>"),
     (settings_of_generation, "<|im_end|>"),
@@ -249,10 +256,9 @@ def test_training_needs_an_end_that_the_directory_does_not_deny(command: str, tm
         str(tmp_path / "run"),
     ]
     assert main([command, *where]) == 2
-    assert (
-        'tokenizer_config.json has "eos_token": null; name a token there, such as <|endoftext|>'
-        in capsys.readouterr().err
-    )
+    printed = capsys.readouterr()
+    assert printed.out == f"tokenizer: tokenizer.json in {tmp_path / 'foreign'}\n"
+    assert 'tokenizer_config.json has "eos_token": null; name a token there, such as <|endoftext|>' in printed.err
 
 
 def test_a_saved_tokenizer_replaces_the_settings_of_an_older_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -18,7 +19,7 @@ from typing import Any, Self
 
 from MyGPT.files import atomic_write, json_text
 from MyGPT.tokenizers.added import MAX_ID, AddedToken
-from MyGPT.tokenizers.settings import CHAT_TEMPLATE, ROLES, token_name
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES, ROLES, token_name
 
 ENDOFTEXT = "<|endoftext|>"
 """The special token that marks the end of a document."""
@@ -119,14 +120,17 @@ class Tokenizer(ABC):
         with atomic_write(directory / "tokenizer_config.json") as file:
             settings = self._settings_to_save(content["model"].get("unk_token"))
             file.write(json_text(settings, ensure_ascii=False, indent=1))
-        for name in self.replaced_files:
-            (directory / name).unlink(missing_ok=True)
+        for path in (directory / name for name in self.replaced_files):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     @property
     def replaced_files(self) -> tuple[str, ...]:
-        """The names of files that must not remain where the tokenizer is saved: tokenizer_config.json has their content."""
+        """The names of files and directories that `save` deletes, because tokenizer_config.json has their content."""
         has_template = self.settings.get("chat_template") is not None
-        return ("special_tokens_map.json", "added_tokens.json", *([CHAT_TEMPLATE] if has_template else []))
+        return ("special_tokens_map.json", "added_tokens.json", *(CHAT_TEMPLATES if has_template else ()))
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """Return a copy of this tokenizer with the settings of a tokenizer_config.json. It shares the vocabulary.

@@ -18,13 +18,13 @@ from MyGPT.tokenizers.base import ENDOFTEXT
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
 from MyGPT.tokenizers.gpt2 import has_gpt2_merges, read_merges
 from MyGPT.tokenizers.nanogpt import META
-from MyGPT.tokenizers.settings import CHAT_TEMPLATE, ROLES, named_tokens, read_object, read_settings, token_name
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES, ROLES, named_tokens, read_object, read_settings, token_name
 
 READABLE = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), (META,))
 """The files of each kind of tokenizer that MyGPT reads. The first kind that a directory contains is used."""
 READABLE_FILES = ", ".join(" with ".join(files) for files in READABLE)
 """The list of these files for messages."""
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATES[0])
 """Files that describe a tokenizer, but do not contain its vocabulary."""
 OTHERS = (
     "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json", "vocab.txt", "dict.txt", "bpe.codes", "vocab.pkl",

@@ -16,8 +16,8 @@ from MyGPT.tokenizers.added import AddedToken, added_token
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a tokenizer_config.json can name."""
-CHAT_TEMPLATE = "chat_template.jinja"
-"""The file in which transformers keeps the template of a conversation."""
+CHAT_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+"""The file in which transformers keeps the template of a conversation, and the directory with further templates."""
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read_chat_templates(directory: Path) -> dict[str, Any]:
     """Return a dict with the key chat_template if a directory has chat_template.jinja or several templates, else no key."""
-    files = {"default": directory / CHAT_TEMPLATE}
-    files |= {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    first, others = (directory / name for name in CHAT_TEMPLATES)
+    files = {"default": first, **{path.stem: path for path in sorted(others.glob("*.jinja"))}}
     templates = {name: read_text(path) for name, path in files.items() if path.is_file()}
     if [*templates] == ["default"]:
         return {"chat_template": templates["default"]}
