@@ -200,7 +200,7 @@ def training_seconds(
     The estimate uses a few training steps on random tokens and `flops_per_second`, the measured speed of matrix products.
     The time to read the text, generate sample texts, compile and write files is not included.
     """
-    plain = dataclasses.replace(training, micro_batch_size=None, compile=False, tensorboard=False)
+    plain = dataclasses.replace(training, micro_batch_size=None, warmup_steps=0, compile=False, tensorboard=False)
 
     def measure_step(part: GPTConfig, batch_size: int) -> float:
         tried = dataclasses.replace(plain, batch_size=batch_size)
