@@ -137,6 +137,8 @@ def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] |
     import torch
 
     torch.set_num_threads(1)
+    # The workers of `prepare` import the main module. They would import the test program, and with it torch.
+    vars(sys.modules["__main__"]).update(__file__=None, __spec__=None)
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115 - open until the process ends
     if prepare is not None:
         prepare()

@@ -24,7 +24,7 @@ from http_server import CONTENT, file, serving, status
 from killing import MOMENTS, Kill, differences, leftovers, remains, run
 from MyGPT.weights import released
 from texts import OPENAI_FILES
-from tiny_runs import RECIPES, TEXT, finetune_command, train_command
+from tiny_runs import RECIPES, TEXT, classify_command, dpo_command, finetune_command, train_command
 
 FILE_MOMENTS = ("fsync", "rename", "replace", "rmtree")
 SIZE = "355M"
@@ -83,18 +83,7 @@ def tasks(place: Path, address: str) -> dict[str, Task]:
         return lambda out: [*finetune_command(place, out, *options), "--resume", "auto"]
 
     def preparing(out: Path) -> list[str]:
-        return [
-            "prepare",
-            str(long),
-            "--out",
-            str(out),
-            "--tokenizer",
-            "chars",
-            "--workers",
-            "2",
-            "--overwrite",
-            "true",
-        ]
+        return ["prepare", str(long), "--out", str(out), *"--tokenizer chars --workers 2 --overwrite true".split()]
 
     def downloading(out: Path) -> list[str]:
         return ["download", SIZE, "--out", str(out), "--base_url", address]
@@ -104,6 +93,8 @@ def tasks(place: Path, address: str) -> dict[str, Task]:
         "finetune": Task(tuning("--lora.dropout", "0.2")),
         "merge": Task(tuning("--merge"), in_merge=True),
         "full": Task(tuning("--full", "--rows", "packed")),
+        "dpo": Task(lambda out: [*dpo_command(place, out), "--resume", "auto"]),
+        "classify": Task(lambda out: [*classify_command(place, out), "--resume", "auto"]),
         "prepare": Task(preparing, all_files, FILE_MOMENTS, longest=1500),
         "download": Task(downloading, all_files, FILE_MOMENTS, before=make_small_model),
     }

@@ -30,22 +30,44 @@ def train_command(text: Path, out: Path, *options: str) -> list[str]:
     return ["train", "--data", str(text), *f"{SIZES} {EVENTS}".split(), *options, "--device", "cpu", "--out", str(out)]
 
 
+EXAMPLES = [(word, n) for word in "abcd" for n in range(1, 8)]
+TUNING = "--epochs 3 --batch_size 4 --checkpoint_every 3 --eval_every 5 --device cpu".split()
+
+
 def finetune_command(place: Path, out: Path, *options: str) -> list[str]:
     """Return the arguments of `mygpt` for a tiny fine-tuning in the directory `out`.
 
     Its model and its records are written to the directory `place` if they are not there yet.
     """
+    records = [{"instruction": f"Say {word} {n} times.", "output": " ".join([word] * n)} for word, n in EXAMPLES]
+    where = _base_and_data(place, place / "records.json", records)
+    return ["finetune", *where, "--out", str(out), *TUNING, "--sample_tokens", "5", *options]
+
+
+def dpo_command(place: Path, out: Path) -> list[str]:
+    """Return the arguments of `mygpt dpo` for a tiny run. See `finetune_command`."""
+    pairs = [{"prompt": f"Say {word}.", "chosen": word * n, "rejected": "x" * n} for word, n in EXAMPLES]
+    where = _base_and_data(place, place / "pairs.json", pairs)
+    return ["dpo", *where, "--out", str(out), *TUNING]
+
+
+def classify_command(place: Path, out: Path) -> list[str]:
+    """Return the arguments of `mygpt classify` for a tiny run. See `finetune_command`."""
+    texts = [{"text": f"Say {word} {n} times.", "label": word} for word, n in EXAMPLES]
+    where = _base_and_data(place, place / "texts.json", texts)
+    return ["classify", *where, "--out", str(out), *TUNING]
+
+
+def _base_and_data(place: Path, path: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Write the records and a model for them, and return the options --model and --data."""
+    path.write_text(json.dumps(records))
     if not (place / "base").exists():
-        words = [(word, n) for word in "abcd" for n in range(1, 8)]
-        records = [{"instruction": f"Say {word} {n} times.", "output": " ".join([word] * n)} for word, n in words]
-        (place / "records.json").write_text(json.dumps(records))
-        texts = [load_template("alpaca").prompt(record) for record in records]
+        prompts = [{"instruction": f"Say {word} {n} times.", "output": ""} for word, n in EXAMPLES]
+        texts = [load_template("alpaca").prompt(record) for record in prompts]
         tokenizer = BPETokenizer.train(texts, 320, progress=False)
         sizes = {"context_length": 128, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
         lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes)).save_pretrained(place / "base", tokenizer)
-    where = ["--model", str(place / "base"), "--data", str(place / "records.json"), "--out", str(out)]
-    events = "--epochs 3 --batch_size 4 --checkpoint_every 3 --eval_every 5 --sample_tokens 5 --device cpu".split()
-    return ["finetune", *where, *events, *options]
+    return ["--model", str(place / "base"), "--data", str(path)]
 
 
 TOKENIZER = CharTokenizer.from_text(TEXT)

@@ -90,6 +90,13 @@ def positions_and_mask(
     return positions, mask[:, None]
 
 
+class VocabularyError(IndexError, ValueError):
+    """Error raised for an id or a label outside the model's vocabulary.
+
+    It is an IndexError as in torch's embeddings, and a ValueError because the command `mygpt` reports these in one line.
+    """
+
+
 def check_inputs(
     config: GPTConfig,
     input_ids: Tensor | None,
@@ -102,7 +109,7 @@ def check_inputs(
 
     Raises:
         ValueError: a wrong shape or dtype, or more tokens than the model or the cache can hold.
-        IndexError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
+        VocabularyError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
     """
     if input_ids is not None and inputs_embeds is None:
         B, T = _check_ids(input_ids, config.vocab_size)
@@ -132,7 +139,7 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[int, int]:
         smallest, largest = map(int, input_ids.aminmax())
         if smallest < 0 or largest >= vocab_size:
             wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
-            raise IndexError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
+            raise VocabularyError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
     return input_ids.shape[0], input_ids.shape[1]
 
 
@@ -153,7 +160,7 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int) -> No
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)]
         if len(wrong):
             allowed = f"0 to {vocab_size - 1}, or {IGNORED} for positions that the loss ignores"
-            raise IndexError(f"label {int(wrong[0])} is outside the vocabulary; labels are {allowed}")
+            raise VocabularyError(f"label {int(wrong[0])} is outside the vocabulary; labels are {allowed}")
 
 
 def _can_read(ids: Tensor) -> bool:

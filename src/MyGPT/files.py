@@ -248,7 +248,11 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file as a hexadecimal string. The file is read in pieces, so it may be larger than the memory."""
+    """Return the SHA-256 of a file as a hexadecimal string. A pipe raises ValueError.
+
+    The file is read in pieces, so it may be larger than the memory.
+    """
+    refuse_pipe(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -276,9 +280,14 @@ def decode_text(data: bytes, path: str | os.PathLike[str]) -> str:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the value in a JSON file. Raises ValueError if the file is damaged, too large, too deeply nested, or a pipe."""
-    if stat.S_ISFIFO(os.stat(path).st_mode):  # Reading would wait for a writer forever.
-        raise ValueError(f"{path} is a pipe, a JSON file must be an ordinary file")
+    refuse_pipe(path)
     return parse_json(read_text(path, MAX_JSON_BYTES), path)
+
+
+def refuse_pipe(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if `path` is a pipe, because a read would wait, perhaps forever, for another process to write."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise ValueError(f"{path} is a pipe: it must be an ordinary file")
 
 
 def json_text(value: Any, **options: Any) -> str:

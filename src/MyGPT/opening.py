@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from MyGPT.devices import pick_device
 from MyGPT.files import present_directory, reading
 from MyGPT.finetuning.foreign_adapters import base_of_adapter, open_adapter
 from MyGPT.finetuning.lora import merge
-from MyGPT.messages import quote
+from MyGPT.messages import FileWarning, quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
@@ -84,7 +85,7 @@ class ModelFiles:
         `vocab_size` is the number of tokens of the model. If no tokenizer is saved and `vocab_size` is that of GPT-2, the
         result is GPT-2's tokenizer, and its `is_assumed` is True.
 
-        Raises ValueError if the tokenizer is missing, damaged or not supported, or has tokens that the model lacks.
+        Raises ValueError if the tokenizer is missing, damaged or not supported.
         """
         found = next((place for place in self._tokenizer_directories() if find_files(place)), None)
         if found is not None:
@@ -130,7 +131,7 @@ class ModelFiles:
 def _fit(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """Return the tokenizer, without a padding token and optional tokens for which the model has no row.
 
-    Raises ValueError if the tokenizer has other tokens that the model lacks.
+    If the tokenizer has other tokens that the model lacks, a FileWarning says so. A text with such a token is an error later.
     """
     if tokenizer.n_vocab <= vocab_size:
         return tokenizer
@@ -142,8 +143,9 @@ def _fit(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         tokenizer = tokenizer.without_added(beyond)
     if tokenizer.n_vocab > vocab_size:
         sizes = f"ids up to {tokenizer.n_vocab - 1:,}, but the model's ids end at {vocab_size - 1:,}"
-        way_out = "use the tokenizer of this model, or resize its embeddings with transformers"
-        raise ValueError(f"the tokenizer does not fit the model: {tokenizer.source} has {sizes}: {way_out}")
+        effect = "a text with one of the other tokens will be an error"
+        message = f"the tokenizer does not fit the model: {tokenizer.source} has {sizes}: {effect}"
+        warnings.warn(message, FileWarning, stacklevel=3)
     return tokenizer
 
 

@@ -89,7 +89,13 @@ def replace_record(path: Path) -> None:
     path.with_suffix(".json").write_text('{"bytes": 1, "sha256": []}')
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: list[Any] = [
+    replace_by_pipe, lambda path: replace_by_pipe(path.with_suffix(".json")),
     cut, flip, replace_record, Path.unlink, lambda path: os.truncate(path, 0), lambda path: path.write_bytes(b"x" * 99),
     lambda path: path.with_suffix(".json").unlink(), lambda path: cut(path.with_suffix(".json")),
     lambda path: path.chmod(0o666), lambda path: path.with_suffix(".json").chmod(0o620), lambda path: path.chmod(0o602),
@@ -139,6 +145,24 @@ def test_nothing_is_loaded_from_a_directory_in_which_others_write(
     assert "generating with torch's operators" in error and len(error.splitlines()) == 1
     ids = torch.tensor([[1, 2]])
     assert torch.equal(generate(fast, ids, 5), generate(model, ids, 5))
+
+
+@needs_compiler
+@posix
+def test_a_directory_that_is_a_link_is_named_as_one(cache: Path) -> None:
+    (cache / "kernels").rename(cache / "elsewhere")
+    (cache / "kernels").symlink_to(cache / "elsewhere")
+    with pytest.raises(OSError, match=r"no compiled code is loaded from .*, because it is a symbolic link: remove it"):
+        Build()
+
+
+@posix
+def test_a_cache_that_cannot_be_created_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(kernel, "find_compiler", lambda: "c++")
+    with pytest.raises(OSError, match=r"the cache for the compiled kernel cannot be created: .*file: (File|Not a)"):
+        Build()
 
 
 @needs_compiler
@@ -201,8 +225,8 @@ def test_processes_that_compile_at_the_same_time_leave_one_kernel(tmp_path: Path
         ("exit 0", "No such file"),
         ('for last; do :; done; echo no kernel > "$last"', "file too short|invalid ELF"),
         ('for last; do :; done; : > "$last"', "file too short"),
-        ("exit 1", "could not compile the kernel"),
-        ("kill -9 $$", "could not compile the kernel"),
+        ("exit 1", "could not compile the kernel: exit status 1"),
+        ("kill -9 $$", "could not compile the kernel: exit status -9"),
         ("printf '\\377\\376 error: x' >&2; exit 1", "error: x"),
         ("sleep 60", "did not compile the kernel within 1 seconds"),
         ("sleep 60 & sleep 60", "did not compile the kernel within 1 seconds"),

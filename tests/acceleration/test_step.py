@@ -349,13 +349,17 @@ def test_a_nan_or_infinite_activation_makes_its_row_not_finite(precision: Any, v
 @pytest.mark.parametrize(
     "name", ["transformer.wpe.weight", "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"]
 )
-def test_a_nan_weight_gives_nan_logits_as_in_the_model(name: str, precision: Any, compiled: bool) -> None:
-    """int8 used to round NaN to a number, so that a damaged model generated text without a warning."""
+def test_a_nan_weight_gives_nan_logits_or_an_error(name: str, precision: Any, compiled: bool) -> None:
+    """int8 has no NaN, so a damaged model is refused. It used to generate text without a warning."""
     model = make_model(tie_weights=True)
     with torch.no_grad():
         model.get_parameter(name)[2, 3] = torch.nan
     ids = torch.tensor([[0, 1, 2, 3]])
     assert model(ids)[0, 2:].isnan().all()
+    if precision == "int8":
+        with pytest.raises(FloatingPointError, match=f"a weight of {name} is nan"):
+            accelerate(model, precision, compiled=compiled)
+        return
     fast = accelerate(model, precision, compiled=compiled)
     assert in_pieces(fast, ids, torch.ones_like(ids), 3, 1)[0, 2:].isnan().all()
 

@@ -377,7 +377,10 @@ def test_a_text_a_list_and_a_generator_give_the_same_tokenizer(trained: BPEToken
     )
 
 
-def test_training_shows_a_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_shows_a_progress_bar_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     BPETokenizer.train("aaab", 258, progress=True)
     assert "learning merges" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import tokenizers
 from conftest import lively_model
 from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, get_tokenizer, load_tokenizer, open_model
 from MyGPT.cli import main
+from MyGPT.messages import FileWarning
 from MyGPT.opening import find_model_files
+from MyGPT.tokenizers import Tokenizer
 from MyGPT.tokenizers.gpt2 import gpt2_vocabulary
 from MyGPT.weights.hub import _choose_files
 from oracles_layouts import NanoGPT
@@ -272,18 +275,29 @@ def test_gpt2s_tokenizer_is_assumed_only_without_files_and_reported(
 
 
 @pytest.mark.parametrize("n_missing", [1, 3])
-def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused_when_it_is_opened(tmp_path: Path, n_missing: int) -> None:
-    """It ended in an IndexError at the first text with such a token."""
-    for name, tokenizer in (
-        ("bpe", BPETokenizer.train(SPANISH, 290, progress=False)),
-        ("chars", CharTokenizer.from_text(SPANISH)),
-    ):
-        n = tokenizer.n_vocab
-        config = GPTConfig(n - n_missing, context_length=16, emb_dim=4, n_heads=1, n_layers=1)
-        lively_model(config).save_pretrained(tmp_path / name, tokenizer)
-        words = f"does not fit the model: tokenizer.json in .*{name} has ids up to {n - 1}, but .* end at {n - n_missing - 1}"
-        with pytest.raises(ValueError, match=words):
-            open_model(tmp_path / name, "cpu")
+@pytest.mark.parametrize(
+    "tokenizer", [BPETokenizer.train(SPANISH, 290, progress=False), CharTokenizer.from_text(SPANISH)]
+)
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_opened_with_a_warning(
+    tmp_path: Path, tokenizer: Tokenizer, n_missing: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers opens such a model too. A text with a token that the model lacks was a traceback."""
+    n = tokenizer.n_vocab
+    known, unknown = "a", tokenizer.decode([n - 1])
+    config = GPTConfig(n - n_missing, context_length=16, emb_dim=4, n_heads=1, n_layers=1)
+    lively_model(config).save_pretrained(tmp_path, tokenizer)
+    words = f"does not fit the model: tokenizer.json in .* has ids up to {n - 1}, but .* end at {n - n_missing - 1}"
+    with pytest.warns(FileWarning, match=words):
+        model, opened = open_model(tmp_path, "cpu")
+    assert opened.encode(unknown) == [n - 1]
+    with pytest.raises((IndexError, ValueError), match="outside the vocabulary"):
+        model(torch.tensor([opened.encode(unknown)]))
+    generate = ["generate", "--model", str(tmp_path), "--device", "cpu", "--max_new_tokens", "2", "--prompt"]
+    assert main([*generate, known]) == 0
+    note, *_ = capsys.readouterr().err.splitlines()
+    assert re.match(f"note: .*{words}", note)
+    assert main([*generate, unknown]) == 2
+    assert f"id {n - 1} is outside the vocabulary" in capsys.readouterr().err
 
 
 def test_a_padding_token_that_the_model_lacks_is_left_out(copy: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from conftest import lively_model
 from MyGPT import BPETokenizer, GPTConfig
 from MyGPT.cli import main
+from MyGPT.commands.train import draw_losses
 from MyGPT.data.prepare import prepare
 from MyGPT.training.checkpoint import CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
@@ -107,6 +109,7 @@ WRONG_VALUES: list[tuple[tuple[str, ...], Any]] = [
     (("n_skipped",), 9),
     (("evals_since_best",), 10**6),
     (("best_loss",), "nan"),
+    (("best_loss",), "-inf"),
     (("best_loss",), math.nan),
     (("tokens_seen",), [[1]]),
     (("mean_grad_norm",), {"a": 1}),
@@ -264,7 +267,10 @@ def test_a_link_out_of_a_run_is_never_written_through(name: str, how: str, run: 
         link.unlink(missing_ok=True)
     before = {path: path.read_bytes() for path in (outside, *outside.rglob("*")) if path.is_file()}
     link.symlink_to(outside)
-    with pytest.raises(ValueError, match=r"is a symbolic link to .*: remove the link, or copy the run with cp -RL"):
+    with pytest.raises(
+        ValueError,
+        match=r"is a symbolic link to .*: copy the run with cp -RL, or move the whole run, because .* itself may be a link",
+    ):
         make_trainer(run, resume=how == "resume", overwrite=how == "overwrite").run()
     assert {path: path.read_bytes() for path in (outside, *outside.rglob("*")) if path.is_file()} == before
     assert link.is_symlink()
@@ -286,6 +292,78 @@ def test_a_hard_linked_backup_of_a_log_is_not_cut(run: Path) -> None:
     before = (run.parent / "backup.jsonl").read_bytes()
     make_trainer(run, resume=True).run()
     assert (run.parent / "backup.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("name", [".process", ".lock", "metrics.jsonl", "samples.txt", "checkpoints/latest"])
+def test_a_pipe_in_a_run_is_refused(name: str, run: Path) -> None:
+    """A process that opens a pipe waits until another process opens its other end, so the run hung."""
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)} is a pipe, socket or device, not a file of a run: remove it"
+    ):
+        make_trainer(run, resume=True).run()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "weights.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_damage(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoints/step-000008" / name
+    path.unlink()
+    os.mkfifo(path)
+    with make_trainer(run, resume=True) as trainer:
+        assert trainer.step_number == 6
+    assert f"{path} is a pipe: it must be an ordinary file" in capsys.readouterr().err
+
+
+# Missing and damaged files of the user's own run
+
+
+@pytest.mark.parametrize("early_stop", [None, 1])
+@pytest.mark.parametrize("max_steps", [8, 9])
+def test_a_run_whose_best_model_was_deleted_saves_the_next_one(
+    max_steps: int, early_stop: int | None, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run trained to its end, and then failed because there was no model to restore."""
+    shutil.rmtree(run / "model")
+    for key, value in (("best_loss", 0.0), ("best_step", 4), ("evaluated_step", 8), ("evals_since_best", 1)):
+        change_state(run / "checkpoints/step-000008", key, value=value)
+    options = {"max_steps": max_steps, "early_stop": early_stop}
+    trainer = make_trainer(run, change(**options), resume=True, allow_changed=list(options))
+    assert math.isfinite(trainer.run())
+    assert (run / "model/model.safetensors").is_file()
+    assert "model is missing, so the model with the next validation loss is saved there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\0" * 512,
+        b"{broken}\n",
+        b'{"step": 8, "val_loss": "x", "final_val_loss": 1.0}\n',
+        b'{"step": -1, "val_loss": 0.0}\n',
+    ],
+)
+def test_a_run_with_damaged_lines_at_the_end_of_its_log_is_extended(garbage: bytes, run: Path) -> None:
+    """A power failure leaves such lines."""
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(garbage)
+    make_trainer(run, change(max_steps=12), resume=True, allow_changed="max_steps").run()
+    assert read_metrics(run)[-1]["step"] == 12
+
+
+def test_a_damaged_log_does_not_fail_a_run_that_has_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").write_bytes(b"broken\n" + (run / "metrics.jsonl").read_bytes())
+    draw_losses(run)
+    assert f"loss.png was not drawn, because {run}/metrics.jsonl, line 1 is damaged" in capsys.readouterr().err
+
+
+def test_a_long_name_of_a_machine_is_shortened(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_state(run / "checkpoints/step-000008", "machine", "torch", value="x" * 5000)
+    with make_trainer(run, resume=True):
+        pass
+    assert f"torch was {'x' * 80} and is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("reason", ["a link", "another process", "a changed recipe"])
@@ -440,6 +518,27 @@ def test_an_extended_run_keeps_the_evaluations_of_its_earlier_end(run: Path) -> 
     extended = evaluations(run)
     make_trainer(run, change(max_steps=12), resume=True).run()  # finished again: nothing is lost or doubled
     assert evaluations(run) == extended
+
+
+def test_data_with_another_vocabulary_are_not_taken_for_damaged_checkpoints(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The characters of other data make another vocabulary, so the weights do not fit, even if other data are allowed."""
+    (in_tmp_path / "text.txt").write_text(TEXT)
+    (in_tmp_path / "other.txt").write_text(TEXT.upper() + TEXT)
+    assert main(train_command(Path("text.txt"), Path("run"), "--max_steps", "4", "--sample_every", "0")) == 0
+    allowed = ["--allow_changed", '["data", "data_content"]']
+    assert main(["train", "--resume", "run", "--data", "other.txt", *allowed]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the weights of step 4 do not fit this model (" in error and "no complete checkpoint" not in error
+
+
+def test_a_run_cannot_be_shortened_to_less_than_it_has_trained(run: Path) -> None:
+    """It trained nothing, and config.yaml then had a last step before the checkpoint's."""
+    config = (run / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="the run is at step 8 already, so it cannot end at step 3"):
+        make_trainer(run, change(max_steps=3), resume=True, allow_changed="max_steps").run()
+    assert (run / "config.yaml").read_text() == config
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 2])

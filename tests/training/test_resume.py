@@ -317,7 +317,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_earlier_ones_st
 
     monkeypatch.setattr(checkpoint, "write_safetensors", failing)
     make_trainer(tmp_path / "run").run()
-    assert f"could not be written: [Errno {code}]" in capsys.readouterr().err
+    assert f": {os.strerror(code)}\n" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "latest",
         "step-000002",

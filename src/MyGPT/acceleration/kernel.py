@@ -22,10 +22,11 @@ import time
 import weakref
 from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from MyGPT.download import cache_directory
-from MyGPT.files import atomic_write, read_json
+from MyGPT.files import atomic_write, read_json, sha256_of
+from MyGPT.messages import error_message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +138,8 @@ class Build:
             raise OSError(f"{find_compiler()} did not compile the kernel within {limit}") from None
         if compiler.returncode != 0:
             first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
-            raise OSError(f"{find_compiler()} could not compile the kernel: {first}")
+            reason = first or f"exit status {compiler.returncode}"
+            raise OSError(f"{find_compiler()} could not compile the kernel: {reason}")
         try:
             # A file that is no kernel never gets into the cache. An open library survives its new name.
             kernel = _open(self.unfinished)
@@ -162,13 +164,12 @@ def _store(unfinished: Path, library: Path) -> None:
     """Move a compiled file to its place in the cache, and store its length and SHA-256 beside it."""
     unfinished.chmod(0o600)
     with open(unfinished, "rb") as file:
-        content = file.read()
         os.fsync(file.fileno())
     _record(library).unlink(missing_ok=True)
     os.replace(unfinished, library)
     with atomic_write(_record(library)) as record:
         Path(record.name).chmod(0o600)  # also where the user's umask lets the group write
-        json.dump({"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, record)
+        json.dump(_length_and_hash(library), record)
 
 
 def _is_intact(library: Path) -> bool:
@@ -180,11 +181,15 @@ def _is_intact(library: Path) -> bool:
         return False
     _refuse_shared(library.parent)
     try:
-        content, recorded = library.read_bytes(), read_json(_record(library))
-    except (OSError, ValueError):
+        return read_json(_record(library)) == _length_and_hash(library) and not any(
+            _is_shared(path) for path in (library, _record(library))
+        )
+    except (OSError, ValueError):  # missing, damaged, or a pipe
         return False
-    found = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return found == recorded and not any(_is_shared(path) for path in (library, _record(library)))
+
+
+def _length_and_hash(library: Path) -> dict[str, Any]:
+    return {"bytes": library.stat().st_size, "sha256": sha256_of(library)}
 
 
 def _record(library: Path) -> Path:
@@ -193,15 +198,21 @@ def _record(library: Path) -> Path:
 
 def _make_private_directory(directory: Path) -> None:
     """Create a directory to which only this user can write. Raises OSError if it exists and others can write to it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the cache for the compiled kernel cannot be created: {error_message(error)}") from None
     _refuse_shared(directory)
 
 
 def _refuse_shared(directory: Path) -> None:
-    """Raise OSError if another user owns `directory` or can write to it, and could thus run code as this user."""
+    """Raise OSError if another user owns `directory` or can write to it, and could thus run code as this user.
+
+    A symbolic link is refused too.
+    """
     if _is_shared(directory):
-        reason = "another user owns it or can write to it"
+        reason = "it is a symbolic link" if directory.is_symlink() else "another user owns it or can write to it"
         raise OSError(f"no compiled code is loaded from {directory}, because {reason}: remove it")
 
 

@@ -19,6 +19,7 @@ from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLi
 from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import Precision
 from MyGPT.loss import TiedHead
+from MyGPT.messages import error_message
 from MyGPT.model import Block, GPTModel
 from MyGPT.sampling import require_finite
 
@@ -61,7 +62,7 @@ def accelerate(
         except OSError as error:
             if compiled:
                 raise
-            print(f"{error}; generating with torch's operators, which is slower", file=sys.stderr)
+            print(f"{error_message(error)}; generating with torch's operators, which is slower", file=sys.stderr)
     return FastModel(model, precision, kernel)
 
 

@@ -23,6 +23,7 @@ from MyGPT.costs import estimate_step_seconds, matmul_speed, median_seconds
 from MyGPT.data.sources import BUILT_IN, DOWNLOADS
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory
+from MyGPT.messages import error_message
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import get_tokenizer
 from MyGPT.training.arithmetic import autocast_dtype
@@ -117,7 +118,7 @@ def find_vocabulary() -> Finding:
         n = get_tokenizer("gpt2").n_vocab
     except (ValueError, OSError) as error:
         fix = "pip install --force-reinstall --no-deps mygpt"
-        return Finding("vocabulary", f"GPT-2's cannot be opened: {error}", fix)
+        return Finding("vocabulary", f"GPT-2's cannot be opened: {error_message(error)}", fix)
     return Finding("vocabulary", f"GPT-2's {n:,} tokens; the hash equals OpenAI's")
 
 
@@ -176,7 +177,7 @@ def find_recipe(file: Path, device: torch.device, flops_per_second: float) -> Fi
     try:
         config, training, recipe = read_plan(str(file))
     except (ValueError, OSError) as error:
-        return Finding(label, f"cannot be read: {error}", f"correct {file}")
+        return Finding(label, f"cannot be read: {error_message(error)}", f"correct {file}")
     if training is None:
         return Finding(label, "describes only a model")
     bf16 = autocast_dtype(device, training.precision, config.emb_dim) is not None
@@ -199,7 +200,7 @@ def training_seconds(
     The estimate uses a few training steps on random tokens and `flops_per_second`, the measured speed of matrix products.
     The time to read the text, generate sample texts, compile and write files is not included.
     """
-    plain = dataclasses.replace(training, micro_batch_size=None, compile=False, tensorboard=False)
+    plain = dataclasses.replace(training, micro_batch_size=None, warmup_steps=0, compile=False, tensorboard=False)
 
     def measure_step(part: GPTConfig, batch_size: int) -> float:
         tried = dataclasses.replace(plain, batch_size=batch_size)

@@ -42,6 +42,8 @@ def open_base(
         gpt = GPTModel.from_pretrained(files.path, dtype=dtype)
         tokenizer = files.tokenizer(gpt.config.vocab_size)
     report_tokenizer(tokenizer)
+    if not tokenizer.is_assumed:
+        print(f"tokenizer: {tokenizer.source}")
     if needs_end_token:
         require_end_token(tokenizer, f"mygpt {command}", model)
         gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from MyGPT.commands._recipe import read_plan
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.messages import error_message
 from MyGPT.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def explain(name: str) -> str:
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]
     if files.adapter is not None:
-        from MyGPT.finetuning.foreign_adapters import count_adapter_parameters
+        from MyGPT.finetuning.foreign_adapters import adapted_config, count_adapter_parameters
 
         rows.insert(0, ("adapter", f"{files.adapter}, {count_adapter_parameters(files.adapter):,} parameters"))
     if checkpoint.config is None:
@@ -81,7 +82,9 @@ def explain(name: str) -> str:
         fit(checkpoint.tensors, config)
         rows += [("complete", "yes"), *(("note", note) for note in checkpoint.notes)]
     except ValueError as error:
-        rows.append(("complete", f"no: {error}"))
+        rows.append(("complete", f"no: {error_message(error)}"))
+    if files.adapter is not None:
+        config = adapted_config(config, files.adapter)
     rows.append(("tokenizer", tokenizer_source(name, config.vocab_size)))
     return describe(name, config, rows)
 
@@ -93,7 +96,7 @@ def tokenizer_source(name: str, vocab_size: int) -> str:
     try:
         return find_model_files(name).tokenizer(vocab_size).source
     except (ValueError, OSError) as error:
-        return f"none: {error}"
+        return f"none: {error_message(error)}"
 
 
 def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:

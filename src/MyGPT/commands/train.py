@@ -13,7 +13,7 @@ from typing import Any
 from MyGPT.commands._memory import require_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
-from MyGPT.messages import quote
+from MyGPT.messages import error_message, quote
 from MyGPT.training.config import TrainConfig
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
@@ -138,8 +138,8 @@ def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tup
 def draw_losses(run: Path) -> None:
     """Draw the losses that were recorded in the run directory `run`, and write the picture to loss.png in this directory.
 
-    Without recorded losses, nothing is written. If matplotlib is missing or the picture cannot be written, the reason is
-    printed.
+    Without recorded losses, nothing is written. If matplotlib is missing, metrics.jsonl is damaged, or the picture cannot be
+    written, the reason is printed.
     """
     if not (run / "metrics.jsonl").is_file():
         return
@@ -150,6 +150,8 @@ def draw_losses(run: Path) -> None:
         return
     except ImportError:
         reason = "matplotlib is not installed: pip install 'mygpt[plots]'"
+    except ValueError as error:
+        reason = error_message(error)
     except OSError as error:
-        reason = f"it could not be written: {error}"
+        reason = f"it could not be written: {error_message(error)}"
     print(f"loss.png was not drawn, because {reason}", file=sys.stderr)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from MyGPT.files import atomic_directory, atomic_write, json_text, read_json, sha256_of
+from MyGPT.messages import error_message
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
@@ -104,7 +105,7 @@ def read_newest(
         except IncompatibleCheckpointError:
             raise
         except (ValueError, OSError) as error:
-            problems.append(f"{path} is not used: {error}")
+            problems.append(f"{path} is not used: {error_message(error)}")
     raise ValueError(f"there is no complete checkpoint in {directory}" + "".join(f"; {it}" for it in problems))
 
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from MyGPT.messages import printable
+from MyGPT.messages import error_message, printable
 
 
 class Console:
@@ -120,7 +120,9 @@ class Console:
             if not self._has_reported:
                 self._has_reported = True
                 with contextlib.suppress(OSError):
-                    print(f"some of the output could not be printed: {error}", file=sys.stderr, flush=True)
+                    print(
+                        f"some of the output could not be printed: {error_message(error)}", file=sys.stderr, flush=True
+                    )
 
 
 class SilentConsole(Console):

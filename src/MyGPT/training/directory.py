@@ -40,9 +40,9 @@ def is_empty_run(run: Path) -> bool:
 def lock_directory(run: Path) -> FileLock:
     """Create the directory `run`, lock it and return the lock. The end of the process also releases the lock.
 
-    Raises ValueError if the directory is locked already, or if a file that a run writes is a symbolic link.
+    Raises ValueError if the directory is locked already, or if a file of the run is a symbolic link or a pipe.
     """
-    _refuse_links(run)
+    _check_entries(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / _LOCK, thread_local=False)  # A Trainer may be closed by another thread.
     this_process = f"process {os.getpid()} on {socket.gethostname()}"
@@ -62,22 +62,29 @@ def lock_directory(run: Path) -> FileLock:
     return lock
 
 
-def _refuse_links(run: Path) -> None:
-    """Raise ValueError if a file or directory that a run writes, or its temporary version, is a symbolic link.
+def _check_entries(run: Path) -> None:
+    """Raise ValueError if an entry that a run reads or writes is a symbolic link, or neither a file nor a directory.
 
-    A run that comes from somebody else could otherwise change any file of the user. `run` itself may be a link.
+    A run that comes from somebody else could otherwise change any file of the user, or wait forever for a pipe. `run`
+    itself may be a link.
     """
-    written = {
+    used = {
         run: (_LOCK, _PROCESS, *_RUN_FILES),
         run / CHECKPOINTS: ("step-*", "latest"),
         run / "model": (TEMPLATE_FILE,),
         run / "adapter": (TEMPLATE_FILE,),
     }
-    for directory, names in written.items():
+    for directory, names in used.items():
         for path in directory.iterdir() if directory.is_dir() else ():
-            if path.is_symlink() and any(fnmatch(path.name, it) for name in names for it in (name, f".{name}.*")):
-                reason = f"a symbolic link to {os.readlink(path)}, and a run is not written through links"
-                raise ValueError(f"{path} is {reason}: remove the link, or copy the run with cp -RL")
+            if not any(fnmatch(path.name, it) for name in names for it in (name, f".{name}.*")):
+                continue
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path} is a symbolic link to {os.readlink(path)}, and a run is not written through links: copy the "
+                    f"run with cp -RL, or move the whole run, because {run} itself may be a link"
+                )
+            if not path.is_file() and not path.is_dir():
+                raise ValueError(f"{path} is a pipe, socket or device, not a file of a run: remove it")
 
 
 def log_lengths(run: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from MyGPT.files import json_text, parse_json, read_text
+from MyGPT.messages import error_message
 
 
 class AppendedFile:
@@ -44,7 +45,9 @@ class AppendedFile:
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, length)
             if self.failure is None:
-                self._report(f"{self.path} could not be written, and the next write tries again: {error}")
+                self._report(
+                    f"{self.path} could not be written, and the next write tries again: {error_message(error)}"
+                )
             self.failure = error
         else:
             self._waiting, self.failure = "", None
@@ -77,7 +80,9 @@ class MetricsLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         except OSError as error:
-            self._report(f"the TensorBoard files end at step {step}, because they could not be written: {error}")
+            self._report(
+                f"the TensorBoard files end at step {step}, because they could not be written: {error_message(error)}"
+            )
             self._writer = None
 
     def close(self) -> None:
@@ -120,20 +125,25 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def evaluations_after(run: Path, n_bytes: int, last_step: int) -> list[dict[str, Any]]:
+def read_evaluations(run: Path, n_bytes: int = 0, last_step: int = 2**63) -> list[dict[str, Any]]:
     """Return the evaluations of steps up to `last_step` that metrics.jsonl contains after its first `n_bytes` bytes.
 
-    A finished run records them after its last checkpoint. Damaged lines are ignored, because a run that is resumed from
-    this checkpoint removes everything after the first `n_bytes` bytes.
+    Their values `val_loss` and `final_val_loss` are floats. Damaged lines, such as those that a power failure leaves at the
+    end, are ignored, so a run with such lines can be resumed.
     """
     path = run / "metrics.jsonl"
     evaluations = []
     for line in path.read_bytes()[n_bytes:].splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
             record = _parse_record(line, path)
-            if not isinstance(record, dict) or not _is_int64(record.get("step")) or record["step"] > last_step:
+            if (
+                not isinstance(record, dict)
+                or not _is_int64(record.get("step"))
+                or not 0 <= record["step"] <= last_step
+            ):
                 continue
-            if any(isinstance(record.get(name), float) for name in ("val_loss", "final_val_loss")):
+            losses = [record[name] for name in ("val_loss", "final_val_loss") if name in record]
+            if losses and all(isinstance(loss, float) for loss in losses):
                 evaluations.append(record)
     return evaluations
 

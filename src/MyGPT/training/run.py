@@ -18,7 +18,7 @@ import yaml
 
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
-from MyGPT.messages import quote
+from MyGPT.messages import error_message, quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
@@ -32,10 +32,10 @@ from MyGPT.training.directory import (
     remove_run,
     remove_unfinished,
 )
-from MyGPT.training.metrics import AppendedFile, MetricsLog, evaluations_after, read_metrics
+from MyGPT.training.metrics import AppendedFile, MetricsLog, read_evaluations
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
-from MyGPT.training.state import RunState
+from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
@@ -228,7 +228,9 @@ class Run:
         try:
             save()
         except OSError as error:
-            self.console.warn(f"the model could not be saved, and the next best model will be saved instead: {error}")
+            self.console.warn(
+                f"the model could not be saved, and the next best model will be saved instead: {error_message(error)}"
+            )
             self._failures["the model"] = error
             return False
         self._failures.pop("the model", None)
@@ -239,8 +241,10 @@ class Run:
         self._flush_logs()
         logs = [log.failure for log in self._logs() if log.failure is not None]
         if failures := [*self._failures.values(), *logs]:
-            way_out = "" if self.writer is None else f"; --resume {self.directory} completes the run after that"
-            text = "; ".join(map(str, failures))
+            way_out = (
+                "" if self.writer is None else f"; --resume {quote(self.directory or '')} completes the run after that"
+            )
+            text = "; ".join(map(error_message, failures))
             raise OSError(f"{text}; make room on the disk or correct its permissions{way_out}{self._last_checkpoint()}")
 
     def restore_best_model(self, state: RunState) -> None:
@@ -353,7 +357,7 @@ class Run:
 
     def _report_failed_checkpoint(self) -> None:
         if self.writer is not None and self.writer.failure is not None:
-            self.console.warn(f"a checkpoint could not be written: {self.writer.failure}")
+            self.console.warn(f"a checkpoint could not be written: {error_message(self.writer.failure)}")
             self.writer.failure = None
 
     def _rewind(self, directory: Path) -> Snapshot:
@@ -368,19 +372,36 @@ class Run:
             if snapshot.context["recipe"].get("warmup_steps") == fitting_warmup(self.config):
                 self._shorten_warmup()
             check_unchanged(snapshot, context, self.allow_changed)
-            self.check_fit(snapshot)
+            step, max_steps = snapshot.state.step, self.config.max_steps
+            if step > max_steps:
+                raise IncompatibleCheckpointError(
+                    f"the run is at step {step} already, so it cannot end at step {max_steps}"
+                )
+            try:
+                self.check_fit(snapshot)
+            except ValueError as error:
+                if snapshot.context["data"].get("architecture") == context["data"].get("architecture"):
+                    raise
+                reason = "options of the model, or a tokenizer that was learned from other data, have changed its size"
+                raise IncompatibleCheckpointError(
+                    f"the weights of step {step} do not fit this model ({error}): {reason}"
+                ) from None
 
         snapshot, warnings = read_newest(directory / CHECKPOINTS, check)
         for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
             self.console.warn(warning)
         lengths = log_lengths(directory) | snapshot.context["lengths"]
         kept = self._past_evaluations(directory, lengths["metrics.jsonl"], snapshot.state)
-        if self.allow_changed and (directory / "metrics.jsonl").is_file():
-            saved = (record for record in read_metrics(directory) if _NOT_SAVED not in record)
-            pairs = [(record["val_loss"], record["step"]) for record in saved if "val_loss" in record]
-            if finite := [(loss, step) for loss, step in pairs if math.isfinite(loss)]:
+        if self.allow_changed:
+            saved = [it for it in read_evaluations(directory) if "val_loss" in it and _NOT_SAVED not in it]
+            if finite := [(it["val_loss"], it["step"]) for it in saved if math.isfinite(it["val_loss"])]:
                 # A changed run does not repeat the losses: the best model on the disk stays until it is beaten.
                 snapshot.state.best_loss, snapshot.state.best_step = min(finite)
+        best = self.best_model.place(directory)
+        if snapshot.state.best_step is not None and not best.is_dir():
+            self.console.warn(f"{best} is missing, so the model with the next validation loss is saved there")
+            # Without evaluated_step, a run that takes no further step is evaluated again, and its last model is saved.
+            snapshot.state.best_loss, snapshot.state.best_step, snapshot.state.evaluated_step = math.inf, None, None
         if self.allow_changed:
             self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
         for name, length in lengths.items():
@@ -395,7 +416,7 @@ class Run:
         """
         if state.step >= self.config.max_steps:
             return b""
-        records = evaluations_after(directory, length, state.step)
+        records = read_evaluations(directory, length, state.step)
         for record in records:
             if record["step"] == state.step != state.evaluated_step and "val_loss" in record:
                 state.add_evaluation(record["val_loss"], is_saved=_NOT_SAVED not in record)

@@ -258,7 +258,7 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
         )
     machine = snapshot.context["machine"]
     return [
-        f"{key} was {machine.get(key)} and is {value}: the results may differ in the last digits"
+        f"{key} was {machine.get(key)!s:.80} and is {value}: the results may differ in the last digits"
         for key, value in context["machine"].items()
         if machine.get(key) != value
     ]

@@ -98,8 +98,8 @@ class RunState:
         for name in ("evaluated_step", "evals_since_best", "n_skipped"):
             if (getattr(state, name) or 0) > state.step:
                 raise ValueError(f"{name} must be at most the step {state.step}, got {getattr(state, name)}")
-        if math.isnan(state.best_loss):
-            raise ValueError("best_loss must be a number or infinity, got nan")
+        if math.isnan(state.best_loss) or state.best_loss == -math.inf:  # No later loss would be lower.
+            raise ValueError(f"best_loss must be a number or inf, got {state.best_loss}")
         return state
 
 
