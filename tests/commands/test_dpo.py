@@ -171,7 +171,7 @@ def test_an_end_token_in_a_record_is_not_doubled(base: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"prompt": "a", "chosen": "b"}, "line 25: 'rejected' must be a text or a list of messages, got None"),
+        ({"prompt": "a", "chosen": "b"}, "line 25: the key 'rejected' is missing"),
         ({"prompt": "a", "chosen": "b", "rejected": [ANSWER]}, "line 25: 'chosen' and 'rejected' must be both texts or both"),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "line 25: the prompt is missing: give the key 'prompt'"),
         ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]}, "each answer must be one message of the assistant"),
