@@ -183,7 +183,10 @@ def test_a_batch_may_be_an_array(array: Any) -> None:
         ({"batch": []}, r"items of at least one token, got lengths \[\]"),
         ({"batch": [[1], []]}, r"items of at least one token, got lengths \[1, 0\]"),
         ({"batch": [[1]], "allowed_max_length": 0}, "allowed_max_length must be None or .* at least 1, got 0"),
-        ({"batch": [[1]], "pad_token_id": None}, r"the id of <\|endoftext\|>, .* whole number of at least 0, got None"),
+        (
+            {"batch": [[1]], "pad_token_id": None},
+            r"the id of the end-of-text token, .* whole number of at least 0, got None",
+        ),
         ({"batch": [[1]], "pad_token_id": -1}, "whole number of at least 0, got -1"),
         ({"batch": [[1]], "mask_prompt": True}, "mask_prompt needs items of an InstructionDataset, .* got a list"),
     ],
