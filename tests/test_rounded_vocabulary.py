@@ -27,7 +27,8 @@ from MyGPT.inside.plots import plot_logit_lens, plot_neighbours, plot_sampling, 
 from MyGPT.inside.tracing import logit_lens, trace
 from MyGPT.sampling import SamplingConfig
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.tokenizers.base import AddedToken, ids_without_token
+from MyGPT.tokenizers.added import AddedToken
+from MyGPT.tokenizers.base import ids_without_token
 from MyGPT.training.simple import generate_and_print_sample
 from MyGPT.training.texts import LiveSamples
 

@@ -120,6 +120,24 @@ def no_end(directory: Path, id_of: Any) -> None:
     everywhere(directory, "eos_token", None, None)
 
 
+def no_beginning(directory: Path, id_of: Any) -> None:
+    everywhere(directory, "bos_token", ..., None)
+
+
+def with_chat_template(directory: Path, id_of: Any) -> None:
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+
+
+def with_several_chat_templates(directory: Path, id_of: Any) -> None:
+    with_chat_template(directory, id_of)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+
+
+def with_older_chat_template(directory: Path, id_of: Any) -> None:
+    edit_json(directory / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+
+
 def outside(directory: Path, id_of: Any) -> None:
     """transformers writes GPT-2's ids into the config.json of a smaller model."""
     everywhere(directory, "eos_token", "</s>", 50256)
@@ -150,6 +168,11 @@ CHANGES: list[Any] = [
     (contradicting, "<|im_end|>"),
     (another_end, "<|im_end|>"),
     (no_end, "<|im_end|>"),
+    (no_end, "<|endoftext|>"),
+    (no_beginning, "<|im_end|>"),
+    (with_chat_template, "<|im_end|>"),
+    (with_several_chat_templates, "<|im_end|>"),
+    (with_older_chat_template, "<|im_end|>"),
     (outside, "<|im_start|>"),
     (settings_of_generation, "<|im_end|>"),
     (padded_with_the_end, "<|im_end|>"),
@@ -176,6 +199,7 @@ def transformers_view(directory: Path) -> dict[str, Any]:
         "added": {id_: (str(it), it.special, it.normalized) for id_, it in tokenizer.added_tokens_decoder.items()},
         "ids": text,
         "text": tokenizer.decode(text, skip_special_tokens=True),
+        "chat template": tokenizer.chat_template,
         "config": [getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")],
         "generation": generation,
         "greedy": ids,
@@ -214,12 +238,37 @@ def test_saved_directories_name_the_same_special_tokens(change: Any, says: str, 
         if change is only_in_generation_config:  # transformers replaces a missing id by GPT-2's
             assert found["config"][1] in (found["generation"]["eos_token_id"], None)
             found["config"] = expected["config"]
-        if change is no_end and saved != "apart":  # MyGPT ends texts with <|endoftext|>, and says so
-            ends = [AutoTokenizer.from_pretrained(tmp_path / saved).convert_tokens_to_ids("<|endoftext|>")]
-            assert [found["config"][1]] == [found["generation"]["eos_token_id"]] == ends
-            found |= {key: expected[key] for key in ("config", "generation")}
         assert found == expected
     assert not (tmp_path / "foreign/special_tokens_map.json").exists()  # tokenizer_config.json holds its content
+
+
+@pytest.mark.parametrize("command", ["finetune", "dpo"])
+def test_training_needs_an_end_that_the_directory_does_not_deny(command: str, tmp_path: Path, capsys: Any) -> None:
+    make_directory(tmp_path / "foreign", no_end)
+    keys = ("prompt", "completion") if command == "finetune" else ("prompt", "chosen", "rejected")
+    (tmp_path / "data.jsonl").write_text(json.dumps({key: f"the {key}" for key in keys}))
+    where = [
+        "--model",
+        str(tmp_path / "foreign"),
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([command, *where]) == 2
+    assert (
+        'tokenizer_config.json has "eos_token": null; name a token there, such as <|endoftext|>'
+        in capsys.readouterr().err
+    )
+
+
+def test_a_saved_tokenizer_replaces_the_settings_of_an_older_one(tmp_path: Path) -> None:
+    BASE.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "."}')
+    (tmp_path / "added_tokens.json").write_text('{"extra": 300}')
+    BASE.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")

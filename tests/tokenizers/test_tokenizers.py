@@ -16,7 +16,8 @@ import MyGPT.tokenizers.bpe
 import tokenizers
 from MyGPT import CharTokenizer, SimpleTokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers import Tokenizer, make_tokenizer
-from MyGPT.tokenizers.base import MAX_ID, ids_without_token
+from MyGPT.tokenizers.added import MAX_ID
+from MyGPT.tokenizers.base import ids_without_token
 from oracles import book_words
 from places import ALICE
 from texts import TEXTS

@@ -72,7 +72,7 @@ def explain(name: str) -> str:
         ("tensors", ", ".join(f"{n} of {dtype}" for dtype, n in dtypes.items())),
     ]
     if files.adapter is not None:
-        from MyGPT.finetuning.foreign_adapters import count_adapter_parameters
+        from MyGPT.finetuning.foreign_adapters import adapted_config, count_adapter_parameters
 
         rows.insert(0, ("adapter", f"{files.adapter}, {count_adapter_parameters(files.adapter):,} parameters"))
     if checkpoint.config is None:
@@ -82,6 +82,8 @@ def explain(name: str) -> str:
         rows += [("complete", "yes"), *(("note", note) for note in checkpoint.notes)]
     except ValueError as error:
         rows.append(("complete", f"no: {error}"))
+    if files.adapter is not None:
+        config = adapted_config(config, files.adapter)
     rows.append(("tokenizer", tokenizer_source(name, config.vocab_size)))
     return describe(name, config, rows)
 

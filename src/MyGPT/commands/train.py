@@ -48,8 +48,8 @@ class TextOptions:
 def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOptions) -> None:
     """Train a GPT on text files.
 
-    The run directory receives config.yaml, metrics.jsonl, samples.txt, loss.png, checkpoints/ and model/ (the model with the
-    lowest validation loss). Ctrl-C and SIGTERM save a checkpoint and print how to resume.
+    The run directory receives config.yaml, metrics.jsonl, samples.txt, loss.png, checkpoints/ and model/ (the best model).
+    Ctrl-C and SIGTERM save a checkpoint and print how to resume.
 
     Examples:
         mygpt train --data book.txt --max_steps 500 --out runs/book

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from MyGPT.config import GPTConfig
 from MyGPT.files import read_json
 from MyGPT.finetuning.lora import refuse_adapted, refuse_tied
 from MyGPT.model import GPTModel
+from MyGPT.weights.layout import HEAD, WTE
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+Shapes = dict[str, tuple[int, ...]]
+"""The shape of each tensor of an adapter by its name."""
 
 
 def base_of_adapter(directory: str | os.PathLike[str]) -> str:
@@ -41,11 +46,17 @@ def count_adapter_parameters(directory: str | os.PathLike[str]) -> int:
     return sum(math.prod(shape) for shape in _tensor_shapes(Path(directory)).values())
 
 
+def adapted_config(config: GPTConfig, directory: str | os.PathLike[str]) -> GPTConfig:
+    """Return the config that a model with this config has with the adapter in a directory: its vocabulary can differ."""
+    return dataclasses.replace(config, vocab_size=_vocab_size(_tensor_shapes(Path(directory)), config))
+
+
 def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftModel:
     """Add a saved LoRA adapter to `model`, in place, and return the PEFT model, frozen and in evaluation mode.
 
     The directory was written by a PeftModel's `save_pretrained`. Adapters for transformers' GPT-2 fit too: transformers
-    stores the weights W transposed, but the adapter's matrices A and B have the same shapes as here.
+    stores the weights W transposed, but the adapter's matrices A and B have the same shapes as here. If the adapter contains
+    the embeddings of a larger or smaller vocabulary, because tokens were added in training, the model gets this vocabulary.
 
     Raises:
         FileNotFoundError: the directory contains no adapter.
@@ -56,13 +67,15 @@ def open_adapter(model: GPTModel, directory: str | os.PathLike[str]) -> PeftMode
     refuse_adapted(model)
     directory = Path(directory)
     config, shapes = _read_config(directory), _tensor_shapes(directory)
+    vocab_size = _vocab_size(shapes, model.config)
     try:
         refuse_tied(model, config)
-        _refuse_misfit(model, config, shapes)
+        _refuse_misfit(model, config, shapes, vocab_size)
     except Exception as error:  # PEFT raises many types on a damaged config; the model is unchanged so far
         raise ValueError(f"the adapter in {directory} does not fit the model: {_describe(error)}") from None
     config.fan_in_fan_out = False  # True for transformers' Conv1D; PEFT would set it to False with a warning
     device = str(model.transformer.wte.weight.device)
+    _resize_vocabulary(model, vocab_size)
     return PeftModel.from_pretrained(model, directory, config=config, torch_device=device)
 
 
@@ -83,9 +96,8 @@ def _read_config(directory: Path) -> LoraConfig:
         for field in dataclasses.fields(LoraConfig):
             default = field.default_factory() if callable(field.default_factory) else field.default
             if field.name not in _OPTIONS and entries.get(field.name) not in (None, False, default):
-                raise ValueError(
-                    f"the option {field.name} is not supported; supported are {', '.join(sorted(_OPTIONS))}"
-                )
+                way_out = "merge the adapter with PEFT on transformers' GPT-2, and open the merged model"
+                raise ValueError(f"the option {field.name} is not supported: {way_out}")
         config: LoraConfig = LoraConfig.from_pretrained(str(directory))
         _refuse_unsafe_options(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -105,6 +117,10 @@ _OPTIONS = frozenset(
     layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type peft_version r
     rank_pattern revision runtime_config target_modules task_type use_dora use_rslora""".split()
 )
+
+
+# If PEFT saves a resized embedding, it also saves copies of it under these names, and ignores them when it opens the file.
+_REPEATED = re.compile(r"\.(wte|lm_head)\.(modules_to_save|original_module)\.weight$")
 
 
 def _refuse_unsafe_options(config: LoraConfig) -> None:
@@ -132,8 +148,31 @@ def _refuse_unsafe_options(config: LoraConfig) -> None:
             raise ValueError(f"the regular expression {expression!r} could run forever: {allowed}")
 
 
-def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError if the adapter does not fit the model. `found` maps the adapter's tensor names to shapes."""
+def _vocab_size(found: Shapes, config: GPTConfig) -> int:
+    """Return the vocabulary size of an adapter that contains both the token embedding and the output head.
+
+    For other adapters, return that of the model's config. `found` maps the adapter's tensor names to shapes.
+    """
+    embedding, head = (found.get(f"base_model.model.{name}", ()) for name in (WTE, HEAD))
+    return embedding[0] if embedding == head and len(embedding) == 2 else config.vocab_size
+
+
+def _resize_vocabulary(model: GPTModel, vocab_size: int) -> None:
+    """Give the token embedding and the output head `vocab_size` rows. New rows are zero until the adapter sets them."""
+    if vocab_size == model.config.vocab_size:
+        return
+    embedding, head = model.transformer.wte, model.lm_head
+    embedding.weight = nn.Parameter(embedding.weight.new_zeros(vocab_size, model.config.emb_dim))
+    head.weight = embedding.weight if model.config.tie_weights else nn.Parameter(torch.zeros_like(embedding.weight))
+    embedding.num_embeddings = head.out_features = vocab_size
+    model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
+
+
+def _refuse_misfit(model: GPTModel, config: LoraConfig, found: Shapes, vocab_size: int) -> None:
+    """Raise ValueError if the adapter does not fit the model after its vocabulary is resized to `vocab_size` tokens.
+
+    `found` maps the adapter's tensor names to shapes.
+    """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -146,13 +185,15 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[i
         )
     config.fan_in_fan_out = config.init_lora_weights = False
     with torch.device("meta"):  # so that a huge rank needs no memory
-        adapted = PeftModel(_on_meta_device(model), config)
+        resized = _on_meta_device(model)
+        _resize_vocabulary(resized, vocab_size)
+        adapted = PeftModel(resized, config)
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     known = {**adapted.state_dict(), **expected}  # PEFT may also have saved an embedding
     problems = [f"it lacks {name}" for name in expected if name not in found]
     for name, shape in found.items():
         if name not in known:
-            problems.append(f"the model has no {name}")
+            problems += [] if _REPEATED.search(name) else [f"the model has no {name}"]
         elif shape != known[name].shape:
             problems.append(f"{name} is {shape}, but the model needs {tuple(known[name].shape)}")
     if problems:
@@ -160,7 +201,7 @@ def _refuse_misfit(model: GPTModel, config: LoraConfig, found: dict[str, tuple[i
         raise ValueError(problems[0].replace("base_model.model.", "") + more)
 
 
-def _tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(directory: Path) -> Shapes:
     """Return the names and shapes of the tensors of the adapter in a directory."""
     from peft.utils import load_peft_weights
 

@@ -11,23 +11,22 @@ from typing import Any
 from MyGPT.files import read_json
 from MyGPT.messages import did_you_mean, near_path
 from MyGPT.tokenizers import chars, words
+from MyGPT.tokenizers.added import added_token, place_added_tokens
 from MyGPT.tokenizers.base import ENDOFTEXT as ENDOFTEXT  # "import X as X" marks X as public for type checkers.
 from MyGPT.tokenizers.base import UNKNOWN as UNKNOWN
 from MyGPT.tokenizers.base import Tokenizer as Tokenizer
-from MyGPT.tokenizers.base import place_added_tokens, read_end_ids, read_settings
 from MyGPT.tokenizers.bpe import BPETokenizer as BPETokenizer
 from MyGPT.tokenizers.bpe import check_vocab_size, from_visible
 from MyGPT.tokenizers.chars import CharTokenizer as CharTokenizer
 from MyGPT.tokenizers.directory import (
     READABLE_FILES,
-    added_token,
     find_directory,
     find_files,
-    named_tokens,
     read_vocab_and_merges,
 )
 from MyGPT.tokenizers.gpt2 import gpt2_tokenizer, has_gpt2_merges, read_openai_vocabulary
 from MyGPT.tokenizers.nanogpt import META, read_meta
+from MyGPT.tokenizers.settings import named_tokens, read_end_ids, read_settings
 from MyGPT.tokenizers.words import SimpleTokenizer as SimpleTokenizer
 
 _GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

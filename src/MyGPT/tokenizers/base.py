@@ -9,55 +9,22 @@ from __future__ import annotations
 import copy
 import operator
 import os
-import re
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from MyGPT.files import atomic_write, json_text, read_json
+from MyGPT.files import atomic_write, json_text
+from MyGPT.tokenizers.added import MAX_ID, AddedToken
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES, ROLES, token_name
 
 ENDOFTEXT = "<|endoftext|>"
 """The special token that marks the end of a document."""
 UNKNOWN = "<|unk|>"
 """The special token that replaces every word that is not in the vocabulary."""
-MAX_ID = 2**31 - 1
-"""The largest token id that a vocabulary may contain; real vocabularies are far smaller."""
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that `encode` finds in a text before it splits the rest of the text into other tokens.
-
-    The fields are those of `tokenizer.json`.
-    """
-
-    content: str
-    """The token's text."""
-    id: int
-    special: bool = True
-    """True for a token with a meaning for the model, such as `<|endoftext|>`, which transformers leaves out of decoded
-    text with skip_special_tokens=True. False for ordinary text, such as a word of a special field."""
-    normalized: bool = False
-    """True finds the token only in the text that the tokens with False leave."""
-    single_word: bool = False
-    """True finds the token only where no letter, digit or underscore touches it."""
-    lstrip: bool = False
-    """True removes white space before the token."""
-    rstrip: bool = False
-    """True removes white space after the token."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.content, str) or not self.content:
-            raise ValueError(f"a special token must be a string of at least one character, got {self.content!r}")
-        for name in ("special", "normalized", "single_word", "lstrip", "rstrip"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(
-                    f"{name} of the token {self.content!r} must be true or false, got {getattr(self, name)!r}"
-                )
 
 
 class Tokenizer(ABC):
@@ -85,9 +52,13 @@ class Tokenizer(ABC):
     def eot_token(self) -> int | None:
         """The id of the token that ends a text, or None if there is no such token.
 
-        It is the eos_token of the directory from which the tokenizer was opened, or else `<|endoftext|>`.
+        It is the eos_token of the directory from which the tokenizer was opened, or else the token that the model's config
+        names, or else `<|endoftext|>`. The last choice is left out if the directory says that there is no eos_token (null).
         """
-        return next((id_ for id_ in (self._named_id("eos_token"), *self._default_ends()) if id_ is not None), None)
+        names = [token_name(self.settings, "eos_token"), self._end_of_model]
+        if not self.lacks_end:
+            names.append(ENDOFTEXT)
+        return next((id_ for id_ in map(self.id_of, filter(None, names)) if id_ is not None), None)
 
     @property
     def bos_token(self) -> int | None:
@@ -138,7 +109,8 @@ class Tokenizer(ABC):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` to a directory.
 
-        The second file names the special tokens. If the tokenizer was opened from a directory, its settings are kept.
+        The second file names the special tokens. If the tokenizer was opened from a directory, its settings are kept. Files
+        of an older tokenizer that transformers would mix with the two (`replaced_files`) are deleted.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -148,6 +120,17 @@ class Tokenizer(ABC):
         with atomic_write(directory / "tokenizer_config.json") as file:
             settings = self._settings_to_save(content["model"].get("unk_token"))
             file.write(json_text(settings, ensure_ascii=False, indent=1))
+        for path in (directory / name for name in self.replaced_files):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    @property
+    def replaced_files(self) -> tuple[str, ...]:
+        """The names of files and directories that `save` deletes, because tokenizer_config.json has their content."""
+        has_template = self.settings.get("chat_template") is not None
+        return ("special_tokens_map.json", "added_tokens.json", *(CHAT_TEMPLATES if has_template else ()))
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """Return a copy of this tokenizer with the settings of a tokenizer_config.json. It shares the vocabulary.
@@ -183,10 +166,10 @@ class Tokenizer(ABC):
         name = token_name(self.settings, role)
         return None if name is None else self.id_of(name)
 
-    def _default_ends(self) -> Iterator[int | None]:
-        """Yield the ids of the tokens that may end a text if the settings name none; None for a missing token."""
-        yield None if self._end_of_model is None else self.id_of(self._end_of_model)
-        yield self.id_of(ENDOFTEXT)
+    @property
+    def lacks_end(self) -> bool:
+        """True if the settings say that no token ends a text: they contain the key eos_token with the value null."""
+        return "eos_token" in self.settings and token_name(self.settings, "eos_token") is None
 
     def _settings_to_save(self, unknown: str | None) -> dict[str, Any]:
         """Return the content of tokenizer_config.json. `unknown` is the unknown token of the model in tokenizer.json."""
@@ -202,107 +185,6 @@ class Tokenizer(ABC):
             settings |= {"bos_token": start, "eos_token": end, "unk_token": unknown or start}
         settings |= {key: value for key, value in self.settings.items() if value is not None}
         return settings
-
-
-# Unicode's White_Space, the characters that \s matches in the tokenizers library.
-_WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(
-    map(chr, range(0x2000, 0x200B))
-)
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that a tokenizer_config.json can name."""
-
-
-def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a directory's tokenizer_config.json, and of special_tokens_map.json in older directories.
-
-    The result is empty if both files are missing. A damaged file raises ValueError.
-    """
-    settings = read_object(Path(directory, "tokenizer_config.json"))
-    if "added_tokens_decoder" in settings:  # transformers then ignores the older file
-        return settings
-
-    def name_of(value: Any) -> Any:
-        """Return the text of a token that is described by an object, which tokenizer_config.json cannot contain."""
-        if isinstance(value, list):
-            return [name_of(item) for item in value]
-        return value["content"] if isinstance(value, dict) and "content" in value else value
-
-    older = read_object(Path(directory, "special_tokens_map.json"))
-    return settings | {key: name_of(value) for key, value in older.items()}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or an empty dict if there is no file. Raises ValueError for any other content."""
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
-    return content
-
-
-def read_end_ids(directory: str | os.PathLike[str]) -> list[int]:
-    """Return the ids that end a text according to generation_config.json or else config.json in a directory.
-
-    The result is empty if the two files are missing or do not name such an id.
-    """
-    for name in ("generation_config.json", "config.json"):
-        content = read_json(Path(directory, name)) if Path(directory, name).is_file() else None
-        value = content.get("eos_token_id") if isinstance(content, dict) else None
-        if ids := [id_ for id_ in (value if isinstance(value, list) else [value]) if type(id_) is int]:
-            return ids
-    return []
-
-
-def token_name(settings: Mapping[str, Any], role: str) -> str | None:
-    """Return the token that the settings name for a role such as "eos_token", or None. A wrong type raises ValueError."""
-    value = settings.get(role)
-    name = value.get("content") if isinstance(value, Mapping) else value
-    if name is not None and not isinstance(name, str):
-        raise ValueError(f"{role} in tokenizer_config.json must be a string, got {value!r:.80}")
-    return name
-
-
-def split_added(text: str, tokens: Iterable[AddedToken]) -> list[str | AddedToken]:
-    """Return the added tokens in a text, and the texts before, between and after them, in order.
-
-    Tokens are found as in Hugging Face's tokenizers library: at each position the longest one, first those that are not
-    `normalized`, and then the others in the texts that are left.
-    """
-    parts: list[str | AddedToken] = [text]
-    groups: dict[bool, dict[str, AddedToken]] = {False: {}, True: {}}
-    for token in tokens:
-        groups[token.normalized][token.content] = token
-    for group in filter(None, groups.values()):
-        pattern = special_pattern(group)
-        parts = [
-            piece for part in parts for piece in (_find(part, group, pattern) if isinstance(part, str) else [part])
-        ]
-    return [part for part in parts if part != ""]
-
-
-def _find(text: str, tokens: Mapping[str, AddedToken], pattern: re.Pattern[str]) -> Iterator[str | AddedToken]:
-    """Yield the tokens that `pattern` matches in a text, and the texts between them. `tokens` maps texts to tokens."""
-    end = 0
-    for match in pattern.finditer(text):
-        token, (start, stop) = tokens[match[0]], match.span()
-        if token.single_word and re.search(r"\w", text[max(start - 1, 0) : start] + text[stop : stop + 1]):
-            continue
-        while token.lstrip and start > end and text[start - 1] in _WHITE_SPACE:
-            start -= 1
-        while token.rstrip and stop < len(text) and text[stop] in _WHITE_SPACE:
-            stop += 1
-        yield text[end:start]
-        yield token
-        end = stop
-    yield text[end:]
-
-
-def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a regular expression that matches any of the tokens, and the longest one if several match.
-
-    Its method `split` returns a list with the matched tokens at odd indices and the texts between them at even indices.
-    """
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"((?!))")
 
 
 def encode_with_specials(tokenizer: Any, text: str) -> list[int]:
@@ -340,6 +222,12 @@ def require_end_token(tokenizer: Any, task: str, name: str = "") -> None:
     """
     if tokenizer.eot_token is None:
         owner = f"the tokenizer of {name}" if name else "the tokenizer"
+        if getattr(tokenizer, "lacks_end", False):
+            missing = f"with which {task} marks the end of an answer"
+            way_out = f"name a token there, such as {ENDOFTEXT}"
+            raise ValueError(
+                f'{owner} has no end token, {missing}: tokenizer_config.json has "eos_token": null; {way_out}'
+            )
         way_out = "train a model with mygpt train --tokenizer bpe, or use one that has it, such as gpt2"
         raise ValueError(f"{owner} has no {ENDOFTEXT} token, with which {task} marks the end of an answer: {way_out}")
 
@@ -420,46 +308,6 @@ def invert_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
         first, second = next((inverted[id_], token) for token, id_ in vocab.items() if inverted[id_] != token)
         raise ValueError(f"tokens {second!r} and {first!r} have the same id {vocab[first]}; each needs its own")
     return inverted
-
-
-def place_added_tokens(vocab: Mapping[str, int], added: Iterable[AddedToken]) -> list[AddedToken]:
-    """Return the added tokens with the ids that Hugging Face's `tokenizers` library gives them.
-
-    The library ignores the ids of added tokens in a file. A token of `vocab` keeps its id there, and the other tokens
-    get the next ids in the order in which they are listed. If `vocab` has gaps, the next id can belong to another
-    token. In this case only, the id in the file is used, or the first id above all others if the file has no id, which
-    is written as -1. A repeated token counts once.
-
-    Args:
-        vocab: maps each token of the model to its id.
-        added: the added tokens in the order of the file.
-
-    Raises:
-        ValueError: a token has no free id.
-    """
-    taken = set(vocab.values())
-    placed: dict[str, AddedToken] = {}
-    for token in added:
-        id_ = vocab.get(token.content)
-        if id_ is None and token.content not in placed:
-            id_ = max(len(vocab), 1 + max((other.id for other in placed.values()), default=-1))
-            if id_ in taken:
-                id_ = max(taken) + 1 if token.id == -1 else token.id
-            if type(id_) is not int or id_ < 0 or id_ in taken:
-                raise ValueError(f"the added token {token.content!r} needs an id of its own, but got {token.id!r}")
-            taken.add(id_)
-        if id_ is not None:
-            placed.setdefault(token.content, replace(token, id=id_))
-    return list(placed.values())
-
-
-def with_added(vocab: Mapping[str, int], added_tokens: Iterable[AddedToken]) -> dict[str, int]:
-    """Return a vocabulary with the added tokens. An added token that has another id in `vocab` raises ValueError."""
-    whole = dict(vocab)
-    for token in added_tokens:
-        if whole.setdefault(token.content, token.id) != token.id:
-            raise ValueError(f"the token {token.content!r} has two ids, {whole[token.content]} and {token.id}")
-    return whole
 
 
 def hugging_face_json(model: dict[str, Any], added_tokens: Iterable[AddedToken], **parts: Any) -> dict[str, Any]:

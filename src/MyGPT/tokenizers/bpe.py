@@ -15,16 +15,13 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
+from MyGPT.tokenizers.added import MAX_ID, AddedToken, special_pattern, split_added
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
-    MAX_ID,
-    AddedToken,
     Tokenizer,
     hugging_face_json,
     refuse_surrogates,
     require_text,
-    special_pattern,
-    split_added,
     valid_ids,
 )
 

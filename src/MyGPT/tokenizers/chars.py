@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from MyGPT.tokenizers.added import AddedToken, split_added, with_added
 from MyGPT.tokenizers.base import (
-    AddedToken,
     Tokenizer,
     hugging_face_json,
     invert_vocabulary,
     lookup_tokens,
     require_text,
-    split_added,
-    with_added,
 )
 
 PRE_TOKENIZER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}

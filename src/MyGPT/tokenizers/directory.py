@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from MyGPT.files import present_directory
-from MyGPT.tokenizers.base import (
-    ENDOFTEXT,
-    ROLES,
-    AddedToken,
-    place_added_tokens,
-    read_object,
-    read_settings,
-    token_name,
-)
+from MyGPT.tokenizers.added import AddedToken, added_token, place_added_tokens
+from MyGPT.tokenizers.base import ENDOFTEXT
 from MyGPT.tokenizers.bpe import BPETokenizer, from_visible
 from MyGPT.tokenizers.gpt2 import has_gpt2_merges, read_merges
 from MyGPT.tokenizers.nanogpt import META
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES, ROLES, named_tokens, read_object, read_settings, token_name
 
 READABLE = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), (META,))
 """The files of each kind of tokenizer that MyGPT reads. The first kind that a directory contains is used."""
 READABLE_FILES = ", ".join(" with ".join(files) for files in READABLE)
 """The list of these files for messages."""
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATES[0])
 """Files that describe a tokenizer, but do not contain its vocabulary."""
 OTHERS = (
     "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken.json", "vocab.txt", "dict.txt", "bpe.codes", "vocab.pkl",
@@ -99,12 +92,6 @@ def read_vocab_and_merges(directory: Path) -> BPETokenizer:
     return tokenizer
 
 
-def added_token(entry: Mapping[str, Any], id_: int | None = None) -> AddedToken:
-    """Return an added token from its entry in a JSON file. As in the tokenizers library, missing flags are false."""
-    flags = {field.name: entry[field.name] for field in fields(AddedToken) if field.name in entry}
-    return AddedToken(**flags) if id_ is None else AddedToken(**{**flags, "id": id_})
-
-
 def _listed_tokens(settings: Mapping[str, Any], directory: Path) -> Iterator[AddedToken]:
     """Yield the added tokens that the files list with their ids, in the order of the ids."""
     if "added_tokens_decoder" in settings:
@@ -115,33 +102,6 @@ def _listed_tokens(settings: Mapping[str, Any], directory: Path) -> Iterator[Add
     special = {token.content for token in named_tokens({**_DEFAULT_NAMES, **settings})}
     for content, id_ in sorted(read_object(directory / "added_tokens.json").items(), key=lambda item: item[1]):
         yield AddedToken(content, id_, special=content in special, normalized=content not in special)
-
-
-def named_tokens(settings: Mapping[str, Any]) -> Iterator[AddedToken]:
-    """Yield the special tokens that the settings name, in the order in which transformers adds them.
-
-    The ids are not known, so they are -1.
-    """
-    others = [name for name, value in settings.items() if name.endswith("_token") and name not in ROLES]
-    for role in ROLES:
-        token_name(settings, role)  # raises ValueError for a wrong type
-    for name in (*ROLES, *(other for other in others if isinstance(settings[other], (str, Mapping)))):
-        yield from _special(settings.get(name))
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    for value in extra.values() if isinstance(extra, Mapping) else extra:
-        yield from _special(value)
-
-
-def _special(value: Any) -> Iterator[AddedToken]:
-    """Yield the special token that a string or an object in the settings describes; nothing for null.
-
-    Any other value raises ValueError.
-    """
-    entry = {"content": value} if isinstance(value, str) else value
-    if entry is not None:
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"a special token in tokenizer_config.json must be a string, got {value!r:.80}")
-        yield added_token({**entry, "special": True, "normalized": False}, -1)
 
 
 def _require_gpt2_settings(settings: Mapping[str, Any]) -> None:

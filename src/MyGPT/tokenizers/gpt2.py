@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from MyGPT.files import read_json, read_text
-from MyGPT.tokenizers.base import ENDOFTEXT, AddedToken
+from MyGPT.tokenizers.added import AddedToken
+from MyGPT.tokenizers.base import ENDOFTEXT
 from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, BPETokenizer, from_visible
 
 VOCABULARY_SHA256 = {

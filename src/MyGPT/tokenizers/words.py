@@ -10,17 +10,15 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from MyGPT.tokenizers.added import AddedToken, split_added, with_added
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     UNKNOWN,
-    AddedToken,
     Tokenizer,
     hugging_face_json,
     invert_vocabulary,
     lookup_tokens,
     require_text,
-    split_added,
-    with_added,
 )
 
 _PUNCTUATION = r"""[,.:;?_!"()']|--"""

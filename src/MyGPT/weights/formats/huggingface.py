@@ -29,8 +29,6 @@ INDEX_SUFFIX = ".index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
 _REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-_REPLACED_WITH_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
-"""Files of an older tokenizer in the directory, whose content tokenizer_config.json and tokenizer.json hold now."""
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
@@ -99,7 +97,7 @@ def write_directory(
     generation = {**special, **given}
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
-    replaces = _REPLACED_FILES if tokenizer is None else (*_REPLACED_FILES, *_REPLACED_WITH_TOKENIZER)
+    replaces = (*_REPLACED_FILES, *getattr(tokenizer, "replaced_files", ()))
     with atomic_directory(directory, replaces=replaces) as temporary:
         _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
         _write_json(temporary / "generation_config.json", generation)
@@ -114,14 +112,16 @@ def write_directory(
 def _special_ids(config: GPTConfig, tokenizer: Any) -> dict[str, Any]:
     """Return the ids of special tokens for config.json: those of the config, or else those of the tokenizer, or else null.
 
-    They are in config.json even if they are null, because transformers replaces missing ids with GPT-2's.
+    They are in config.json even if they are null, because transformers replaces missing ids with GPT-2's. A tokenizer that
+    was opened from a directory without a bos_token gives none, although MyGPT then starts texts with the end-of-text token.
     """
     tokens = {"bos_token_id": "bos_token", "eos_token_id": "eot_token", "pad_token_id": "pad_token"}
-    ids = {}
-    for name, token in tokens.items():
-        own = getattr(config, name)
-        ids[name] = getattr(tokenizer, token, None) if own is None else own
-    return ids
+    settings = getattr(tokenizer, "settings", {})
+    if settings and not settings.get("bos_token"):
+        del tokens["bos_token_id"]
+    given = {name: getattr(tokenizer, token, None) for name, token in tokens.items()}
+    own = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: given.get(name) if id_ is None else id_ for name, id_ in own.items()}
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:
