@@ -97,7 +97,7 @@ def test_a_table_is_read_as_pandas_reads_it(tmp_path: Path, rows: Any, separator
         ("prompt,prompt\na,b\n", r"line 1: each column needs a name of its own, got \['prompt', 'prompt'\]"),
         ("question,answer\na,b\n", r"line 2: a record needs the key 'instruction' .*, got \['question', 'answer'\]"),
         ("\nprompt,completion\n", "has no records: the first line must name the columns"),
-        ('prompt,completion\na,"b\n', "line 2: unexpected end of data"),
+        ('prompt,completion\na,"b\n', "line 2: the value in quotation marks that begins in line 2 has no end"),
         ("", "has no records: the first line must name the columns"),
     ],
 )
@@ -145,11 +145,19 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ('{"instruction": "a"}', r"line 3: the key 'output' is missing, the record has \['instruction'\]"),
-        ('{"instruction": "a", "input": 5, "output": "b"}', "line 3: 'input' must be a string, got 5"),
+        ('{"instruction": "a", "input": true, "output": "b"}', "line 3: 'input' must be a string, got True"),
+        ('{"instruction": "a", "output": 1e999}', "line 3: 'output' must be a string, got inf"),
+        (
+            '{"instruction": {"0": "a"}, "output": {"0": "b"}}',
+            r"line 3: 'instruction' must be a string, got \{'0': 'a'\}; for a table of pandas, use to_json\(orient='records'\)",
+        ),
         ('{"instruction": null, "output": "b"}', "line 3: 'instruction' must be a string, got None"),
         ('{"instruction": NaN, "output": "b"}', "line 3: 'instruction' must be a string, got nan"),
         ('{"instruction": "a", "output": null}', "line 3: 'output' must be a string, got None"),
-        ('{"instruction": "a", "output": NaN}', "line 3: 'output' must be a string, got nan"),
+        (
+            '{"instruction": "a", "output": NaN}',
+            "line 3: 'output' must be a string, got nan; fill in the missing value, or remove the record",
+        ),
         ('{"prompt": "a", "completion": null}', "line 3: 'completion' must be a string, got None"),
         ('{"prompt": NaN, "completion": "b"}', "line 3: 'prompt' must be a string, got nan"),
         ('{"text": null}', "line 3: 'text' must be a string, got None"),
@@ -168,11 +176,13 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
             '{"conversations": [{"from": "human", "value": null}, {"from": "gpt", "value": "b"}]}',
             "line 3, message 1: 'value' must be a string, got None",
         ),
-        ('{"conversations": [{"from": "gpt", "value": "b"}], "system": 5}', "line 3: 'system' must be a string, got 5"),
-        ('{"instruction": 5, "output": "b"}', "line 3: 'instruction' must be a string, got 5"),
+        (
+            '{"conversations": [{"from": "gpt", "value": "b"}], "system": []}',
+            r"line 3: 'system' must be a string, got \[\]",
+        ),
         ('{"instruction": "a", "output": ["b"]}', r"line 3: 'output' must be a string, got \['b'\]"),
         ('{"prompt": "a"}', "line 3: the key 'completion' is missing"),
-        ('{"prompt": "a", "completion": 1.5}', "line 3: 'completion' must be a string, got 1.5"),
+        ('{"prompt": "a", "completion": false}', "line 3: 'completion' must be a string, got False"),
         ('{"text": ""}', "line 3: there is nothing to learn from, 'text' is empty"),
         (
             '{"prompt": "", "completion": ""}',
@@ -215,11 +225,11 @@ def test_a_wrong_record_is_refused_with_file_line_and_key(tmp_path: Path, line: 
 
 def test_an_error_in_an_array_names_the_line_on_which_the_record_starts(tmp_path: Path) -> None:
     """Brackets, line ends and commas inside texts and nested values do not end a record."""
-    records = [{"text": "a],\n[", "more": [1, {"b": [2, 3]}]}, {"text": '\\"},'}, {"text": 5}]
+    records = [{"text": "a],\n[", "more": [1, {"b": [2, 3]}]}, {"text": '\\"},'}, {"text": False}]
     text = "\n \n" + json.dumps(records, indent=3)
     (tmp_path / "a.json").write_text(text)
-    line = text[: text.index("5\n")].count("\n")  # The opening brace of the record is on the line before.
-    with pytest.raises(ValueError, match=rf"a\.json, line {line}, record 3: 'text' must be a string, got 5"):
+    line = text[: text.index("false\n")].count("\n")  # The opening brace of the record is on the line before.
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}, record 3: 'text' must be a string, got False"):
         read_records(tmp_path / "a.json")
 
 
@@ -332,3 +342,18 @@ def test_fractions_without_training_records_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train_fraction=0\.85 of 1 records leaves no record"):
         split_records(1)
     assert split_records(10, 0.7, 0.3) == Split(train=tuple(range(7)), val=(), test=(7, 8, 9))
+
+
+def test_numbers_are_read_as_their_digits(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"instruction": ["2 + 3"] * 2, "input": [7, 8], "output": [5, 6]})
+    expected = [
+        {"instruction": "2 + 3", "input": "7", "output": "5"},
+        {"instruction": "2 + 3", "input": "8", "output": "6"},
+    ]
+    frame.to_json(tmp_path / "a.json", orient="records")
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    for name in ("a.json", "a.csv"):
+        assert read_records(tmp_path / name) == expected
+    assert [check_record(dict(row), "here") for _, row in frame.iterrows()] == expected
+    record = {"conversations": [{"from": "human", "value": 2}, {"from": "gpt", "value": 0.5}]}
+    assert [it["content"] for it in check_record(record, "here")["messages"]] == ["2", "0.5"]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,7 +200,10 @@ def test_json_files_of_all_names_hold_documents(tmp_path: Path, name: str, form:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"text": "a"},\n {"other": "b"}]', "a.json, line 2, record 2: no text under the key 'text'$"),
+        (
+            '[{"text": "a"},\n {"other": "b"}]',
+            "a.json, line 2, record 2: no text under the key 'text', only 'other': mygpt prepare --text_key names another$",
+        ),
         ('[{"text": "a"}, 5]', "a.json, line 1, record 2: no text under the key 'text'$"),
         ('["a"]', "a.json, line 1, record 1: no text under the key 'text'$"),
         (
@@ -277,3 +281,14 @@ def test_a_special_token_that_a_piece_could_cut_in_two_is_refused(tmp_path: Path
         tokenize([tmp_path / "a.txt"], spaced)
     run = BPETokenizer.train("ab", 258, special_tokens=["   "], progress=False)
     assert tokenize([tmp_path / "a.txt"], run).tolist() == list(b"xx<a b>yy")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_column_of_a_table_holds_documents(tmp_path: Path, separator: str) -> None:
+    texts = ["one, two", "", 'a "quoted"\nline; end']
+    pd.DataFrame({"id": range(3), "text": texts}).to_csv(tmp_path / "a.csv", sep=separator, index=False)
+    assert list(read_pieces(tmp_path / "a.csv")) == [(texts[0], True), (texts[2], True)]
+    with pytest.raises(
+        ValueError, match=r"a\.csv, line 2: no text in the column 'body', only 'id', 'text': mygpt prepare"
+    ):
+        list(read_pieces(tmp_path / "a.csv", "body"))

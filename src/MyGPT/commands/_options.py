@@ -87,7 +87,10 @@ class CommandParser(ArgumentParser):
             names = [f"--{n}" if f"--{n}" in options else n.upper() for n in found[1].split(", ")]
             return f"missing {' and '.join(names)}; for example: {self.example}"
         if found := re.fullmatch("unrecognized arguments: (.*)", message):
-            return f"unexpected argument {found[1].split()[0]!r}"
+            argument = found[1].split()[0]
+            # Probably the shell has replaced a pattern by the names of the files.
+            way_out = "; put a pattern such as 'texts/*.txt' in quotation marks" if os.path.isfile(argument) else ""
+            return f"unexpected argument {argument!r}{way_out}"
         if found := re.fullmatch("Option '(.*)' is not accepted", message):
             return self._unknown(f"--{found[1]}")
         if found := re.fullmatch("argument (--.*): expected one argument", message):

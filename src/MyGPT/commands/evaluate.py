@@ -34,8 +34,9 @@ def evaluate(
         mygpt evaluate --model gpt2 --data wiki.test.tokens --protocol wikitext2
 
     Args:
-        data: Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as
-            .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
+        data: Text files (.txt), or files of records with a text (.jsonl, .ndjson, .json or .csv), optionally compressed
+            as .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare
+            (downloaded).
         protocol: The paper's protocol for this data set. Default: measure the text unchanged.
         stride: Number of tokens between the starts of two windows. A smaller stride gives each token more context and takes
             longer. Default: the context length, so windows do not overlap.

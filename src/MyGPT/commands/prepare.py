@@ -28,11 +28,12 @@ def prepare(
         mygpt prepare 'texts/*.txt' more.jsonl.gz --out data/mine --tokenizer gpt2
 
     Args:
-        files: Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as
-            .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
+        files: Text files (.txt), or files of records with a text (.jsonl, .ndjson, .json or .csv), optionally compressed
+            as .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare
+            (downloaded).
         out: Directory for the tokens.
         tokenizer: The tokenizer: gpt2; chars, words or bpe, which are learned from the text; or a directory with a tokenizer.
-        text_key: The key of the text in each record of a JSON file.
+        text_key: The key of the text in each record of a JSON file, or the column of the text in a table.
         workers: Number of processes. Default: one per CPU core.
         overwrite: Replace a data set that is already in the directory.
     """

@@ -31,9 +31,9 @@ class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] = "alice"
-    """Text files (.txt), JSON files (.jsonl, .ndjson or .json) of records with a text, both optionally compressed as .gz,
-    patterns such as 'texts/*.txt', a directory made by mygpt prepare, or one of the names alice (built in) and
-    tinyshakespeare (downloaded)."""
+    """Text files (.txt), or records with a text (.jsonl, .ndjson, .json, .csv), also compressed as .gz,
+    patterns such as 'texts/*.txt', a directory made by mygpt prepare, alice (built in) or tinyshakespeare
+    (downloaded)."""
     tokenizer: str = "chars"
     """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
     chars cannot be fine-tuned on answers, because chars has no end-of-text token."""

@@ -2,9 +2,10 @@
 
 A record is a dict of one of five kinds, which differ in their keys: `instruction` and `output`, with an optional
 `input` (Alpaca's format); `messages`, a list of dicts with `role` and `content`; `conversations`, a list of dicts with
-`from` and `value` (ShareGPT's format); `prompt` and `completion`; or only `text`. Other keys are ignored. A value that is
-null or NaN, as pandas writes missing values, means that the key is missing. A template (templates.py) turns a record into
-text. This module needs neither torch nor a tokenizer.
+`from` and `value` (ShareGPT's format); `prompt` and `completion`; or only `text`. Other keys are ignored. A number in the
+place of a text, as pandas writes a column of numbers, is read as its digits. A value that is null or NaN, as pandas writes
+missing values, means that the key is missing. A template (templates.py) turns a record into text. This module needs neither
+torch nor a tokenizer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -109,6 +111,8 @@ def table_items(
             elif row:
                 yield where, dict(zip(columns, [*row, *[None] * (len(columns) - len(row))], strict=True))
     except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            error = csv.Error(f"the value in quotation marks that begins in line {line} has no end")
         raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
 
 
@@ -169,8 +173,17 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value) or repr(value) == "<NA>"
 
 
+def _as_text(value: Any) -> Any:
+    """Return a finite number as a string of its digits, and any other value unchanged."""
+    # An exact type: bool is a subclass of int. NumPy's scalars, which pandas returns, convert themselves.
+    number = value.item() if isinstance(value, np.number) else value
+    return str(number) if type(number) is int or (type(number) is float and math.isfinite(number)) else value
+
+
 def check_record(record: Any, where: str, needs_answer: bool = True) -> Record:
     """Return a fine-tuning record without the keys whose value is missing, and with `messages` for `conversations`.
+
+    Numbers in the place of texts become strings.
 
     An invalid record raises ValueError. The message starts with `where`, for example "a.json, line 3". If needs_answer is
     False, the output, the completion or the final message of the assistant may be missing.
@@ -181,7 +194,8 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> Record:
     if kind is None:
         keys = "the key 'instruction' with 'output', 'messages', 'conversations', 'prompt' with 'completion', or 'text'"
         raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
-    present = {key: value for key, value in record.items() if not is_missing(value)}
+    present = {key: _as_text(value) for key, value in record.items() if not is_missing(value)}
+    record = {**record, **present}
     if kind in ("messages", "conversations"):
         return {**present, "messages": _checked_messages(record, kind, where, needs_answer)}
     _check_text(record, kind, where)
@@ -217,6 +231,7 @@ def _checked_messages(record: Record, key: str, where: str, needs_answer: bool) 
         is_sharegpt = key == "conversations" and "role" not in message
         role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
         roles = _SHAREGPT_ROLES if is_sharegpt else dict(zip(ROLES, ROLES, strict=True))
+        message = {key: _as_text(value) for key, value in message.items()}
         for name in (role_key, content_key):
             _check_text(message, name, place)
         if message[role_key] not in roles:
@@ -233,7 +248,9 @@ def _check_text(record: Record, key: str, where: str) -> None:
     if key not in record:
         raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
     if not isinstance(record[key], str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {_short(record[key])}")
+        way_out = "; for a table of pandas, use to_json(orient='records')" if isinstance(record[key], Mapping) else ""
+        way_out = "; fill in the missing value, or remove the record" if is_missing(record[key]) else way_out
+        raise ValueError(f"{where}: {key!r} must be a string, got {_short(record[key])}{way_out}")
     refuse_surrogates(record[key], f"{where}: {key!r}: ")
 
 

@@ -1,8 +1,8 @@
 """Find text files by name, path or pattern, and read them in pieces, so that files may be larger than the memory.
 
 A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, with the text of a
-document under a given key. A `.json` file may also be an array of such objects, which must fit into the memory. All files
-may be compressed as `.gz`.
+document under a given key. A `.json` file may also be an array of such objects. In a table (`.csv` or `.tsv`), the key names
+a column. An array or table must fit into the memory. All files may be compressed as `.gz`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from MyGPT.data.formats import format_of, open_data
-from MyGPT.data.records import ANSWER_KEYS, json_items
+from MyGPT.data.records import ANSWER_KEYS, json_items, table_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
 from MyGPT.files import decode_text, parse_json, refuse_binary
@@ -113,16 +113,16 @@ def _without_repeats(paths: Iterable[Path], report: Callable[[str], object]) -> 
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a text file or JSON file, both of which may be compressed as .gz.
+    """Yield the documents of a text file, JSON file or table, all of which may be compressed as .gz.
 
-    A long text file is yielded in several pieces. Each record of a JSON file has its text under the key `text_key`.
+    A long text file is yielded in several pieces. Each record of a JSON file or table has its text under the key `text_key`.
     After each piece, `advance` is called with the number of bytes that were read since its last call. A damaged or
     binary file raises ValueError with the path and the position.
     """
     with open_data(path) as (file, raw):
         position = 0
-        is_text = format_of(path) not in ("json", "lines")
-        for piece in _read_text(file, path) if is_text else _read_json(file, path, text_key):
+        is_text = format_of(path) == "text"
+        for piece in _read_text(file, path) if is_text else _read_records(file, path, text_key):
             yield piece
             advance(raw.tell() - position)
             position = raw.tell()
@@ -170,13 +170,22 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         yield Piece(pending, True)
 
 
-def _read_json(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
-    """Yield the text under `text_key` of each record in a JSON file; skip empty texts. `path` is for error messages."""
+def _read_records(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
+    """Yield the text under `text_key` of each record in a JSON file or table; skip empty texts.
+
+    `path` is for error messages.
+    """
     is_array = format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    items = json_items(decode_text(file.read(), path), path) if is_array else _json_lines(file, path)
+    items: Iterator[tuple[str, Any]]  # each with the place of the record, for error messages
+    record: Any
+    if format_of(path) == "table":
+        items = table_items(decode_text(file.read(), path), path)
+    else:
+        items = json_items(decode_text(file.read(), path), path) if is_array else _json_lines(file, path)
     for where, record in items:
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            raise ValueError(f"{where}: no text under the key {text_key!r}{_hint(record, text_key)}")
+            key = f"in the column {text_key!r}" if format_of(path) == "table" else f"under the key {text_key!r}"
+            raise ValueError(f"{where}: no text {key}{_hint(record, text_key)}")
         refuse_surrogates(record[text_key], f"{where}: ")
         if record[text_key]:
             yield Piece(record[text_key], True)
@@ -184,8 +193,10 @@ def _read_json(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
 
 def _hint(record: Any, text_key: str) -> str:
     """Return the end of an error message about a record that has no text: what to do with such a file, if it is known."""
-    if isinstance(record, dict) and any(key in record for key in ANSWER_KEYS if key != text_key):
+    if isinstance(record, dict) and any(key in record for key in ANSWER_KEYS if key != "text"):
         return ": mygpt finetune reads such records"
+    if isinstance(record, dict) and text_key not in record:
+        return f", only {', '.join(map(repr, record))[:80]}: mygpt prepare --text_key names another" if record else ""
     return ": give an array of records a name that ends in .json" if isinstance(record, list) else ""
 
 

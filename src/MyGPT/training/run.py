@@ -345,15 +345,31 @@ class Run:
             log.flush()
 
     def _shorten_warmup(self) -> None:
-        """Shorten a warmup that would not end before the run does, in the config and the recipe. Report a new run's."""
+        """Shorten and report the warmup of a new run that would not end before the run does."""
         warmup, before = fitting_warmup(self.config), self.config.warmup_steps
         if warmup == before:
             return
-        self.config = replace(self.config, warmup_steps=warmup)
-        self.recipe["warmup_steps"] = warmup
-        if not self.resume:
-            steps = f"{self.config.max_steps} step{'s' if self.config.max_steps > 1 else ''}"
-            self.console.warn(f"warmup_steps is shortened from {before} to {warmup}, because the run has only {steps}")
+        self._set_warmup(warmup)
+        steps = f"{self.config.max_steps} step{'s' if self.config.max_steps > 1 else ''}"
+        self.console.warn(f"warmup_steps is shortened from {before} to {warmup}, because the run has only {steps}")
+
+    def _keep_shortened_warmup(self, recipe: Mapping[str, Any]) -> None:
+        """Use the warmup in `recipe`, the recipe of the resumed run, if the run has shortened its warmup.
+
+        A run that is extended keeps its warmup, which is over. A run of an earlier version keeps a warmup that was not
+        shortened. In both cases the steps so far are those of the stored recipe.
+        """
+        warmup, allowed = recipe.get("warmup_steps"), set(self.allow_changed)
+        is_extended = not allowed.isdisjoint(("max_steps", "epochs")) and "warmup_steps" not in allowed
+        if type(warmup) is not int or not 0 <= warmup < self.config.warmup_steps:
+            return
+        if is_extended or warmup == fitting_warmup(self.config):
+            self._set_warmup(warmup)
+
+    def _set_warmup(self, steps: int) -> None:
+        """Set the warmup in the config and in the recipe."""
+        self.config = replace(self.config, warmup_steps=steps)
+        self.recipe["warmup_steps"] = steps
 
     def _report_failed_checkpoint(self) -> None:
         if self.writer is not None and self.writer.failure is not None:
@@ -368,9 +384,7 @@ class Run:
         context = self.context()
 
         def check(snapshot: Snapshot) -> None:
-            # A run of an earlier version keeps its long warmup, so that the rest of it is not changed.
-            if snapshot.context["recipe"].get("warmup_steps") == fitting_warmup(self.config):
-                self._shorten_warmup()
+            self._keep_shortened_warmup(snapshot.context["recipe"])
             check_unchanged(snapshot, context, self.allow_changed)
             step, max_steps = snapshot.state.step, self.config.max_steps
             if step > max_steps:
