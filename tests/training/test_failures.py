@@ -356,12 +356,15 @@ def test_a_warmup_longer_than_the_run_is_shortened_with_a_report(
     assert max(rates) == config.learning_rate
 
 
-def test_a_run_whose_warmup_was_shortened_is_extended_without_allowing_another_warmup(tmp_path: Path) -> None:
+def test_a_run_whose_warmup_was_shortened_is_extended_without_allowing_another_warmup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = [10, 30, 200, 300]
     for steps in sizes:
         config = change(max_steps=steps, warmup_steps=100, log_every=1, eval_every=1000, checkpoint_every=1000)
         allowed = () if steps == sizes[0] else ("max_steps",)
         make_trainer(tmp_path / "run", config, resume=bool(allowed), allow_changed=allowed).run()
+        assert ("warmup_steps stays 1, because" in capsys.readouterr().err) == bool(allowed)
         assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["warmup_steps"] == 1
     with pytest.raises(ValueError, match="warmup_steps was 1 and is 100"):
         make_trainer(tmp_path / "run", config, resume=True, allow_changed=("eval_every",)).run()

@@ -363,6 +363,11 @@ class Run:
         is_extended = not allowed.isdisjoint(("max_steps", "epochs")) and "warmup_steps" not in allowed
         if type(warmup) is not int or not 0 <= warmup < self.config.warmup_steps:
             return
+        if is_extended:
+            given = self.config.warmup_steps
+            self.console.warn(
+                f"warmup_steps stays {warmup}, because the warmup of this run is over; {given} is ignored"
+            )
         if is_extended or warmup == fitting_warmup(self.config):
             self._set_warmup(warmup)
 
