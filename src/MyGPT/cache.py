@@ -93,7 +93,7 @@ def positions_and_mask(
 class VocabularyError(IndexError, ValueError):
     """Error raised for an id or a label outside the model's vocabulary.
 
-    It is an IndexError as in torch's embeddings, and a ValueError because the command `mygpt` reports these in one line.
+    torch's embeddings raise IndexError too. The command `mygpt` reports a ValueError in one line.
     """
 
 

@@ -126,6 +126,19 @@ def test_a_model_that_was_downloaded_is_found_by_its_name(gpt2_server: Any, tmp_
     assert len(gpt2_server.requests) == n_requests
 
 
+@pytest.mark.parametrize(("given", "stops"), [(".", ["."]), ("5", ["5"]), ("a b", ["a b"]), ('["a", "."]', ["a", "."])])
+def test_a_stop_is_a_text_or_a_list_of_texts(talker: Path, monkeypatch: Any, given: str, stops: list[str]) -> None:
+    seen = []
+
+    def stream(model: Any, tokenizer: Any, ids: Any, length: Any, sampling: Any, stop: Any, seed: Any) -> list[str]:
+        seen.append(list(stop))
+        return []
+
+    monkeypatch.setattr("MyGPT.commands.generate.stream_text", stream)
+    assert main(["generate", "--model", str(talker), "--prompt", "a", "--stop", given, "--device", "cpu"]) == 0
+    assert seen == [stops]
+
+
 def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert main(["download", "gpt5"]) == 2
     assert "unknown model 'gpt5': choose 124M, gpt2," in capsys.readouterr().err

@@ -183,9 +183,8 @@ def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("generate --model x --stop .", "--stop must be a list of texts such as '[\".\"]', got '.'"),
-        ("generate --model x --stop=", "--stop must be a list of texts such as '[\"text\"]', got ''"),
-        ("generate --model x --stop ['']", "stop must be a list of texts that are not empty"),
+        ("generate --model x --stop=", "a stop text must have at least one character, got ['']"),
+        ("generate --model x --stop ['']", "a stop text must have at least one character, got ['']"),
         ("generate --model x --seed abc", "--seed must be a whole number, got 'abc'"),
         ("generate --model x --seed 1e30", "--seed must be a whole number, got '1e30'"),
         (f"generate --model x --seed {10**30}", "seed must be a whole number from -2**63 to 2**64 - 1"),

@@ -1,4 +1,4 @@
-"""Which tokenizer a directory has: vocab.json and merges.txt as transformers reads them, and files that are refused."""
+"""Test how the tokenizer of a directory is found: vocab.json with merges.txt as in transformers, and refused files."""
 
 from __future__ import annotations
 

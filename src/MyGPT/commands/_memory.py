@@ -18,7 +18,7 @@ ADVICE = {
     "explain": "use a shorter text or a smaller model",
     "bench": "use a smaller model",
 }
-"""How to need less memory, by the name of the command."""
+"""Advice that reduces the memory that a command needs, by the name of the command."""
 
 
 def require_memory(n_bytes: int) -> None:

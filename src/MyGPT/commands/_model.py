@@ -81,7 +81,7 @@ def check_generation(max_new_tokens: int | None = None, seed: int | None = None,
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens}")
     check_seed(seed)
     if "" in (stop or []):
-        raise ValueError(f"stop must be a list of texts that are not empty, got {stop!r}")
+        raise ValueError(f"a stop text must have at least one character, got {stop!r}")
 
 
 def report_tokenizer(tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ def generate(
     prompt: str | None = None,
     max_new_tokens: int = 200,
     n_samples: int = 1,
-    stop: list[str] | None = None,
+    stop: str | list[str] | None = None,
     slide: bool = False,
     seed: int | None = None,
     device: str = "auto",
@@ -38,10 +38,11 @@ def generate(
             token, <|endoftext|> in GPT-2, or from the first token of a vocabulary that has no such token.
         max_new_tokens: Maximum number of tokens to generate.
         n_samples: Number of texts to generate.
-        stop: Texts at which the generation stops, written as a list: '["first", "second"]'.
+        stop: Text at which the generation stops, or a list of texts: '["first", "second"]'.
         slide: Allow a prompt longer than the model's context; the model sees only its end.
     """
     require_positive(n_samples=n_samples)
+    stop = [stop] if isinstance(stop, str) else stop
     check_generation(max_new_tokens, seed, stop)
     text = read_standard_input() if prompt == "-" else prompt or ""
     if prompt is not None and not text:

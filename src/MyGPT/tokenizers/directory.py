@@ -1,4 +1,4 @@
-"""Which tokenizer a directory contains. Every function and command that opens a tokenizer asks `find_files`.
+"""Find and read the tokenizer in a directory. Every function and command that opens a tokenizer calls `find_files`.
 
 A tokenizer is one file or two. A directory with files of a tokenizer that MyGPT cannot read is refused: another
 tokenizer, such as GPT-2's, would give the model's ids to other texts.

@@ -1,4 +1,4 @@
-"""What the files of a model's directory say about special tokens, apart from the tokenizer's vocabulary.
+"""Read the special tokens that the files of a model's directory name, apart from the tokenizer's vocabulary.
 
 `tokenizer_config.json` and, in older directories, `special_tokens_map.json` name the tokens. `generation_config.json` and
 `config.json` contain ids.
