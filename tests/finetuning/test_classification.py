@@ -178,7 +178,11 @@ def test_a_form_feed_and_a_unicode_line_end_stay_within_a_text(tmp_path: Path) -
         ("a.jsonl", '{"text": 3, "label": "b"}\n', r"a\.jsonl, line 1: 'text' must be a text, got 3"),
         ("a.jsonl", '{"text": "a", "label": [3]}\n', r"a\.jsonl, line 1: 'label' must be a text, got \[3\]"),
         ("a.csv", "text,label\nHello, friend,ham\n", r"a\.csv, line 2: more values than columns"),
-        ("a.csv", 'text,label\n"Hello,ham\n', r"a\.csv, line \d: unexpected end of data"),
+        (
+            "a.csv",
+            'text,label\n"Hello,ham\n',
+            r"a\.csv, line \d: the value in quotation marks that begins in line \d has no end",
+        ),
         ("a.csv", f"text,label\n{'a' * 200_000},ham\n", r"a\.csv, line \d: field larger than field limit"),
         ("a.jsonl", "{\n", r"a\.jsonl, line 1: not JSON"),
         ("a.csv", "text,label\n", r"a\.csv has no records"),

@@ -123,8 +123,9 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_
         first.kill()
         first.join()
     steps = _steps(tmp_path / "run")
-    assert main(["train", "--resume", str(tmp_path / "run"), "--max_steps", "1", "--allow_changed", "max_steps"]) == 0
-    assert _steps(tmp_path / "run") >= steps
+    resume = ["train", "--resume", str(tmp_path / "run"), "--allow_changed", "max_steps", "--max_steps"]
+    assert main([*resume, str(steps + 1)]) == 0
+    assert _steps(tmp_path / "run") == steps + 1
 
 
 def _wait_for(condition: Any) -> None:

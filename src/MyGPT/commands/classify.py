@@ -18,6 +18,7 @@ from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands._tuning import count_steps, open_base, require_epochs, run_and_draw
 from MyGPT.config import GPT2_CONFIGS, require_positive
 from MyGPT.devices import pick_device
+from MyGPT.files import reading
 from MyGPT.finetuning.classification import (
     Example,
     GPTForClassification,
@@ -150,8 +151,9 @@ def open_classifier(model: str) -> tuple[GPTForClassification, Tokenizer]:
     files = find_model_files(model)
     if files.path.is_file():
         raise ValueError(f"{files.path} is a file; give the directory of a classifier")
-    classifier = GPTForClassification.from_pretrained(find_directory(files.path) or files.path)
-    return classifier, files.tokenizer(classifier.config.vocab_size)
+    with reading(files.path):
+        classifier = GPTForClassification.from_pretrained(find_directory(files.path) or files.path)
+        return classifier, files.tokenizer(classifier.config.vocab_size)
 
 
 def print_predictions(classifier: GPTForClassification, tokenizer: Tokenizer, texts: Sequence[str]) -> None:

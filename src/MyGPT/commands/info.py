@@ -56,15 +56,22 @@ def explain(name: str) -> str:
         config, training, _ = read_plan(name)
         return describe(name, config, training=training or ONE_SEQUENCE)
     from MyGPT.files import reading
-    from MyGPT.opening import find_model_files
-    from MyGPT.weights.formats import find_format, open_checkpoint
-    from MyGPT.weights.layout import fit
+    from MyGPT.weights.formats import find_format
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
         return describe(name, GPT2_CONFIGS[name])
     with reading(name):
-        files = find_model_files(name)
-        checkpoint = open_checkpoint(files.path)
+        return _describe_files(name)
+
+
+def _describe_files(name: str) -> str:
+    """Return the report on the model or adapter at the path `name`, or on a downloaded model with this name."""
+    from MyGPT.opening import find_model_files
+    from MyGPT.weights.formats import open_checkpoint
+    from MyGPT.weights.layout import fit
+
+    files = find_model_files(name)
+    checkpoint = open_checkpoint(files.path)
     config = checkpoint.guess_config()
     dtypes = Counter(str(tensor.dtype or "no float").removeprefix("torch.") for tensor in checkpoint.tensors.values())
     rows = [
