@@ -144,7 +144,9 @@ def kill_until_done(task: Task, out: Path, n_kills: int, draw: random.Random) ->
         else:
             kind, kill = "aimed", Kill(draw.choice(task.moments), draw.randint(1, 2 if in_merge else 5), in_merge)
         exit_status = run(task.command(out), kill, prepare=task.before)
-        assert exit_status in (0, -9), exit_status
+        assert exit_status in (0, -9), (
+            f"exit status {exit_status} with {kill} of start {n_starts} of {task.command(out)}"
+        )
         struck[kind] += exit_status != 0
         n_starts += 1
         assert n_starts < 40 * n_kills, f"hardly any kill hits {task.command(out)}"

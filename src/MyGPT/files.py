@@ -238,13 +238,20 @@ def remove_leftovers(directory: str | os.PathLike[str], patterns: Sequence[str])
     write to `directory` during the call.
     """
     for entry in Path(directory).iterdir():
-        name, dot, suffix = entry.name.removeprefix(".").rpartition(".")
-        if not entry.name.startswith(".") or not dot or not any(fnmatch(name, pattern) for pattern in patterns):
+        name = target_of(entry.name)
+        if name is None or not any(fnmatch(name, pattern) for pattern in patterns):
             continue
-        if suffix == "previous":
+        if entry.name.endswith(".previous"):
             restore_directory(entry.parent / name)
-        elif re.fullmatch(r"[a-z0-9_]{8}", suffix):  # also the names of earlier versions, which used tempfile
+        else:
             _remove(entry)
+
+
+def target_of(name: str) -> str | None:
+    """Return the name of the file that is being written under the temporary name `name`, or None for any other name."""
+    # Earlier versions used tempfile, whose names have other letters than hexadecimal digits.
+    temporary = re.fullmatch(r"\.(.+)\.([a-z0-9_]{8}|previous)", name)
+    return temporary[1] if temporary else None
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

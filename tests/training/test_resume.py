@@ -128,6 +128,16 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_
     assert _steps(tmp_path / "run") == steps + 1
 
 
+@pytest.mark.parametrize("kill", [Kill("fsync", 1), Kill("replace", 1), Kill("fsync", 2), Kill("replace", 2)])
+def test_a_run_that_is_killed_while_it_writes_its_first_files_is_started_anew(
+    text: Path, tmp_path: Path, kill: Kill
+) -> None:
+    """Its directory holds only unfinished files, which used to be taken for somebody else's."""
+    command = train_command(text, tmp_path / "run", "--max_steps", "2", "--resume", "auto")
+    assert run_with_kills(command, [kill]) == 1
+    assert leftovers(tmp_path / "run") == []
+
+
 def _wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 120
     while not condition():

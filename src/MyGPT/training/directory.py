@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
-from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers
+from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers, target_of
 from MyGPT.training.checkpoint import CHECKPOINTS
 from MyGPT.training.snapshot import LOGS
 
@@ -21,9 +21,14 @@ _LOCK, _PROCESS = ".lock", ".process"
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if the directory `run` is not empty, unless it holds a run and `overwrite` is True."""
+    """Raise FileExistsError if the directory `run` is not empty, unless it holds a run and `overwrite` is True.
+
+    A directory that contains only the lock and the first files of a killed process counts as empty.
+    """
     check_output_directory(run)
-    if not run.exists() or not any(entry.name not in (_LOCK, _PROCESS) for entry in run.iterdir()):
+    first = (_LOCK, _PROCESS, "config.yaml")
+    names = [entry.name for entry in run.iterdir()] if run.exists() else []
+    if all(name in first[:2] or target_of(name) in first for name in names):
         return
     if not overwrite:
         raise FileExistsError(f"{run} is not empty: choose another --out, or give --overwrite true")
