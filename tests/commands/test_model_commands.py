@@ -15,6 +15,7 @@ from http_server import file, serving
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands.chat import Conversation
+from MyGPT.download import download
 from MyGPT.weights import released
 from oracles_layouts import BookGPT, NanoGPT
 from oracles_openai import OPENAI
@@ -139,7 +140,8 @@ def test_a_stop_is_a_text_or_a_list_of_texts(talker: Path, monkeypatch: Any, giv
     assert seen == [stops]
 
 
-def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any) -> None:
+def test_what_cannot_be_downloaded_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(download.__kwdefaults__, "sleep", lambda seconds: None)  # between two attempts
     assert main(["download", "gpt5"]) == 2
     assert "unknown model 'gpt5': choose 124M, gpt2," in capsys.readouterr().err
     assert main(["download", "124M", "--out", str(tmp_path), "--base_url", "http://127.0.0.1:1/models"]) == 2
