@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -46,6 +47,8 @@ class Task:
     """Every third kill comes while the adapter is merged."""
     before: Callable[[], None] | None = None
     """A function that the process calls first."""
+    does_nothing_when_done: bool = False
+    """A further start of the finished command would end at once, so its output is removed first."""
 
 
 def make_small_model() -> None:
@@ -96,7 +99,7 @@ def tasks(place: Path, address: str) -> dict[str, Task]:
         "dpo": Task(lambda out: [*dpo_command(place, out), "--resume", "auto"]),
         "classify": Task(lambda out: [*classify_command(place, out), "--resume", "auto"]),
         "prepare": Task(preparing, all_files, FILE_MOMENTS, longest=1500),
-        "download": Task(downloading, all_files, FILE_MOMENTS, before=make_small_model),
+        "download": Task(downloading, all_files, FILE_MOMENTS, before=make_small_model, does_nothing_when_done=True),
     }
 
 
@@ -132,7 +135,7 @@ def main() -> None:
 def kill_until_done(task: Task, out: Path, n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
     """Run a task until n_kills kills have hit it, and once more to its end.
 
-    A command that is already done is started again. Returns the number of aimed and of timed kills, and how often the
+    A command that is already done is started again (see `Task.does_nothing_when_done`). Returns the number of aimed and of timed kills, and how often the
     command was started.
     """
     struck: Counter[str] = Counter()
@@ -147,6 +150,8 @@ def kill_until_done(task: Task, out: Path, n_kills: int, draw: random.Random) ->
         assert exit_status in (0, -9), (
             f"exit status {exit_status} with {kill} of start {n_starts} of {task.command(out)}"
         )
+        if exit_status == 0 and task.does_nothing_when_done:
+            shutil.rmtree(out)
         struck[kind] += exit_status != 0
         n_starts += 1
         assert n_starts < 40 * n_kills, f"hardly any kill hits {task.command(out)}"
