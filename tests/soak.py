@@ -135,8 +135,8 @@ def main() -> None:
 def kill_until_done(task: Task, out: Path, n_kills: int, draw: random.Random) -> tuple[Counter[str], int]:
     """Run a task until n_kills kills have hit it, and once more to its end.
 
-    A command that is already done is started again (see `Task.does_nothing_when_done`). Returns the number of aimed and of timed kills, and how often the
-    command was started.
+    A command that is already done is started again (see `Task.does_nothing_when_done`). Returns the number of aimed and of
+    timed kills, and how often the command was started.
     """
     struck: Counter[str] = Counter()
     n_starts = 0
