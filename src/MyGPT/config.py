@@ -239,7 +239,7 @@ def read_config_json(path: Path) -> GPTConfig:
 
 
 def config_beside(path: Path) -> GPTConfig | None:
-    """Return the config in the `config.json` of the directory that contains the file `path`, or None if there is no such file."""
+    """Return the config in the `config.json` beside the file `path`, or None if this directory has no `config.json`."""
     config = path.parent / "config.json"
     return read_config_json(config) if config.is_file() else None
 

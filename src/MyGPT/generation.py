@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from MyGPT.config import require_positive
 from MyGPT.sampling import SamplingConfig, pick_next, seeded_generators
-from MyGPT.tokenizers.base import ids_without_token
+from MyGPT.tokenizers.base import end_of_text, ids_without_token
 
 Stop = str | Sequence[int]
 """A text, or a sequence of token ids, at which generation ends."""
@@ -102,7 +102,7 @@ def generate_stream(
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     has_stopped = _stop_check(stop, tokenizer)
     ends = _checked_ends(eos_id)
-    fill = next((id_ for id_ in (*ends, _end_of_text(tokenizer)) if id_ is not None), 0)
+    fill = next((id_ for id_ in (*ends, end_of_text(tokenizer)) if id_ is not None), 0)
     generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
 
@@ -156,15 +156,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     If the files of the model name none, the result is the tokenizer's end-of-text token. It is empty if there is none.
     """
     own = getattr(getattr(model, "config", None), "end_ids", ())
-    return list(own) or [id_ for id_ in [_end_of_text(tokenizer)] if id_ is not None]
-
-
-def _end_of_text(tokenizer: Any) -> int | None:
-    """Return the id of the tokenizer's end-of-text token, or None if there is no such token or no tokenizer."""
-    try:
-        return getattr(tokenizer, "eot_token", None)
-    except KeyError:  # raised by a tiktoken.Encoding without <|endoftext|>
-        return None
+    return list(own) or [id_ for id_ in [end_of_text(tokenizer)] if id_ is not None]
 
 
 def _checked_ends(eos_id: Any) -> list[int]:

@@ -325,7 +325,7 @@ def tiny(**changes: Any) -> GPTModel:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model in our directory and as a training script's file, and one whose width int8 kernels lack."""
+    """The directories of three models: one in float32, the same in bf16, and one with a width that int8 kernels lack."""
     place = tmp_path_factory.mktemp("models")
     coder = CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyz ")
     tiny().save_pretrained(place / "directory", coder)

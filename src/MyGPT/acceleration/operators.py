@@ -50,9 +50,8 @@ def has_int8_linear() -> bool:
 
 def _int8(x: Tensor, weight: Tensor) -> Tensor:
     scales = torch.ones(len(weight), dtype=torch.bfloat16, device=weight.device)
-    return torch.ops.aten._weight_int8pack_mm(
-        x.bfloat16().contiguous(), weight.contiguous(), scales
-    )  # ten times slower for float32 rows
+    # Rows in float32 would be ten times slower.
+    return torch.ops.aten._weight_int8pack_mm(x.bfloat16().contiguous(), weight.contiguous(), scales)
 
 
 def _gives(expected: Tensor, operator: Callable[[], Tensor]) -> bool:

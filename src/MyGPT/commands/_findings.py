@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from MyGPT.commands._memory import step_memory
 from MyGPT.commands._recipe import read_plan
-from MyGPT.commands.info import step_memory
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.costs import estimate_step_seconds, matmul_speed, median_seconds
 from MyGPT.data.sources import BUILT_IN, DOWNLOADS

@@ -1,9 +1,15 @@
-"""Recognise that memory has run out, and advise how each command needs less."""
+"""Estimate the memory of a training step, recognise that memory has run out, and advise how each command needs less."""
 
 from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from MyGPT.config import GPTConfig
+    from MyGPT.costs import TrainingMemory
+    from MyGPT.training.config import TrainConfig
 
 _TRAINING = "lower micro_batch_size (the sequences per forward pass), or use a smaller context_length or model"
 ADVICE = {
@@ -19,6 +25,22 @@ ADVICE = {
     "bench": "use a smaller model",
 }
 """Advice that reduces the memory that a command needs, by the name of the command."""
+
+
+def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
+    """Return the memory in bytes for a training step on `device` ("cuda" or "cpu"), with bfloat16 arithmetic if `bf16`."""
+    from MyGPT.costs import training_memory
+
+    n_sequences = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    return training_memory(
+        config,
+        n_sequences,
+        bf16=bf16,
+        optimizer=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+        accumulates=n_sequences < training.batch_size,
+        device=device,
+    )
 
 
 def require_memory(n_bytes: int) -> None:

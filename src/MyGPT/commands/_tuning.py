@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from MyGPT.commands._model import report_tokenizer
 from MyGPT.commands.train import draw_losses
@@ -16,7 +17,18 @@ from MyGPT.model import GPTModel
 from MyGPT.opening import ModelFiles, adapter_without_model, find_model_files
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.tokenizers.base import require_end_token
+from MyGPT.training.config import TrainConfig
 from MyGPT.training.trainer import Trainer
+
+DEFAULTS = {
+    "batch_size": 8, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0, "beta2": 0.999, "eval_every": 50,
+    "log_every": 1,
+}  # fmt: skip
+"""The default values that the three commands have in common, and that differ from those of `mygpt train`."""
+SAMPLE_DEFAULTS = {"sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0, "sample_to_end": True}
+"""The same for the options of sample texts, which a classifier does not generate."""
+HIDDEN = ("max_steps", "order", "eval_windows", "compile")
+"""The options of `mygpt train` that none of the three commands has."""
 
 
 def require_epochs(epochs: float) -> None:
@@ -71,3 +83,18 @@ def run_and_draw(trainer: Trainer, split: Split, run: Path) -> float:
             return trainer.run()
         finally:
             draw_losses(run)
+
+
+def report_training(model: nn.Module, max_steps: int, batch_size: int, unit: str) -> None:
+    """Print how many parameters are trained, and the number and size of the steps. `unit` names what a batch contains."""
+    n_trained, n_all = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_trained)
+        for only_trained in (True, False)
+    )
+    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {batch_size} {unit}")
+
+
+def report_samples(prompts: list[list[int]], training: TrainConfig) -> None:
+    """Print a line if no sample texts can be generated, although they are due, because there are no `prompts`."""
+    if training.sample_every and not prompts:
+        print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")

@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from MyGPT.commands import _tuning
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.commands._tuning import count_steps, open_base, require_epochs, run_and_draw
+from MyGPT.commands._tuning import count_steps, open_base, report_training, require_epochs, run_and_draw
 from MyGPT.config import GPT2_CONFIGS, require_positive
 from MyGPT.devices import pick_device
 from MyGPT.files import reading
@@ -41,13 +42,14 @@ from MyGPT.training.trainer import Trainer
 from MyGPT.weights.formats.huggingface import find_directory
 
 DEFAULTS = {
-    "batch_size": 8, "learning_rate": 5e-5, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.1,
-    "beta2": 0.999, "eval_every": 50, "log_every": 1, "train_fraction": 0.7, "test_fraction": 0.2, "split_seed": 0,
-}  # fmt: skip
-HIDDEN = (
-    "max_steps", "order", "eval_windows", "compile",
-    *("sample_every", "sample_tokens", "sample_temperature", "sample_to_end", "sample_prompt"),
-)  # fmt: skip
+    **_tuning.DEFAULTS,
+    "learning_rate": 5e-5,
+    "weight_decay": 0.1,
+    "train_fraction": 0.7,
+    "test_fraction": 0.2,
+    "split_seed": 0,
+}
+HIDDEN = (*_tuning.HIDDEN, *_tuning.SAMPLE_DEFAULTS, "sample_prompt")
 NESTED = ("lora",)
 COMMON = (
     "model text file data text_column label_column balance out resume train_only epochs learning_rate device"
@@ -213,10 +215,7 @@ def train_classifier(
         objective=LabelLoss(classifier),
         **run_options,
     )
-    n_trained, n_all = (
-        sum(p.numel() for p in set(classifier.parameters()) if p.requires_grad or not only) for only in (True, False)
-    )
-    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} texts")
+    report_training(classifier, max_steps, training.batch_size, "texts")
     loss = run_and_draw(trainer, parts.split, directory)
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per text (step {trainer.best_step})")

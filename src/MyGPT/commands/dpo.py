@@ -9,8 +9,17 @@ from typing import Literal
 
 import torch
 
+from MyGPT.commands import _tuning
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.commands._tuning import base_name, count_steps, open_base, require_epochs, run_and_draw
+from MyGPT.commands._tuning import (
+    base_name,
+    count_steps,
+    open_base,
+    report_samples,
+    report_training,
+    require_epochs,
+    run_and_draw,
+)
 from MyGPT.config import require_positive
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.templates import Template, load_template
@@ -31,12 +40,8 @@ from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
 
-DEFAULTS = {
-    "batch_size": 8, "learning_rate": 5e-5, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0,
-    "beta2": 0.999, "eval_every": 50, "sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0,
-    "sample_to_end": True, "log_every": 1,
-}  # fmt: skip
-HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
+DEFAULTS = {**_tuning.DEFAULTS, **_tuning.SAMPLE_DEFAULTS, "learning_rate": 5e-5}
+HIDDEN = (*_tuning.HIDDEN, "sample_prompt")
 NESTED = ("lora",)
 COMMON = (
     "model data template out resume epochs batch_size learning_rate beta merge lora.r lora.alpha eval_every device"
@@ -116,8 +121,7 @@ def dpo(
     max_steps = count_steps(tuning.epochs, sampler)
     adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), base_name(model), template)
     prompts = sample_prompts(parts, tokenizer, template, max_length - training.sample_tokens)
-    if training.sample_every and not prompts:
-        print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
+    report_samples(prompts, training)
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
     trainer = Trainer(
         gpt,
@@ -131,8 +135,7 @@ def dpo(
         objective=PreferenceLoss(adapter.peft_model, tuning.beta, tuning.label_smoothing),
         **run_options,
     )
-    n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
-    print(f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} pairs")
+    report_training(gpt, max_steps, training.batch_size, "pairs")
     loss = run_and_draw(trainer, parts.split, directory)
     if not math.isnan(loss):
         print(f"validation: {describe(loss, trainer)} (step {trainer.best_step})")

@@ -10,8 +10,17 @@ from typing import Any, Literal
 
 import torch
 
+from MyGPT.commands import _tuning
 from MyGPT.commands._run import RunOptions, with_options_of_run
-from MyGPT.commands._tuning import base_name, count_steps, open_base, require_epochs, run_and_draw
+from MyGPT.commands._tuning import (
+    base_name,
+    count_steps,
+    open_base,
+    report_samples,
+    report_training,
+    require_epochs,
+    run_and_draw,
+)
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, add_lora, merge
 from MyGPT.messages import quote
@@ -20,12 +29,8 @@ from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
 
-DEFAULTS = {
-    "batch_size": 8, "learning_rate": 2e-4, "min_learning_rate": 0.0, "warmup_steps": 20, "weight_decay": 0.0,
-    "beta2": 0.999, "eval_every": 50, "sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0,
-    "sample_to_end": True, "log_every": 1,
-}  # fmt: skip
-HIDDEN = ("max_steps", "order", "eval_windows", "sample_prompt", "compile")
+DEFAULTS = {**_tuning.DEFAULTS, **_tuning.SAMPLE_DEFAULTS, "learning_rate": 2e-4}
+HIDDEN = (*_tuning.HIDDEN, "sample_prompt")
 NESTED = ("lora",)
 COMMON = (
     "model data template out resume epochs batch_size learning_rate full merge lora.r lora.alpha eval_every device"
@@ -82,8 +87,7 @@ def finetune(
     if not tuning.full:
         best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base_name(model), data.template)
     prompts = data.prompts(5, training.sample_tokens)
-    if training.sample_every and not prompts:
-        print(f"sample texts are off: every held-out prompt is too long to add sample_tokens={training.sample_tokens}")
+    report_samples(prompts, training)
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}
     recipe = {"model": model, **vars(examples), "lora": vars(lora), **vars(tuning), **shown, "device": run.device}
     trainer = Trainer(
@@ -97,10 +101,7 @@ def finetune(
         recipe=recipe,
         **run_options,
     )
-    n_trained, n_all = gpt.num_parameters(only_trainable=True), gpt.num_parameters()
-    print(
-        f"training {n_trained:,} of {n_all:,} parameters: {max_steps} steps of at most {training.batch_size} sequences"
-    )
+    report_training(gpt, max_steps, training.batch_size, "sequences")
     run_and_report(trainer, data, directory)
     if tuning.merge:
         WholeModel(merge(best_model.peft_model), tokenizer, data.template).save(directory)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from MyGPT.commands._memory import step_memory
 from MyGPT.commands._recipe import read_plan
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.messages import error_message
 from MyGPT.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from MyGPT.costs import TrainingMemory
+    from MyGPT.opening import ModelFiles
 
 Row = tuple[str, str]
 Unit = tuple[str, int]
@@ -92,16 +93,14 @@ def _describe_files(name: str) -> str:
         rows.append(("complete", f"no: {error_message(error)}"))
     if files.adapter is not None:
         config = adapted_config(config, files.adapter)
-    rows.append(("tokenizer", tokenizer_source(name, config.vocab_size)))
+    rows.append(("tokenizer", tokenizer_source(files, config.vocab_size)))
     return describe(name, config, rows)
 
 
-def tokenizer_source(name: str, vocab_size: int) -> str:
+def tokenizer_source(files: ModelFiles, vocab_size: int) -> str:
     """Return the files of a model's tokenizer, or why it has none. `vocab_size` is the number of tokens of the model."""
-    from MyGPT.opening import find_model_files
-
     try:
-        return find_model_files(name).tokenizer(vocab_size).source
+        return files.tokenizer(vocab_size).source
     except (ValueError, OSError) as error:
         return f"none: {error_message(error)}"
 
@@ -177,22 +176,6 @@ def memory_rows(
         rows.append(row("more on a CPU", more))
         rows.append(row("total on a CPU", [total + number for total, number in zip(totals, more, strict=True)]))
     return rows
-
-
-def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
-    """Return the memory in bytes for a training step on `device` ("cuda" or "cpu"), with bfloat16 arithmetic if `bf16`."""
-    from MyGPT.costs import training_memory
-
-    n_sequences = training.micro_batch_size or training.batch_size
-    return training_memory(
-        config,
-        n_sequences,
-        bf16=bf16,
-        optimizer=training.optimizer,
-        gradient_checkpointing=training.gradient_checkpointing,
-        accumulates=n_sequences < training.batch_size,
-        device=device,
-    )
 
 
 def _bytes(n: int) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from MyGPT.commands._memory import require_memory
+from MyGPT.commands._memory import require_memory, step_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import error_message, quote
@@ -69,7 +69,8 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     torch.manual_seed(training.seed)
     config = dataclasses.replace(model, vocab_size=coder.n_vocab)
     if run_options["device"].type == "cpu":
-        require_memory(step_bytes(config, training))
+        tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
+        require_memory(step_memory(config, training, False, "cpu").peak + tokens)
     gpt = GPTModel(config)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
@@ -96,22 +97,6 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
     print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
-
-
-def step_bytes(config: GPTConfig, training: TrainConfig) -> int:
-    """Return the estimated memory of a training step on a CPU in bytes, with float32 numbers."""
-    from MyGPT.costs import training_memory
-
-    n_sequences = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    memory = training_memory(
-        config,
-        n_sequences,
-        optimizer=training.optimizer,
-        gradient_checkpointing=training.gradient_checkpointing,
-    )
-    return (
-        memory.peak + 2 * 8 * training.batch_size * config.context_length
-    )  # the tokens of the batch and their targets
 
 
 def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:

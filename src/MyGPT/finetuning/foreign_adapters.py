@@ -106,7 +106,7 @@ def _read_config(directory: Path) -> LoraConfig:
 
 
 def _describe(error: Exception) -> str:
-    """Return the message of an error, preceded by the error's type unless it is a ValueError."""
+    """Return the message of an error. The type of the error comes first, except for a ValueError."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 

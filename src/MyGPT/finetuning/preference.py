@@ -87,17 +87,12 @@ def check_beta(beta: float, label_smoothing: float) -> None:
 def read_preferences(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records of a file of preference pairs, as they are in the file.
 
-    Raises ValueError, with the file, line and key in its message, if `check_pair` refuses a record.
+    Raises ValueError, with the file, line and key in its message, if `with_answers` refuses a record.
     """
     items = list(read_items(path))
     for where, record in items:
-        check_pair(record, where)
+        with_answers(record, where)
     return [record for _, record in items]
-
-
-def check_pair(record: Any, where: str) -> None:
-    """Raise ValueError unless `with_answers` accepts the record. The message starts with `where`."""
-    with_answers(record, where)
 
 
 def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record, Record]:
@@ -348,8 +343,7 @@ class PreferenceLoss:
     def __call__(self, *batch: Tensor) -> tuple[Tensor, int]:
         """Return the sums of loss, accuracy and margin over the pairs (see `Preferences`), (3,), and the number of pairs."""
         n = len(batch[0])
-        inputs, targets = (
-            part.transpose(0, 1).flatten(0, 1) for part in batch
-        )  # each (2 B, T), the chosen answers first
+        # Each becomes (2 B, T), with the chosen answers first.
+        inputs, targets = (part.transpose(0, 1).flatten(0, 1) for part in batch)
         found = preferences(self.peft_model, inputs, targets, self.beta, self.label_smoothing)
         return n * torch.stack([found.loss, *found.loss.new_tensor([found.accuracy, found.margin])]), n

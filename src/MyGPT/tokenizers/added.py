@@ -11,8 +11,6 @@ from typing import Any
 _WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(
     map(chr, range(0x2000, 0x200B))
 )
-
-
 MAX_ID = 2**31 - 1
 """The largest token id that a vocabulary may contain; real vocabularies are far smaller."""
 
@@ -55,22 +53,27 @@ def added_token(entry: Mapping[str, Any], id_: int | None = None) -> AddedToken:
     return AddedToken(**flags) if id_ is None else AddedToken(**{**flags, "id": id_})
 
 
-def split_added(text: str, tokens: Iterable[AddedToken]) -> list[str | AddedToken]:
-    """Return the added tokens in a text, and the texts before, between and after them, in order.
+class AddedTokenSplitter:
+    """Splits texts at added tokens. A tokenizer makes one for its tokens, because compiling the patterns takes time.
 
     Tokens are found as in Hugging Face's tokenizers library: at each position the longest one, first those that are not
     `normalized`, and then the others in the texts that are left.
     """
-    parts: list[str | AddedToken] = [text]
-    groups: dict[bool, dict[str, AddedToken]] = {False: {}, True: {}}
-    for token in tokens:
-        groups[token.normalized][token.content] = token
-    for group in filter(None, groups.values()):
-        pattern = special_pattern(group)
-        parts = [
-            piece for part in parts for piece in (_find(part, group, pattern) if isinstance(part, str) else [part])
-        ]
-    return [part for part in parts if part != ""]
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        groups: dict[bool, dict[str, AddedToken]] = {False: {}, True: {}}
+        for token in tokens:
+            groups[token.normalized][token.content] = token
+        self._groups = [(group, special_pattern(group)) for group in groups.values() if group]
+
+    def split(self, text: str) -> list[str | AddedToken]:
+        """Return the added tokens in a text, and the texts before, between and after them, in order."""
+        parts: list[str | AddedToken] = [text]
+        for group, pattern in self._groups:
+            parts = [
+                piece for part in parts for piece in (_find(part, group, pattern) if isinstance(part, str) else [part])
+            ]
+        return [part for part in parts if part != ""]
 
 
 def _find(text: str, tokens: Mapping[str, AddedToken], pattern: re.Pattern[str]) -> Iterator[str | AddedToken]:

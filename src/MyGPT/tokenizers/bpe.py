@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-from MyGPT.tokenizers.added import MAX_ID, AddedToken, special_pattern, split_added
+from MyGPT.tokenizers.added import MAX_ID, AddedToken, AddedTokenSplitter, special_pattern
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     Tokenizer,
@@ -88,6 +88,7 @@ class BPETokenizer(Tokenizer):
         self._bytes_of |= {id_: _visible_to_bytes(token) for token, id_ in unmerged.items()}
         self._bytes_of |= {id_: token for token, id_ in vocab.items()}
         self._n_vocab = max(self._bytes_of) + 1
+        self._splitter = AddedTokenSplitter(self.added_tokens)
         self._id_of_rank = None if ranks is vocab else [vocab[token] for token in ranks]
         self._encoding = tiktoken.Encoding(
             "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
@@ -182,8 +183,11 @@ class BPETokenizer(Tokenizer):
                 encode = "encode it as ordinary text with disallowed_special=()"
                 raise ValueError(f"the text contains the special token {token!r}: {allow}, or {encode}")
         refuse_surrogates(text)
+        splitter = self._splitter
+        if allowed_special != "all":
+            splitter = AddedTokenSplitter(it for it in self.added_tokens if not it.special or it.content in allowed)
         ids: list[int] = []
-        for part in split_added(text, [it for it in self.added_tokens if not it.special or it.content in allowed]):
+        for part in splitter.split(text):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             else:
@@ -210,7 +214,7 @@ class BPETokenizer(Tokenizer):
         Bytes that are not valid UTF-8, such as half of a character, become U+FFFD. An id without a token is skipped, as in
         transformers. An id that no vocabulary can have raises ValueError.
         """
-        tokens = self.decode_tokens_bytes(self._shown(ids, skip_special_tokens))
+        tokens = (self._bytes_of.get(id_, b"") for id_ in self._shown(ids, skip_special_tokens))
         return b"".join(tokens).decode("utf-8", errors="replace")
 
     def first_token_bytes(self, text: str, ids: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from MyGPT.tokenizers.added import AddedToken, split_added, with_added
+from MyGPT.tokenizers.added import AddedToken, AddedTokenSplitter, with_added
 from MyGPT.tokenizers.base import (
     Tokenizer,
     hugging_face_json,
@@ -32,6 +32,7 @@ class CharTokenizer(Tokenizer):
         if len(self._id_of) != len(characters):
             raise ValueError(f"a character vocabulary must contain each character once, got {''.join(characters)!r}")
         self.added_tokens = tuple(added_tokens)
+        self._splitter = AddedTokenSplitter(self.added_tokens)
         self._token_of = invert_vocabulary(with_added(self._id_of, self.added_tokens))
 
     @classmethod
@@ -56,7 +57,7 @@ class CharTokenizer(Tokenizer):
         require_text(text)
         ids: list[int] = []
         try:
-            for part in split_added(text, self.added_tokens):
+            for part in self._splitter.split(text):
                 ids += [part.id] if isinstance(part, AddedToken) else [self._id_of[character] for character in part]
             return ids
         except KeyError as error:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from MyGPT.tokenizers.added import AddedToken, split_added, with_added
+from MyGPT.tokenizers.added import AddedToken, AddedTokenSplitter, with_added
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     UNKNOWN,
@@ -47,6 +47,7 @@ class SimpleTokenizer(Tokenizer):
         self._vocab, self.added_tokens = dict(vocab), tuple(added_tokens)
         self.str_to_int = with_added(vocab, self.added_tokens)
         self.int_to_str = invert_vocabulary(self.str_to_int)
+        self._splitter = AddedTokenSplitter(self.added_tokens)
 
     @classmethod
     def from_text(cls, text: str) -> SimpleTokenizer:
@@ -99,7 +100,7 @@ class SimpleTokenizer(Tokenizer):
 
     def _words(self, text: str) -> list[str]:
         """Return the words, punctuation marks and added tokens of a text."""
-        parts = split_added(text, self.added_tokens)
+        parts = self._splitter.split(text)
         return [word for part in parts for word in ([part.content] if isinstance(part, AddedToken) else _words(part))]
 
     def to_json(self) -> dict[str, Any]:

@@ -193,10 +193,8 @@ class Trainer:
 
         The loss of the next token is in nats per token. `scores` receives the other measured values.
         """
-        totals, count = (
-            [0.0] * (1 + len(self.objective.scores)),
-            0,
-        )  # Python adds in float64, which not every device has.
+        totals = [0.0] * (1 + len(self.objective.scores))  # Python adds in float64, which not every device has.
+        count = 0
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if self.validation is None else self.validation.batches(whole):
                 sums, n_terms = self._token_loss(*to_device(batch, self.device))
