@@ -21,6 +21,7 @@ def test_configs_contains_the_recipes() -> None:
     assert {c.stem for c in CONFIGS} >= set(names.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else (), id=path.stem) for path in CONFIGS],

@@ -90,6 +90,7 @@ def test_a_nan_in_any_parameter_reaches_the_logits(name: str, kind: str) -> None
         generate(KINDS[kind](model), prompt, 1)
 
 
+@pytest.mark.slow
 def test_int8_weights_that_are_not_finite_are_named() -> None:
     for name in NAMES:
         for value in VALUES:

@@ -58,6 +58,7 @@ def files_in(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_exchanges", [6, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", READERS)
 def test_a_reader_beside_a_writer_opens_a_whole_directory(kind: str, n_exchanges: int, tmp_path: Path) -> None:

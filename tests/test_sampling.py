@@ -103,6 +103,7 @@ def test_all_filters_together_are_those_of_transformers_in_its_order(
     assert torch.equal(filter_logits(logits, SamplingConfig(**chosen), seen), expected)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.fixed_dictionaries(options), st.sets(st.integers(0, V - 1)))
 @bounded
 def test_what_is_left_has_the_probabilities_that_the_papers_say(
@@ -115,6 +116,7 @@ def test_what_is_left_has_the_probabilities_that_the_papers_say(
     assert ours.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
     "chosen",

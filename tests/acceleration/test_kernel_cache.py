@@ -204,6 +204,7 @@ def test_a_read_only_cache_with_a_kernel_is_used(cache: Path) -> None:
         (cache / "kernels").chmod(0o700)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_compile_at_the_same_time_leave_one_kernel(tmp_path: Path) -> None:
     code = "from MyGPT.acceleration.kernel import Build; print(Build().wait().panel)"
@@ -218,6 +219,7 @@ def test_processes_that_compile_at_the_same_time_leave_one_kernel(tmp_path: Path
 # Compilers that fail
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
     ("text", "words"),

@@ -66,6 +66,7 @@ def error(logits: Tensor, exact: Tensor, mask: Tensor) -> float:
     return float((logits.double() - exact)[real].norm() / exact[real].norm())
 
 
+@pytest.mark.slow
 @ways
 @configs
 @pytest.mark.parametrize("lengths", [(9,), (1,) * 9, (4, 1, 3, 1)], ids=str)

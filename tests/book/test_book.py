@@ -876,6 +876,7 @@ def zipped(**files: str) -> bytes:
     return archive.getvalue()
 
 
+@pytest.mark.slow
 def test_appendix_e_prepares_the_spam_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The code of the appendix, on a small collection: 7 spam messages, and 20 others."""
     import pandas

@@ -201,6 +201,7 @@ def test_a_terminal_edits_lines_recalls_them_and_survives_ctrl_c(talker: Path, t
     assert again.end() == 0
 
 
+@pytest.mark.slow
 def test_piped_questions_are_answered_and_leave_no_history(talker: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "MyGPT", "chat", "--model", str(talker), "--device", "cpu", *CHAT]
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}

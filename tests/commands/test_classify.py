@@ -41,6 +41,7 @@ def command(base: Path, out: Path, *options: str) -> list[str]:
     return ["classify", *data, *QUICK, *options]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_only", ["head", "last_block", "all", "lora"])
 def test_a_run_trains_a_classifier_that_transformers_opens_with_equal_scores(
     train_only: str, base: Path, tmp_path: Path, capsys: Any
@@ -74,6 +75,7 @@ def test_a_run_trains_a_classifier_that_transformers_opens_with_equal_scores(
     assert final["final_val_loss"] == pytest.approx(float(sum(losses)) / len(losses), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_are_classified_from_the_command_line_a_pipe_and_files(
     base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -107,6 +109,7 @@ def test_texts_are_classified_from_the_command_line_a_pipe_and_files(
     assert "1 of 1 texts were cut to the model's context of 32 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -186,6 +189,7 @@ def test_labels_balance_and_given_files(base: Path, tmp_path: Path, capsys: Any)
     assert GPTForClassification.from_pretrained(tmp_path / "run/model").labels == ["2", "7", "10"]
 
 
+@pytest.mark.slow
 def test_a_model_of_characters_can_be_a_classifier(tmp_path: Path, capsys: Any) -> None:
     tokenizer = CharTokenizer.from_text("".join(text for text, _ in EXAMPLES))
     lively_model(GPTConfig(vocab_size=tokenizer.n_vocab, **SIZES)).save_pretrained(tmp_path / "base", tokenizer)

@@ -48,6 +48,7 @@ def command(base: Path, out: Path, *options: str) -> list[str]:
     return ["dpo", *data, *QUICK, *options]
 
 
+@pytest.mark.slow
 def test_a_run_prefers_the_chosen_answers_and_opens_in_peft(base: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(command(base, tmp_path / "run", "--epochs", "2", "--lora.dropout", "0")) == 0
     printed = capsys.readouterr().out
@@ -72,6 +73,7 @@ def test_a_run_prefers_the_chosen_answers_and_opens_in_peft(base: Path, tmp_path
         assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_final_loss_is_that_of_the_formula_on_two_models(base: Path, tmp_path: Path) -> None:
     """The log-probabilities are computed with transformers, pair by pair and without padding."""
     options = ["--beta", "0.3", "--label_smoothing", "0.1", "--merge", "--epochs", "1"]

@@ -187,6 +187,7 @@ def test_packed_and_padded_rows_give_the_same_loss(base: Path) -> None:
     assert abs(totals[0][0] - totals[1][0]) < 1e-9
 
 
+@pytest.mark.slow
 def test_micro_batches_of_unequal_counts_give_the_gradient_of_the_whole_batch(base: Path) -> None:
     examples = Examples(ExampleOptions(str(base / "records.json")), load_tokenizer(base / "base"), 128)
     weights = []
@@ -363,6 +364,7 @@ def test_a_system_text_goes_where_the_records_of_its_kind_have_it(base: Path) ->
     assert texts["prompt"] == "Be brief.\n\nSay cat."
 
 
+@pytest.mark.slow
 def test_an_adapter_is_found_in_a_merged_run_and_by_its_own_directory(
     base: Path, tuned: Path, tmp_path: Path, capsys: Any
 ) -> None:

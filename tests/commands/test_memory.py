@@ -78,6 +78,7 @@ def test_another_runtime_error_is_a_mistake_of_the_program(monkeypatch: pytest.M
         main(["train"])
 
 
+@pytest.mark.slow
 def test_a_run_without_memory_keeps_its_directory_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -143,6 +143,7 @@ def test_abbreviated_options_are_refused(name: str) -> None:
             parser.refuse_unknown([short, "1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> None:
     parser = parser_of(name)
@@ -374,6 +375,7 @@ def commands_with_hostile_text(model: str, directory: Path) -> dict[str, list[st
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["generate", "train", "evaluate", "info", "recipe", "path", "value", "option", "command", "tokenizer"]
 )
@@ -398,6 +400,7 @@ def test_a_pipe_keeps_the_bytes_of_the_model(model: str, monkeypatch: pytest.Mon
     assert set(CONTROL) & set(out.text()) and "\\x" not in out.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_run_survives_an_encoding_without_the_replacement_character(
     encoding: str, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ PARTS = [*" , . : ; ! ? ( ) [ ] { } $ % ' \" = @-@ @,@ @.@ ... 's 't n't 're ' -
 PARTS += "a I C. U.S. Mr. St No 1 12 1990 don didn can e-mail 3.5 1,000 Kiss n' 's. é 中 == =. '\"".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detokenizer", [WIKITEXT, PENN_TREEBANK, BILLION_WORDS])
 @given(
     tokens=st.lists(st.one_of(st.sampled_from(PARTS), st.text("a1.,'\"-@=(sn't", min_size=1, max_size=4)), max_size=12)

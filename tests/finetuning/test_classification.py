@@ -80,6 +80,7 @@ def test_padding_on_either_side_changes_nothing(tokenizer: BPETokenizer) -> None
     assert (model(ids.gather(1, order), mask.gather(1, order)) - alone).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["head", "last_block", "all", "lora"])
 def test_each_way_of_training_learns_to_tell_the_labels(way: Any, tokenizer: BPETokenizer, tmp_path: Path) -> None:
     model: Any = fresh(tokenizer, train_only="all" if way == "lora" else way)

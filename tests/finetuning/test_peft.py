@@ -376,6 +376,7 @@ def test_an_adapter_of_a_base_model_with_a_name_can_be_saved_again(tmp_path: Pat
     assert "lm_head" not in " ".join(get_peft_model_state_dict(PeftModel.from_pretrained(base(), tmp_path / "adapter")))
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_trained_with_a_float32_adapter() -> None:
     model = get_peft_model(base().bfloat16(), lora_config())
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}

@@ -42,6 +42,7 @@ def test_the_guard_notices_float64() -> None:
         torch.zeros((), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"precision": "bf16", "gradient_checkpointing": True}])
 def test_a_run_needs_no_float64(options: dict[str, Any]) -> None:
     config = TrainConfig(

@@ -280,6 +280,7 @@ class BadTokenizer:
     save = staticmethod(TOKENIZER.save)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "memory", "divergence", "value"])
 def test_a_live_sample_ends_no_run_and_its_failure_is_reported_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -338,6 +339,7 @@ def test_metrics_of_early_versions_are_read(tmp_path: Path) -> None:
 # Warmup
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "given", "used"), [(10, 20, 1), (10, 10, 1), (4, 100, 0), (100, 100, 10), (10, 9, 9)]
 )
@@ -356,6 +358,7 @@ def test_a_warmup_longer_than_the_run_is_shortened_with_a_report(
     assert max(rates) == config.learning_rate
 
 
+@pytest.mark.slow
 def test_a_run_whose_warmup_was_shortened_is_extended_without_allowing_another_warmup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +373,7 @@ def test_a_run_whose_warmup_was_shortened_is_extended_without_allowing_another_w
         make_trainer(tmp_path / "run", config, resume=True, allow_changed=("eval_every",)).run()
 
 
+@pytest.mark.slow
 def test_a_shortened_run_resumes_with_the_same_command_and_an_old_one_keeps_its_warmup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

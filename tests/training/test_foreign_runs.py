@@ -366,6 +366,7 @@ def test_a_long_name_of_a_machine_is_shortened(run: Path, capsys: pytest.Capture
     assert f"torch was {'x' * 80} and is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["a link", "another process", "a changed recipe"])
 def test_a_finetuning_that_is_refused_writes_nothing(
     reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -413,6 +414,7 @@ def resume(run: Path, *options: str) -> int:
     return main(["train", "--resume", str(run), *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text file", "files in order", "prepared", "relative"])
 def test_the_same_bytes_at_another_path_are_the_same_data(
     kind: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -444,6 +446,7 @@ def test_the_same_bytes_at_another_path_are_the_same_data(
     assert resume(place / "run") == 0
 
 
+@pytest.mark.slow
 def test_other_bytes_need_their_own_key_at_any_path(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--allow_changed data` once allowed other texts too."""
     (in_tmp_path / "a.txt").write_text(TEXT[:900])
@@ -470,6 +473,7 @@ def test_files_in_another_order_are_other_data(in_tmp_path: Path, capsys: pytest
     assert "data_content: the training data differ" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--full"]], ids=["adapter", "full"])
 def test_a_base_model_and_records_may_move(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -571,6 +575,7 @@ def test_a_run_that_was_stopped_early_can_be_extended(tmp_path: Path, monkeypatc
     assert [step for name, step in evaluations(tmp_path / "run") if name == "val_loss"] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_the_documented_commands_extend_training_and_finetuning(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT[:900])
     run = tmp_path / "trained"

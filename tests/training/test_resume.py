@@ -102,6 +102,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_is_resumed(
     assert differences(remains(untouched), remains(tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_evaluation_has_a_model(text: Path, tmp_path: Path) -> None:
     command = train_command(text, tmp_path / "run", "--eval_every", "100")
     assert run(command, prepare=SignalInStep6(signal.SIGTERM), errors=tmp_path / "errors") == 143
@@ -128,6 +129,7 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(text: Path, tmp_
     assert _steps(tmp_path / "run") == steps + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [Kill("fsync", 1), Kill("replace", 1), Kill("fsync", 2), Kill("replace", 2)])
 def test_a_run_that_is_killed_while_it_writes_its_first_files_is_started_anew(
     text: Path, tmp_path: Path, kill: Kill
@@ -207,6 +209,7 @@ def test_a_checkpoint_cannot_change_while_it_is_written(tmp_path: Path, monkeypa
         assert not torch.equal(tensor, trainer.model.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_busy_is_not_waited_for_and_never_doubled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +345,7 @@ def _no_large_file() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
+@pytest.mark.slow
 def test_a_quota_that_is_reached_is_one_line_and_harms_nothing(text: Path, tmp_path: Path) -> None:
     """The operating system's limit stops the optimizer's file only."""
     command = train_command(text, tmp_path / "run", "--eval_every", "100", "--sample_every", "0", "--max_steps", "6")

@@ -60,6 +60,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
+@pytest.mark.slow
 def test_after_an_error_the_lock_is_released_when_the_writer_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[str]
 ) -> None:
