@@ -1,6 +1,8 @@
-import pytest, torch
-from ranks import run_on_ranks
+import pytest
+import torch
+
 from MyGPT import ranks
+from ranks import run_on_ranks
 
 
 def f(k):
