@@ -60,6 +60,10 @@ def distribute(model: nn.Module, config: TrainConfig, device: torch.device, dtyp
     for block in transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+    for name in ("token_loss", "row_losses"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to divide by 1
