@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from MyGPT.data.shards import ShardedTokens
 from MyGPT.files import present_directory, read_json, reading, sha256_of
+from MyGPT.tokenizers.codec import TokenArray as TokenArray  # "import X as X" marks X as public for type checkers.
+from MyGPT.tokenizers.codec import id_dtype as id_dtype
 
-TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Tokens = TokenArray | ShardedTokens
 """Token ids in memory, in a memory-mapped file, or in several such files."""
 _WHOLE_BYTES = 1 << 26
@@ -40,11 +41,6 @@ FILE_BLOCKS = Blocks(64, 1 << 20)
 """Used for a data set in a single file, and for `fingerprint`."""
 SHARD_BLOCKS = Blocks(16, 1 << 14)
 """Used for each shard of a data set, so that a thousand shards are checked in a second."""
-
-
-def id_dtype(n_vocab: int) -> np.dtype[Any]:
-    """Return the smallest dtype for the ids of a vocabulary of `n_vocab` tokens: uint16 if they fit, else uint32."""
-    return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 def compact_ids(ids: Any) -> Tokens:
