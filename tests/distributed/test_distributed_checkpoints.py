@@ -263,9 +263,9 @@ def read_damaged(directory: Path) -> list[str]:
     def refuse(snapshot: Snapshot) -> None:
         raise IncompatibleCheckpointError("the recipe has changed")
 
-    with pytest.raises(IncompatibleCheckpointError, match="^the recipe has changed$"):
+    with pytest.raises(IncompatibleCheckpointError, match=r"^the recipe has changed$"):
         read_newest(directory, refuse, group)
-    with pytest.raises(ValueError, match="there is no complete checkpoint in .*; .*rank 1: only here"):
+    with pytest.raises(ValueError, match=r"there is no complete checkpoint in .*; .*rank 1: only here"):
         read_newest(directory, refuse_on_rank_1, group)
     return found
 
