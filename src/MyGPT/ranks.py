@@ -25,12 +25,18 @@ _FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", 
 _ROLL_CALL_SECONDS = 10
 
 
-def join(minutes: float = 10.0) -> None:
+def join(minutes: float = 10.0, even_alone: bool = False) -> None:
     """Join the process group that torchrun has started, if there is one. Later calls do nothing.
 
-    A collective operation fails if a rank does not take part in it within `minutes`.
+    A collective operation fails if a rank does not take part in it within `minutes`. With even_alone=True, a single
+    process makes a process group of its own.
     """
-    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if even_alone:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(store=store, rank=0, world_size=1)
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -59,7 +65,8 @@ def naming_missing_ranks() -> Iterator[None]:
 def _missing_ranks() -> list[int]:
     """Return the ranks that do not answer a roll call, for which they have a few seconds."""
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(place, port, is_master=False, timeout=timedelta(seconds=_ROLL_CALL_SECONDS))
+    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
+    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     names = [f"roll call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(world_size())]
     store.set(names[rank()], "present")
     end = time.monotonic() + _ROLL_CALL_SECONDS
@@ -72,6 +79,13 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if world_size() > 1:
         dist.destroy_process_group()
+
+
+def new_group(minutes: float) -> dist.ProcessGroup | None:
+    """Return another gloo process group of all ranks, for operations beside those of the training; None without ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
 
 def world_size() -> int:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_on_ranks
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from MyGPT import GPTModel, TrainConfig, Trainer
 from MyGPT.data.sampler import WindowSampler
 from MyGPT.finetuning.lora import add_lora
+from ranks import run_on_ranks
 
 CONFIG = {
     "vocab_size": 71,
@@ -83,9 +82,7 @@ def train(kind: str, parallel: str, options: dict[str, Any]) -> dict[str, Any]:
         steps = [trainer.step() for _ in range(6)]
         validation = trainer.evaluate()
     weights = {
-        name: _comparable(name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: _comparable(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     losses = [step["loss"] for step in steps]
     return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "val": validation, "weights": weights}
@@ -97,7 +94,7 @@ def _comparable(name: str, parameter: Tensor) -> Any:
     A bias of the keys does not change the attention weights. Its gradient is only the error of rounding, which Adam
     enlarges to steps of the size of the learning rate.
     """
-    whole = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+    whole = parameter.detach()
     if name.endswith("c_attn.bias"):
         queries, _, values = whole.chunk(3)
         whole = torch.cat([queries, values])
