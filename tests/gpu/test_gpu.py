@@ -25,10 +25,12 @@ from MyGPT.generation import generate_stream
 from MyGPT.loss import head_loss
 from MyGPT.training.optim import make_optimizers
 
-CONFIG = GPTConfig(
-    vocab_size=515, context_length=160, emb_dim=128, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True
-)
-GPU_ONLY = [pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")])]  # fmt: skip
+CONFIG = GPTConfig(vocab_size=515, context_length=160, emb_dim=128, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
+GPU_ONLY = [
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+    )
+]
 
 
 def new_model(**changes: Any) -> GPTModel:
@@ -50,6 +52,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "largest"), PRECISIONS)
 def test_logits_are_as_exact_as_those_of_transformers(
     device: torch.device, dtype: torch.dtype, largest: float, tmp_path: Path
@@ -88,6 +91,7 @@ def gradients(model: GPTModel, ids: Tensor, dtype: torch.dtype | None = None) ->
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_a_bf16_step_has_nearly_the_loss_and_the_gradient_of_float64(device: torch.device) -> None:
     """A bfloat16 number has 8 bits, so every product is rounded by up to 0.4%; most of these errors cancel each other."""
     model, ids = new_model(), random_ids(4, 129)
@@ -181,6 +185,7 @@ def prompts(device: torch.device) -> dict[str, Tensor]:
     return {"idx": random_ids(3, 20).to(device), "attention_mask": mask.to(device)}
 
 
+@pytest.mark.slow
 def test_captured_generation_gives_the_ids_of_eager_generation(
     device: torch.device, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +281,7 @@ def test_training_gives_the_losses_of_the_cpu(device: torch.device) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     device: torch.device, precision: str, tmp_path: Path

@@ -34,7 +34,11 @@ class CapturedStep:
     # Tensors that are created in inference mode could not be written to in a later generation outside of it.
     @torch.inference_mode(False)
     def __init__(self, model: GPTModel, batch_size: int, capacity: int) -> None:
-        config, weight, device = model.config, model.transformer.wte.weight.detach(), model.transformer.wte.weight.device
+        config, weight, device = (
+            model.config,
+            model.transformer.wte.weight.detach(),
+            model.transformer.wte.weight.device,
+        )
         capacity = min(config.context_length, -(-capacity // LENGTH_STEP) * LENGTH_STEP)
         self.storage = KVCache(config, batch_size, capacity, like=weight).storage
         self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
