@@ -8,10 +8,6 @@ import torch
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: runs on a CUDA GPU, and is skipped where there is none")
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
