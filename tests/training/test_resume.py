@@ -415,7 +415,9 @@ def test_a_run_whose_long_epochs_are_now_shuffled_differently_is_refused(
     shuffled = change(order="shuffled")
     make_trainer(tmp_path / "run", shuffled).run()
     monkeypatch.setattr("MyGPT.data.sampler.MAX_TABLE", 10)
-    words = "data_content: the training data are the same, but this version of MyGPT shuffles so many windows in another"
+    words = (
+        "data_content: the training data are the same, but this version of MyGPT shuffles so many windows in another"
+    )
     with pytest.raises(ValueError, match=f"{words} order than the run began with.*--allow_changed"):
         make_trainer(tmp_path / "run", shuffled, resume=True).run()
     make_trainer(tmp_path / "run", shuffled, resume=True, allow_changed="data_content").run()

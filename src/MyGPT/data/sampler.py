@@ -18,7 +18,6 @@ from MyGPT.data.permutation import draw_keys, permute
 from MyGPT.data.tokens import Tokens, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 
-
 MAX_TABLE = 1 << 20
 """The largest number of windows in a shuffled epoch whose order is stored as a table, by numpy's `permutation`. A longer
 epoch is shuffled by a keyed permutation, which needs no memory: the table for 100 GB of ids would have 390 MB."""
