@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +245,7 @@ def test_the_plan_fills_shards_and_cuts_no_archive(tmp_path: Path) -> None:
     assert sizes[-1] == 1000 and shards[-1][0].is_whole
     assert all(80 <= size <= 125 for size in sizes[:-2]), sizes
     spans = [span for shard in shards for span in shard]
-    assert [len(shard) for shard in shards[:3]] == [10, 10, 10]
+    assert [len(shard) for shard in shards[:3]] == [9, 9, 9]  # A shard may be an eighth smaller
     for one, other in itertools.pairwise(spans):
         assert other.start == (one.stop if one.path == other.path else 0)
     assert default_shard_bytes([tmp_path / "long.txt"]) == MIN_SHARD_BYTES
@@ -520,7 +521,7 @@ def test_a_killed_call_is_continued_with_the_next_shard(
     assert die(tmp_path, "replace", 10) == -9  # two replacements per shard, after two for the tokenizer
     work = tmp_path / ".out.unfinished"
     assert sorted(path.name for path in work.glob("data/*.bin")) == [f"tokens-{i:05d}.bin" for i in range(4)]
-    assert sorted(path.name for path in work.glob("records/*")) == [f"tokens-{i:05d}.json" for i in range(3)]
+    assert sorted(path.name for path in work.glob("records/*.json")) == [f"tokens-{i:05d}.json" for i in range(3)]
     written = list[str]()
     write = prepare_module._write_shard
     monkeypatch.setattr(
@@ -557,7 +558,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write, n_calls = prepare_module._write_shard, itertools.count()
 
     def failing(task: Any, coder: Any) -> Any:
-        if next(n_calls) == 3:
+        if next(n_calls) >= 3:
             raise KeyboardInterrupt
         return write(task, coder)
 
@@ -612,11 +613,12 @@ def test_a_damaged_finished_shard_is_encoded_again(
     assert "continuing: 2 of 10 shards are finished" in capsys.readouterr().err
 
 
-def test_the_old_data_set_is_readable_until_the_continued_call_ends(interrupted: Path) -> None:
+def test_a_finished_data_set_is_not_replaced_by_the_rest_of_an_older_call(interrupted: Path) -> None:
     work = interrupted / ".out.unfinished"
-    shutil.copytree(work, interrupted / "copy")
-    finish(interrupted, progress=False)
-    shutil.move(interrupted / "copy", work)
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(work, copy, dirs_exist_ok=True)
+        finish(interrupted, progress=False)
+        shutil.copytree(copy, work)
     with pytest.raises(FileExistsError, match="out is not empty"):
         finish(interrupted, progress=False)
     finish(interrupted, overwrite=True, progress=False)
@@ -748,7 +750,7 @@ def test_the_workers_of_a_dask_cluster_write_the_same_files(tmp_path: Path, caps
     assert main([*arguments, "--out", str(tmp_path / "local"), "--workers", "1"]) == 0
     assert content_of(tmp_path / "dask") == content_of(tmp_path / "local")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "dask", "local", "tokenizer"]
-    assert "tokens (uint16) in 64 shards" in capsys.readouterr().out
+    assert "tokens (uint16) in 58 shards" in capsys.readouterr().out
 
 
 def test_an_unknown_scheduler_is_an_error(

@@ -192,13 +192,10 @@ Record = dict[str, Any]
 def _plan(
     paths: Sequence[Path], work: Path, tokenizer: Tokenizer, text_key: str, shard_bytes: int | None
 ) -> list[_Task]:
-    """Return the tasks for all shards. Create the subdirectories of `work`, and end the tasks of a killed call."""
+    """Return the tasks for all shards, and create the subdirectories of `work`."""
     for name in ("data", "parts", "records"):
         (work / name).mkdir(exist_ok=True)
-    for marker in work.glob("running-*"):
-        marker.unlink()
     marker = work / f"running-{secrets.token_hex(4)}"
-    marker.touch()
     settings = [_VERSION, _tokenizer_hash(tokenizer), text_key]
     shards = plan_shards(paths, default_shard_bytes(paths) if shard_bytes is None else shard_bytes)
     return [
@@ -263,11 +260,8 @@ def _read_record(path: Path) -> Record | None:
 
 def _is_intact(path: Path, record: Record) -> bool:
     """Return True if a shard has the size and the SHA-256 in its record. A shard without tokens needs no file."""
-    return (
-        not record["n_tokens"]
-        or (path.is_file()
-        and path.stat().st_size == record["n_bytes"]
-        and sha256_of(path) == record["sha256"])
+    return not record["n_tokens"] or (
+        path.is_file() and path.stat().st_size == record["n_bytes"] and sha256_of(path) == record["sha256"]
     )
 
 
@@ -291,6 +285,9 @@ def _write_shards(
     missing = [task for task in tasks if task.number not in records]
     if not missing:
         return
+    for marker in missing[0].work.glob("running-*"):
+        marker.unlink()  # It belongs to a killed call, whose tasks may still run on other machines.
+    missing[0].marker.touch()
     total = sum(task.n_bytes for task in tasks)
     done = total - sum(task.n_bytes for task in missing)
     with (

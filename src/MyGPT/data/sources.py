@@ -208,11 +208,11 @@ def _text_end(file: IO[bytes], position: int) -> int | None:
             character = block[max(end - 4, 0) : end].decode("utf-8", "ignore")[-1:]
             if start + end >= position and character and not character.isspace():
                 return start + end if _has_visible_text(file, start + end) else None
+        if len(block) <= 4:
+            break
         start += len(block) - 4
         file.seek(start)
         block = file.read(_SEARCH_BYTES)
-        if len(block) <= 4:
-            break
     return None
 
 
