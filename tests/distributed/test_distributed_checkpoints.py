@@ -410,7 +410,9 @@ def test_a_failure_on_one_rank_is_an_error_on_all_that_names_the_rank_and_leaves
         assert errors[:2] == [f"rank {rank}: {shard}: No space left on device"] * 2
     assert first[2] == f"rank 0: {shard.parent}: No space left on device"
     assert first[6] == ""  # Only rank 0 renames the directory.
-    assert first[7].startswith(f"rank 1: cannot write {shard}: the directory that rank 0 has made is missing; all ranks")
+    assert first[7].startswith(
+        f"rank 1: cannot write {shard}: the directory that rank 0 has made is missing; all ranks"
+    )
     assert read_newest(tmp_path)[0].state.step == 3
 
 
