@@ -15,6 +15,7 @@ from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
 from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
+from MyGPT.ranks import copy_whole
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.torch_file import split_checkpoint
 from MyGPT.weights.hub import download_from_hub, is_downloaded
@@ -118,7 +119,7 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in loaded.items():
             if name in parameters:
-                parameters[name].copy_(tensor)
+                copy_whole(parameters[name], tensor)
             else:
                 layer = model.get_submodule(name.removesuffix(".bias"))
                 layer.bias = nn.Parameter(tensor.to(like.device, like.dtype, copy=True))
