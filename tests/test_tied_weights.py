@@ -96,7 +96,9 @@ def test_loading_with_assign_keeps_the_weight_shared_in_a_model_and_around_it() 
     model = on_meta()
     model.load_state_dict(given, assign=True)
     assert is_tied(model) and model.lm_head.weight.data_ptr() == given[WTE].data_ptr()
-    inner = inside(on_meta(), lambda outer: outer.load_state_dict({f"model.{k}": v for k, v in given.items()}, assign=True))
+    inner = inside(
+        on_meta(), lambda outer: outer.load_state_dict({f"model.{k}": v for k, v in given.items()}, assign=True)
+    )
     assert is_tied(inner) and torch.equal(inner(IDS), model(IDS))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from MyGPT.config import GPTConfig
-from MyGPT.ranks import copy_whole, whole
+from MyGPT.ranks import copy_whole, reshard, whole
 
 QUERY_SCALE = 2.0
 """Factor by which init="local" enlarges the query and key weights, so that each head at first attends mostly to one token."""
@@ -37,6 +37,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     """
     if next(model.parameters()).is_meta:
         return
+    reshard(model)
     std = config.init_std
     if std is None:
         for module in model.modules():

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -90,6 +90,13 @@ def is_one_of_several() -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Return True for a DTensor, of which each rank has only a shard, as after `fully_shard`."""
     return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes a second
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
+    for module in model.modules():
+        if callable(method := getattr(module, "reshard", None)):  # a method of FSDPModule
+            method()
 
 
 def whole(tensor: Tensor) -> Tensor:
