@@ -266,7 +266,7 @@ READERS = {
         "config.yaml", "yaml", lambda d: explain(str(d / "config.yaml")),
     ),
     "tokens.json": Reader(make_tokens, "tokens.json", "json", read_tokens),
-    "tokens.bin": Reader(make_tokens, "tokens.bin", "bytes", read_tokens),
+    "tokens-00000.bin": Reader(make_tokens, "tokens-00000.bin", "bytes", read_tokens),
     "records, lines": Reader(
         lambda d: lines(d / "records.jsonl", RECORDS), "records.jsonl", "jsonl",
         lambda d: [ALPACA.parts(record) for record in read_records(d / "records.jsonl")],
@@ -562,7 +562,7 @@ def test_a_token_of_many_bytes_is_checked_quickly(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("a" * 2**15) == [270]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokenizer.json"])
 def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(tmp_path: Path, name: str) -> None:
     make_tokens(tmp_path / "tokens")
     path = tmp_path / "tokens" / name
@@ -600,7 +600,10 @@ def test_a_data_set_prepared_before_there_were_samples_opens(tmp_path: Path) -> 
     make_tokens(tmp_path / "tokens")
     path = tmp_path / "tokens" / "tokens.json"
     description = json.loads(path.read_text())
-    path.write_text(json.dumps({key: description[key] for key in ("n_tokens", "dtype", "sha256", "n_vocab")}))
+    (shard,) = description["shards"]
+    (tmp_path / "tokens" / shard["file"]).rename(tmp_path / "tokens" / "tokens.bin")
+    old = {key: description[key] for key in ("n_tokens", "dtype", "n_vocab")} | {"sha256": shard["sha256"]}
+    path.write_text(json.dumps(old))
     assert len(open_tokens(tmp_path / "tokens")[0]) == description["n_tokens"]
 
 
