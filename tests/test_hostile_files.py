@@ -33,6 +33,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from safetensors.torch import load_file
 
 from conftest import lively_model
 from hostile import Kind, damaged
@@ -61,6 +62,7 @@ from MyGPT.training.checkpoint import read_newest, write_snapshot
 from MyGPT.training.metrics import read_metrics
 from MyGPT.training.optim import make_optimizers
 from MyGPT.training.snapshot import check_fit, restore_snapshot
+from MyGPT.weights.formats.safetensors import write_safetensors
 from tiny_runs import make_trainer
 
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
@@ -147,11 +149,31 @@ def make_checkpoint(place: Path) -> None:
         write_snapshot(place, trainer.snapshot())
 
 
+def make_sharded_checkpoint(place: Path) -> None:
+    """Write a checkpoint as two ranks write it: each holds half of the rows of all tensors."""
+    make_checkpoint(place)
+    path = place / "step-000001"
+    files = [path / "weights.safetensors", path / "optimizer.safetensors"]
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for rank in range(2):
+        halves, positions = {}, {}
+        for name, tensor in tensors.items():
+            if tensor.ndim > 0:
+                halves[name] = tensor.chunk(2)[rank]
+                positions[name] = [rank * len(tensor.chunk(2)[0]), *[0] * (tensor.ndim - 1)]
+            elif rank == 0:
+                halves[name], positions[name] = tensor, []
+        write_safetensors(path / f"shard-0000{rank + 1}-of-00002.safetensors", halves, positions=positions)
+    for file in files:
+        file.unlink()
+
+
 def read_checkpoint(place: Path, signs: bool = False) -> None:
     """Read the only checkpoint as a resumed run does. `signs` writes a manifest that fits, as an attacker would."""
     path = place / "step-000001"
     if signs:
-        (path / "manifest.json").write_text(json.dumps(checkpoint._make_manifest(path)))
+        names = [file.name for file in path.iterdir() if file.name != "manifest.json"]
+        (path / "manifest.json").write_text(json.dumps(checkpoint._make_manifest(path, names)))
     trainer = make_trainer()
     snapshot, _ = read_newest(place, functools.partial(check_fit, trainer.model, trainer.config))
     restore_snapshot(snapshot, trainer.model, make_optimizers(trainer.model, trainer.config))
@@ -293,6 +315,10 @@ READERS = {
     "manifest.json of a checkpoint": Reader(make_checkpoint, "step-000001/manifest.json", "json", read_checkpoint),
     "optimizer.safetensors of a checkpoint": Reader(
         make_checkpoint, "step-000001/optimizer.safetensors", "safetensors", functools.partial(read_checkpoint, signs=True)
+    ),
+    "shard of a checkpoint": Reader(
+        make_sharded_checkpoint, "step-000001/shard-00002-of-00002.safetensors", "safetensors",
+        functools.partial(read_checkpoint, signs=True)
     ),
     "text": Reader(
         lambda d: (d / "a.txt").write_text("Once\nupon a time.\n"), "a.txt", "text",
