@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from MyGPT import ranks
 from MyGPT.generation import evaluation_mode
@@ -203,9 +202,8 @@ class Trainer:
             share[0].backward()
             means += share.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, *scores = ranks.sum_over_ranks(means).tolist()
-        values = {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
+        values = {"loss": loss, "grad_norm": ranks.whole(norm).item(), "learning_rate": learning_rate}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         for optimizer in self.optimizers:
             if is_finite:
