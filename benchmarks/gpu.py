@@ -40,6 +40,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def main() -> None:
         globals()[options.part](options.toy)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    began, results = time.monotonic(), {"toy": options.toy, "seconds": 0.0, "parts": {}, "verdicts": []}
+    began, found, lock = time.monotonic(), {}, threading.Lock()
     with open(options.out / "gpu.log", "w", encoding="utf-8") as log:
-        for name in options.parts:
+
+        def work(name: str) -> None:
             command = [
                 sys.executable,
                 str(Path(__file__).resolve()),
@@ -80,14 +82,27 @@ def main() -> None:
                 name,
                 *(["--toy"] if options.toy else []),
             ]
-            left = options.seconds - (time.monotonic() - began)
-            print(f"[{time.monotonic() - began:4.0f} s] {name}", flush=True)
-            results["parts"][name] = part = run_part(command, min(LIMITS[name], left), log)
-            print(f"[{time.monotonic() - began:4.0f} s] {name}: {part['status']} {part['message']}", flush=True)
-            results |= {"seconds": time.monotonic() - began, "verdicts": verdicts(results["parts"])}
-            (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            (options.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
+            seconds = time.monotonic() - began
+            print(f"[{seconds:4.0f} s] {name}", flush=True)
+            part = run_part(command, 600 if options.toy else min(LIMITS[name], options.seconds - seconds), log)
+            with lock:
+                found[name], seconds = part, time.monotonic() - began
+                print(f"[{seconds:4.0f} s] {name}: {part['status']} {part['message']}", flush=True)
+                save(options, seconds, {name: found[name] for name in options.parts if name in found})
+
+        if options.toy:  # its times do not matter
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, options.parts))
+        else:
+            for name in options.parts:
+                work(name)
+    print((options.out / "gpu.md").read_text(encoding="utf-8"))
+
+
+def save(options: argparse.Namespace, seconds: float, parts: dict[str, Any]) -> None:
+    results = {"toy": options.toy, "seconds": seconds, "parts": parts, "verdicts": verdicts(parts)}
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
 
 
 def run_part(command: list[str], seconds: float, log: Any) -> dict[str, Any]:
