@@ -7,6 +7,8 @@ batches, then divide once. B batch size, T tokens, N = B * T positions, C embedd
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,42 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)  # (B, T, V)
 
 
+@contextmanager
+def untied(embedding: nn.Embedding, head: nn.Module) -> Iterator[None]:
+    """Remove a shared weight from the head within the `with` block; afterwards the head has the embedding's weight.
+
+    Methods such as `nn.Module.to_empty` replace every parameter of every module. A parameter of two modules would become two.
+    """
+    if not _are_tied(embedding, head):
+        yield
+        return
+    head.register_parameter("weight", None)
+    try:
+        yield
+    finally:
+        head.weight = embedding.weight
+
+
+def one_tied_entry(embedding: nn.Embedding, head: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Make the entries of a shared weight in a GPTModel's state dict one parameter. One of the two entries is enough.
+
+    `load_state_dict(assign=True)` then gives the same parameter to both modules. If the entries differ, the head's counts,
+    as it does without `assign`. `prefix` is that of the model's names.
+    """
+    names = (f"{prefix}lm_head.weight", f"{prefix}transformer.wte.weight")
+    given = next((state_dict[name] for name in names if name in state_dict), None)
+    if given is not None and _are_tied(embedding, head):
+        is_trained = embedding.weight.requires_grad
+        shared = given if isinstance(given, nn.Parameter) else nn.Parameter(given, requires_grad=is_trained)
+        state_dict.update(dict.fromkeys(names, shared))
+
+
+def _are_tied(embedding: nn.Embedding, head: nn.Module) -> bool:
+    """Return True if the head itself, and not a layer inside an adapter, has the weight of the embedding."""
+    own = dict(head.named_parameters(recurse=False)).get("weight")
+    return own is not None and own is getattr(embedding, "weight", None)
+
+
 @dataclass
 class CausalLMOutput:
     """The result of GPTModel.forward with labels: the loss and the logits."""
@@ -46,6 +84,10 @@ class CausalLMOutput:
     """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
     logits: Tensor
     """Logits of the next token at every position, (B, T, V)."""
+
+
+# DistributedDataParallel and fully_shard find the tensors of a result only in classes that torch knows.
+torch.export.register_dataclass(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
