@@ -64,15 +64,27 @@ def naming_missing_ranks() -> Iterator[None]:
 
 def _missing_ranks() -> list[int]:
     """Return the ranks that do not answer a roll call, for which they have a few seconds."""
-    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
-    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    names = [f"roll call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(world_size())]
+    store = _store()
+    names = [f"roll call/{rank}" for rank in range(world_size())]
     store.set(names[rank()], "present")
     end = time.monotonic() + _ROLL_CALL_SECONDS
     while time.monotonic() < end and not store.check(names):
         time.sleep(0.1)
     return [number for number, name in enumerate(names) if not store.check([name])]
+
+
+def is_first_to_say(text: str) -> bool:
+    """Return True on the first rank that calls this function with `text`. Several ranks often fail with the same error."""
+    is_reachable = dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return not is_reachable or _store().add(f"said/{text}", 1) == 1
+
+
+def _store() -> Any:
+    """Return a connection to the key-value store of torchrun, with names of their own for each restart of the ranks."""
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
+    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"MyGPT/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
 
 
 def leave() -> None:
