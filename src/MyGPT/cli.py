@@ -204,8 +204,13 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         from MyGPT.commands._ranks import launch
 
         return launch([name, *arguments], options.nproc, options.get("max_restarts", 0))
-    if name in _WITH_RANKS or not _rank():
-        call(command, options)
+    with contextlib.ExitStack() as contexts:
+        if _n_ranks() > 1:
+            from MyGPT.ranks import naming_missing_ranks
+
+            contexts.enter_context(naming_missing_ranks())
+        if name in _WITH_RANKS or not _rank():
+            call(command, options)
     if "MyGPT.ranks" in sys.modules:
         sys.modules["MyGPT.ranks"].leave()
     return 0

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-_FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "Timeout")
+_FAILURES = "Timed out|timed out|Timeout|Connection closed|Connection reset|Connection refused|Broken pipe".split("|")
 """Parts of the messages of gloo and NCCL when a rank does not take part in an operation or has ended."""
 _ROLL_CALL_SECONDS = 10
 
@@ -42,7 +42,10 @@ def join(minutes: float = 10.0, even_alone: bool = False) -> None:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:
+        raise ConnectionError(f"the other ranks cannot be reached: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
