@@ -674,50 +674,27 @@ def cpu_training(toy: bool, flags: list[str]) -> None:
 
 def sharding(toy: bool) -> None:
     """Train the same batches without and with FSDP2 on one device: losses, time of a step, and peak memory."""
+    import numpy as np
     import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    from MyGPT import GPTModel
+    from MyGPT import GPTModel, TrainConfig, Trainer
 
-    device, config = the_device(toy), gpt2(toy)
-    B, T = 2 if toy else 16, config.context_length
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (1,))
-    torch.manual_seed(0)
-    x, y = (torch.randint(0, config.vocab_size, (B, T), device=device) for _ in range(2))
-    for name in ("none", "fsdp"):
+    device, config, B = the_device(toy), gpt2(toy), 2 if toy else 16
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 50 * B * config.context_length).astype(np.uint16)
+    for parallel in ("none", "fsdp"):
         torch.manual_seed(1)
-        model = GPTModel(config).to(device).train()
-        if name == "fsdp":
-            for module in (*model.transformer.h, model):
-                fully_shard(module, mesh=mesh)
-            register_fsdp_forward_method(model, "token_loss")
-        if device.type == "cuda":
-            for block in model.transformer.h:
-                block.compile()
-            torch.cuda.reset_peak_memory_stats()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        losses = []
-
-        def step(model: Any = model, optimizer: Any = optimizer, losses: Any = losses) -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                total, count = model.token_loss(x, y)
-            (total / count).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append((total / count).detach())
-
-        took = milliseconds(step, 2 if toy else 10)
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-        values = torch.stack(losses).tolist()
-        emit(parallel=name, milliseconds=took, peak_gb=peak, first_loss=values[0], last_loss=values[-1])
-        del model, optimizer, step
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    dist.destroy_process_group()
+            torch.cuda.reset_peak_memory_stats()
+        settings = TrainConfig(batch_size=B, precision="bf16", compile=device.type == "cuda", parallel=parallel)  # type: ignore[arg-type]
+        with Trainer(GPTModel(config), settings, ids, device=device, progress=False) as trainer:
+            losses: list[float] = []
+            took = milliseconds(
+                lambda trainer=trainer, losses=losses: losses.append(trainer.step()["loss"]), 2 if toy else 20
+            )
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+        emit(parallel=parallel, milliseconds=took, peak_gb=peak, first_loss=losses[0], last_loss=losses[-1])
+        del trainer
 
 
 # The summary
