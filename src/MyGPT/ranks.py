@@ -9,23 +9,34 @@ return at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
+_FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "Timeout")
+"""Parts of the messages of gloo and NCCL when a rank does not take part in an operation or has ended."""
+_ROLL_CALL_SECONDS = 10
 
 
-def join(minutes: float = 10.0) -> None:
+def join(minutes: float = 10.0, even_alone: bool = False) -> None:
     """Join the process group that torchrun has started, if there is one. Later calls do nothing.
 
-    A collective operation fails if a rank does not take part in it within `minutes`.
+    A collective operation fails if a rank does not take part in it within `minutes`. With even_alone=True, a single
+    process makes a process group of its own.
     """
-    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if even_alone:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(store=store, rank=0, world_size=1)
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -34,10 +45,47 @@ def join(minutes: float = 10.0) -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
 
 
+@contextmanager
+def naming_missing_ranks() -> Iterator[None]:
+    """Turn the failure of a collective operation in the `with` block into a TimeoutError that names the missing ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        # All ranks that run come here, because the operations of each of them fail.
+        missing = _missing_ranks() if world_size() > 1 and any(text in str(error) for text in _FAILURES) else []
+        if not missing:
+            raise
+        plural = "s" if len(missing) > 1 else ""
+        raise TimeoutError(
+            f"rank{plural} {', '.join(map(str, missing))} of {world_size()} ended or did not respond in time: see the "
+            f"output of {'these ranks' if plural else 'this rank'}, or raise timeout_minutes"
+        ) from error
+
+
+def _missing_ranks() -> list[int]:
+    """Return the ranks that do not answer a roll call, for which they have a few seconds."""
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
+    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    names = [f"roll call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(world_size())]
+    store.set(names[rank()], "present")
+    end = time.monotonic() + _ROLL_CALL_SECONDS
+    while time.monotonic() < end and not store.check(names):
+        time.sleep(0.1)
+    return [number for number, name in enumerate(names) if not store.check([name])]
+
+
 def leave() -> None:
     """Leave the process group, if there is one."""
     if world_size() > 1:
         dist.destroy_process_group()
+
+
+def new_group(minutes: float) -> dist.ProcessGroup | None:
+    """Return another gloo process group of all ranks, for operations beside those of the training; None without ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
 
 def world_size() -> int:
@@ -79,6 +127,49 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def max_over_ranks(*values: int) -> list[int]:
+    """Return the largest of each of the `values` of all ranks."""
+    if world_size() == 1:
+        return [int(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def is_one_of_several() -> bool:
+    """Return True if this process has joined a process group, even of one rank, or torchrun started it with others."""
+    has_joined = dist.is_available() and dist.is_initialized()
+    return has_joined or int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return True for a DTensor, of which each rank has only a shard, as after `fully_shard`."""
+    return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes a second
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
+    for module in model.modules():
+        if callable(method := getattr(module, "reshard", None)):  # a method of FSDPModule
+            method()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the complete tensor. All ranks must call this function for a sharded tensor; others are returned unchanged."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def copy_whole(tensor: Tensor, complete: Tensor) -> None:
+    """Copy `complete`, which all ranks have, into `tensor`. If `tensor` is sharded, each rank copies its shard."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        complete = distribute_tensor(complete.to(tensor), mesh, placements, src_data_rank=None)
+    tensor.copy_(complete)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
