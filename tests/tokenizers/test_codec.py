@@ -54,9 +54,8 @@ def _always_gigatoken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def twin(tokenizer: BPETokenizer) -> tiktoken.Encoding:
-    """Return tiktoken's own encoding for the ordinary text of a tokenizer whose ids are in the order of its merges."""
-    return tiktoken.Encoding("twin", pat_str=GPT2_PATTERN, mergeable_ranks=tokenizer._vocab, special_tokens={})
+TWIN = tiktoken.Encoding("twin", pat_str=GPT2_PATTERN, mergeable_ranks=GPT2._vocab, special_tokens={})
+"""tiktoken's own encoding of ordinary text with GPT-2's vocabulary."""
 
 
 def with_tiktoken(tokenizer: BPETokenizer, text: str) -> list[int]:
@@ -72,8 +71,8 @@ def uses_gigatoken(tokenizer: BPETokenizer) -> bool:
 WHITE_SPACE = "\t\n\v\f\r \x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000\u200b\u180e\ufeff"
 ATOMS = [
     *WHITE_SPACE, "  ", "    ", "\r\n", "\n\n", " \n", "\u3000\u3000", "\xa0\xa0", "'s", "'S", "'ll", "'LL", "'ve", "'re", "'d",
-    "'", "''", "’s", "é", "e\u0301", "\u0301", "👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "१२३", "٣", "Ⅷ", "½", "²", "中文", "日本語", "한국어", "ſ",
-    "the", " the", "a", "1234567890", "...", "!!", "=====", "\x00", "\x7f", "\ufffd", "\uffff", "été", " été ", "<m>", "<a>",
+    "'", "''", "’s", "é", "e\u0301", "\u0301", "👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "१२३", "٣", "Ⅷ", "½", "²", "中文", "日本語", "한국어",
+    "ſ", "the", " the", "a", "1234567890", "...", "!!", "=====", "\x00", "\x7f", "\ufffd", "\uffff", "été", " été ", "<m>", "<a>",
     "<|endoftext|>", "<|end|>", "<|end", "oftext|>", "<|", "|>", "\u088f", "\ua7f1'll", "\U000323b0", "\U00011de0", "\U0010ffff",
 ]  # fmt: skip
 TEXTS = st.lists(
@@ -86,11 +85,11 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150 * FACTOR, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=60 * FACTOR, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXTS, max_size=6), ends=st.lists(st.booleans(), min_size=6, max_size=6))
 def test_the_ids_of_random_texts_equal_tiktokens(texts: list[str], ends: list[bool]) -> None:
-    ordinary = twin(GPT2)
-    assert [GPT2.encode_ordinary(text) for text in texts] == [ordinary.encode_ordinary(text) for text in texts]
+    assert [GPT2.encode_ordinary(text) for text in texts] == [TWIN.encode_ordinary(text) for text in texts]
     for tokenizer in (GPT2, TRAINED):
         expected = [with_tiktoken(tokenizer, text) for text in texts]
         assert [tokenizer.encode(text) for text in texts] == expected
@@ -134,15 +133,13 @@ def test_both_libraries_give_every_other_code_point_the_same_class() -> None:
 
 
 @pytest.mark.slow
-def test_every_code_point_has_tiktokens_ids_between_others() -> None:
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    for context in ("%", "a%'ll", "1%'s ", " % %!'d"):
-        texts = [context.replace("%", character) for character in characters]
-        expected = np.concatenate([GPT2._codec._encoding.encode_ordinary(text) for text in texts])
-        assert np.array_equal(GPT2._codec.encode_joined(texts, [-1] * len(texts)), expected)
+def test_every_character_of_the_first_plane_has_tiktokens_ids() -> None:
+    texts = [f"a{chr(code)}'ll 1{chr(code)}1 " for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    expected = np.concatenate([TWIN.encode_ordinary(text) for text in texts])
+    assert np.array_equal(GPT2._codec.encode_joined(texts, [-1] * len(texts)), expected)
 
 
-N = 300_000
+N = 200_000
 EXTREMES = {
     "letters": "a" * N,
     "random letters": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=N)),
@@ -227,6 +224,7 @@ def test_an_end_token_that_merges_also_make_is_not_repeated() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_small_amounts_do_not_load_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     tokenizer = BPETokenizer.train(ALICE[:5000], 300, progress=False)
@@ -301,6 +299,7 @@ def test_a_tokenizer_with_gigatoken_can_be_pickled_and_used_in_threads() -> None
     assert results == dict.fromkeys(range(4), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_loads_its_own_encoder() -> None:
     program = (
