@@ -9,7 +9,9 @@ return at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "Timeout")
+"""Parts of the messages of gloo and NCCL when a rank does not take part in an operation or has ended."""
+_ROLL_CALL_SECONDS = 5
+_roll_call: dist.ProcessGroup | None = None
+"""The process group with which the ranks find out, after a failure, which of them do not respond."""
 
 
 def join(minutes: float = 10.0) -> None:
@@ -31,7 +38,28 @@ def join(minutes: float = 10.0) -> None:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
+    global _roll_call
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    _roll_call = dist.new_group(backend="gloo")
+
+
+@contextmanager
+def naming_missing_ranks() -> Iterator[None]:
+    """Turn the failure of a collective operation in the `with` block into a TimeoutError that names the missing ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        # A rank that runs reaches this barrier, because its own operations fail too. It uses connections of its own,
+        # since a timeout has closed those of the failed operation.
+        if _roll_call is None or not any(text in str(error) for text in _FAILURES):
+            raise
+        try:
+            dist.monitored_barrier(_roll_call, timedelta(seconds=_ROLL_CALL_SECONDS), wait_all_ranks=True)
+        except RuntimeError as missing:
+            names = re.findall(r"[Rr]anks? ([\d, ]*\d)", str(missing))
+            print("ROLLCALL", missing)
+            raise TimeoutError(f"ranks {names}") from error
+        raise
 
 
 def leave() -> None:
@@ -79,6 +107,15 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def max_over_ranks(*values: int) -> list[int]:
+    """Return the largest of each of the `values` of all ranks."""
+    if world_size() == 1:
+        return [int(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_a_checkpoint_that_fails_during_an_error_is_reported(
 ) -> None:
     with make_trainer(tmp_path / "run") as trainer:
         monkeypatch.setattr(checkpoint, "write_snapshot", lambda *_: 1 / 0)
-        trainer.files.checkpoint_if_due(2, trainer.snapshot)
+        trainer.files.checkpoint_if_due(2, trainer.snapshot, is_late=False, is_busy=False)
     assert "a checkpoint could not be written: division by zero" in capsys.readouterr().err
 
 

@@ -27,7 +27,6 @@ from MyGPT.data.tokens import TokenArray, id_dtype, sampled_sha256
 from MyGPT.files import atomic_directory, check_output_directory, json_text, restore_directory, sha256_of
 from MyGPT.progress import progress_bar
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.tokenizers.base import encode_without_end
 
 TASK_CHARACTERS = 1 << 20
 """Smallest number of characters in a task, the amount of text that a worker process encodes at a time."""
@@ -230,11 +229,6 @@ def _encode(tokenizer: Tokenizer, task: list[Piece]) -> Encoded:
 
     The tokenizer's end-of-text token, if it has one, follows each document, once if the document already ends with it.
     """
-    ids: list[int] = []
-    for piece in task:
-        if piece.ends_document and tokenizer.eot_token is not None:
-            ids += [*encode_without_end(tokenizer, piece.text), tokenizer.eot_token]
-        else:
-            ids += tokenizer.encode(piece.text)
+    ids = tokenizer.encode_to_array([piece.text for piece in task], [piece.ends_document for piece in task])
     documents = sum(piece.ends_document for piece in task)
-    return np.array(ids, dtype=id_dtype(tokenizer.n_vocab)), documents, sum(len(piece.text) for piece in task)
+    return ids, documents, sum(len(piece.text) for piece in task)

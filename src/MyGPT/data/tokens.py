@@ -15,14 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from MyGPT.files import present_directory, read_json, reading, sha256_of
+from MyGPT.tokenizers.codec import TokenArray as TokenArray  # "import X as X" marks X as public for type checkers.
+from MyGPT.tokenizers.codec import id_dtype as id_dtype
 
-TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
-
-
-def id_dtype(n_vocab: int) -> np.dtype[Any]:
-    """Return the smallest dtype for the ids of a vocabulary of `n_vocab` tokens: uint16 if they fit, else uint32."""
-    return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 def compact_ids(ids: Any) -> TokenArray:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from MyGPT import ranks
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
@@ -136,7 +137,20 @@ class Run:
         if directory is None:
             return None
         if not self.resume:
-            check_run_directory(directory, self.overwrite)
+            ranks.on_first_rank(lambda: check_run_directory(directory, self.overwrite))
+        if config.checkpoint_every or config.checkpoint_minutes:
+            self.identify()  # now, because the weights are divided among the ranks later
+        opened = ranks.on_first_rank(lambda: self._open(directory))
+        snapshot, self.config, self.recipe, self._has_changed = opened
+        if config.checkpoint_every or config.checkpoint_minutes:
+            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
+        return snapshot
+
+    def _open(self, directory: Path) -> tuple[Snapshot | None, TrainConfig, dict[str, Any], bool]:
+        """Lock the directory, open its files on rank 0, and return what all ranks must know.
+
+        Returns the snapshot from which the run is resumed, and the values of `config`, `recipe` and `_has_changed`.
+        """
         with ExitStack() as resources:
             resources.callback(lock_directory(directory).release)
             remove_unfinished(directory)
@@ -146,13 +160,11 @@ class Run:
             with atomic_write(directory / "config.yaml") as file:
                 yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
             after = snapshot.state.step if snapshot else None
-            self._metrics = MetricsLog(directory, self.console.warn, config.tensorboard, after)
+            self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
             self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
             resources.callback(self._metrics.close)
             self._resources = resources.pop_all()
-        if config.checkpoint_every or config.checkpoint_minutes:
-            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
-        return snapshot
+        return snapshot, self.config, self.recipe, self._has_changed
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -290,15 +302,28 @@ class Run:
         if self.writer is not None and (not self.resume or self._has_changed):
             self.writer.write(take_snapshot)
 
-    def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Begin to write a checkpoint in the background if one is due after `step` steps and the writer is free."""
+    @property
+    def is_checkpoint_late(self) -> bool:
+        """True on rank 0 if config.checkpoint_minutes have passed since the last checkpoint."""
+        seconds = 60 * self.config.checkpoint_minutes
+        return self.writer is not None and ranks.rank() == 0 and 0 < seconds <= time.monotonic() - self.writer.last_taken
+
+    @property
+    def is_writer_busy(self) -> bool:
+        """True while this rank is writing a checkpoint in the background."""
+        return self.writer is not None and self.writer.is_busy
+
+    def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot, is_late: bool, is_busy: bool) -> None:
+        """Begin to write a checkpoint in the background if one is due after `step` steps and the writer is free.
+
+        All ranks give the same `is_late` and `is_busy`: whether these properties are True on any rank.
+        """
         if self.writer is None:
             return
-        every, seconds = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
-        is_late = 0 < seconds <= time.monotonic() - self.writer.last_taken
+        every = self.config.checkpoint_every
         self._is_checkpoint_due |= is_late or (every > 0 and step % every == 0)
         self._report_failed_checkpoint()
-        if self._is_checkpoint_due and not self.writer.is_busy:
+        if self._is_checkpoint_due and not is_busy:
             self.writer.start(take_snapshot)
             self._is_checkpoint_due = False
 
