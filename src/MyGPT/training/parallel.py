@@ -23,29 +23,12 @@ from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
 
 
-def shard_size_of(config: TrainConfig) -> int | None:
-    """Return the number of ranks that share one copy of the weights, or None if the model is not distributed.
-
-    Raises ValueError if `config` does not fit the number of ranks.
-    """
-    n = ranks.world_size()
-    parallel = config.parallel or ("ddp" if n > 1 else "none")
-    if parallel == "none":
-        if n > 1:
-            raise ValueError(f"parallel must be ddp or fsdp on {n} ranks, got none")
-        return None
-    size = 1 if parallel == "ddp" else config.shard_size or n
-    if n % size:
-        raise ValueError(f"shard_size must divide the number of ranks, which is {n}, got {size}")
-    return size
-
-
 def distribute(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> None:
     """Make `model`, which is on `device`, a model that all ranks train together, in place. A single rank changes nothing.
 
     The weights become those of rank 0. `dtype` is the dtype of autocast, or None without autocast.
     """
-    size = shard_size_of(config)
+    size = config.shard_size_on(ranks.world_size())
     if size is None:
         return
     if ranks.world_size() == 1 and not dist.is_initialized():
