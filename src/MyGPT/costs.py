@@ -298,7 +298,10 @@ def communication(
     }
     if optimizer == "muon":
         # Each matrix is sent to the rank that orthogonalizes it, and the result back to the ranks of its rows.
-        rows = [math.ceil(n_rows / shard_size) * n_columns for n_rows, n_columns in (shape for shape in block if len(shape) == 2)]
+        rows = [
+            math.ceil(n_rows / shard_size) * n_columns
+            for n_rows, n_columns in (shape for shape in block if len(shape) == 2)
+        ]
         n_owned = math.ceil(L / n_ranks)  # of the matrices of one shape
         sent["Muon"] = sum((2 * (shard_size - 1) + (n_ranks - shard_size)) * n_owned * 4 * n for n in rows)
     return sent

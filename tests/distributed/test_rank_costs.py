@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import torch
-from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from MyGPT import GPTConfig, GPTModel, TrainConfig, Trainer
 from MyGPT.costs import communication, training_memory
+from ranks import run_on_ranks
 
 # The rows of the embedding and of the queries, keys and values cannot be divided evenly by 2.
 CONFIG = GPTConfig(vocab_size=101, context_length=9, emb_dim=15, n_heads=3, n_layers=3, drop_rate=0.0, qkv_bias=True)

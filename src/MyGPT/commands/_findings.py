@@ -118,7 +118,9 @@ def find_ranks(device: torch.device) -> Iterator[Finding]:
     seconds = median_seconds(lambda: ranks.sum_over_ranks(tensor), device, 5)
     speed = 2 * (n - 1) / n * ALL_REDUCE_BYTES / seconds
     backend = dist.get_backend(dist.group.WORLD) if device.type == "cpu" else "nccl"
-    text = f"{ALL_REDUCE_BYTES / 1e6:.0f} MB over {backend} in {duration(seconds)}: bus bandwidth {speed / 1e9:.2g} GB/s"
+    text = (
+        f"{ALL_REDUCE_BYTES / 1e6:.0f} MB over {backend} in {duration(seconds)}: bus bandwidth {speed / 1e9:.2g} GB/s"
+    )
     yield Finding("all-reduce", text)
 
 
@@ -254,7 +256,8 @@ def training_seconds(
     """Return the estimated seconds of one training step, and of the whole run with its evaluations.
 
     The estimate uses a few training steps on random tokens and `flops_per_second`, the measured speed of matrix products.
-    Several ranks take these steps together. The time to read the text, generate sample texts, compile and write files is not included.
+    Several ranks take these steps together. The time to read the text, generate sample texts, compile and write files is
+    not included.
     """
     n = ranks.world_size()
     plain = dataclasses.replace(training, micro_batch_size=None, warmup_steps=0, compile=False, tensorboard=False)

@@ -27,9 +27,7 @@ ADVICE = {
 """Advice that reduces the memory that a command needs, by the name of the command."""
 
 
-def step_memory(
-    config: GPTConfig, training: TrainConfig, bf16: bool, device: str, n_ranks: int = 1
-) -> TrainingMemory:
+def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str, n_ranks: int = 1) -> TrainingMemory:
     """Return the memory of a training step on `device` ("cuda" or "cpu"), in bytes, with bfloat16 arithmetic if `bf16`.
 
     Of n_ranks ranks, the result counts the one with most sequences. Raises ValueError if `training` does not fit n_ranks.

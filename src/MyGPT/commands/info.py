@@ -38,9 +38,7 @@ PURPOSES = {
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
 
 
-def info(
-    *models: str, ranks: int = 1, parallel: Parallel | None = None, shard_size: int | None = None
-) -> None:
+def info(*models: str, ranks: int = 1, parallel: Parallel | None = None, shard_size: int | None = None) -> None:
     """Show the size and cost of models: parameters, operations per token and memory.
 
     A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with the options of a model or of training, or

@@ -306,7 +306,9 @@ class Run:
     def is_checkpoint_late(self) -> bool:
         """True on rank 0 if config.checkpoint_minutes have passed since the last checkpoint."""
         seconds = 60 * self.config.checkpoint_minutes
-        return self.writer is not None and ranks.rank() == 0 and 0 < seconds <= time.monotonic() - self.writer.last_taken
+        return (
+            self.writer is not None and ranks.rank() == 0 and 0 < seconds <= time.monotonic() - self.writer.last_taken
+        )
 
     @property
     def is_writer_busy(self) -> bool:

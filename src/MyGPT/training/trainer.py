@@ -261,7 +261,9 @@ class Trainer:
         while True:
             stop = signals[0] if signals else SIGPIPE if self.console.reader_has_ended else 0
             # A signal may arrive at one rank only, and the clocks and disks of the ranks differ.
-            stop, is_late, is_busy = ranks.max_over_ranks(stop, self.files.is_checkpoint_late, self.files.is_writer_busy)
+            stop, is_late, is_busy = ranks.max_over_ranks(
+                stop, self.files.is_checkpoint_late, self.files.is_writer_busy
+            )
             if state.step > first_step:
                 self.files.checkpoint_if_due(state.step, self.snapshot, bool(is_late), bool(is_busy))
             if stop:
