@@ -165,6 +165,8 @@ class TrainingMemory:
     """Bytes for the weights of the next block, which are gathered during the computation."""
     reducing: int = 0
     """Bytes for the gradients of one block, and the copy of them from which the sum over the ranks is computed."""
+    whole: int = 0
+    """Bytes for the copy of all weights that each rank keeps on the CPU, from which the model is saved."""
     root_reducing: int = 0
     """Bytes for the gradients of the weights outside of the blocks, and the copy of them for the sum over the ranks."""
 
@@ -189,7 +191,7 @@ class TrainingMemory:
             "reducing": self.root_reducing,
         }
         largest = max((backward, forward, last_block), key=lambda parts: sum(parts.values()))
-        return {"weights": self.weights, "moments": self.moments, **largest}
+        return {"weights": self.weights + self.whole, "moments": self.moments, **largest}
 
     @property
     def peak(self) -> int:
@@ -248,6 +250,7 @@ def training_memory(
         "prefetched": itemsize * whole_block if size > 1 else 0,
         "reducing": (itemsize + 4) * whole_block,  # summed in float32
         "root_reducing": 2 * 4 * whole_root,
+        "whole": 4 * sum(parameters_by_part(config).values()) if device == "cpu" else 0,
     }
     copies = weight_bytes // 2 + (0 if is_distributed else 2 * matrices)
     return TrainingMemory(

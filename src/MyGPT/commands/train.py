@@ -63,7 +63,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
-    run_options = run.for_trainer(training.tensorboard)
+    run_options = run.for_trainer(training)
     ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
     n_train = len(ids) - round(len(ids) * text.val_fraction)
     torch.manual_seed(training.seed)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from MyGPT.data import Order
-from MyGPT.data.tokens import TokenArray, fingerprint
+from MyGPT.data.tokens import Tokens, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
 
 
@@ -26,7 +26,7 @@ class WindowSampler:
     token is seen about once per epoch. "sequential" visits adjacent windows from first to last and then starts again.
     """
 
-    ids: TokenArray
+    ids: Tokens
     """Token ids of the text. Fewer than max_length + 1 ids raise ValueError."""
     max_length: int
     """Length of a window in tokens (T)."""
@@ -77,7 +77,7 @@ class WindowValidation:
     The fixed sequences start at equal distances in the text.
     """
 
-    ids: TokenArray
+    ids: Tokens
     max_length: int
     n_windows: int
 
@@ -104,7 +104,7 @@ class WindowValidation:
         return fingerprint(self.ids)
 
 
-def walk_windows(ids: TokenArray, max_length: int, batch_size: int) -> Iterator[Batch]:
+def walk_windows(ids: Tokens, max_length: int, batch_size: int) -> Iterator[Batch]:
     """Cut `ids` into adjacent windows of T = max_length ids and yield batches of inputs and targets, each (B, T) int64.
 
     The last window is padded if it is incomplete. Every id except the first is a target exactly once.

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from MyGPT.config import require_positive
-from MyGPT.data.tokens import TokenArray, compact_ids
+from MyGPT.data.shards import ShardedTokens
+from MyGPT.data.tokens import Tokens, compact_ids
 from MyGPT.loss import IGNORED
 from MyGPT.tokenizers import get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
@@ -22,18 +23,20 @@ from MyGPT.tokenizers.base import encode_with_specials
 Batch = tuple[Tensor, Tensor]
 
 
-def gather_windows(ids: TokenArray, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
+def gather_windows(ids: Tokens, starts: npt.NDArray[np.int64], max_length: int, pad_id: int = 0) -> Batch:
     """Return the inputs and targets of B windows, each (B, T) int64, that start at the positions `starts` (B,) in `ids`.
 
     Inputs are T = max_length ids from each start; targets are the ids one position later. After the end of `ids`, the
     inputs are `pad_id` and the targets are -100, which every loss ignores.
     """
-    positions = starts[:, None] + np.arange(max_length + 1)  # (B, T + 1)
-    outside = positions >= len(ids)
-    window = ids[np.minimum(positions, len(ids) - 1)].astype(np.int64)
-    inputs, targets = window[:, :-1].copy(), window[:, 1:].copy()
-    inputs[outside[:, :-1]] = pad_id
-    targets[outside[:, 1:]] = IGNORED
+    inputs = np.full((len(starts), max_length), pad_id, np.int64)
+    targets = np.full((len(starts), max_length), IGNORED, np.int64)
+    # A slice of a plain array takes a tenth of the time of a slice of a memmap.
+    source = ids if isinstance(ids, ShardedTokens) else np.asarray(ids)
+    for row, start in enumerate(starts.tolist()):
+        window = np.asarray(source[start : start + max_length + 1])
+        inputs[row, : len(window)] = window[:max_length]
+        targets[row, : max(0, len(window) - 1)] = window[1:]
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
@@ -44,7 +47,7 @@ class GPTDataset(Dataset[Batch]):
     ValueError.
 
     Args:
-        text_or_ids: a text, or token ids as a list, array, tensor or memory map
+        text_or_ids: a text, or token ids as a list, array, tensor, memory map or ShardedTokens
         tokenizer: a tokenizer of MyGPT or a tiktoken.Encoding
         max_length: length of a window in tokens
         stride: distance in tokens between the starts of consecutive windows
@@ -92,7 +95,7 @@ def create_dataloader(
     """Return a DataLoader that yields inputs and targets from a text, each (batch_size, max_length) int64.
 
     Args:
-        text: a text, or token ids as a list, array or tensor
+        text: a text, or token ids as a list, array, tensor, memory map or ShardedTokens
         batch_size: number of windows (sequences cut from the text) per batch
         max_length: length of a window in tokens
         stride: distance in tokens between the starts of consecutive windows. Default: max_length.

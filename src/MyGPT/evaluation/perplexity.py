@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.config import require_positive
-from MyGPT.data.tokens import TokenArray, compact_ids
+from MyGPT.data.tokens import Tokens, compact_ids
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
@@ -97,7 +97,7 @@ def strided_loss(
 
     Args:
         model: the model to evaluate. It runs in evaluation mode without gradients. Afterwards, its former mode is restored.
-        ids: token ids of the text as a list, array, memory map or tensor.
+        ids: token ids of the text as a list, array, memory map, ShardedTokens or tensor.
         stride: tokens between the starts of two windows, from 1 to max_length. Default: max_length (no overlap).
         max_length: tokens per window, at most the model's context length. Default: the model's context length.
         batch_size: windows per forward pass.
@@ -200,7 +200,7 @@ def _batch_logits(model: GPTModel, batch: list[Pair], length: int) -> list[Tenso
     return [of_row[len(row) - len(rest) : len(row)] for row, (_, rest), of_row in zip(rows, batch, logits, strict=True)]
 
 
-def _windows(ids: TokenArray, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _windows(ids: Tokens, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the inputs and the targets of each window of a text, both (T,) int64 with T at most `length`.
 
     Each window ends `stride` tokens after the one before, and the last window ends with the text. Targets
@@ -224,7 +224,7 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> TokenArray:
+def _checked(ids: Any, vocab_size: int, bos_id: int | None) -> Tokens:
     """Return the ids as an integer array, which starts with bos_id unless bos_id is None.
 
     Raises ValueError if one of the ids is not in the vocabulary of vocab_size tokens.

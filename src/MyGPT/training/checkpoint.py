@@ -5,54 +5,133 @@ state of each parameter, named `parameter/key`), state.json (the counters, rando
 manifest.json (size and SHA-256 of the other three files). The file `checkpoints/latest` holds the name of the newest
 checkpoint. None of the files is a pickle. If a process is killed, the newest complete checkpoint remains, because
 a checkpoint gets its name only when it is complete, and old checkpoints are removed after that.
+
+If several ranks train, each of them writes its rows of all tensors to a file of its own, such as
+shard-00001-of-00004.safetensors. Any number of ranks, and a single process, can read both kinds of checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from MyGPT.files import atomic_directory, atomic_write, json_text, read_json, sha256_of
 from MyGPT.messages import error_message
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
-from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
+from MyGPT.weights.formats.safetensors import StoredTensor, read_parts, write_safetensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 _FILES = _OPTIMIZER, _STATE, _WEIGHTS = "optimizer.safetensors", "state.json", "weights.safetensors"
+_SHARD = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
 _MANIFEST, _LATEST = "manifest.json", "latest"
 
 
-def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
-    """Write `snapshot` to `directory` as a new checkpoint, store its name in `latest`, and return its path."""
+def write_snapshot(directory: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
+    """Write `snapshot` to `directory` as a new checkpoint, store its name in `latest`, and return its path.
+
+    Args:
+        directory: the directory of the checkpoints, which all ranks share.
+        snapshot: the state to write. Several ranks give the snapshots of the same step.
+        group: a gloo process group that nothing else uses during the call. All its ranks must call this function, from
+            any thread, and each writes its own rows of the tensors. None: a single process writes everything.
+
+    Raises OSError if writing fails. If it fails on one rank, all ranks raise the error. A rank that dies, or that does
+    not take part within the timeout of the group, makes it fail on the others. A failure leaves no new checkpoint.
+    """
     path = directory / _name(snapshot.state.step)
-    with atomic_directory(path, replaces=("*",)) as temporary:
-        write_safetensors(temporary / _WEIGHTS, snapshot.weights, shown_as=path / _WEIGHTS)
-        write_safetensors(temporary / _OPTIMIZER, snapshot.optimizer, shown_as=path / _OPTIMIZER)
-        _write_json(temporary / _STATE, {**snapshot.state.to_json(), **snapshot.context})
-        _write_json(temporary / _MANIFEST, _make_manifest(temporary))
-    with atomic_write(directory / _LATEST) as file:
-        file.write(path.name + "\n")
+    with ExitStack() as unfinished:
+
+        def begin() -> Path:
+            return unfinished.enter_context(atomic_directory(path, replaces=("*",)))
+
+        def finish(files: dict[str, Any], temporary: Path) -> None:
+            _write_json(temporary / _STATE, {**snapshot.state.to_json(), **snapshot.context})
+            files = {**files, **_make_manifest(temporary, [_STATE])}
+            _write_json(temporary / _MANIFEST, dict(sorted(files.items())))
+            unfinished.close()
+            with atomic_write(directory / _LATEST) as file:
+                file.write(path.name + "\n")
+
+        if group is None:
+            temporary = begin()
+            write_safetensors(temporary / _WEIGHTS, snapshot.weights, shown_as=path / _WEIGHTS)
+            write_safetensors(temporary / _OPTIMIZER, snapshot.optimizer, shown_as=path / _OPTIMIZER)
+            finish(_make_manifest(temporary, [_OPTIMIZER, _WEIGHTS]), temporary)
+        else:
+            _write_shards(path, snapshot, group, begin, finish)
     return path
 
 
-def read_snapshot(path: Path) -> Snapshot:
+def _write_shards(
+    path: Path,
+    snapshot: Snapshot,
+    group: ProcessGroup,
+    begin: Callable[[], Path],
+    finish: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Write the checkpoint `path` on all ranks of `group`. Rank 0 calls `begin` before the other ranks write.
+
+    Rank 0 also calls `finish`, with the manifest of all shards, when the shards of all ranks are complete.
+    """
+    from MyGPT.training.shards import on_all_ranks, save_shard
+
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    name = f"shard-{rank + 1:05d}-of-{n_ranks:05d}.safetensors"
+    temporary = path
+    try:
+        temporary = Path(on_all_ranks(group, lambda: str(begin()) if rank == 0 else "")[0])
+        has_written = save_shard(temporary / name, {**snapshot.weights, **snapshot.optimizer}, path / name, group)
+        manifests = on_all_ranks(group, lambda: _make_manifest(temporary, [name] if has_written() else []))
+        files = {name: entry for manifest in manifests for name, entry in manifest.items()}
+        on_all_ranks(group, lambda: finish(files, temporary) if rank == 0 else None)
+    except OSError as error:
+        message = error_message(error).replace(str(temporary), str(path))
+        raise OSError(message if str(path) in message else f"cannot write {path}: {message}") from error
+
+
+def read_snapshot(path: Path, group: ProcessGroup | None = None) -> Snapshot:
     """Read the checkpoint in the directory `path` and compare its files with their SHA-256 checksums.
+
+    If several ranks read it, all ranks of `group` must call this function. They divide the checksums, and read no tensors
+    yet: `restore_snapshot` reads them.
 
     Raises:
         ValueError, OSError: a file of the checkpoint is damaged or missing. The message names the file.
         IncompatibleCheckpointError: another version of MyGPT wrote the checkpoint, and a value is missing.
     """
+    snapshots: list[Snapshot] = []  # They stay on their ranks.
+    _on_all_ranks(group, lambda: snapshots.append(_read_snapshot(path, group)))
+    return snapshots[0]
+
+
+def _read_snapshot(path: Path, group: ProcessGroup | None) -> Snapshot:
+    """Read a checkpoint as `read_snapshot` does. Of several ranks, each checks some of the files."""
     manifest = read_json(path / _MANIFEST)
-    if not isinstance(manifest, dict) or manifest.keys() != set(_FILES):
+    names = sorted(manifest) if isinstance(manifest, dict) else []
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    if names != list(_FILES) and (not shards or names != [*shards, _STATE]):
         raise ValueError(f"{path / _MANIFEST} does not list the files of a checkpoint")
-    for name, found in _make_manifest(path).items():
+    rank, n_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    for name, found in _make_manifest(path, names[rank::n_ranks]).items():
         if found != manifest[name]:
             raise ValueError(
                 f"{path / name} is damaged: its size ({found['bytes']} bytes) or SHA-256 is not in the manifest"
@@ -66,11 +145,10 @@ def read_snapshot(path: Path) -> Snapshot:
             raise ValueError(f"its step is {state.step}")
     except ValueError as error:
         raise type(error)(f"{path / _STATE} is not usable: {error}") from None
-    weights, optimizer = (
-        {name: lazy.load().clone() for name, lazy in read_safetensors(path / file).items()}
-        for file in (_WEIGHTS, _OPTIMIZER)
-    )
-    return Snapshot(state, weights, optimizer, context)
+    stored = read_parts(path / name for name in names if name != _STATE)
+    tensors = {name: tensor.load() if group is None else _description(name, tensor) for name, tensor in stored.items()}
+    optimizer = {name: tensors.pop(name) for name in stored if "/" in name}
+    return Snapshot(state, tensors, optimizer, context, {} if group is None else stored)
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -80,29 +158,28 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def read_newest(
-    directory: Path, check: Callable[[Snapshot], None] = lambda snapshot: None
+    directory: Path, check: Callable[[Snapshot], None] = lambda snapshot: None, group: ProcessGroup | None = None
 ) -> tuple[Snapshot, list[str]]:
     """Return the newest complete checkpoint in `directory`, and a warning for each newer checkpoint that is damaged.
 
-    A checkpoint for which `check` raises ValueError counts as damaged.
+    A checkpoint for which `check` raises ValueError counts as damaged. If several ranks read, all ranks of `group` must
+    call this function, and all call `check` for the same checkpoints. A checkpoint that is damaged for one rank counts as
+    damaged for all, so all ranks return the same checkpoint and warnings, or raise the same error.
 
     Raises:
         IncompatibleCheckpointError: the newest complete checkpoint lacks values that this version of MyGPT needs, or
             `check` raised this error.
         ValueError: there is no complete checkpoint.
+        ConnectionError: another rank has died or does not answer.
     """
-    newest_first = list(reversed(_by_step(directory).values()))
-    latest = directory / _LATEST
-    if latest.is_file():  # In a run that returned to an earlier step, the newest one need not have the highest number.
-        name = latest.read_bytes().decode("utf-8", "replace").strip()
-        newest_first.sort(key=lambda path: path.name != name)
     problems: list[str] = []
-    for path in newest_first:
+    newest_first = _on_all_ranks(group, lambda: _newest_first(directory))
+    for path in newest_first[0]:
         try:
-            snapshot = read_snapshot(path)
-            check(snapshot)
+            snapshot = read_snapshot(path, group)
+            _on_all_ranks(group, partial(check, snapshot))
             return snapshot, problems
-        except IncompatibleCheckpointError:
+        except (IncompatibleCheckpointError, ConnectionError):
             raise
         except (ValueError, OSError) as error:
             problems.append(f"{path} is not used: {error_message(error)}")
@@ -128,12 +205,16 @@ def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> No
 class CheckpointWriter:
     """Writes snapshots of a run as checkpoints, one at a time.
 
-    `start` writes in a background thread, and `write` finishes writing before it returns.
+    `start` writes in a background thread, and `write` finishes writing before it returns. With a `group`, all its ranks
+    must call both methods in the same order. A rank may finish a little later than rank 0, so rank 0 decides for all
+    ranks whether the writer is busy, and `start` and `write` wait for the rest.
     """
 
     directory: Path
     keep_last: int
     keep_best: int
+    group: ProcessGroup | None = None
+    """A gloo process group for this writer alone. Its timeout limits how long the ranks wait for a rank that died."""
     written: Path | None = None
     """Path of the newest checkpoint that this writer completed. Before the first checkpoint is complete, it is None."""
     written_step: int | None = None
@@ -154,7 +235,7 @@ class CheckpointWriter:
 
     def start(self, take_snapshot: TakeSnapshot) -> None:
         """Call take_snapshot and begin to write its result in the background. The writer must not be busy."""
-        assert not self.is_busy
+        self._wait_for_other_ranks()
         snapshot = self._take(take_snapshot)
         # A daemon thread does not delay a process that must exit at once; an unfinished checkpoint is never used.
         self._thread = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -162,12 +243,18 @@ class CheckpointWriter:
 
     def write(self, take_snapshot: TakeSnapshot) -> None:
         """Call take_snapshot and write its result before returning. The writer must not be busy."""
+        self._wait_for_other_ranks()
         self._write(self._take(take_snapshot))
 
     def wait(self) -> None:
         """Wait until the background thread has written its snapshot, if it is writing one."""
         if self._thread is not None:
             self._thread.join()
+
+    def _wait_for_other_ranks(self) -> None:
+        if self.group is not None:
+            self.wait()
+        assert not self.is_busy
 
     def _take(self, take_snapshot: TakeSnapshot) -> Snapshot:
         began, snapshot = time.monotonic(), take_snapshot()
@@ -177,9 +264,10 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.state.step
-        self.written, self.written_step = write_snapshot(self.directory, snapshot), step
+        self.written, self.written_step = write_snapshot(self.directory, snapshot, self.group), step
         self.n_written += 1
-        remove_old(self.directory, step, self.keep_last, self.keep_best)
+        if self.group is None or dist.get_rank(self.group) == 0:
+            remove_old(self.directory, step, self.keep_last, self.keep_best)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         try:
@@ -188,8 +276,24 @@ class CheckpointWriter:
             self.failure = error
 
 
-def _make_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    files = {name: directory / name for name in _FILES}
+def _on_all_ranks(group: ProcessGroup | None, function: Callable[[], T]) -> list[T]:
+    """Call `function` on all ranks of `group`, and return their results. All ranks raise the error of any rank."""
+    if group is None:
+        return [function()]
+    from MyGPT.training.shards import on_all_ranks
+
+    return on_all_ranks(group, function)
+
+
+def _description(name: str, tensor: StoredTensor) -> Tensor:
+    """Return a tensor without values that has the shape and dtype of a stored tensor, or its value if it is a number."""
+    if tensor.dtype is None or tensor.shape == ():
+        return tensor.load()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _make_manifest(directory: Path, names: Iterable[str] = _FILES) -> dict[str, dict[str, Any]]:
+    files = {name: directory / name for name in names}
     return {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in files.items()}
 
 
@@ -197,6 +301,16 @@ def _by_step(directory: Path) -> dict[int, Path]:
     """Return a dict from the step to the path of each checkpoint in `directory`, in ascending order of the steps."""
     paths = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
     return dict(sorted(paths.items()))
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    """Return the paths of the checkpoints in `directory`: the one that `latest` names, and then the latest steps."""
+    newest_first = list(reversed(_by_step(directory).values()))
+    latest = directory / _LATEST
+    if latest.is_file():  # In a run that returned to an earlier step, the newest one need not have the highest number.
+        name = latest.read_bytes().decode("utf-8", "replace").strip()
+        newest_first.sort(key=lambda path: path.name != name)
+    return newest_first
 
 
 def _name(step: int) -> str:

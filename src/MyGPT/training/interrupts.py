@@ -27,8 +27,8 @@ def delayed_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in the yielded list instead of interrupting the `with` block.
 
     SIGHUP arrives when the terminal or the ssh connection closes. A process that ignores SIGHUP, as nohup arranges,
-    keeps ignoring it. A second Ctrl-C interrupts a single rank at once. Outside the main thread the list stays empty, because Python
-    allows no signal handlers there.
+    keeps ignoring it. A second Ctrl-C interrupts at once, unless there are several ranks. Outside the main thread the
+    list stays empty, because Python allows no signal handlers there.
     """
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -18,31 +18,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
 
 
-def distribute(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Make `model`, which is on `device`, a model that all ranks train together, in place. A single rank changes nothing.
+def shard_size_of(config: TrainConfig) -> int | None:
+    """Return the number of ranks that share one copy of the weights, or None if the model is not distributed.
 
-    The weights become those of rank 0. `dtype` is the dtype of autocast, or None without autocast.
+    Raises ValueError if `config` does not fit the number of ranks.
     """
-    size = config.shard_size_on(ranks.world_size())
-    if size is None:
-        return
-    if ranks.world_size() == 1 and not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return config.shard_size_on(ranks.world_size())
+
+
+def distribute(
+    model: nn.Module, shard_size: int, config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Make `model`, which is on `device`, a model that all ranks train together, in place.
+
+    The weights become those of rank 0, and each shard_size ranks share one copy of them. `dtype` is the dtype of
+    autocast, or None without autocast.
+    """
     if ranks.world_size() > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.detach(), src=0)
-    mesh = _mesh(device, size, timedelta(minutes=config.timeout_minutes))
+    mesh = _mesh(device, shard_size, timedelta(minutes=config.timeout_minutes))
     transformer: Any = model.transformer
     # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for name in ("token_loss", "row_losses"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to divide by 1
@@ -62,6 +74,17 @@ def _mesh(device: torch.device, size: int, timeout: timedelta) -> DeviceMesh:
 
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def gather_weights(distributed: nn.Module, whole: nn.Module) -> None:
+    """Copy the trained weights of a distributed model into `whole`, a model of the same structure. All ranks take part."""
+    parameters = dict(whole.named_parameters())
+    with torch.no_grad():
+        for module in _fsdp_modules(distributed):
+            module.reshard()  # After a forward pass, some parameters are still whole, but not DTensors.
+        for name, parameter in distributed.named_parameters():
+            if parameter.requires_grad:
+                parameters[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
 
 def reduce_gradients(model: nn.Module, is_last: bool) -> None:

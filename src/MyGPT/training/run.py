@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from torch.distributed import ProcessGroup
 
 from MyGPT import ranks
 from MyGPT.data.templates import Template
@@ -81,6 +82,25 @@ class WholeModel:
 
 
 @dataclass
+class GatheredModel:
+    """Saves and restores the best model of several ranks as `store` does for one. All ranks must call the methods."""
+
+    store: BestModelStore
+    gather: Callable[[], None]
+    """Copies the weights of all ranks into the model of the store, on every rank."""
+
+    def place(self, run_dir: Path) -> Path:
+        return self.store.place(run_dir)
+
+    def save(self, run_dir: Path) -> Path:
+        self.gather()
+        return ranks.on_first_rank(lambda: self.store.save(run_dir))
+
+    def restore(self, run_dir: Path) -> None:
+        self.store.restore(run_dir)
+
+
+@dataclass
 class Run:
     """The directory of a training run, its lock and its files. If `directory` is None, nothing is written.
 
@@ -104,6 +124,8 @@ class Run:
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
+    group: ProcessGroup | None = field(init=False, default=None)
+    """The process group with which several ranks read and write checkpoints."""
     writer: CheckpointWriter | None = None
     """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
@@ -132,39 +154,37 @@ class Run:
                 (config.yaml) or the data have changed.
         """
         directory, config = self.directory, self.config
+        self.group = ranks.new_group(config.timeout_minutes)
         if not self.resume:
             self._shorten_warmup()
         if directory is None:
             return None
         if not self.resume:
             ranks.on_first_rank(lambda: check_run_directory(directory, self.overwrite))
+        with ExitStack() as resources:  # Only rank 0 holds resources. An error on any rank is raised on all ranks.
+            ranks.on_first_rank(lambda: self._lock(directory, resources))
+            snapshot = self._rewind(directory) if self.resume else None
+            ranks.on_first_rank(lambda: self._open_files(directory, resources, snapshot))
+            self._resources = resources.pop_all()
         if config.checkpoint_every or config.checkpoint_minutes:
-            self.identify()  # now, because the weights are divided among the ranks later
-        opened = ranks.on_first_rank(lambda: self._open(directory))
-        snapshot, self.config, self.recipe, self._has_changed = opened
-        if config.checkpoint_every or config.checkpoint_minutes:
-            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
+            self.identify()  # now, because the weights may be divided among the ranks later
+            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best, self.group)
         return snapshot
 
-    def _open(self, directory: Path) -> tuple[Snapshot | None, TrainConfig, dict[str, Any], bool]:
-        """Lock the directory, open its files on rank 0, and return what all ranks must know.
+    def _lock(self, directory: Path, resources: ExitStack) -> None:
+        resources.callback(lock_directory(directory).release)
+        remove_unfinished(directory)
 
-        Returns the snapshot from which the run is resumed, and the values of `config`, `recipe` and `_has_changed`.
-        """
-        with ExitStack() as resources:
-            resources.callback(lock_directory(directory).release)
-            remove_unfinished(directory)
-            snapshot = self._rewind(directory) if self.resume else None
-            if snapshot is None:
-                remove_run(directory)
-            with atomic_write(directory / "config.yaml") as file:
-                yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
-            after = snapshot.state.step if snapshot else None
-            self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
-            self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
-            resources.callback(self._metrics.close)
-            self._resources = resources.pop_all()
-        return snapshot, self.config, self.recipe, self._has_changed
+    def _open_files(self, directory: Path, resources: ExitStack, snapshot: Snapshot | None) -> None:
+        """Write config.yaml, and open the logs to append to them after the snapshot. Without one, remove an existing run."""
+        if snapshot is None:
+            remove_run(directory)
+        with atomic_write(directory / "config.yaml") as file:
+            yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
+        after = snapshot.state.step if snapshot else None
+        self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
+        self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
+        resources.callback(self._metrics.close)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -433,7 +453,15 @@ class Run:
                     f"the weights of step {step} do not fit this model ({error}): {reason}"
                 ) from None
 
-        snapshot, warnings = read_newest(directory / CHECKPOINTS, check)
+        snapshot, warnings = read_newest(directory / CHECKPOINTS, check, self.group)
+        changed = ranks.on_first_rank(lambda: self._rewind_logs(directory, snapshot, warnings))
+        if self.allow_changed:
+            self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
+        return replace(snapshot, state=changed)
+
+    def _rewind_logs(self, directory: Path, snapshot: Snapshot, warnings: Sequence[str]) -> RunState:
+        """Cut the logs back to the snapshot, report its warnings, and return its state, as the files require it."""
+        context = self.context()
         for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
             self.console.warn(warning)
         lengths = log_lengths(directory) | snapshot.context["lengths"]
@@ -448,11 +476,9 @@ class Run:
             self.console.warn(f"{best} is missing, so the model with the next validation loss is saved there")
             # Without evaluated_step, a run that takes no further step is evaluated again, and its last model is saved.
             snapshot.state.best_loss, snapshot.state.best_step, snapshot.state.evaluated_step = math.inf, None, None
-        if self.allow_changed:
-            self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
         for name, length in lengths.items():
             cut_log(directory / name, length, kept if name == "metrics.jsonl" else b"")
-        return snapshot
+        return snapshot.state
 
     def _past_evaluations(self, directory: Path, length: int, state: RunState) -> bytes:
         """Return the lines after `length` bytes of metrics.jsonl that an extended run must keep, and update `state`.

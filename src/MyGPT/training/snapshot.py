@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from MyGPT.model import GPTModel
+from MyGPT.ranks import world_size
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.optim import Muon, make_optimizers, trained_parameters
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
+from MyGPT.weights.formats.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LOGS = ("metrics.jsonl", "samples.txt")
 """The files in a run's directory to which each step may append. A resumed run cuts them back to the checkpoint's step."""
@@ -41,11 +46,17 @@ class Snapshot:
 
     state: RunState
     weights: dict[str, Tensor]
-    """The parameters that require gradients, by name."""
+    """The parameters that require gradients, by name. Of a DTensor, each rank holds its own rows."""
     optimizer: dict[str, Tensor]
     """The optimizer's tensors, with names such as `lm_head.weight/exp_avg`."""
     context: dict[str, dict[str, Any]]
     """JSON values: `lengths` of the logs, `recipe` (config.yaml), hashes of the `data`, `machine`, `random` states."""
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """The tensors in the files of a checkpoint that several ranks read, by name.
+
+    `weights` and `optimizer` then hold only shapes and dtypes (the device is "meta"), because each rank reads its own
+    rows in `restore_snapshot`.
+    """
 
 
 TakeSnapshot = Callable[[], Snapshot]
@@ -54,7 +65,11 @@ TakeSnapshot = Callable[[], Snapshot]
 def take_snapshot(
     model: nn.Module, optimizers: list[Optimizer], state: RunState, context: dict[str, dict[str, Any]]
 ) -> Snapshot:
-    """Copy the state of a run to CPU memory. `context` becomes Snapshot.context, with the random states added."""
+    """Copy the state of a run to CPU memory. `context` becomes Snapshot.context, with the random states added.
+
+    If the parameters are DTensors, each rank copies its own rows.
+    """
+    _reshard(model)
     weights = trained_parameters(model)
     states = {parameter: by_key for optimizer in optimizers for parameter, by_key in optimizer.state.items()}
     optimizer = {
@@ -119,24 +134,39 @@ def check_fit(model: nn.Module, config: TrainConfig, snapshot: Snapshot) -> None
                 raise ValueError(f"the optimizer state of {name} is {', '.join(sorted(found[name]))}; {required}")
 
 
-def restore_snapshot(snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer]) -> RunState:
+def restore_snapshot(
+    snapshot: Snapshot, model: nn.Module, optimizers: list[Optimizer], group: ProcessGroup | None = None
+) -> RunState:
     """Load a snapshot into the model, its optimizers and the random generators, and return a copy of its RunState.
 
-    The snapshot must have passed `check_fit`.
+    The snapshot must have passed `check_fit`. If several ranks have read it, all ranks must call this function with the
+    `group` that they gave to `read_newest`. Each rank then reads the rows of its own parameters and optimizer states.
     """
-    weights = trained_parameters(model)
-    with torch.no_grad():
+    _reshard(model)
+    weights: dict[str, Tensor] = {name: it.detach() for name, it in trained_parameters(model).items()}
+    optimizer = snapshot.optimizer
+    if group is None:
         for name, tensor in snapshot.weights.items():
             weights[name].copy_(tensor)
-    by_parameter: dict[Tensor, dict[str, Tensor]] = {}
-    for path, tensor in snapshot.optimizer.items():
+    else:
+        from MyGPT.training.shards import load_shards, on_all_ranks
+
+        optimizer = {
+            path: tensor.clone() if tensor.shape == () else torch.empty_like(weights[path.rpartition("/")[0]])
+            for path, tensor in snapshot.optimizer.items()
+        }
+        targets = weights | {path: tensor for path, tensor in optimizer.items() if tensor.shape != ()}
+        on_all_ranks(group, lambda: load_shards(targets, snapshot.stored))
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in optimizer.items():
         name, _, key = path.rpartition("/")
-        by_parameter.setdefault(weights[name], {})[key] = tensor
-    for optimizer in optimizers:
-        content = optimizer.state_dict()  # torch numbers the parameters across all groups.
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        content["state"] = {i: by_parameter[it] for i, it in enumerate(trained) if it in by_parameter}
-        optimizer.load_state_dict(content)
+        by_name.setdefault(name, {})[key] = tensor
+    names = {parameter: name for name, parameter in trained_parameters(model).items()}
+    for one in optimizers:
+        content = one.state_dict()  # torch numbers the parameters across all groups.
+        trained = [names[parameter] for group in one.param_groups for parameter in group["params"]]
+        content["state"] = {i: by_name[name] for i, name in enumerate(trained) if name in by_name}
+        one.load_state_dict(content)
     restore_random_states(snapshot.context["random"])
     return replace(snapshot.state)
 
@@ -192,7 +222,9 @@ def _restore(states: Mapping[str, Any], python: Any, numpy: Any, generator: torc
 
 
 def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return {"data": hashes of the data and the model, "machine": torch version, device and thread count}.
+    """Return {"data": hashes of the data and the model, "machine": torch version, device, threads and ranks}.
+
+    If the frozen weights are DTensors, all ranks must call this function.
 
     The model is identified by its frozen weights or, if it has none, by its architecture. Hashes of the training and
     validation batches come from the method `fingerprint()` of `train` and `val`. Without this method, changed batches
@@ -205,7 +237,8 @@ def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dic
         digest = hashlib.sha256()
         for name, parameter in sorted(frozen.items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # of a DTensor
+            digest.update(whole.detach().cpu().flatten().view(torch.uint8).numpy().data)
         data["frozen_weights"] = digest.hexdigest()
     else:
         architecture = {name: getattr(model.config, name) for name in _ARCHITECTURE}
@@ -213,6 +246,7 @@ def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dic
     # The last digits of the results depend on the machine.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     machine = {"torch": str(torch.__version__), "device": name, "threads": torch.get_num_threads()}
+    machine["ranks"] = world_size()
     return {"data": data, "machine": machine}
 
 
@@ -256,12 +290,19 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
             f"the run cannot be resumed from step {snapshot.state.step}: {'; '.join(differences)} "
             "(--allow_changed KEY resumes it with the changed value, with different results)"
         )
-    machine = snapshot.context["machine"]
+    machine = {"ranks": 1, **snapshot.context["machine"]}  # Earlier versions had only one rank.
     return [
         f"{key} was {machine.get(key)!s:.80} and is {value}: the results may differ in the last digits"
         for key, value in context["machine"].items()
         if machine.get(key) != value
     ]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)):  # a method of FSDPModule
+            reshard()
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

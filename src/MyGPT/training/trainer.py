@@ -6,6 +6,7 @@ a resumed run gives bit-identical results. state.py holds the counters, run.py w
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,15 @@ from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.interrupts import SIGPIPE, Stopped, delayed_signals
 from MyGPT.training.objective import NextToken, Objective
 from MyGPT.training.optim import make_optimizers, set_learning_rate
-from MyGPT.training.parallel import distribute, micro_batches, reduce_gradients, seed_step
-from MyGPT.training.run import BestModelStore, Run, WholeModel
+from MyGPT.training.parallel import (
+    distribute,
+    gather_weights,
+    micro_batches,
+    reduce_gradients,
+    seed_step,
+    shard_size_of,
+)
+from MyGPT.training.run import BestModelStore, GatheredModel, Run, WholeModel
 from MyGPT.training.snapshot import (
     Snapshot,
     check_fit,
@@ -93,7 +101,7 @@ class Trainer:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
-        ranks.join(config.timeout_minutes)
+        ranks.join(config.timeout_minutes, even_alone=config.parallel in ("ddp", "fsdp"))
         self.model, self.config, self.device = model, config, torch.device(device)
         self.objective: Objective = NextToken(model) if objective is None else objective
         self.state = RunState()
@@ -108,7 +116,7 @@ class Trainer:
             None if run_dir is None else Path(run_dir),
             config,
             dict(vars(config) if recipe is None else recipe),
-            WholeModel(model, tokenizer) if best_model is None else best_model,
+            GatheredModel(WholeModel(model, tokenizer) if best_model is None else best_model, self._gather),
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
             partial(check_fit, model, config),
@@ -117,6 +125,7 @@ class Trainer:
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._contexts, self._is_ready = ExitStack(), False
+        self._whole: tuple[Any, Objective] | None = None
         self._sample_errors: set[type[Exception]] = set()
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
@@ -137,12 +146,18 @@ class Trainer:
             seed_everything(self.config.seed)
             snapshot = self._contexts.enter_context(self.files)
             self.config = self.files.config  # its warmup may have been shortened
+            if (shard_size := shard_size_of(self.config)) is not None:
+                # The model itself stays whole, for everything that happens to it between and after the steps.
+                self._whole = self.model, self.objective
+                self.model, self.objective = copy.deepcopy(self._whole)
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
-            distribute(self.model, self.config, self.device, self.autocast_dtype)
+            if shard_size is not None:
+                distribute(self.model, shard_size, self.config, self.device, self.autocast_dtype)
+            self.samples.model = self.model
             self.optimizers = make_optimizers(self.model, self.config)
             if snapshot is not None:
-                self.state = restore_snapshot(snapshot, self.model, self.optimizers)
+                self.state = restore_snapshot(snapshot, self.model, self.optimizers, self.files.group)
             for block in self.model.transformer.h if self.config.compile else ():
                 block.compile()  # One compilation serves all blocks; names, generation and saving stay as they are.
             on_error.pop_all()
@@ -161,7 +176,9 @@ class Trainer:
         self.setup()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._gather(and_end=True)
         self.close()
 
     def step(self) -> dict[str, float]:
@@ -214,8 +231,8 @@ class Trainer:
                     sums, n_terms = self._token_loss(*to_device(rows, self.device))
                     if is_counted:
                         totals += torch.tensor([*sums.flatten().tolist(), int(n_terms)], dtype=torch.float64)
-        *sums, count = ranks.sum_over_ranks(totals).tolist()
-        loss, *scores = [total / count if count else math.nan for total in sums]
+        *parts, count = ranks.sum_over_ranks(totals).tolist()
+        loss, *scores = [part / count if count else math.nan for part in parts]
         self.scores = dict(zip(self.objective.scores, scores, strict=True))
         return loss
 
@@ -310,6 +327,7 @@ class Trainer:
             return math.nan
         if self.state.evaluated_step != self.state.step:
             self._evaluate_and_save_best()
+        self._gather(and_end=True)
         self.files.restore_best_model(self.state)
         loss = self.evaluate(whole=True)
         scores = {f"final_val_{name}": value for name, value in self.scores.items()}
@@ -317,6 +335,19 @@ class Trainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of the best model on all validation data is {loss}: check these data")
         return loss
+
+    def _gather(self, and_end: bool = False) -> None:
+        """Copy the trained weights into the model that the trainer was given, if a distributed copy of it is trained.
+
+        With and_end=True, the trainer continues with this model, and the distributed copy is not used again.
+        """
+        if self._whole is None:
+            return
+        gather_weights(self.model, self._whole[0])
+        if and_end:
+            self.model, self.objective = self._whole
+            self.model.to(self.device)
+            self.samples.model, self._whole = self.model, None
 
     def _token_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor | int]:
         with forward_pass(self.config, self.device, self.autocast_dtype):
