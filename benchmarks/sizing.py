@@ -20,7 +20,14 @@ UTILISATION = 0.4
 BUS_BANDWIDTH = 100e9
 """The assumed bus bandwidth between GPUs in bytes per second, which `mygpt doctor` measures."""
 BATCH_SIZE, MICRO_BATCH_SIZE = 512, 8
-LAYOUTS = [(1, "none", None), (8, "ddp", 1), (8, "fsdp", 8), (64, "ddp", 1), (64, "fsdp", 64), (64, "fsdp, shard_size 8", 8)]
+LAYOUTS = [
+    (1, "none", None),
+    (8, "ddp", 1),
+    (8, "fsdp", 8),
+    (64, "ddp", 1),
+    (64, "fsdp", 64),
+    (64, "fsdp, shard_size 8", 8),
+]
 """The number of ranks, the options of the run, and the number of ranks that divide one copy of the weights."""
 
 

@@ -22,6 +22,7 @@ TRAIN=(-m MyGPT train --config configs/gpt2_124m.yaml --out runs/gpt2_124m --res
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise the nodes do not find each other after a restart
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds for the checkpoint after SIGTERM, before torchrun kills the ranks
 
 # Slurm sends USR1 to this script 300 seconds before the time limit (--signal).

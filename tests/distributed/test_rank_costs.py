@@ -15,8 +15,10 @@ from MyGPT import GPTConfig, GPTModel, TrainConfig, Trainer
 from MyGPT.costs import communication, training_memory
 from ranks import run_on_ranks
 
-# The rows of the embedding and of the queries, keys and values cannot be divided evenly by 2.
+# The rows of the embedding and of the queries, keys and values cannot be divided evenly by 2 or 4.
 CONFIG = GPTConfig(vocab_size=101, context_length=9, emb_dim=15, n_heads=3, n_layers=3, drop_rate=0.0, qkv_bias=True)
+
+N_RANKS = 4
 
 
 class SentBytes(TorchDispatchMode):
@@ -52,7 +54,11 @@ def stored(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
-def measure(training: TrainConfig, n_copies: int) -> dict[str, int]:
+def measure_all(cases: list[TrainConfig]) -> list[dict[str, int]]:
+    return [measure(training) for training in cases]
+
+
+def measure(training: TrainConfig) -> dict[str, int]:
     """Return the bytes that a rank stores and sends in the second step of a training run."""
     found: dict[str, int] = {}
     with Trainer(GPTModel(CONFIG), training, [i % 101 for i in range(500)], progress=False) as trainer:
@@ -63,7 +69,7 @@ def measure(training: TrainConfig, n_copies: int) -> dict[str, int]:
             found["gradients"] = stored(parameter.grad for parameter in parameters if parameter.grad is not None)
 
         trainer.optimizers[0].register_step_pre_hook(find_gradients)
-        with SentBytes(n_copies) as sent:
+        with SentBytes(N_RANKS // (training.shard_size_on(N_RANKS) or 1)) as sent:
             trainer.step()
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
@@ -72,24 +78,23 @@ def measure(training: TrainConfig, n_copies: int) -> dict[str, int]:
 
 @pytest.mark.torchrun
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "options"),
-    [
-        (2, {"parallel": "fsdp"}),
-        (2, {"parallel": "ddp", "optimizer": "muon"}),
-        (4, {"parallel": "fsdp", "shard_size": 2, "optimizer": "muon", "micro_batch_size": 1}),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
-)
-def test_a_rank_stores_and_sends_what_is_estimated(n: int, options: dict[str, Any]) -> None:
+def test_a_rank_stores_and_sends_what_is_estimated() -> None:
     """Rank 0 stores the most. Torch pads the shards of the other ranks, but not their moments."""
-    training = TrainConfig(batch_size=2 * n, precision="fp32", **options)
-    size = training.shard_size_on(n) or 1
-    found = run_on_ranks(n, measure, training, n // size)
-    memory = training_memory(CONFIG, optimizer=training.optimizer, shard_size=size)
-    n_micro_batches = 2 if training.micro_batch_size else 1
-    sent = communication(CONFIG, n, size, n_micro_batches=n_micro_batches, optimizer=training.optimizer)
-    for purpose in ("weights", "gradients", "moments"):
-        assert max(rank[purpose] for rank in found) == getattr(memory, purpose), purpose
-    for operation, n_bytes in sent.items():
-        assert {rank.get(operation, 0) for rank in found} == {n_bytes}, operation
+    cases = [
+        TrainConfig(batch_size=2 * N_RANKS, precision="fp32", **options)
+        for options in (
+            {"parallel": "fsdp"},
+            {"parallel": "ddp", "optimizer": "muon"},
+            {"parallel": "fsdp", "shard_size": 2, "optimizer": "muon", "micro_batch_size": 1},
+        )
+    ]
+    found = run_on_ranks(N_RANKS, measure_all, cases)
+    for i, training in enumerate(cases):
+        size = training.shard_size_on(N_RANKS) or 1
+        memory = training_memory(CONFIG, optimizer=training.optimizer, shard_size=size)
+        n_micro_batches = 2 if training.micro_batch_size else 1
+        sent = communication(CONFIG, N_RANKS, size, n_micro_batches=n_micro_batches, optimizer=training.optimizer)
+        for purpose in ("weights", "gradients", "moments"):
+            assert max(rank[i][purpose] for rank in found) == getattr(memory, purpose), (training, purpose)
+        for operation, n_bytes in sent.items():
+            assert {rank[i].get(operation, 0) for rank in found} == {n_bytes}, (training, operation)
