@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from conftest import lively_model
 from MyGPT import GPTConfig, GPTModel, PromptLookup, generate
 from MyGPT.acceleration.captured import CapturedModel
+from MyGPT.generation import generate_stream
 
 CONFIG = GPTConfig(
     vocab_size=67, context_length=16, emb_dim=24, n_heads=3, n_layers=3, drop_rate=0.0, tie_weights=False
@@ -110,3 +111,76 @@ def test_logits_are_not_overwritten_by_the_next_step(tiny_model: GPTModel) -> No
 def test_past_the_context_it_goes_on_as_the_model_does(tiny_model64: GPTModel) -> None:
     ids = torch.arange(6).reshape(1, 6)
     assert torch.equal(generate(CapturedModel(tiny_model64), ids, 20), generate(tiny_model64, ids, 20))
+
+
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend to a multiple of 4 cache entries, so that one generation needs several graphs."""
+    monkeypatch.setattr("MyGPT.acceleration.captured.LENGTH_STEP", 4)
+
+
+def test_a_cache_that_grows_in_steps_gives_the_models_ids(tiny_model64: GPTModel, short_steps: None) -> None:
+    ids, mask = torch.arange(12).reshape(3, 4) * 5, torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]])
+    for options in ({}, {"attention_mask": mask}):
+        expected = generate(tiny_model64, ids, 12, **options)
+        assert torch.equal(generate(CapturedModel(tiny_model64), ids, 12, **options), expected)
+
+
+def test_it_attends_to_the_fewest_entries_that_hold_all_tokens(tiny_model: GPTModel, short_steps: None) -> None:
+    captured, lengths = CapturedModel(tiny_model), []
+    compute = captured._compute
+    captured._compute = lambda cache, n: (lengths.append(n), compute(cache, n))  # type: ignore[method-assign,assignment]
+    generate(captured, torch.tensor([[1, 2]]), 10)
+    assert lengths == [4] * 2 + [8] * 4 + [12] * 3
+
+
+def test_the_memory_of_a_generation_serves_the_next_one(tiny_model64: GPTModel) -> None:
+    """The first generation has padding, which the second one must not inherit."""
+    captured, ids, mask = CapturedModel(tiny_model64), torch.arange(8).reshape(2, 4), torch.ones(2, 4)
+    mask[0, 0] = 0
+    generate(captured, ids, 10, attention_mask=mask)
+    memory = captured._idle
+    assert memory is not None
+    assert torch.equal(generate(captured, ids, 6), generate(tiny_model64, ids, 6))
+    assert captured._idle is memory
+    generate(captured, ids[:1], 6)
+    assert captured._idle is not memory  # that was for two sequences
+
+
+def test_two_generations_at_the_same_time_do_not_share_memory(tiny_model64: GPTModel) -> None:
+    captured, one, other = CapturedModel(tiny_model64), torch.tensor([[1, 2]]), torch.tensor([[50, 60]])
+    pairs = list(zip(generate_stream(captured, one, 9), generate_stream(captured, other, 9), strict=True))
+    assert [int(first) for first, _ in pairs] == generate(tiny_model64, one, 9)[0, 2:].tolist()
+    assert [int(second) for _, second in pairs] == generate(tiny_model64, other, 9)[0, 2:].tolist()
+
+
+def test_a_generation_in_inference_mode_can_be_followed_by_one_outside_of_it(tiny_model64: GPTModel) -> None:
+    captured, ids = CapturedModel(tiny_model64), torch.tensor([[1, 2]])
+    expected = generate(tiny_model64, ids, 5)
+    with torch.inference_mode():
+        assert torch.equal(generate(captured, ids, 5), expected)
+    assert torch.equal(generate(captured, ids, 5), expected)
+
+
+def test_autocast_does_not_change_the_logits(tiny_model: GPTModel) -> None:
+    captured, ids = CapturedModel(tiny_model), torch.tensor([[1, 2, 3]])
+    logits = []
+    for is_enabled in (False, True):
+        cache = captured.new_cache(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            captured(ids[:, :2], cache=cache)
+            logits.append(captured(ids[:, 2:], cache=cache))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_new_weights_take_effect_in_the_next_generation(tiny_model64: GPTModel, assign: bool) -> None:
+    other = lively_model(dataclasses.replace(CONFIG, qkv_bias=True)).double()
+    with torch.no_grad():
+        other.transformer.wte.weight.mul_(-1)
+    captured, ids = CapturedModel(tiny_model64), torch.tensor([[1, 2]])
+    generate(captured, ids, 5)
+    memory = captured._idle
+    tiny_model64.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(generate(captured, ids, 9), generate(other, ids, 9))
+    assert (captured._idle is memory) is not assign  # a graph would read the weights at their old addresses

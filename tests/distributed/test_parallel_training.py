@@ -17,17 +17,7 @@ from MyGPT import GPTModel, TrainConfig, Trainer
 from MyGPT.data.sampler import WindowSampler
 from MyGPT.finetuning.lora import add_lora
 from ranks import run_on_ranks
-
-CONFIG = {
-    "vocab_size": 71,
-    "context_length": 16,
-    "emb_dim": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-}
-IDS = np.random.default_rng(0).integers(0, 71, 5000).astype(np.uint16)
+from tiny_parallel import CONFIG, IDS, comparable_weights
 
 
 class UnequalRows:
@@ -81,24 +71,13 @@ def train(kind: str, parallel: str, options: dict[str, Any]) -> dict[str, Any]:
     with Trainer(model, config, sampler, Validation(), progress=False) as trainer:
         steps = [trainer.step() for _ in range(6)]
         validation = trainer.evaluate()
-    weights = {
-        name: _comparable(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
     losses = [step["loss"] for step in steps]
-    return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "val": validation, "weights": weights}
-
-
-def _comparable(name: str, parameter: Tensor) -> Any:
-    """Return the whole parameter as an array, without the biases of the keys.
-
-    A bias of the keys does not change the attention weights. Its gradient is only the error of rounding, which Adam
-    enlarges to steps of the size of the learning rate.
-    """
-    whole = parameter.detach()
-    if name.endswith("c_attn.bias"):
-        queries, _, values = whole.chunk(3)
-        whole = torch.cat([queries, values])
-    return whole.numpy()
+    return {
+        "losses": losses,
+        "norms": [step["grad_norm"] for step in steps],
+        "val": validation,
+        "weights": comparable_weights(model),
+    }
 
 
 KINDS = ("adamw", "muon", "lora", "packed")

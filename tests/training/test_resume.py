@@ -407,6 +407,23 @@ def test_other_data_are_noticed(finished: Path) -> None:
     make_trainer(finished, resume=True, train=ids, allow_changed=["data_content"]).run()
 
 
+@pytest.mark.slow
+def test_a_run_whose_long_epochs_are_now_shuffled_differently_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a run began with a table of all windows, which took 390 MB for 100 GB of ids."""
+    shuffled = change(order="shuffled")
+    make_trainer(tmp_path / "run", shuffled).run()
+    monkeypatch.setattr("MyGPT.data.sampler.MAX_TABLE", 10)
+    words = (
+        "data_content: the training data are the same, but this version of MyGPT shuffles so many windows in another"
+    )
+    with pytest.raises(ValueError, match=f"{words} order than the run began with.*--allow_changed"):
+        make_trainer(tmp_path / "run", shuffled, resume=True).run()
+    make_trainer(tmp_path / "run", shuffled, resume=True, allow_changed="data_content").run()
+    make_trainer(tmp_path / "run", shuffled, resume=True).run()
+
+
 def test_other_frozen_weights_are_noticed(tmp_path: Path) -> None:
     def frozen(value: float) -> Trainer:
         trainer = make_trainer(tmp_path / "run", resume=(tmp_path / "run").exists())

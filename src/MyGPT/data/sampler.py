@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from MyGPT.data import Order
+from MyGPT.data.permutation import draw_keys, permute
 from MyGPT.data.tokens import Tokens, fingerprint
 from MyGPT.data.windows import Batch, gather_windows
+
+MAX_TABLE = 1 << 20
+"""The largest number of windows in a shuffled epoch whose order is stored as a table, by numpy's `permutation`. A longer
+epoch is shuffled by a keyed permutation, which needs no memory: the table for 100 GB of ids would have 390 MB."""
+KEYED = " in the order of a keyed permutation"
+"""Added to the fingerprint of a sampler whose epochs are too long for a table."""
 
 
 @dataclass(eq=False)
@@ -41,33 +49,47 @@ class WindowSampler:
             raise ValueError(f"the text has {n} tokens, a window of {T} tokens and its targets need {T + 1}")
         # A shuffled epoch has one window less, to leave room for its offset, unless there is only one window.
         self.windows_per_epoch = max(1, (n - 1) // T - (self.order == "shuffled"))
-        self._epoch = lru_cache(maxsize=2)(self._epoch_starts)
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     def batch(self, step: int) -> Batch:
         """Return the inputs and targets of a training step, each (B, T) int64."""
-        return gather_windows(self.ids, self._starts(step), self.max_length)
+        starts = self.starts(step, step * self.batch_size, self.batch_size)
+        return gather_windows(self.ids, starts, self.max_length)
 
     def fingerprint(self) -> str:
-        """Return a hash of the token ids, with which a resumed training run detects changed data."""
-        return fingerprint(self.ids)
+        """Return a hash of the token ids, with which a resumed training run detects changed data.
 
-    def _starts(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the start of each window of a training step: an integer array (B,) of positions in `ids`."""
+        It also says whether the order is that of a keyed permutation, which early versions of MyGPT did not have.
+        """
+        is_keyed = self.order == "shuffled" and self.windows_per_epoch > MAX_TABLE
+        return fingerprint(self.ids) + (KEYED if is_keyed else "")
+
+    def starts(self, step: int, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Return the positions in `ids` where `count` windows of a training step start: an integer array (count,).
+
+        `first` is the number of windows that the earlier steps of the run have used. If the order is "random", the windows
+        depend on `step` alone.
+        """
         if self.order == "random":
             random = np.random.default_rng((self.seed, step))
-            return random.integers(0, len(self.ids) - self.max_length, size=self.batch_size)
-        windows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, positions = np.divmod(windows, self.windows_per_epoch)
-        return np.array([self._epoch(int(epoch))[position] for epoch, position in zip(epochs, positions, strict=True)])
-
-    def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the positions in `ids` where the windows of epoch number `epoch` start, in the order of their use."""
-        starts = np.arange(self.windows_per_epoch) * self.max_length
+            return random.integers(0, len(self.ids) - self.max_length, size=count)
+        epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         if self.order == "sequential":
-            return starts
-        random = np.random.default_rng((self.seed, epoch))
-        offset = random.integers(0, len(self.ids) - starts[-1] - self.max_length)
-        return random.permutation(starts) + int(offset)
+            return positions * self.max_length
+        starts = np.empty(count, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            offset, order = self._epoch(epoch)
+            places = positions[epochs == epoch]
+            n = self.windows_per_epoch
+            windows = order[places] if n <= MAX_TABLE else permute(places, n, order)
+            starts[epochs == epoch] = windows * self.max_length + offset
+        return starts
+
+    def _shuffle(self, epoch: int) -> tuple[int, npt.NDArray[Any]]:
+        """Return the offset of the windows in epoch number `epoch`, and their order or the keys of their permutation."""
+        random, n = np.random.default_rng((self.seed, epoch)), self.windows_per_epoch
+        offset = int(random.integers(0, len(self.ids) - n * self.max_length))
+        return offset, random.permutation(n) if n <= MAX_TABLE else draw_keys(random)
 
 
 @dataclass(eq=False)
@@ -109,6 +131,6 @@ def walk_windows(ids: Tokens, max_length: int, batch_size: int) -> Iterator[Batc
 
     The last window is padded if it is incomplete. Every id except the first is a target exactly once.
     """
-    starts = np.arange(0, len(ids) - 1, max_length)
-    for first in range(0, len(starts), batch_size):
-        yield gather_windows(ids, starts[first : first + batch_size], max_length)
+    stride, end = batch_size * max_length, len(ids) - 1
+    for first in range(0, end, stride):
+        yield gather_windows(ids, np.arange(first, min(first + stride, end), max_length), max_length)

@@ -6,6 +6,7 @@ the shards used last stay mapped, because every map keeps a file open.
 
 from __future__ import annotations
 
+import mmap
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,10 +133,20 @@ class _Files:
 
     def _open(self, number: int) -> npt.NDArray[Any]:
         file = self.files[number]
-        array = np.memmap(file.path, dtype=self.dtype, mode="r")
-        if _version(file.path) != file.version or len(array) != file.n_tokens:
+        array = map_ids(file.path, self.dtype)
+        if _version(file.path) != file.version:
             raise OSError(f"{file.path} was replaced or changed while it was in use: start again with the new data")
-        return np.asarray(array)  # A slice of a plain array takes less time than one of a memmap.
+        return array
+
+
+def map_ids(path: str | os.PathLike[str], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return the content of a file as a read-only array that is mapped into memory."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Otherwise the system reads up to megabytes around each window of a few kilobytes.
+        content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, dtype)
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from MyGPT.data.shards import ShardedTokens
+from MyGPT.data.shards import ShardedTokens, map_ids
 from MyGPT.files import present_directory, read_json, reading, sha256_of
 from MyGPT.tokenizers.codec import TokenArray as TokenArray  # "import X as X" marks X as public for type checkers.
 from MyGPT.tokenizers.codec import id_dtype as id_dtype
@@ -123,7 +123,7 @@ def _open_tokens(directory: Path) -> tuple[Tokens, dict[str, Any]]:
     )
     if tokenizer is not None and sha256_of(tokenizer_path) != tokenizer:
         raise ValueError(f"{tokenizer_path} is not the tokenizer of these tokens, {_DIFFERS}")
-    ids = np.memmap(paths[0], dtype=element, mode="r") if len(paths) == 1 else ShardedTokens(paths, element)
+    ids = map_ids(paths[0], element) if len(paths) == 1 else ShardedTokens(paths, element)
     return ids, description
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from MyGPT.data.sampler import KEYED
 from MyGPT.model import GPTModel
 from MyGPT.ranks import world_size
 from MyGPT.training.config import TrainConfig
@@ -281,7 +282,7 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
         if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key not in allowed and not moved.get(key)
     ]
     differences += [
-        f"{key}: the {name.replace('_', ' ')} differ from those the run began with"
+        f"{key}: the {name.replace('_', ' ')} {_kind_of_change(saved.get(name), current[name])}"
         for name, key in changed.items()
         if key not in allowed
     ]
@@ -296,6 +297,15 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
         for key, value in context["machine"].items()
         if machine.get(key) != value
     ]
+
+
+def _kind_of_change(before: object, now: object) -> str:
+    """Return the end of an error message about data whose fingerprint has changed."""
+    if now == f"{before}{KEYED}":
+        return (
+            "are the same, but this version of MyGPT shuffles so many windows in another order than the run began with"
+        )
+    return "differ from those the run began with"
 
 
 def _reshard(model: nn.Module) -> None:
