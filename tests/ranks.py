@@ -17,7 +17,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "MyGPT.training.trainer"]
+    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "MyGPT.training.trainer"]
 )
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from safetensors.torch import load_file
 
 from conftest import lively_model
 from hostile import Kind, damaged
@@ -61,6 +62,7 @@ from MyGPT.training.checkpoint import read_newest, write_snapshot
 from MyGPT.training.metrics import read_metrics
 from MyGPT.training.optim import make_optimizers
 from MyGPT.training.snapshot import check_fit, restore_snapshot
+from MyGPT.weights.formats.safetensors import write_safetensors
 from tiny_runs import make_trainer
 
 FACTOR = int(os.environ.get("MYGPT_FUZZ", "1"))
@@ -147,11 +149,31 @@ def make_checkpoint(place: Path) -> None:
         write_snapshot(place, trainer.snapshot())
 
 
+def make_sharded_checkpoint(place: Path) -> None:
+    """Write a checkpoint as two ranks write it: each holds half of the rows of all tensors."""
+    make_checkpoint(place)
+    path = place / "step-000001"
+    files = [path / "weights.safetensors", path / "optimizer.safetensors"]
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for rank in range(2):
+        halves, positions = {}, {}
+        for name, tensor in tensors.items():
+            if tensor.ndim > 0:
+                halves[name] = tensor.chunk(2)[rank]
+                positions[name] = [rank * len(tensor.chunk(2)[0]), *[0] * (tensor.ndim - 1)]
+            elif rank == 0:
+                halves[name], positions[name] = tensor, []
+        write_safetensors(path / f"shard-0000{rank + 1}-of-00002.safetensors", halves, positions=positions)
+    for file in files:
+        file.unlink()
+
+
 def read_checkpoint(place: Path, signs: bool = False) -> None:
     """Read the only checkpoint as a resumed run does. `signs` writes a manifest that fits, as an attacker would."""
     path = place / "step-000001"
     if signs:
-        (path / "manifest.json").write_text(json.dumps(checkpoint._make_manifest(path)))
+        names = [file.name for file in path.iterdir() if file.name != "manifest.json"]
+        (path / "manifest.json").write_text(json.dumps(checkpoint._make_manifest(path, names)))
     trainer = make_trainer()
     snapshot, _ = read_newest(place, functools.partial(check_fit, trainer.model, trainer.config))
     restore_snapshot(snapshot, trainer.model, make_optimizers(trainer.model, trainer.config))
@@ -266,7 +288,7 @@ READERS = {
         "config.yaml", "yaml", lambda d: explain(str(d / "config.yaml")),
     ),
     "tokens.json": Reader(make_tokens, "tokens.json", "json", read_tokens),
-    "tokens.bin": Reader(make_tokens, "tokens.bin", "bytes", read_tokens),
+    "tokens-00000.bin": Reader(make_tokens, "tokens-00000.bin", "bytes", read_tokens),
     "records, lines": Reader(
         lambda d: lines(d / "records.jsonl", RECORDS), "records.jsonl", "jsonl",
         lambda d: [ALPACA.parts(record) for record in read_records(d / "records.jsonl")],
@@ -293,6 +315,10 @@ READERS = {
     "manifest.json of a checkpoint": Reader(make_checkpoint, "step-000001/manifest.json", "json", read_checkpoint),
     "optimizer.safetensors of a checkpoint": Reader(
         make_checkpoint, "step-000001/optimizer.safetensors", "safetensors", functools.partial(read_checkpoint, signs=True)
+    ),
+    "shard of a checkpoint": Reader(
+        make_sharded_checkpoint, "step-000001/shard-00002-of-00002.safetensors", "safetensors",
+        functools.partial(read_checkpoint, signs=True)
     ),
     "text": Reader(
         lambda d: (d / "a.txt").write_text("Once\nupon a time.\n"), "a.txt", "text",
@@ -562,7 +588,7 @@ def test_a_token_of_many_bytes_is_checked_quickly(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("a" * 2**15) == [270]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokenizer.json"])
 def test_files_of_another_data_set_are_noticed_though_their_length_is_the_same(tmp_path: Path, name: str) -> None:
     make_tokens(tmp_path / "tokens")
     path = tmp_path / "tokens" / name
@@ -600,7 +626,10 @@ def test_a_data_set_prepared_before_there_were_samples_opens(tmp_path: Path) -> 
     make_tokens(tmp_path / "tokens")
     path = tmp_path / "tokens" / "tokens.json"
     description = json.loads(path.read_text())
-    path.write_text(json.dumps({key: description[key] for key in ("n_tokens", "dtype", "sha256", "n_vocab")}))
+    (shard,) = description["shards"]
+    (tmp_path / "tokens" / shard["file"]).rename(tmp_path / "tokens" / "tokens.bin")
+    old = {key: description[key] for key in ("n_tokens", "dtype", "n_vocab")} | {"sha256": shard["sha256"]}
+    path.write_text(json.dumps(old))
     assert len(open_tokens(tmp_path / "tokens")[0]) == description["n_tokens"]
 
 

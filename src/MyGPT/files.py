@@ -111,33 +111,17 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     `present_directory` and `reading`, and the next writer puts the old directory back if this process is killed then.
     """
     shown, path = Path(path), _real(path)
-    if Path.cwd().is_relative_to(path):
-        raise ValueError(f"{path} cannot be replaced while it contains the current directory: choose another path")
-    check_output_directory(path if shown.is_symlink() else shown)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    restore_directory(path)
+    _check_replaceable(shown)
     _remove_abandoned(path)
     temporary = _temporary(path)
     lock = None
     try:
         lock = _make_locked_directory(temporary)
-        file_permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # what the user's umask leaves
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         if path.exists():
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) | 0o700)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(file_permissions)  # safetensors creates files that only their owner can read.
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
-        _sync_directory(temporary)
-        if path.exists():
-            _copy_missing(path, temporary, replaces)
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-        with _without_readers(path):
-            if path.exists():
-                os.rename(path, _aside(path))
-            os.rename(temporary, path)
+        _replace_directory(path, temporary, replaces, mode)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         restore_directory(path)
@@ -146,6 +130,85 @@ def atomic_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ())
     finally:
         if lock is not None:
             os.close(lock)
+    _finish_replacement(path)
+
+
+@contextmanager
+def resumable_directory(path: str | os.PathLike[str], replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a directory for unfinished work, and rename its subdirectory `data` to `path` when the `with` block succeeds.
+
+    The directory has the name that `unfinished_directory` returns. Unlike the directory of `atomic_directory`, it stays if
+    the block raises an exception or the process is killed, and the next call yields it with its content. After
+    success it is removed with everything that is in it besides `data`. `replaces` has the same meaning as in
+    `atomic_directory`.
+
+    Only one process at a time can be within the block. Another one raises BlockingIOError, except on Windows and on file
+    systems without locks.
+    """
+    shown, path = Path(path), _real(path)
+    _check_replaceable(shown)
+    _remove_abandoned(path)
+    work = unfinished_directory(path)
+    lock = _lock_directory(work, shown)
+    try:
+        if path.exists():
+            os.chmod(work, stat.S_IMODE(path.stat().st_mode) | 0o700)
+        (work / "data").mkdir(exist_ok=True)
+        yield work
+        _replace_directory(path, work / "data", replaces, stat.S_IMODE((work / "data").stat().st_mode))
+        shutil.rmtree(work, ignore_errors=True)  # The next call removes what could not be removed now.
+    except BaseException as error:
+        restore_directory(path)
+        _rename_in(error, work, shown)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    _finish_replacement(path)
+
+
+def unfinished_directory(path: str | os.PathLike[str]) -> Path:
+    """Return the path of the directory that `resumable_directory` yields for `path`. It is beside `path`."""
+    path = _real(path)
+    return path.parent / f".{path.name}.unfinished"
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise an error if the directory `path` cannot be replaced or created, and create its parent.
+
+    An old directory that a killed process has moved aside is put back.
+    """
+    real = _real(path)
+    if Path.cwd().is_relative_to(real):
+        raise ValueError(f"{real} cannot be replaced while it contains the current directory: choose another path")
+    check_output_directory(real if path.is_symlink() else path)
+    real.parent.mkdir(parents=True, exist_ok=True)
+    restore_directory(real)
+
+
+def _replace_directory(path: Path, new: Path, replaces: Sequence[str], mode: int) -> None:
+    """Flush the directory `new` to the disk, and rename it to `path`. See `atomic_directory`.
+
+    `mode` are the permissions that the user's umask gives to a new directory. The old directory is moved aside, and
+    `_finish_replacement` removes it.
+    """
+    for file in new.rglob("*"):
+        if file.is_file():
+            file.chmod(mode & 0o666)  # safetensors creates files that only their owner can read.
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
+    _sync_directory(new)
+    if path.exists():
+        _copy_missing(path, new, replaces)
+        os.chmod(new, stat.S_IMODE(path.stat().st_mode))
+    with _without_readers(path):
+        if path.exists():
+            os.rename(path, _aside(path))
+        os.rename(new, path)
+
+
+def _finish_replacement(path: Path) -> None:
+    """Remove the old directory after `_replace_directory`."""
     _sync_directory(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)  # The next call removes what could not be removed now.
 
@@ -332,12 +395,12 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int | None
     return value
 
 
-def refuse_binary(text: str, path: str | os.PathLike[str], offset: int = 0) -> None:
+def refuse_binary(text: str | bytes, path: str | os.PathLike[str], offset: int = 0) -> None:
     """Raise ValueError if `text` has a NUL character, as binary files do.
 
     The error message names the file `path` and the position in it. `text` starts at position `offset` in the file.
     """
-    position = text.find("\0")
+    position = text.find("\0") if isinstance(text, str) else text.find(b"\0")
     if position >= 0:
         raise ValueError(f"{path} looks like a binary file: it has a NUL character at position {offset + position}")
 
@@ -380,6 +443,26 @@ def _make_locked_directory(path: Path) -> int | None:
                 return descriptor
             os.close(descriptor)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock_directory(path: Path, shown: Path) -> int | None:
+    """Create the directory `path` if it is missing, lock it, and return the descriptor that holds the lock.
+
+    Raises BlockingIOError, which names the directory `shown`, if another process or thread holds the lock.
+    """
+    while True:
+        path.mkdir(exist_ok=True)
+        if not _HAS_LOCKS:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            if _lock(descriptor, path):
+                return descriptor
+            os.close(descriptor)
+            if path.exists():
+                raise BlockingIOError(
+                    f"another process is writing {shown}: wait until it ends, or choose another directory"
+                )
 
 
 def _lock(descriptor: int, path: str | Path) -> bool:

@@ -32,6 +32,11 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     return _FORMATS.get(suffixes[-1] if suffixes else "", "text")
 
 
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Return True if the name of a data file ends in .gz."""
+    return os.fspath(path).lower().endswith(".gz")
+
+
 @contextmanager
 def open_data(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a data file for reading. Yield the file with the unpacked bytes, and the file on the disk.
@@ -40,7 +45,7 @@ def open_data(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], IO[byte
     `MAX_UNPACKING` allows, raises ValueError when it is read.
     """
     with open(path, "rb") as raw:
-        if not os.fspath(path).lower().endswith(".gz"):
+        if not is_compressed(path):
             yield raw, raw
             return
         try:
@@ -73,7 +78,7 @@ def read_data(path: str | os.PathLike[str]) -> str:
 
     A file that is binary, damaged or larger than MAX_TEXT_BYTES raises ValueError.
     """
-    if not os.fspath(path).lower().endswith(".gz"):
+    if not is_compressed(path):
         return read_text(path)
     with open_data(path) as (file, _):
         data = file.read(MAX_TEXT_BYTES + 1)

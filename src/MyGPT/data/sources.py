@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from MyGPT.data.formats import format_of, open_data
+from MyGPT.data.formats import format_of, is_compressed, open_data
 from MyGPT.data.records import ANSWER_KEYS, json_items, table_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
@@ -129,6 +129,107 @@ def read_pieces(
         advance(raw.tell() - position)
 
 
+def read_part(path: Path, start: int, stop: int, text_key: str = "text") -> Iterator[Piece]:
+    """Yield the pieces of the bytes from `start` to `stop` of a text file or a file of JSON lines, as `read_pieces` does.
+
+    The part must begin and end where `cut_near` allows it. Error messages give positions and lines in the whole file.
+    """
+    with open(path, "rb") as whole:
+        file = io.BufferedReader(_Part(whole, start, stop))
+        if format_of(path) == "text":
+            yield from _read_text(file, path, start, ends_document=stop == os.fstat(whole.fileno()).st_size)
+            return
+        try:
+            yield from _read_records(file, path, text_key, may_be_array=False)
+        except ValueError as error:
+            place = re.match(rf"{re.escape(f'{path}, line ')}(\d+)", str(error))
+            if place is None:
+                raise
+            line = int(place[1]) + _count_lines(path, start)
+            raise ValueError(f"{path}, line {line}{str(error)[place.end() :]}") from None
+
+
+class _Part(io.RawIOBase):
+    """The bytes from `start` to `stop` of a file, as a file of their own."""
+
+    def __init__(self, whole: IO[bytes], start: int, stop: int) -> None:
+        self._whole, self._left = whole, stop - start
+        whole.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: self._left]
+        n_bytes: int = self._whole.readinto(view)  # type: ignore[attr-defined]
+        self._left -= n_bytes
+        return n_bytes
+
+
+def _count_lines(path: Path, n_bytes: int) -> int:
+    """Return the number of line ends in the first `n_bytes` bytes of a file."""
+    with open(path, "rb") as whole:
+        part = _Part(whole, 0, n_bytes)
+        return sum(block.count(b"\n") for block in iter(lambda: part.read(BLOCK_BYTES), b""))
+
+
+def cut_near(path: Path, position: int) -> int | None:
+    """Return the first byte from `position` on where the file can be cut into parts for `read_part`.
+
+    Return None if the file cannot be cut there: it is an archive, a table or a JSON array; or it has no suitable place up
+    to its end or in the next `MAX_STRETCH` characters, which no valid file has.
+    """
+    kind = format_of(path)
+    if kind == "table" or is_compressed(path):
+        return None
+    with open(path, "rb") as file:
+        if kind == "json" and not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            return None
+        return _text_end(file, position) if kind == "text" else _line_end(file, position)
+
+
+_TOKEN_END_BYTES = re.compile(rb"[!-~\x80-\xff](?=[ \n\r])")
+"""Finds the bytes for which `TOKEN_END` may match after they are decoded and `\r` is replaced."""
+_SEARCH_BYTES = 1 << 16
+
+
+def _text_end(file: IO[bytes], position: int) -> int | None:
+    """Return the first end of a token in a text file at the byte `position` or later, or None.
+
+    Visible text follows the result, because the last piece of a document must show whether it ends with the end-of-text
+    token, which white space may follow.
+    """
+    start = max(position - 4, 0)  # A character has at most four bytes.
+    file.seek(start)
+    block = file.read(_SEARCH_BYTES)
+    while block and start < position + 4 * MAX_STRETCH:
+        for match in _TOKEN_END_BYTES.finditer(block):
+            end = match.end()
+            character = block[max(end - 4, 0) : end].decode("utf-8", "ignore")[-1:]
+            if start + end >= position and character and not character.isspace():
+                return start + end if _has_visible_text(file, start + end) else None
+        if len(block) <= 4:
+            break
+        start += len(block) - 4
+        file.seek(start)
+        block = file.read(_SEARCH_BYTES)
+    return None
+
+
+def _has_visible_text(file: IO[bytes], start: int) -> bool:
+    """Return True if a text file has characters other than white space after the byte `start`."""
+    file.seek(start)
+    return any(block.decode("utf-8", "ignore").strip() for block in iter(lambda: file.read(_SEARCH_BYTES), b""))
+
+
+def _line_end(file: IO[bytes], position: int) -> int | None:
+    """Return the first start of a line at the byte `position` or later, or None. There is a line after the result."""
+    file.seek(position - 1)
+    start = position - 1 + len(file.readline(MAX_STRETCH))
+    file.seek(start - 1)
+    return start if file.read(1) == b"\n" and file.read(1) else None
+
+
 def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[str]:
     """Return an iterator over the texts in files, to train a tokenizer. Long documents are split into several texts.
 
@@ -141,10 +242,15 @@ def read_documents(paths: Iterable[Path], text_key: str = "text") -> Iterator[st
 TOKEN_END = re.compile(r"\S(?=[ \n])")
 
 
-def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
-    """Yield a text file, which is one document, in pieces. Line ends become `\\n`; `path` is for error messages."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    pending, offset, n_characters = "", 0, 0
+def _read_text(file: IO[bytes], path: Path, start: int = 0, ends_document: bool = True) -> Iterator[Piece]:
+    """Yield a text file, which is one document, in pieces. Line ends become `\\n`; `path` is for error messages.
+
+    `file` may also be a part of the text that begins at byte `start`. Unless it is the last part, `ends_document` is False.
+    """
+    # Only the first character of a file is a byte order mark.
+    encoding = "utf-8" if start else "utf-8-sig"
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+    pending, offset, n_characters = "", start, 0
     while True:
         block = file.read(BLOCK_BYTES)
         try:
@@ -152,7 +258,7 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         except UnicodeDecodeError as error:
             position, byte = offset + len(block) - len(error.object) + error.start, error.object[error.start]
             raise ValueError(f"{path} is not UTF-8 text: byte {position} is 0x{byte:02x}") from None
-        refuse_binary(text, path, n_characters)
+        refuse_binary(block, path, offset)
         offset += len(block)
         pending += text
         n_characters += len(text)
@@ -167,15 +273,17 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         elif len(pending) > MAX_STRETCH:
             raise ValueError(f"{path} has more than {MAX_STRETCH:,} characters without a space, which no text file has")
     if n_characters:
-        yield Piece(pending, True)
+        yield Piece(pending, ends_document)
 
 
-def _read_records(file: Any, path: Path, text_key: str) -> Iterator[Piece]:
+def _read_records(file: Any, path: Path, text_key: str, may_be_array: bool = True) -> Iterator[Piece]:
     """Yield the text under `text_key` of each record in a JSON file or table; skip empty texts.
 
-    `path` is for error messages.
+    `path` is for error messages. With may_be_array=False, a `.json` file must have one object per line.
     """
-    is_array = format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    is_array = (
+        may_be_array and format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    )
     items: Iterator[tuple[str, Any]]  # each with the place of the record, for error messages
     record: Any
     if format_of(path) == "table":

@@ -13,6 +13,7 @@ shard-00001-of-00004.safetensors. Any number of ranks, and a single process, can
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shutil
 import threading
@@ -54,8 +55,12 @@ def write_snapshot(directory: Path, snapshot: Snapshot, group: ProcessGroup | No
         group: a gloo process group that nothing else uses during the call. All its ranks must call this function, from
             any thread, and each writes its own rows of the tensors. None: a single process writes everything.
 
-    Raises OSError if writing fails. If it fails on one rank, all ranks raise the error. A rank that dies, or that does
-    not take part within the timeout of the group, makes it fail on the others. A failure leaves no new checkpoint.
+    A failure leaves no new checkpoint. If writing fails on one rank, all ranks raise the error.
+
+    Raises:
+        OSError: a file could not be written.
+        ConnectionError: another rank has died, or did not take part within the timeout of the group. The group cannot be
+            used again.
     """
     path = directory / _name(snapshot.state.step)
     with ExitStack() as unfinished:
@@ -98,14 +103,19 @@ def _write_shards(
     name = f"shard-{rank + 1:05d}-of-{n_ranks:05d}.safetensors"
     temporary = path
     try:
-        temporary = Path(on_all_ranks(group, lambda: str(begin()) if rank == 0 else "")[0])
+        begun = on_all_ranks(group, lambda: (path.name, str(begin()) if rank == 0 else ""))
+        temporary = Path(begun[0][1])
+        if any(
+            step != path.name for step, _ in begun
+        ):  # A rank that was late for an earlier checkpoint writes that one.
+            raise ConnectionError(f"the ranks write different checkpoints: {', '.join(step for step, _ in begun)}")
         has_written = save_shard(temporary / name, {**snapshot.weights, **snapshot.optimizer}, path / name, group)
         manifests = on_all_ranks(group, lambda: _make_manifest(temporary, [name] if has_written() else []))
         files = {name: entry for manifest in manifests for name, entry in manifest.items()}
         on_all_ranks(group, lambda: finish(files, temporary) if rank == 0 else None)
     except OSError as error:
         message = error_message(error).replace(str(temporary), str(path))
-        raise OSError(message if str(path) in message else f"cannot write {path}: {message}") from error
+        raise type(error)(message if str(path) in message else f"cannot write {path}: {message}") from error
 
 
 def read_snapshot(path: Path, group: ProcessGroup | None = None) -> Snapshot:
@@ -214,7 +224,11 @@ class CheckpointWriter:
     keep_last: int
     keep_best: int
     group: ProcessGroup | None = None
-    """A gloo process group for this writer alone. Its timeout limits how long the ranks wait for a rank that died."""
+    """A gloo process group for this writer alone.
+
+    Its timeout must be longer than a rank takes to write its file. After a ConnectionError, which means that a rank has
+    died or is late, every write raises this error, because messages of an earlier write could still arrive.
+    """
     written: Path | None = None
     """Path of the newest checkpoint that this writer completed. Before the first checkpoint is complete, it is None."""
     written_step: int | None = None
@@ -224,9 +238,12 @@ class CheckpointWriter:
     failure: Exception | None = None
     """The last exception of the background thread. It does not end the run, because the next checkpoint may succeed."""
     _thread: threading.Thread | None = None
+    _lost_contact: ConnectionError | None = None
 
     def __post_init__(self) -> None:
         self.created = self.last_taken = time.monotonic()
+        if self.group is not None:  # Two threads that import parts of torch at the same time can disturb each other.
+            importlib.import_module("MyGPT.training.shards")
 
     @property
     def is_busy(self) -> bool:
@@ -264,7 +281,14 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.state.step
-        self.written, self.written_step = write_snapshot(self.directory, snapshot, self.group), step
+        if self._lost_contact is not None:
+            raise self._lost_contact
+        try:
+            path = write_snapshot(self.directory, snapshot, self.group)
+        except ConnectionError as error:
+            self._lost_contact = error
+            raise
+        self.written, self.written_step = path, step
         self.n_written += 1
         if self.group is None or dist.get_rank(self.group) == 0:
             remove_old(self.directory, step, self.keep_last, self.keep_best)

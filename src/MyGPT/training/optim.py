@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
@@ -87,10 +87,10 @@ class Muon(Optimizer):
                 by_shape.setdefault(matrix.shape, []).append((matrix, update))
             for (n_out, n_in), pairs in by_shape.items():
                 updates = [update for _, update in pairs]
-                is_sharded = isinstance(updates[0], DTensor)
+                is_sharded = ranks.is_sharded(updates[0])
                 directions = _orthogonalized_shards(updates) if is_sharded else orthogonalized(torch.stack(updates))
                 for (matrix, _), direction in zip(pairs, directions, strict=True):
-                    local = matrix.to_local() if isinstance(matrix, DTensor) else matrix
+                    local = matrix.to_local() if is_sharded else matrix  # type: ignore[attr-defined]
                     local.mul_(1 - lr * group["weight_decay"])
                     local.add_(direction, alpha=-lr * math.sqrt(max(1, n_out / n_in)))
 

@@ -8,7 +8,6 @@ number of targets of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
@@ -43,6 +40,8 @@ def distribute(
     if ranks.world_size() > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.detach(), src=0)
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes a second
+
     mesh = _mesh(device, shard_size, timedelta(minutes=config.timeout_minutes))
     transformer: Any = model.transformer
     # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32.
@@ -50,14 +49,10 @@ def distribute(
     for block in transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    for name in ("token_loss", "row_losses"):
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
-    for module in _fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to divide by 1
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to divide by 1
 
 
 def _mesh(device: torch.device, size: int, timeout: timedelta) -> DeviceMesh:
@@ -72,19 +67,14 @@ def _mesh(device: torch.device, size: int, timeout: timedelta) -> DeviceMesh:
     return DeviceMesh.from_group([replicate_group, shard_group], device.type, columns, mesh_dim_names=names)
 
 
-def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
 def gather_weights(distributed: nn.Module, whole: nn.Module) -> None:
     """Copy the trained weights of a distributed model into `whole`, a model of the same structure. All ranks take part."""
     parameters = dict(whole.named_parameters())
     with torch.no_grad():
-        for module in _fsdp_modules(distributed):
-            module.reshard()  # After a forward pass, some parameters are still whole, but not DTensors.
+        ranks.reshard(distributed)
         for name, parameter in distributed.named_parameters():
             if parameter.requires_grad:
-                parameters[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+                parameters[name].copy_(ranks.whole(parameter))
 
 
 def reduce_gradients(model: nn.Module, is_last: bool) -> None:
@@ -92,8 +82,8 @@ def reduce_gradients(model: nn.Module, is_last: bool) -> None:
 
     Only the last micro-batch of a step does.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
+    if hasattr(model, "set_requires_all_reduce"):  # a method of FSDPModule
+        model.set_requires_all_reduce(is_last)  # type: ignore[operator]
 
 
 Rows = tuple[tuple[Tensor, ...], bool]

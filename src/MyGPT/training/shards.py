@@ -130,6 +130,8 @@ class _ShardWriter(StorageWriter):
         try:
             self._write(tensors, positions)
         except OSError as error:
+            if error.errno is not None:  # The error of a full disk names no file.
+                error.filename = str(self._shown_as)
             self._failure = error
         written: Future[list[WriteResult]] = Future()
         written.set_result([])
@@ -140,8 +142,8 @@ class _ShardWriter(StorageWriter):
             return
         if not self._path.parent.is_dir():
             raise FileNotFoundError(
-                f"{self._shown_as.parent.parent} is not the directory in which rank 0 writes: all ranks need the same "
-                "file system"
+                f"cannot write {self._shown_as}: the directory that rank 0 has made is missing; all ranks must run on the "
+                "same file system"
             )
         write_safetensors(self._path, tensors, self._shown_as, positions)
         with open(self._path, "rb") as file:  # Another machine than this one could not flush the file.

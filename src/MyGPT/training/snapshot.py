@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from MyGPT.data.sampler import KEYED
 from MyGPT.model import GPTModel
-from MyGPT.ranks import world_size
+from MyGPT.ranks import reshard, whole, world_size
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.optim import Muon, make_optimizers, trained_parameters
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
@@ -37,6 +37,9 @@ _ARCHITECTURE = (
     "vocab_size context_length emb_dim n_heads n_layers qkv_bias tie_weights activation layer_norm_eps"
 ).split()
 _ABSENT = "(absent)"
+_WITHOUT_EFFECT = ("parallel", "shard_size", "timeout_minutes")
+"""Keys of a recipe that do not change the results of a run."""
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 # The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.
 _numpy_random: Any = np.random
 
@@ -70,7 +73,7 @@ def take_snapshot(
 
     If the parameters are DTensors, each rank copies its own rows.
     """
-    _reshard(model)
+    reshard(model)
     weights = trained_parameters(model)
     states = {parameter: by_key for optimizer in optimizers for parameter, by_key in optimizer.state.items()}
     optimizer = {
@@ -143,7 +146,7 @@ def restore_snapshot(
     The snapshot must have passed `check_fit`. If several ranks have read it, all ranks must call this function with the
     `group` that they gave to `read_newest`. Each rank then reads the rows of its own parameters and optimizer states.
     """
-    _reshard(model)
+    reshard(model)
     weights: dict[str, Tensor] = {name: it.detach() for name, it in trained_parameters(model).items()}
     optimizer = snapshot.optimizer
     if group is None:
@@ -238,8 +241,7 @@ def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dic
         digest = hashlib.sha256()
         for name, parameter in sorted(frozen.items()):
             digest.update(name.encode())
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # of a DTensor
-            digest.update(whole.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            digest.update(whole(parameter).detach().cpu().flatten().view(torch.uint8).numpy().data)
         data["frozen_weights"] = digest.hexdigest()
     else:
         architecture = {name: getattr(model.config, name) for name in _ARCHITECTURE}
@@ -276,10 +278,14 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
     moved = {"data": same_data, "model": same_model} | {
         key: same_data and Path(str(now.get(key))).exists() for key in ("tokenizer", "template")
     }
+    values = {  # An earlier version did not know every option. Its runs behaved as the defaults do.
+        key: (before.get(key, _DEFAULTS.get(key, _ABSENT)), now.get(key, _ABSENT)) for key in {**before, **now}
+    }
+    free = {*allowed, *_WITHOUT_EFFECT, *(key for key, has_moved in moved.items() if has_moved)}
     differences = [
-        f"{key} was {before.get(key, _ABSENT)!r:.80} and is {now.get(key, _ABSENT)!r:.80}"
-        for key in {**before, **now}
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key not in allowed and not moved.get(key)
+        f"{key} was {was!r:.80} and is {is_now!r:.80}"
+        for key, (was, is_now) in values.items()
+        if was != is_now and key not in free
     ]
     differences += [
         f"{key}: the {name.replace('_', ' ')} {_kind_of_change(saved.get(name), current[name])}"
@@ -306,13 +312,6 @@ def _kind_of_change(before: object, now: object) -> str:
             "are the same, but this version of MyGPT shuffles so many windows in another order than the run began with"
         )
     return "differ from those the run began with"
-
-
-def _reshard(model: nn.Module) -> None:
-    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
-    for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)):  # a method of FSDPModule
-            reshard()
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

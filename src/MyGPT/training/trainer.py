@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from MyGPT import ranks
 from MyGPT.generation import evaluation_mode
@@ -63,9 +62,11 @@ class Trainer:
         model: the GPTModel to train, or a GPTForClassification.
         config: the options of the training run.
         train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (batch, time) int64,
-            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data.
+            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data. If it
+            has `metrics(step)`, the values of the result are recorded beside the training loss.
         val: token ids, or an object whose method `batches(whole)` yields such batches: all of them if `whole` is True,
-            otherwise the same few every time. None trains without evaluation.
+            otherwise the same few every time. None trains without evaluation. If it has `parts`, a dict of such
+            objects, and `shares`, a dict of numbers, the loss is the sum of share * loss over these parts.
         tokenizer: decodes sample texts and is saved with the model.
         prompts: token ids that sample texts continue, unless config.sample_prompt is set. Default: the first validation
             tokens.
@@ -203,9 +204,8 @@ class Trainer:
             share[0].backward()
             means += share.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, *scores = ranks.sum_over_ranks(means).tolist()
-        values = {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
+        values = {"loss": loss, "grad_norm": ranks.whole(norm).item(), "learning_rate": learning_rate}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         for optimizer in self.optimizers:
             if is_finite:
@@ -221,20 +221,29 @@ class Trainer:
     def evaluate(self, whole: bool = False) -> float:
         """Return the mean validation loss, on all data or on a fixed small part; NaN without data.
 
-        The loss of the next token is in nats per token. `scores` receives the other measured values.
+        The loss of the next token is in nats per token. `scores` receives the other measured values, such as the loss of
+        each source of a mixture.
         """
+        if (parts := getattr(self.validation, "parts", None)) is None:
+            loss, *scores = self._mean_losses(self.validation, whole)
+            self.scores = dict(zip(self.objective.scores, scores, strict=True))
+            return loss
+        losses = {name: self._mean_losses(part, whole)[0] for name, part in parts.items()}
+        self.scores = {f"loss/{name}": loss for name, loss in losses.items()}
+        return sum(float(self.validation.shares[name]) * loss for name, loss in losses.items())
+
+    def _mean_losses(self, validation: Any, whole: bool) -> list[float]:
+        """Return the mean loss and scores of the objective on validation batches; NaN without batches."""
         # On the CPU, because not every device has float64: the sums, the loss first, then the number of terms.
         totals = torch.zeros(2 + len(self.objective.scores), dtype=torch.float64)
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
-            for batch in () if self.validation is None else self.validation.batches(whole):
+            for batch in () if validation is None else validation.batches(whole):
                 for rows, is_counted in micro_batches(batch, None):
                     sums, n_terms = self._token_loss(*to_device(rows, self.device))
                     if is_counted:
                         totals += torch.tensor([*sums.flatten().tolist(), int(n_terms)], dtype=torch.float64)
         *parts, count = ranks.sum_over_ranks(totals).tolist()
-        loss, *scores = [part / count if count else math.nan for part in parts]
-        self.scores = dict(zip(self.objective.scores, scores, strict=True))
-        return loss
+        return [part / count if count else math.nan for part in parts]
 
     def save(self) -> Path | None:
         """Save the current model as the run's best model and return its directory, or None if run_dir is None."""
@@ -292,6 +301,7 @@ class Trainer:
             self.files.record_step(state, values["loss"], values["grad_norm"])
             seconds += time.perf_counter() - began  # without evaluations, samples and checkpoints
             if state.step % config.log_every == 0 or state.step == config.max_steps:
+                values |= self.sampler.metrics(state.step) if hasattr(self.sampler, "metrics") else {}
                 self.files.record_speed(state, values, (state.tokens_seen - tokens) / seconds)
                 seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
