@@ -26,16 +26,7 @@ def shard_size_of(config: TrainConfig) -> int | None:
 
     Raises ValueError if `config` does not fit the number of ranks.
     """
-    n = ranks.world_size()
-    parallel = config.parallel or ("ddp" if n > 1 else "none")
-    if parallel == "none":
-        if n > 1:
-            raise ValueError(f"parallel must be ddp or fsdp on {n} ranks, got none")
-        return None
-    size = 1 if parallel == "ddp" else config.shard_size or n
-    if n % size:
-        raise ValueError(f"shard_size must divide the number of ranks, which is {n}, got {size}")
-    return size
+    return config.shard_size_on(ranks.world_size())
 
 
 def distribute(
@@ -53,10 +44,12 @@ def distribute(
 
     mesh = _mesh(device, shard_size, timedelta(minutes=config.timeout_minutes))
     transformer: Any = model.transformer
-    # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32.
+    # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32, which a
+    # CPU's LayerNorm does not accept together with weights in bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    is_narrow = dtype is not None and device.type != "cpu"
     for block in transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
+        fully_shard(block, mesh=mesh, mp_policy=policy if is_narrow else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
