@@ -53,10 +53,12 @@ def distribute(
 
     mesh = _mesh(device, shard_size, timedelta(minutes=config.timeout_minutes))
     transformer: Any = model.transformer
-    # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32.
+    # Under autocast, blocks are gathered in its dtype, which halves the communication. Their inputs stay in float32, which a
+    # CPU's LayerNorm does not accept together with weights in bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    is_narrow = dtype is not None and device.type != "cpu"
     for block in transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
+        fully_shard(block, mesh=mesh, mp_policy=policy if is_narrow else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
