@@ -2,18 +2,19 @@
 
 GPT-2's pattern first splits text into chunks: words with their leading space, numbers, punctuation, white space. Merges
 never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. This file learns
-merges in readable Python; the tiktoken library applies them in fast Rust code. gpt2.py reads the merges of GPT-2.
+merges in readable Python; codec.py applies them with fast libraries. gpt2.py reads the merges of GPT-2.
 """
 
 from __future__ import annotations
 
 import heapq
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
+
+import numpy as np
 
 from MyGPT.tokenizers.added import MAX_ID, AddedToken, AddedTokenSplitter, special_pattern
 from MyGPT.tokenizers.base import (
@@ -23,7 +24,10 @@ from MyGPT.tokenizers.base import (
     refuse_surrogates,
     require_text,
     valid_ids,
+    zip_ends,
 )
+from MyGPT.tokenizers.codec import BYTE_TO_CHARACTER as BYTE_TO_CHARACTER  # "import X as X" marks X as public.
+from MyGPT.tokenizers.codec import Codec, TokenArray, id_dtype
 
 Pair = tuple[int, int]
 """The ids of two adjacent tokens."""
@@ -31,10 +35,6 @@ Merge = tuple[bytes, bytes]
 """The bytes of two adjacent tokens that a merge joins to one token."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# This pattern has the same matches. Its possessive repeats keep the regex engine from running out of stack in long words.
-_TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
-_WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 
 
 def check_vocab_size(vocab_size: int, n_special_tokens: int = 1) -> None:
@@ -71,14 +71,9 @@ class BPETokenizer(Tokenizer):
         *,
         added_tokens: Iterable[AddedToken] = (),
     ) -> None:
-        import tiktoken
-
         self.added_tokens = (*(AddedToken(token, id_) for token, id_ in special_tokens.items()), *added_tokens)
         unmerged = unmerged or {}
         _check(vocab, merges, self.added_tokens, unmerged)
-        ranks = _ranks(vocab, merges)
-        if not known:
-            _check_merge_order(ranks, merges)
         self._vocab, self._unmerged = dict(vocab), dict(unmerged)
         self.merges = list(merges)
         """The pairs of tokens that are joined, in the order in which they are joined."""
@@ -89,10 +84,9 @@ class BPETokenizer(Tokenizer):
         self._bytes_of |= {id_: token for token, id_ in vocab.items()}
         self._n_vocab = max(self._bytes_of) + 1
         self._splitter = AddedTokenSplitter(self.added_tokens)
-        self._id_of_rank = None if ranks is vocab else [vocab[token] for token in ranks]
-        self._encoding = tiktoken.Encoding(
-            "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
-        )
+        self._codec = Codec(self._vocab, self.merges)
+        if not known:
+            _check_merge_order(self._codec.ranks, merges)
 
     @classmethod
     def train(
@@ -173,6 +167,21 @@ class BPETokenizer(Tokenizer):
             allowed_special: special tokens that each become a single id; "all" for all special tokens
             disallowed_special: special tokens that raise ValueError; "all" for all that are not in `allowed_special`
         """
+        ids: list[int] = []
+        for part in self._parts(text, allowed_special, disallowed_special):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            else:
+                ids += self._codec.encode(part)
+        return ids
+
+    def _parts(
+        self,
+        text: str,
+        allowed_special: Literal["all"] | Collection[str] = "all",
+        disallowed_special: Literal["all"] | Collection[str] = "all",
+    ) -> list[str | AddedToken]:
+        """Return the added tokens in a text, and the texts between them. The options are those of `encode`."""
         require_text(text)
         allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
         if disallowed_special == "all":
@@ -186,27 +195,46 @@ class BPETokenizer(Tokenizer):
         splitter = self._splitter
         if allowed_special != "all":
             splitter = AddedTokenSplitter(it for it in self.added_tokens if not it.special or it.content in allowed)
-        ids: list[int] = []
-        for part in splitter.split(text):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-            else:
-                for stretch in _cut_long_white_space(part):
-                    ids += self._encode_ordinary(stretch)
-        return ids
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """Return the token ids of a text without special tokens."""
-        ranks = self._encoding.encode_ordinary(text)
-        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
+        return splitter.split(text)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the token ids of a text, with special tokens encoded as ordinary text."""
         return self.encode(text, allowed_special=(), disallowed_special=())
 
     def encode_batch(self, texts: Iterable[str], **special: Any) -> list[list[int]]:
-        """Return one list of token ids per text. `special` are the keyword options of `encode`."""
-        return [self.encode(text, **special) for text in texts]
+        """Return one list of token ids per text. `special` are the keyword options of `encode`.
+
+        If gigatoken is installed, it encodes large batches, many times as fast as `encode` encodes short texts.
+        """
+        pieces: list[str] = []
+        following: list[int] = []
+        for text in texts:
+            _add_parts(self._parts(text, **special), self._n_vocab, pieces, following)  # No token has the id n_vocab.
+        ids = self._codec.encode_joined(pieces, following)
+        ends = np.flatnonzero(ids == self._n_vocab).tolist()
+        return [ids[start:end].tolist() for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+    def encode_to_array(self, texts: Iterable[str | bytes], ends_document: Iterable[bool] | None = None) -> TokenArray:
+        end = self.eot_token
+        if end is not None and self._vocab.get(self._bytes_of[end]) == end:  # Merges can make the token as well.
+            return super().encode_to_array(texts, ends_document)
+        content = next((token.content for token in self.added_tokens if token.id == end), None)
+        pieces: list[str] = []
+        following: list[int] = []
+        for text, ends in zip_ends(texts, ends_document):
+            refuse_surrogates(text)
+            if not ends or end is None:
+                _add_parts(self._splitter.split(text), -1, pieces, following)
+                continue
+            parts = None
+            if content is not None and (stripped := text.rstrip()).endswith(content):
+                parts = self._splitter.split(stripped)
+                if isinstance(parts[-1], AddedToken) and parts[-1].id == end:
+                    del parts[-1]
+                else:
+                    parts = None
+            _add_parts(self._splitter.split(text) if parts is None else parts, end, pieces, following)
+        return self._codec.encode_joined(pieces, following).astype(id_dtype(self._n_vocab), copy=False)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Return the text of token ids, without special tokens if `skip_special_tokens` is True.
@@ -243,6 +271,23 @@ class BPETokenizer(Tokenizer):
         model = {"type": "BPE", **empty, **flags, "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         return hugging_face_json(model, self.added_tokens, pre_tokenizer=byte_level, decoder=byte_level)
+
+
+def _add_parts(parts: Iterable[str | AddedToken], last: int, pieces: list[str], following: list[int]) -> None:
+    """Append the texts in `parts` to `pieces`, and the id after each of them to `following`.
+
+    The id is that of the next added token. After the last text, it is `last`; -1 stands for no id.
+    """
+    piece = ""
+    for part in parts:
+        if isinstance(part, AddedToken):
+            pieces.append(piece)
+            following.append(part.id)
+            piece = ""
+        else:
+            piece = part
+    pieces.append(piece)
+    following.append(last)
 
 
 def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
@@ -327,11 +372,6 @@ def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
     return merged
 
 
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
-"""Maps each byte to the character that stands for it in GPT-2's files: the character with the same number if it is
-visible, else a character from U+0100 on."""
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
@@ -397,15 +437,6 @@ def _check(
         raise ValueError(f"the vocabulary has {len(vocab)} tokens, 256 bytes and {len(merges)} merges need {needed}")
 
 
-def _ranks(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> Mapping[bytes, int]:
-    """Return the numbers by which tiktoken orders the merges: the ids if they increase, else new numbers from 0 on."""
-    ids = [vocab[first + second] for first, second in merges]
-    if all(one < other for one, other in pairwise(ids)):
-        return vocab
-    tokens = [*(bytes([byte]) for byte in range(256)), *(first + second for first, second in merges)]
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
 def _check_merge_order(vocab: Mapping[bytes, int], merges: Sequence[Merge]) -> None:
     """Raise ValueError if tiktoken would encode a text to other tokens than this list of merges does.
 
@@ -455,20 +486,3 @@ def _parts_before_last_merge(token: bytes, vocab: Mapping[bytes, int]) -> list[b
         push(start)
         push(before[start])
     return [part_at[i] for i in sorted(part_at)]
-
-
-def _cut_long_white_space(text: str) -> Iterable[str]:
-    """Yield a text in parts, split at runs of 1,000 or more spaces, tabs or line ends. The token ids stay the same.
-
-    Before a word, GPT-2's pattern matches a run of white space without its last character. tiktoken's engine finds this
-    end by backtracking, which fails at about a million characters, so this function splits the text at the same
-    position.
-    """
-    start = 0
-    for run in _WHITE_SPACE_RUN.finditer(text):
-        if run.end() == len(text):
-            break
-        yield text[start : run.start()]
-        yield text[run.start() : run.end() - 1]
-        start = run.end() - 1
-    yield text[start:]
