@@ -172,7 +172,7 @@ class _Gigatoken:
 
     def _encode_some(self, codec: Codec, texts: Sequence[str], inserted: Sequence[int]) -> Ids:
         """Encode texts with one call of gigatoken, which releases the GIL."""
-        data = _SEPARATOR.join([*texts, ""]).encode()
+        data = _SEPARATOR.encode().join([*(text.encode() for text in texts), b""])
         # This method returns one array and, unlike gigatoken's other methods for batches, does not import awkward.
         encoded: Ids = self._encoder.encode_batch_padded([data], self._options, parallel=False)[0][0]
         self._n_bytes += len(data)
