@@ -40,6 +40,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def main() -> None:
         globals()[options.part](options.toy)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    began, results = time.monotonic(), {"toy": options.toy, "seconds": 0.0, "parts": {}, "verdicts": []}
+    began, found, lock = time.monotonic(), {}, threading.Lock()
     with open(options.out / "gpu.log", "w", encoding="utf-8") as log:
-        for name in options.parts:
+
+        def work(name: str) -> None:
             command = [
                 sys.executable,
                 str(Path(__file__).resolve()),
@@ -80,14 +82,27 @@ def main() -> None:
                 name,
                 *(["--toy"] if options.toy else []),
             ]
-            left = options.seconds - (time.monotonic() - began)
-            print(f"[{time.monotonic() - began:4.0f} s] {name}", flush=True)
-            results["parts"][name] = part = run_part(command, min(LIMITS[name], left), log)
-            print(f"[{time.monotonic() - began:4.0f} s] {name}: {part['status']} {part['message']}", flush=True)
-            results |= {"seconds": time.monotonic() - began, "verdicts": verdicts(results["parts"])}
-            (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            (options.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
+            seconds = time.monotonic() - began
+            print(f"[{seconds:4.0f} s] {name}", flush=True)
+            part = run_part(command, 600 if options.toy else min(LIMITS[name], options.seconds - seconds), log)
+            with lock:
+                found[name], seconds = part, time.monotonic() - began
+                print(f"[{seconds:4.0f} s] {name}: {part['status']} {part['message']}", flush=True)
+                save(options, seconds, {name: found[name] for name in options.parts if name in found})
+
+        if options.toy:  # its times do not matter
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, options.parts))
+        else:
+            for name in options.parts:
+                work(name)
+    print((options.out / "gpu.md").read_text(encoding="utf-8"))
+
+
+def save(options: argparse.Namespace, seconds: float, parts: dict[str, Any]) -> None:
+    results = {"toy": options.toy, "seconds": seconds, "parts": parts, "verdicts": verdicts(parts)}
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
 
 
 def run_part(command: list[str], seconds: float, log: Any) -> dict[str, Any]:
@@ -210,6 +225,10 @@ def transformers_model(config: Any) -> Any:
     return model
 
 
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def take_turns(
     programs: dict[str, Callable[[], Callable[[], Any]]], n_tokens: int, repeat: int, rounds: int
 ) -> Iterator[Row]:
@@ -231,7 +250,7 @@ def take_turns(
             ready[name](), ready[name]()
         except Exception as error:  # of another library, or too little memory: the other programs are still measured
             ready.pop(name, None)
-            yield {"program": name, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            yield {"program": name, "error": one_line(error)}
         else:
             print(f"{name} took {firsts[name]:.1f} s to prepare")
     for _ in range(rounds):
@@ -372,7 +391,7 @@ def training(toy: bool) -> None:
     programs: dict[str, Callable[[], Callable[[], Any]]] = {
         "MyGPT": lambda: our_step(config, B, device, compiled),
         f"MyGPT, {rounded.vocab_size:,} tokens": lambda: our_step(rounded, B, device, compiled),
-        "MyGPT, larger chunks of the loss": lambda: our_step(config, B, device, compiled, max_logits=1 << 28),
+        "MyGPT, loss in small chunks": lambda: our_step(config, B, device, compiled, max_logits=1 << 24),
         "MyGPT, not compiled": lambda: our_step(config, B, device, False),
         f"loop like nanoGPT's, {rounded.vocab_size:,} tokens": lambda: plain_step(rounded, False, B, device, compiled),
     }
@@ -407,10 +426,10 @@ def our_step(config: Any, B: int, device: Any, compiled: bool, max_logits: int |
     settings = TrainConfig(max_steps=10**6, batch_size=B, precision="bf16", compile=compiled, learning_rate=6e-4)
     trainer = Trainer(GPTModel(config), settings, ids, device=device, progress=False)
     trainer.setup()
-    usual = losses.MAX_LOGITS
+    usual = losses.MAX_GPU_LOGITS
 
     def step() -> None:
-        losses.MAX_LOGITS = max_logits or usual
+        losses.MAX_GPU_LOGITS = max_logits or usual
         trainer.step()
 
     return step
@@ -460,7 +479,7 @@ def loss(toy: bool) -> None:
 
     def chunked(max_logits: int) -> Callable[..., Any]:
         def compute(*arguments: Any) -> Any:
-            losses.MAX_LOGITS = max_logits
+            losses.MAX_GPU_LOGITS = max_logits
             return losses.linear_token_loss(*arguments)[0]
 
         return compute
@@ -468,10 +487,11 @@ def loss(toy: bool) -> None:
     variants: dict[str, tuple[int, Callable[..., Any]]] = {
         f"MyGPT, {n >> 20} Mi logits at a time, {width:,} tokens": (width, chunked(n))
         for width in (V, rounded)
-        for n in (1 << 24, 1 << 26, 1 << 28)
+        for n in (1 << 24, 1 << 27, 1 << 29)
     }
     variants[f"torch, {rounded:,} tokens"] = rounded, whole
     if device.type == "cuda":
+        variants[f"MyGPT, 128 Mi logits at a time, compiled, {V:,} tokens"] = V, torch.compile(chunked(1 << 27))
         variants[f"torch, compiled, {rounded:,} tokens"] = rounded, torch.compile(whole)
     ceiling = product_flops(device, torch.bfloat16, toy)
     for name, (width, compute) in variants.items():
@@ -488,7 +508,11 @@ def loss(toy: bool) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        took = milliseconds(work, 2 if toy else 10)
+        try:
+            took = milliseconds(work, 2 if toy else 10)
+        except Exception as error:  # the compiler's, or too little memory: the other variants are still measured
+            emit(loss=name, error=one_line(error))
+            continue
         used = (torch.cuda.max_memory_allocated() - before) / 1e9 if device.type == "cuda" else 0.0
         emit(loss=name, milliseconds=took, of_ceiling=6 * N * C * V / took * 1000 / ceiling, temporary_gb=used)
 

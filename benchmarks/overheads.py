@@ -32,7 +32,7 @@ from decode import processor
 
 from MyGPT import GPTModel, TrainConfig, Trainer
 from MyGPT.commands._recipe import read_plan
-from MyGPT.commands.train import load_data
+from MyGPT.commands.train import load_sources
 from MyGPT.files import atomic_write
 from training import clock_of
 
@@ -46,7 +46,8 @@ def measure(recipe: Path, text: str, own: bool, rounds: int, clock: Callable[[],
         raise SystemExit(f"{recipe} has no training options")
     if not own:
         config = dataclasses.replace(config, **{name: getattr(TrainConfig(), name) for name in INTERVALS})
-    ids, tokenizer = load_data(text, plan.get("tokenizer", "chars"), 1024)
+    sources, tokenizer = load_sources({"": text}, plan.get("tokenizer", "chars"), 1024)
+    ids = sources[""]
     needed = 10 * (config.eval_windows * shape.context_length + 1)
     ids = np.resize(ids, max(len(ids), needed))  # np.resize repeats the ids
     n_train = len(ids) - len(ids) // 10

@@ -21,20 +21,25 @@ ROWS = 4  # 21 rows in chunks of 4: the last chunk has one
 WIDTH = 64  # the memory of 50 outputs is rounded up to 64
 
 
-@pytest.fixture(params=["whole", "chunks"])
+@pytest.fixture(params=["whole", "chunks", "GPU chunks"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a test with the chunked and with the plain loss, and check that the intended one was used."""
+    """Run a test with the chunked and with the plain loss, and check that the intended one was used.
+
+    On a GPU, a chunk has all outputs, and the weight is padded.
+    """
     name, calls = request.param, []
     take(name, monkeypatch, calls)
     yield name
-    assert calls and set(calls) <= {name, "whole"}
+    assert calls and set(calls) <= {name.removeprefix("GPU "), "whole"}
 
 
 def take(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     def spied(way: str, function: Any) -> Any:
         return lambda *args, **options: (calls.append(way), function(*args, **options))[1]
 
-    if name == "chunks":
+    if name == "GPU chunks":
+        monkeypatch.setattr(loss, "chunk_sizes", lambda device: (None, ROWS * WIDTH))
+    if name != "whole":
         monkeypatch.setattr(loss, "MAX_LOGITS", ROWS * WIDTH)
         monkeypatch.setattr(loss, "VOCAB_CHUNK", 7)  # 50 outputs: the last product has one
     monkeypatch.setattr(loss, "token_loss", spied("whole", token_loss))
@@ -131,7 +136,7 @@ def test_a_second_backward_is_an_error_and_no_wrong_gradient(monkeypatch: pytest
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
     n, max_logits = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20 * WIDTH))
-    n_words = data.draw(st.integers(1, V + 1))
+    n_words, is_on_gpu = data.draw(st.integers(1, V + 1)), data.draw(st.booleans())
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     hidden = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, C, dtype=torch.float64, requires_grad=True)
@@ -141,6 +146,8 @@ def test_any_chunk_gives_the_whole(data: st.DataObject, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(loss, "MAX_LOGITS", max_logits)
         patch.setattr(loss, "VOCAB_CHUNK", n_words)
+        if is_on_gpu:
+            patch.setattr(loss, "chunk_sizes", lambda device: (None, max_logits))
         total, _ = linear_token_loss(hidden, weight, targets)
         gradients = torch.autograd.grad(total, (hidden, weight))
     same(total, expected)
@@ -186,11 +193,11 @@ def test_under_bf16_autocast_chunks_sum_in_float32(monkeypatch: pytest.MonkeyPat
     assert set(calls) == {"chunks"}
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_under_bf16_autocast_gradients_have_the_right_size(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["whole", "chunks", "GPU chunks"])
+def test_under_bf16_autocast_gradients_have_the_right_size(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding changes each number by up to 0.4 % in a random direction. Averaged over 300 rows, at most 0.1 % remains along
     the true gradient. The factor 1/3 rounded to bf16 would change all numbers by 0.2 % in the same direction."""
-    take("chunks" if chunked else "whole", monkeypatch, [])
+    take(way, monkeypatch, [])
     torch.manual_seed(0)
     hidden = torch.randn(300, C).bfloat16().float().requires_grad_()
     weight = (0.1 * torch.randn(V, C)).bfloat16().float().requires_grad_()

@@ -23,8 +23,8 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None, like: Tensor) -> None:
         """Allocate memory for batch_size sequences of up to `length` tokens (None: the model's context length).
 
-        The memory has the dtype and the device of the tensor `like`. Raises ValueError if `length` is below 1 or above
-        the model's context length.
+        The memory has the dtype and the device of the tensor `like`, until keys of another dtype are appended. Raises
+        ValueError if `length` is below 1 or above the model's context length.
         """
         context = config.context_length
         length = context if length is None else length
@@ -33,7 +33,8 @@ class KVCache:
                 f"the cache's length must be a whole number from 1 to {context} (the model's context length), got {length!r}"
             )
         D = config.emb_dim // config.n_heads
-        self.storage = like.new_empty(config.n_layers, 2, batch_size, config.n_heads, length, D)
+        shape = (config.n_layers, 2, batch_size, config.n_heads, length, D)
+        self.storage = torch.empty(shape, dtype=like.dtype, device=like.device)  # plain, even if `like` is sharded
         self.length = 0
         """Number of tokens per sequence in the cache."""
 
@@ -58,6 +59,7 @@ class KVCache:
         Return the keys and the values of all S tokens so far in this layer, each (B, H, S, D).
         """
         S = self.length + k.shape[2]
+        self.storage = self.storage.to(k)  # with autocast or mixed precision, the model computes in another dtype
         keys, values = self.storage[layer]
         keys[:, :, self.length : S] = k
         values[:, :, self.length : S] = v

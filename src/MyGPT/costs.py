@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from MyGPT.config import GPTConfig
-from MyGPT.loss import MAX_LOGITS
+from MyGPT.loss import chunk_sizes
 
 
 def parameters_by_part(config: GPTConfig) -> dict[str, int]:
@@ -203,10 +203,11 @@ def training_memory(
     kept += (4 + itemsize) * C  # input and output of the final LayerNorm
     if config.drop_rate:
         kept += _dropout_bytes(4, C, device)
-    logits = min(n_tokens * config.vocab_size, MAX_LOGITS)
+    max_logits = chunk_sizes(device)[1]
+    logits = min(n_tokens * config.vocab_size, max_logits)
     logits_bytes, weight_bytes = 2 * 4 * logits, 4 * config.vocab_size * C
     head = logits_bytes + weight_bytes
-    if n_tokens * config.vocab_size > MAX_LOGITS:  # computed in chunks; the backward pass scales a copy of the gradient
+    if n_tokens * config.vocab_size > max_logits:  # computed in chunks; the backward pass scales a copy of the gradient
         head = max(head, 2 * weight_bytes)
     return TrainingMemory(
         weights=4 * n,

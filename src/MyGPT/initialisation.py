@@ -9,13 +9,17 @@ t therefore matches the key at time t - h. Starting with keys equal to queries i
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from MyGPT.config import GPTConfig
+from MyGPT.ranks import copy_whole, reshard, whole
 
 QUERY_SCALE = 2.0
 """Factor by which init="local" enlarges the query and key weights, so that each head at first attends mostly to one token."""
@@ -28,30 +32,51 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     Matrices and embeddings are drawn from a normal distribution with mean 0 and standard deviation config.init_std. For the
     2·n_layers projections into the residual stream (c_proj), the standard deviation is init_std / √(2·n_layers). Biases are 0
     and LayerNorm weights 1. With config.init="local", `_make_local` then changes some of these weights. With init_std=None,
-    all layers get torch's default weights instead. A model on the meta device is left unchanged.
+    all layers get torch's default weights instead. A model on the meta device is left unchanged. Sharded weights are drawn as
+    a whole on every rank, one at a time, so ranks with equal random states get the weights of an unsharded model.
     """
     if next(model.parameters()).is_meta:
         return
+    reshard(model)
     std = config.init_std
     if std is None:
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
-                module.reset_parameters()
+                own = dict(module.named_parameters(recurse=False))
+                with _complete(*own.values()) as complete:
+                    twin: Any = copy.copy(module)
+                    twin._parameters = {**module._parameters, **dict(zip(own, complete, strict=True))}
+                    twin.reset_parameters()
         return
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if name.endswith("c_proj.weight"):
-            nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layers))
-        elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=std)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.ones_(parameter)
+        with _complete(parameter) as (weight,):
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=std / math.sqrt(2 * config.n_layers))
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.ones_(weight)
     if config.init == "local":
         c_attn = [parameter for name, parameter in parameters.items() if name.endswith("c_attn.weight")]
         wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
-        _make_local(wte, wpe, c_attn, config.n_heads, std)
+        with _complete(wte, wpe, *c_attn) as (wte, wpe, *c_attn):
+            _make_local(wte, wpe, c_attn, config.n_heads, std)
+
+
+@contextmanager
+def _complete(*parameters: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the complete tensors of sharded parameters, and copy them back into the shards when the `with` block ends.
+
+    Parameters that are not sharded are yielded themselves.
+    """
+    complete = [whole(parameter) for parameter in parameters]
+    yield complete
+    for parameter, tensor in zip(parameters, complete, strict=True):
+        if tensor is not parameter:
+            copy_whole(parameter, tensor)
 
 
 def _make_local(wte: Tensor, wpe: Tensor, c_attn: Sequence[Tensor], n_heads: int, std: float) -> None:

@@ -7,6 +7,8 @@ batches, then divide once. B batch size, T tokens, N = B * T positions, C embedd
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,13 @@ IGNORED = -100
 """Target value of positions that the losses ignore, as in torch and transformers."""
 
 MAX_LOGITS = 1 << 24
-"""Largest number of logits that `linear_token_loss` computes at one time (64 MB in float32)."""
+"""Largest number of logits that `linear_token_loss` computes at one time on a CPU (64 MB in float32)."""
+
+MAX_GPU_LOGITS = 1 << 27
+"""Largest number of logits that `linear_token_loss` computes at one time on a GPU (0.5 GB in float32).
+
+After each chunk of positions, the gradient of the output head (155 MB for GPT-2) is read and written. In chunks as small as a
+CPU's this would take a GPU longer than the matrix products."""
 
 VOCAB_CHUNK = 2048
 """Number of vocabulary entries whose logits a CPU computes at a time: few enough that the logits fit in the CPU's cache."""
@@ -38,6 +46,42 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)  # (B, T, V)
 
 
+@contextmanager
+def untied(embedding: nn.Embedding, head: nn.Module) -> Iterator[None]:
+    """Remove a shared weight from the head within the `with` block; afterwards the head has the embedding's weight.
+
+    Methods such as `nn.Module.to_empty` replace every parameter of every module. A parameter of two modules would become two.
+    """
+    if not _are_tied(embedding, head):
+        yield
+        return
+    head.register_parameter("weight", None)
+    try:
+        yield
+    finally:
+        head.weight = embedding.weight
+
+
+def one_tied_entry(embedding: nn.Embedding, head: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Make the entries of a shared weight in a GPTModel's state dict one parameter. One of the two entries is enough.
+
+    `load_state_dict(assign=True)` then gives the same parameter to both modules. If the entries differ, the head's counts,
+    as it does without `assign`. `prefix` is that of the model's names.
+    """
+    names = (f"{prefix}lm_head.weight", f"{prefix}transformer.wte.weight")
+    given = next((state_dict[name] for name in names if name in state_dict), None)
+    if given is not None and _are_tied(embedding, head):
+        is_trained = embedding.weight.requires_grad
+        shared = given if isinstance(given, nn.Parameter) else nn.Parameter(given, requires_grad=is_trained)
+        state_dict.update(dict.fromkeys(names, shared))
+
+
+def _are_tied(embedding: nn.Embedding, head: nn.Module) -> bool:
+    """Return True if the head itself, and not a layer inside an adapter, has the weight of the embedding."""
+    own = dict(head.named_parameters(recurse=False)).get("weight")
+    return own is not None and own is getattr(embedding, "weight", None)
+
+
 @dataclass
 class CausalLMOutput:
     """The result of GPTModel.forward with labels: the loss and the logits."""
@@ -46,6 +90,10 @@ class CausalLMOutput:
     """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
     logits: Tensor
     """Logits of the next token at every position, (B, T, V)."""
+
+
+# DistributedDataParallel and fully_shard find the tensors of a result only in classes that torch knows.
+torch.export.register_dataclass(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +145,11 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     return total, (targets != IGNORED).sum()
 
 
+def chunk_sizes(device: str) -> tuple[int | None, int]:
+    """Return the largest numbers of vocabulary entries (None: all) and of logits to compute at one time on a type of device."""
+    return (VOCAB_CHUNK, MAX_LOGITS) if device == "cpu" else (None, MAX_GPU_LOGITS)
+
+
 class _ChunkedLinearLoss(torch.autograd.Function):
     """The summed cross-entropy of the logits hidden @ weight.T, computed chunk by chunk together with its gradients."""
 
@@ -107,24 +160,27 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=sum_dtype)
         needs_hidden, needs_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = hidden.new_empty(N, C) if needs_hidden else None
-        weight_gradient = weight.new_zeros(V, C, dtype=sum_dtype) if needs_weight else None
         counted = (targets != IGNORED)[:, None]  # (N, 1)
         index = targets[:, None].where(counted, 0)
         # Products with unaligned rows take up to 50% longer, so 50,257 outputs are stored in rows of 50,304.
         width = -(-V // 64) * 64
-        n_rows = max(1, min(N, MAX_LOGITS // width))
+        chunk_size, max_logits = chunk_sizes(hidden.device.type)
+        if chunk_size is None and width > V:  # on a GPU this is also true of the weight's rows
+            weight = F.pad(weight, (0, 0, 0, width - V))
+        n_outputs = len(weight)  # V, or `width` with padding
+        weight_gradient = weight.new_zeros(n_outputs, C, dtype=sum_dtype) if needs_weight else None
+        n_rows = max(1, min(N, max_logits // width))
         buffer = hidden.new_empty(n_rows, width, dtype=sum_dtype)
-        chunk_size = VOCAB_CHUNK if hidden.device.type == "cpu" else V
-        chunks = [slice(start, start + chunk_size) for start in range(0, V, chunk_size)]
+        chunk_size = chunk_size or n_outputs
+        chunks = [slice(start, min(start + chunk_size, n_outputs)) for start in range(0, n_outputs, chunk_size)]
         for start in range(0, N, n_rows):
             rows = slice(start, start + n_rows)
             x = hidden[rows]
             padded = buffer[: len(x)]  # (rows, width)
-            padded[:, V:] = -math.inf
-            logits = padded[:, :V]  # (rows, V)
             for chunk in chunks:
-                logits[:, chunk] = F.linear(x, weight[chunk])
-            target_logits, largest = logits.gather(1, index[rows]), padded.amax(1, keepdim=True)  # each (rows, 1)
+                padded[:, chunk] = F.linear(x, weight[chunk])
+            padded[:, V:] = -math.inf
+            target_logits, largest = padded.gather(1, index[rows]), padded.amax(1, keepdim=True)  # each (rows, 1)
             # In place, because allocating memory for 16 million numbers takes longer than computing them.
             probabilities = torch.softmax(padded, 1, out=padded)
             # The largest probability is exp(largest) / sum(exp(logits)).
@@ -133,7 +189,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             if not (needs_hidden or needs_weight):
                 continue
             # softmax minus one-hot, in the memory of the logits
-            gradient = logits.scatter_add_(1, index[rows], logits.new_full((len(x), 1), -1.0)).to(weight.dtype)
+            padded.scatter_add_(1, index[rows], padded.new_full((len(x), 1), -1.0))
+            gradient = padded.to(weight.dtype)[:, :n_outputs]  # 0 in the padding
             if hidden_gradient is not None:
                 hidden_gradient[rows] = F.linear(gradient, weight.T) * counted[rows]
             if weight_gradient is not None:
@@ -141,7 +198,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 for chunk in chunks:
                     weight_gradient[chunk] += F.linear(gradient[:, chunk].T, x.T)
         ctx.dtype = hidden.dtype
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient[:V])
         return total
 
     @staticmethod

@@ -8,7 +8,7 @@ initialisation.py, the losses in loss.py, the decoding loop in generation.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from MyGPT.cache import KVCache, check_inputs, positions_and_mask
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
-from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, token_loss
+from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, one_tied_entry, token_loss, untied
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights
 
@@ -130,7 +130,7 @@ class GPTModel(nn.Module):
         self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head = TiedHead(self.transformer.wte.weight)
-        initialise(self, config)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -144,8 +144,10 @@ class GPTModel(nn.Module):
         *,
         cache: KVCache | None = None,
         last_only: bool = False,
+        targets: Tensor | None = None,
+        per_row: bool = False,
     ) -> Any:
-        """Return the logits (B, T, V), or a `CausalLMOutput` if labels are given.
+        """Return the logits (B, T, V), a `CausalLMOutput` if labels are given, or the result of `token_loss` if targets are.
 
         Args:
             input_ids: token ids, (B, T) int64.
@@ -158,6 +160,9 @@ class GPTModel(nn.Module):
             output_attentions, output_hidden_states, return_dict: leave unset; they exist because PEFT passes them.
             cache: the keys and values of the S - T earlier tokens; the new tokens are appended.
             last_only: compute only the logits of the last position, (B, 1, V).
+            targets: (B, T) int64, the token after each input; -100 is not counted. Wrappers such as DistributedDataParallel
+                need this argument, because only calls of the wrapper itself average gradients: `ddp(ids, targets=targets)`.
+            per_row: with targets, return the result of `row_losses`.
 
         Raises:
             ValueError: a wrong shape or dtype, a sequence longer than the context length, or arguments that exclude each
@@ -166,10 +171,19 @@ class GPTModel(nn.Module):
         """
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported; leave them unset")
-        if labels is not None and last_only:
-            raise ValueError("labels need the logits of every position: leave out last_only")
-        check_inputs(self.config, input_ids, attention_mask, inputs_embeds, labels, cache)
+        if labels is not None and targets is not None:
+            raise ValueError(
+                "give either labels, which the model shifts by one position, or targets, which it does not"
+            )
+        wanted = labels if targets is None else targets
+        if wanted is not None and last_only:
+            raise ValueError("labels and targets need every position: leave out last_only")
+        check_inputs(self.config, input_ids, attention_mask, inputs_embeds, wanted, cache)
         hidden = self.transformer(input_ids, attention_mask, inputs_embeds, cache)  # (B, T, C)
+        if targets is not None and per_row:
+            return torch.stack([head_loss(self.lm_head, *row)[0] for row in zip(hidden, targets, strict=True)])
+        if targets is not None:
+            return head_loss(self.lm_head, hidden, targets)
         logits = self.lm_head(hidden[:, -1:] if last_only else hidden)  # (B, T, V)
         if labels is None:
             return logits
@@ -182,16 +196,15 @@ class GPTModel(nn.Module):
         """Return the summed cross-entropy in nats and the number of counted targets, without storing (B, T, V) logits.
 
         input_ids and targets are (B, T) int64. Each target is the token after the input at the same position; targets of -100
-        are not counted. For attention_mask, see `forward`.
+        are not counted. For attention_mask, see `forward`. If DistributedDataParallel wraps the model, call
+        `ddp(input_ids, targets=targets)`: like every call of `ddp.module`, `ddp.module.token_loss` leaves the gradients of
+        each rank as they are.
         """
-        check_inputs(self.config, input_ids, attention_mask, labels=targets)
-        return head_loss(self.lm_head, self.transformer(input_ids, attention_mask), targets)
+        return self(input_ids, attention_mask, targets=targets)
 
     def row_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the summed cross-entropy of each sequence in nats, (B,). For the arguments, see `GPTModel.token_loss`."""
-        check_inputs(self.config, input_ids, attention_mask, labels=targets)
-        hidden = self.transformer(input_ids, attention_mask)
-        return torch.stack([head_loss(self.lm_head, *row)[0] for row in zip(hidden, targets, strict=True)])
+        return self(input_ids, attention_mask, targets=targets, per_row=True)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -235,7 +248,8 @@ class GPTModel(nn.Module):
         """Write a model directory that transformers can load too. If writing fails, an existing directory is left unchanged.
 
         The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, a model card,
-        and the files of the tokenizer if one is given.
+        and the files of the tokenizer if one is given. If the weights are sharded (`fully_shard`), all ranks must call this
+        method: they gather one weight at a time, rank 0 writes, and all ranks return, or raise the same error, afterwards.
         """
         write_directory(directory, self.config, self.state_dict(), tokenizer)
 
@@ -250,6 +264,19 @@ class GPTModel(nn.Module):
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         return super().train(mode)
 
+    def reset_parameters(self) -> None:
+        """Set all weights to new random values in place, as in a new model. Sharded weights need equal seeds on all ranks."""
+        initialise(self, self.config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTModel:
+        with untied(self.transformer.wte, self.lm_head):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            one_tied_entry(self.transformer.wte, self.lm_head, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> GPTModel:
         """Return a released model, or the model in a directory or file, in evaluation mode.
@@ -260,7 +287,8 @@ class GPTModel(nn.Module):
                 (Hugging Face's files). Or a path: the directory of a saved model, of a training run or of OpenAI's files, or
                 nanoGPT's ckpt.pt.
             dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
-                file may be replaced or deleted afterwards, but not truncated. Training never changes the file.
+                file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
+                ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
         """
         return model_of(*read_weights(name_or_dir, dtype))
 
@@ -270,6 +298,4 @@ def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> GPTModel:
     with torch.device("meta"):
         model = GPTModel(config)
     model.load_state_dict(state_dict, assign=True)
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
     return model.eval()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -79,6 +79,40 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def is_one_of_several() -> bool:
+    """Return True if this process has joined a process group, even of one rank, or torchrun started it with others."""
+    has_joined = dist.is_available() and dist.is_initialized()
+    return has_joined or int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return True for a DTensor, of which each rank has only a shard, as after `fully_shard`."""
+    return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes a second
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
+    for module in model.modules():
+        if callable(method := getattr(module, "reshard", None)):  # a method of FSDPModule
+            method()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the complete tensor. All ranks must call this function for a sharded tensor; others are returned unchanged."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def copy_whole(tensor: Tensor, complete: Tensor) -> None:
+    """Copy `complete`, which all ranks have, into `tensor`. If `tensor` is sharded, each rank copies its shard."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        complete = distribute_tensor(complete.to(tensor), mesh, placements, src_data_rank=None)
+    tensor.copy_(complete)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ def test_the_fused_loss_is_torchs_cross_entropy(
 ) -> None:
     """50 positions at a time, of which some have no target. The reference is computed in float64 from the same numbers."""
     monkeypatch.setattr("MyGPT.loss.MAX_LOGITS", 50 * 3072)
+    monkeypatch.setattr("MyGPT.loss.MAX_GPU_LOGITS", 50 * 3072)
     monkeypatch.setattr("MyGPT.loss.VOCAB_CHUNK", 700)
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (3 * 77, 3001))

@@ -71,14 +71,20 @@ def test_the_library_needs_no_float64(work: Callable[[GPTModel], None]) -> None:
         work(model)
 
 
-def test_only_cuda_gets_batches_by_non_blocking_copies() -> None:
+def test_only_cuda_gets_batches_by_non_blocking_copies_from_pinned_memory() -> None:
     class Recorder:
-        def to(self, device: torch.device, non_blocking: bool) -> tuple[str, bool]:
-            return device.type, non_blocking
+        device, is_pinned = torch.device("cpu"), False
+
+        def pin_memory(self) -> Recorder:
+            self.is_pinned = True
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool) -> tuple[str, bool, bool]:
+            return device.type, self.is_pinned, non_blocking
 
     for name in ("cpu", "cuda", "mps"):
         batch: Any = (Recorder(), Recorder())
-        assert to_device(batch, torch.device(name)) == ((name, name == "cuda"),) * 2
+        assert to_device(batch, torch.device(name)) == ((name, name == "cuda", name == "cuda"),) * 2
 
 
 def test_a_device_without_a_fused_adamw_gets_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -215,12 +216,14 @@ def training_seconds(
     return step, training.max_steps * step + training.max_steps // training.eval_every * evaluation
 
 
-def missing_data(data: str | list[str]) -> str | None:
+def missing_data(data: Any) -> str | None:
     """Return a sentence that says how to get the training text `data`, or None if the text is available.
 
-    `data` is a name such as "alice", a path or a list of paths.
+    `data` is a name such as "alice", a path, a pattern or a list of paths, or a mapping of such sources to weights.
     """
-    if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data):
+    if isinstance(data, dict):
+        return next(filter(None, map(missing_data, map(str, data))), None)
+    if isinstance(data, list) or data in BUILT_IN or Path(data).is_file() or is_prepared(data) or glob.glob(data):
         return None
     if data in DOWNLOADS:
         is_cached = (cache_directory() / f"{data}.txt").is_file()

@@ -247,6 +247,8 @@ def _allowed(kind: Any, value: str, has_null: bool) -> list[str]:
     if typing.get_origin(kind) is list:
         text = value.strip("[]'\" ") or "text"
         return [f"a list of texts such as {quote(json.dumps([text], ensure_ascii=False))}"]
+    if typing.get_origin(kind) is dict:
+        return ["a mapping of texts to numbers such as '{web: 0.8, code: 0.2}'"]
     names = {int: ["a whole number"], float: ["a number"], str: ["a text"], bool: ["true", "false"]}
     if kind is NoneType:
         return ["null"] if has_null else []

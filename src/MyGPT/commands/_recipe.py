@@ -94,8 +94,9 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
     from MyGPT.tokenizers import get_tokenizer, load_tokenizer
 
     data, name = recipe.get("data", "alice"), recipe.get("tokenizer", "chars" if is_training else "gpt2")
-    if isinstance(data, str) and is_prepared(data):
-        return load_tokenizer(data).n_vocab
+    for source in data if isinstance(data, dict) else [data]:  # the sources of a mixture have one tokenizer
+        if isinstance(source, str) and is_prepared(source):
+            return load_tokenizer(source).n_vocab
     if name == "bpe":
         return int(recipe.get("tokenizer_size", 1024))
     return VOCABULARY_SIZES.get(name) or get_tokenizer(name).n_vocab

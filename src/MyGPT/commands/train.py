@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from MyGPT.commands._memory import require_memory, step_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import error_message, quote
 from MyGPT.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from MyGPT.data.tokens import Tokens
+    from MyGPT.tokenizers import Tokenizer
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
@@ -30,10 +36,10 @@ EXPAND = with_options_of_run
 class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
-    data: str | list[str] = "alice"
+    data: str | list[str] | dict[str, float] = "alice"
     """Text files (.txt), or records with a text (.jsonl, .ndjson, .json, .csv), also compressed as .gz,
     patterns such as 'texts/*.txt', a directory made by mygpt prepare, alice (built in) or tinyshakespeare
-    (downloaded)."""
+    (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the training tokens from web, and 20% from code."""
     tokenizer: str = "chars"
     """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
     chars cannot be fine-tuned on answers, because chars has no end-of-text token."""
@@ -44,6 +50,14 @@ class TextOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        if isinstance(self.data, dict):
+            from MyGPT.data.mixture import check_weights
+
+            check_weights(self.data)
+        elif isinstance(self.data, str) and self.data.lstrip().startswith("{") and not Path(self.data).exists():
+            raise ValueError(
+                f"data must map each source to a number, as in '{{web: 0.8, code: 0.2}}', got {self.data!r}"
+            )
 
 
 def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOptions) -> None:
@@ -64,8 +78,14 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     from MyGPT.training.trainer import Trainer
 
     run_options = run.for_trainer(training.tensorboard)
-    ids, coder = load_data(text.data, text.tokenizer, text.tokenizer_size)
-    n_train = len(ids) - round(len(ids) * text.val_fraction)
+    # The order of the sources in a recipe has no meaning, but the sample texts and the tokenizer follow an order.
+    weights = dict(sorted(text.data.items())) if isinstance(text.data, dict) else {}
+    sources, coder = load_sources(
+        {name: name for name in weights} or {"": text.data}, text.tokenizer, text.tokenizer_size
+    )
+    n_train = {name: len(ids) - round(len(ids) * text.val_fraction) for name, ids in sources.items()}
+    train_ids = {name: ids[: n_train[name]] for name, ids in sources.items()}
+    val_ids = {name: ids[n_train[name] :] for name, ids in sources.items()}
     torch.manual_seed(training.seed)
     config = dataclasses.replace(model, vocab_size=coder.n_vocab)
     if run_options["device"].type == "cpu":
@@ -74,11 +94,17 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     gpt = GPTModel(config)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
-    train_ids, val_ids = ids[:n_train], ids[n_train:]
-    trainer = Trainer(gpt, training, train_ids, val_ids, tokenizer=coder, recipe=recipe, **run_options)
+    batches: dict[str, Any] = {"train": train_ids.get(""), "val": val_ids.get("")}
+    if weights:
+        batches = mix(train_ids, val_ids, weights, config.context_length, training)
+    trainer = Trainer(gpt, training, tokenizer=coder, recipe=recipe, **batches, **run_options)
     directory, precision = run_options["run_dir"], "bf16" if trainer.autocast_dtype else "fp32"
+    for name in weights:
+        share = f"{float(batches['train'].shares[name]):.1%} of each batch"
+        print(f"{name}: {share}; {len(train_ids[name]):,} training and {len(val_ids[name]):,} validation tokens")
+    n_train_ids, n_val_ids = (sum(map(len, ids.values())) for ids in (train_ids, val_ids))
     print(
-        f"{len(train_ids):,} training and {len(val_ids):,} validation tokens, vocabulary {coder.n_vocab:,}; "
+        f"{n_train_ids:,} training and {n_val_ids:,} validation tokens, vocabulary {coder.n_vocab:,}; "
         f"{gpt.num_parameters():,} parameters; {trainer.device.type}, {precision}"
     )
     if coder.eot_token is None:
@@ -94,30 +120,95 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
         draw_losses(directory)
         raise
     draw_losses(directory)
+    if weights:
+        drawn = batches["train"].tokens(trainer.step_number)
+        parts = (f"{name} {n:,} ({n / max(1, sum(drawn.values())):.2%})" for name, n in drawn.items())
+        print(f"tokens in the batches of {trainer.step_number:,} steps: {', '.join(parts)}")
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
     print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
 
 
-def load_data(data: str | list[str], tokenizer: str, tokenizer_size: int) -> tuple[Any, Any]:
-    """Return the token ids of `data` and their tokenizer.
+def load_sources(
+    sources: Mapping[str, Any], tokenizer: str, tokenizer_size: int
+) -> tuple[dict[str, Tokens], Tokenizer]:
+    """Return the token ids of each source by name, and the tokenizer of all sources.
 
-    `data` is a directory made by mygpt prepare, or one or several text files. Text files are tokenized with the tokenizer
-    named `tokenizer`; `tokenizer_size` is the number of tokens that bpe learns.
+    Each source is a directory made by mygpt prepare, or one or several text files as `find_files` finds them. If there is a
+    prepared directory, its tokenizer also encodes the text files. Otherwise they are tokenized with the tokenizer named
+    `tokenizer`, which learns from the texts of all sources; bpe learns `tokenizer_size` tokens.
+
+    Raises:
+        ValueError: two directories were prepared with different tokenizers, a file belongs to two sources, or there is no
+            text.
     """
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
-    from MyGPT.tokenizers import check_tokenizer, load_tokenizer, make_tokenizer
+    from MyGPT.tokenizers import check_tokenizer, make_tokenizer
 
-    if isinstance(data, str) and is_prepared(data):
-        return open_tokens(data)[0], load_tokenizer(data)
-    check_tokenizer(tokenizer, tokenizer_size)
-    files = find_files(data, report=partial(print, file=sys.stderr))
-    if not any(next(read_documents([file]), "") for file in files):
-        raise ValueError(f"the files hold no text: {', '.join(map(str, files))}")
-    coder = make_tokenizer(tokenizer, read_documents(files), tokenizer_size)
-    return tokenize(files, coder), coder
+    prepared = {name: data for name, data in sources.items() if isinstance(data, str) and is_prepared(data)}
+    if not prepared:
+        check_tokenizer(tokenizer, tokenizer_size)
+    report = partial(print, file=sys.stderr)
+    files = {name: find_files(data, report) for name, data in sources.items() if name not in prepared}
+    all_files = [path for paths in files.values() for path in paths]
+    if files:
+        find_files(map(os.fspath, all_files), report=_refuse_shared)
+    if prepared:
+        coder = _common_tokenizer(list(prepared.values()))
+        if files:
+            report(f"{', '.join(files)}: encoded with the tokenizer of {next(iter(prepared))}")
+    else:
+        if not any(next(read_documents([file]), "") for file in all_files):
+            raise ValueError(f"the files hold no text: {', '.join(map(str, all_files))}")
+        coder = make_tokenizer(tokenizer, read_documents(all_files), tokenizer_size)
+    ids = {
+        name: open_tokens(prepared[name])[0] if name in prepared else tokenize(files[name], coder) for name in sources
+    }
+    return ids, coder
+
+
+def _common_tokenizer(directories: Sequence[str]) -> Tokenizer:
+    """Return the tokenizer with which all these directories were prepared. Different tokenizers raise ValueError."""
+    from MyGPT.files import present_directory, sha256_of
+    from MyGPT.tokenizers import load_tokenizer
+
+    hashes = [sha256_of(present_directory(directory) / "tokenizer.json") for directory in directories]
+    for directory, known in zip(directories, hashes, strict=True):
+        if known != hashes[0]:
+            raise ValueError(
+                f"{directories[0]} and {directory} were prepared with different tokenizers: run mygpt prepare with the same "
+                "tokenizer for all sources of a mixture"
+            )
+    return load_tokenizer(directories[0])
+
+
+def mix(
+    train: Mapping[str, Tokens],
+    val: Mapping[str, Tokens],
+    weights: Mapping[str, float],
+    max_length: int,
+    training: TrainConfig,
+) -> dict[str, Any]:
+    """Return the arguments of Trainer for a mixture: `train`, `val` and `prompts`, the first 8 tokens of each source.
+
+    `train` and `val` have the token ids of each source. With fewer than two validation tokens in each, `val` is None.
+    """
+    from MyGPT.data.mixture import MixtureSampler, MixtureValidation
+
+    sampler = MixtureSampler(train, weights, max_length, training.batch_size, training.order, training.seed)
+    has_val = any(len(ids) > 1 for ids in val.values())
+    validation = MixtureValidation(val, weights, max_length, training.eval_windows) if has_val else None
+    prompts = [ids[:8].tolist() for ids in (val if has_val else train).values() if len(ids)]
+    return {"train": sampler, "val": validation, "prompts": prompts}
+
+
+def _refuse_shared(message: str) -> None:
+    """Raise ValueError for a file that occurs in two sources. One would validate on what the other trains on."""
+    raise ValueError(
+        f"{message.removesuffix(' and is read once')}, but a file may belong to one source of a mixture only"
+    )
 
 
 def draw_losses(run: Path) -> None:

@@ -22,6 +22,7 @@ from MyGPT.config import require_positive
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_directory, read_json
 from MyGPT.model import GPTModel
+from MyGPT.ranks import is_sharded, on_first_rank, reshard, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -185,12 +186,22 @@ class KeptAdapter:
         return run_dir / "adapter"
 
     def save(self, run_dir: Path) -> Path:
+        """Write the adapter and return its directory. All ranks must call this method if the adapter is sharded."""
+        trained = {name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad}
+        tensors = {name: tensor for name, tensor in self.peft_model.state_dict().items() if name in trained}
+        if not any(map(is_sharded, tensors.values())):
+            return self._write(run_dir, None)
+        gathered = {name: whole(tensor) for name, tensor in tensors.items()}
+        return on_first_rank(lambda: self._write(run_dir, gathered))
+
+    def _write(self, run_dir: Path, tensors: dict[str, Tensor] | None) -> Path:
+        """Write the adapter, with `tensors` under the names of peft_model.state_dict() if they are given."""
         from safetensors import SafetensorError
 
         with atomic_directory(self.place(run_dir)) as temporary:
             try:
                 # By default PEFT asks the hub for the base model's vocabulary size, to decide about saving embeddings.
-                self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+                self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=tensors)
             except SafetensorError as error:  # safetensors reports a full disk this way
                 raise OSError(f"cannot write {self.place(run_dir)}: {error}") from error
             _sort_config(temporary / "adapter_config.json")
@@ -200,6 +211,7 @@ class KeptAdapter:
     def restore(self, run_dir: Path) -> None:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+        reshard(self.peft_model)
         set_peft_model_state_dict(self.peft_model, load_peft_weights(str(self.place(run_dir)), device="cpu"))
 
 

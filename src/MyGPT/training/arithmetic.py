@@ -49,11 +49,12 @@ def deterministic_algorithms(required: bool) -> Iterator[None]:
 def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     """Run the `with` block in autocast to `dtype`, or without autocast if `dtype` is None.
 
-    Linear layers use the kernels of `fast_linear`, unless `config` turns on compile or gradient_checkpointing, which
-    cannot use these kernels.
+    On a CPU, linear layers use the kernels of `fast_linear`, unless `config` turns on compile or gradient_checkpointing,
+    which cannot use these kernels.
     """
     # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
-    kernels = nullcontext() if config.compile or config.gradient_checkpointing else fast_linear()
+    is_plain = device.type == "cpu" and not config.compile and not config.gradient_checkpointing
+    kernels = fast_linear() if is_plain else nullcontext()
     with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):
         yield
 

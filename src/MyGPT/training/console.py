@@ -91,7 +91,8 @@ class Console:
 
     def scored(self, step: int, scores: Mapping[str, float]) -> None:
         """Report the values that were measured beside the validation loss after `step` steps, such as an accuracy."""
-        values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+        # The part after a slash is the name of a source of the data.
+        values = (f"{name if '/' in name else name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
         self.message(f"step {step}: validation {', '.join(values)}")
 
     def sampled(self, step: int, text: str) -> None:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from MyGPT.data.sampler import KEYED
 from MyGPT.model import GPTModel
-from MyGPT.ranks import world_size
+from MyGPT.ranks import reshard, whole, world_size
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.optim import Muon, make_optimizers, trained_parameters
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
@@ -70,7 +70,7 @@ def take_snapshot(
 
     If the parameters are DTensors, each rank copies its own rows.
     """
-    _reshard(model)
+    reshard(model)
     weights = trained_parameters(model)
     states = {parameter: by_key for optimizer in optimizers for parameter, by_key in optimizer.state.items()}
     optimizer = {
@@ -143,7 +143,7 @@ def restore_snapshot(
     The snapshot must have passed `check_fit`. If several ranks have read it, all ranks must call this function with the
     `group` that they gave to `read_newest`. Each rank then reads the rows of its own parameters and optimizer states.
     """
-    _reshard(model)
+    reshard(model)
     weights: dict[str, Tensor] = {name: it.detach() for name, it in trained_parameters(model).items()}
     optimizer = snapshot.optimizer
     if group is None:
@@ -238,8 +238,7 @@ def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dic
         digest = hashlib.sha256()
         for name, parameter in sorted(frozen.items()):
             digest.update(name.encode())
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # of a DTensor
-            digest.update(whole.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            digest.update(whole(parameter).detach().cpu().flatten().view(torch.uint8).numpy().data)
         data["frozen_weights"] = digest.hexdigest()
     else:
         architecture = {name: getattr(model.config, name) for name in _ARCHITECTURE}
@@ -306,13 +305,6 @@ def _kind_of_change(before: object, now: object) -> str:
             "are the same, but this version of MyGPT shuffles so many windows in another order than the run began with"
         )
     return "differ from those the run began with"
-
-
-def _reshard(model: nn.Module) -> None:
-    """Make the parameters of a sharded model DTensors again. After a forward pass, some of them may be whole."""
-    for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)):  # a method of FSDPModule
-            reshard()
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

@@ -40,8 +40,11 @@ def make_batches(train: Any, val: Any, context_length: int, config: TrainConfig)
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Return the tensors of a batch on `device`. They are copied if they are on another device."""
-    # On Apple's GPUs a non-blocking copy may read the source tensor after its memory has been freed.
-    return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
+    # A copy to a CUDA GPU from other memory than pinned memory waits until the GPU has finished all earlier work. On Apple's
+    # GPUs a non-blocking copy may read the source tensor after its memory has been freed.
+    is_cuda = device.type == "cuda"
+    sources = (tensor.pin_memory() if is_cuda and tensor.device.type == "cpu" else tensor for tensor in batch)
+    return tuple(tensor.to(device, non_blocking=is_cuda) for tensor in sources)
 
 
 @dataclass

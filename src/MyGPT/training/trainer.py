@@ -49,9 +49,11 @@ class Trainer:
         model: the GPTModel to train, or a GPTForClassification.
         config: the options of the training run.
         train: token ids, or an object whose method `batch(step)` returns inputs and targets, each (batch, time) int64,
-            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data.
+            and optionally an attention mask (batch, time). If it has `fingerprint()`, resuming checks the data. If it
+            has `metrics(step)`, the values of the result are recorded beside the training loss.
         val: token ids, or an object whose method `batches(whole)` yields such batches: all of them if `whole` is True,
-            otherwise the same few every time. None trains without evaluation.
+            otherwise the same few every time. None trains without evaluation. If it has `parts`, a dict of such
+            objects, and `shares`, a dict of numbers, the loss is the sum of share * loss over these parts.
         tokenizer: decodes sample texts and is saved with the model.
         prompts: token ids that sample texts continue, unless config.sample_prompt is set. Default: the first validation
             tokens.
@@ -191,18 +193,27 @@ class Trainer:
     def evaluate(self, whole: bool = False) -> float:
         """Return the mean validation loss, on all data or on a fixed small part; NaN without data.
 
-        The loss of the next token is in nats per token. `scores` receives the other measured values.
+        The loss of the next token is in nats per token. `scores` receives the other measured values, such as the loss of
+        each source of a mixture.
         """
+        if (parts := getattr(self.validation, "parts", None)) is None:
+            loss, *scores = self._mean_losses(self.validation, whole)
+            self.scores = dict(zip(self.objective.scores, scores, strict=True))
+            return loss
+        losses = {name: self._mean_losses(part, whole)[0] for name, part in parts.items()}
+        self.scores = {f"loss/{name}": loss for name, loss in losses.items()}
+        return sum(float(self.validation.shares[name]) * loss for name, loss in losses.items())
+
+    def _mean_losses(self, validation: Any, whole: bool) -> list[float]:
+        """Return the mean loss and scores of the objective on validation batches; NaN without batches."""
         totals = [0.0] * (1 + len(self.objective.scores))  # Python adds in float64, which not every device has.
         count = 0
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
-            for batch in () if self.validation is None else self.validation.batches(whole):
+            for batch in () if validation is None else validation.batches(whole):
                 sums, n_terms = self._token_loss(*to_device(batch, self.device))
                 totals = [total + part for total, part in zip(totals, sums.flatten().tolist(), strict=True)]
                 count += int(n_terms)
-        loss, *scores = [total / count if count else math.nan for total in totals]
-        self.scores = dict(zip(self.objective.scores, scores, strict=True))
-        return loss
+        return [total / count if count else math.nan for total in totals]
 
     def save(self) -> Path | None:
         """Save the current model as the run's best model and return its directory, or None if run_dir is None."""
@@ -252,6 +263,7 @@ class Trainer:
             self.files.record_step(state, values["loss"], values["grad_norm"])
             seconds += time.perf_counter() - began  # without evaluations, samples and checkpoints
             if state.step % config.log_every == 0 or state.step == config.max_steps:
+                values |= self.sampler.metrics(state.step) if hasattr(self.sampler, "metrics") else {}
                 self.files.record_speed(state, values, (state.tokens_seen - tokens) / seconds)
                 seconds, tokens = 0.0, state.tokens_seen
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:

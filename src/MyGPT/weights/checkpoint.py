@@ -12,6 +12,7 @@ from torch import Tensor
 
 from MyGPT.config import GPTConfig
 from MyGPT.messages import FileWarning
+from MyGPT.ranks import is_one_of_several
 from MyGPT.weights.layout import HEAD, WTE, config_of, fit, reconcile, to_ours
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
@@ -99,7 +100,8 @@ def _convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return the weight in `dtype` (None: unchanged), as a view of the mapped file if no conversion is needed.
 
     A transposed view costs nothing in float32 and float64. In bfloat16 and float16 some CPUs multiply a transposed
-    matrix ten times more slowly, so transposed views in these dtypes are copied into contiguous memory.
+    matrix ten times more slowly, so transposed views in these dtypes are copied into contiguous memory. So are all
+    transposed views on several ranks, because `fully_shard` accepts only contiguous parameters.
     """
     tensor = tensor.to(dtype or tensor.dtype, copy=COPY_WEIGHTS)
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.contiguous()
+    return tensor.contiguous() if tensor.dtype.itemsize < 4 or is_one_of_several() else tensor

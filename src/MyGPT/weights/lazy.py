@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from MyGPT.ranks import whole
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,23 @@ class LazyTensor:
 
     @classmethod
     def of(cls, array: Any) -> LazyTensor:
-        """Return a lazy tensor for a torch tensor or numpy array that is already in memory."""
+        """Return a lazy tensor for a torch tensor or numpy array that is already in memory.
+
+        If a torch tensor is sharded, loading gathers it from all ranks.
+        """
         if isinstance(array, Tensor):
-            return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: array)
+            return cls(tuple(array.shape), array.dtype if array.is_floating_point() else None, lambda: whole(array))
 
         def load() -> Tensor:
             return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch cannot protect a view
 
         return cls(array.shape, torch_float_type(array.dtype), load)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of the values in memory."""
+        itemsize = self.load().element_size() if self.dtype is None else self.dtype.itemsize
+        return math.prod(self.shape) * itemsize
 
     def map(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return a lazy tensor that loads this tensor and applies `change`, which must return a tensor of `shape`."""

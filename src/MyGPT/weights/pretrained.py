@@ -15,6 +15,7 @@ from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
 from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
+from MyGPT.ranks import copy_whole, reshard
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.torch_file import split_checkpoint
 from MyGPT.weights.hub import download_from_hub, is_downloaded
@@ -94,13 +95,15 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
 
     If only the weights have qkv biases, such biases are added to the model and its config; create the optimizer later.
     If the model has a shorter context than the weights, only the first position embeddings are copied. Raises
-    ValueError with a list of all mismatches if the weights do not fit; the model is then unchanged.
+    ValueError with a list of all mismatches if the weights do not fit; the model is then unchanged. If the model is sharded,
+    all ranks must call this function with the same weights.
 
     Args:
         model: a GPTModel.
         params: the weights that `download_and_load_gpt2` returns; a state dict from Hugging Face, Raschka's book, nanoGPT or
             MyGPT; or a checkpoint with one under "model", "state_dict" or "model_state_dict".
     """
+    reshard(model)
     config, parameters = getattr(model, "config", None), dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(config, GPTConfig) or WTE not in parameters:
         raise ValueError(f"weights can only be loaded into a GPTModel, got {type(model).__name__}")
@@ -118,7 +121,7 @@ def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in loaded.items():
             if name in parameters:
-                parameters[name].copy_(tensor)
+                copy_whole(parameters[name], tensor)
             else:
                 layer = model.get_submodule(name.removesuffix(".bias"))
                 layer.bias = nn.Parameter(tensor.to(like.device, like.dtype, copy=True))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, read_config_json
 from MyGPT.files import atomic_directory, json_text, present_directory, read_json
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean, near_path
+from MyGPT.ranks import is_sharded, on_first_rank, rank
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 from MyGPT.weights.formats.torch_file import read_torch_file
@@ -91,6 +93,9 @@ def write_directory(
     Other files in the directory are kept. The ids of special tokens are those of the config; the tokenizer gives the ids
     that the config lacks. `more_config` is added to config.json, and `more_tensors` to the weights, both unchanged. A
     classifier needs them for its head.
+
+    If weights are sharded, all ranks must call this function. They gather one weight at a time, and rank 0 writes. When the
+    directory is complete, all ranks return; if an error occurs on rank 0, all ranks raise it.
     """
     special = _special_ids(config, tokenizer)
     given = {key: value for key, value in config.generation_config.items() if value is not None or key not in special}
@@ -98,15 +103,33 @@ def write_directory(
     tensors = to_hugging_face(state_dict, config)
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
     replaces = (*_REPLACED_FILES, *getattr(tokenizer, "replaced_files", ()))
-    with atomic_directory(directory, replaces=replaces) as temporary:
-        _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
-        _write_json(temporary / "generation_config.json", generation)
-        _write_weights(Path(directory), temporary, tensors)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        card = Path(directory) / "README.md"
-        if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
-            (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
+    values = (tensor.load() for tensor in tensors.values())
+
+    def write() -> None:
+        with atomic_directory(directory, replaces=replaces) as temporary:
+            _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
+            _write_json(temporary / "generation_config.json", generation)
+            _write_weights(Path(directory), temporary, tensors, values)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            card = Path(directory) / "README.md"
+            if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
+                (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
+
+    if not any(map(is_sharded, [*state_dict.values(), *(more_tensors or {}).values()])):
+        write()
+        return
+
+    def write_and_gather() -> None:
+        try:
+            write()
+        finally:
+            # After an error too, the other ranks wait for this rank in every remaining gather.
+            deque(values, maxlen=0)
+
+    if rank() > 0:
+        deque(values, maxlen=0)
+    on_first_rank(write_and_gather)
 
 
 def _special_ids(config: GPTConfig, tokenizer: Any) -> dict[str, Any]:
@@ -181,16 +204,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     return file_of
 
 
-def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write the weights to the directory `temporary`.
+def _write_weights(
+    directory: Path, temporary: Path, tensors: Mapping[str, LazyTensor], values: Iterator[Tensor]
+) -> None:
+    """Write the weights to the directory `temporary`. `values` loads the tensors in order.
 
-    They are written as one file, or as several files and an index if they are larger than MAX_SHARD_BYTES.
-
-
-    The files will be moved to `directory` later, so error messages name `directory`. At most one file's tensors are
-    copied into memory at a time.
+    They are written as one file, or as several files and an index if they are larger than MAX_SHARD_BYTES. The files will
+    be moved to `directory` later, so error messages name `directory`. At most one file's tensors are copied into memory at
+    a time.
     """
-    sizes = {name: tensor.load().nbytes for name, tensor in tensors.items()}  # loads views, not copies
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     for name in tensors:
         if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > MAX_SHARD_BYTES:
@@ -199,7 +222,7 @@ def _write_weights(directory: Path, temporary: Path, tensors: Mapping[str, LazyT
     n = len(shards)
     files = [WEIGHTS[0]] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, names in zip(files, shards, strict=True):
-        shard = {name: tensors[name].load().cpu().contiguous() for name in names}
+        shard = {name: next(values).cpu().contiguous() for name in names}
         write_safetensors(temporary / file, shard, shown_as=directory / file)
     if n > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
