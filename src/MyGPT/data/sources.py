@@ -180,7 +180,7 @@ def cut_near(path: Path, position: int) -> int | None:
     to its end or in the next `MAX_STRETCH` characters, which no valid file has.
     """
     kind = format_of(path)
-    if kind == "table" or is_compressed(path):
+    if kind not in ("text", "lines", "json") or is_compressed(path):
         return None
     with open(path, "rb") as file:
         if kind == "json" and not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
