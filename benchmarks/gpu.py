@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "ROW "  # begins a line of a part's output that is a row in JSON
 TOTAL_SECONDS = 470
 LIMITS = {  # seconds
-    "environment": 50, "tests": 130, "training": 160, "loss": 40, "decoding": 120, "kernel": 80, "sharding": 50,
+    "environment": 40, "tests": 120, "training": 150, "decoding": 120, "loss": 40, "kernel": 60, "sharding": 40,
 }  # fmt: skip
 PACKAGES = (
     "torch triton numpy transformers tokenizers tiktoken safetensors pytest hypothesis regex filelock tqdm jsonargparse"
@@ -247,7 +247,7 @@ def take_turns(
             ready[name]()
             synchronize()
             firsts[name] = time.perf_counter() - began
-            ready[name](), ready[name]()
+            ready[name]()
         except Exception as error:  # of another library, or too little memory: the other programs are still measured
             ready.pop(name, None)
             yield {"program": name, "error": one_line(error)}
@@ -334,48 +334,35 @@ def cpu_facts() -> dict[str, str]:
 def tests(toy: bool) -> None:
     if not has("pytest"):
         skip("pytest is not installed")
+    workers = ["-n", "8"] if has("xdist") else []
     runs = {"tests/gpu": ["-k", "fused and dtype0"] if toy else ["-m", "gpu"]}
     if has("hypothesis") and not toy:
-        runs["tests/acceleration"] = []
-    elif not toy:
-        print("tests/acceleration is left out: hypothesis is not installed")
-    failures = 0
-    for directory, options in runs.items():
+        # These run the CPU kernel as it is compiled for this CPU.
+        runs |= {f"tests/acceleration/{name}.py": workers for name in ("test_step", "test_linear", "test_operators")}
+    n_failed = 0
+    for place, options in runs.items():
+        began = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
             report = Path(temporary) / "report.xml"
             # Another version of torch may warn of other things, so warnings are no errors here.
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                directory,
-                *options,
-                f"--junitxml={report}",
-                "-q",
-                "-W",
-                "default",
-            ]
-            print(" ".join(command))
-            began = time.perf_counter()
-            subprocess.run([*command, "-p", "no:cacheprovider", "--tb=short"], cwd=ROOT, check=False)
+            command = f"-m pytest {place} -q --tb=short -W default -p no:cacheprovider --junitxml={report}".split()
+            subprocess.run([sys.executable, *command, *options], cwd=ROOT, check=False)
             if not report.is_file():
-                raise SystemExit(f"pytest {directory} wrote no report")
+                raise SystemExit(f"pytest {place} wrote no report")
             cases = list(ElementTree.parse(report).iter("testcase"))
-        outcomes = {case.get("name"): next((child for child in case if child.tag in KINDS), None) for case in cases}
-        counts = {kind: sum(child is not None and child.tag == kind for child in outcomes.values()) for kind in KINDS}
+        kinds = {
+            kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")
+        }
+        failed, n_skipped = kinds["failure"] + kinds["error"], len(kinds["skipped"])
         emit(
-            tests=directory, passed=len(cases) - sum(counts.values()), failed=counts["failure"] + counts["error"],
-            skipped=counts["skipped"], seconds=time.perf_counter() - began,
+            tests=place, passed=len(cases) - len(failed) - n_skipped, failed=len(failed), skipped=n_skipped,
+            seconds=time.perf_counter() - began,
         )  # fmt: skip
-        failures += counts["failure"] + counts["error"]
-        for name, child in outcomes.items():
-            if child is not None and child.tag != "skipped":
-                emit(failed_test=f"{directory}: {name}", message=(child.get("message") or "")[:500])
-    if failures:
-        raise SystemExit(f"{failures} tests failed")
-
-
-KINDS = ("failure", "error", "skipped")  # elements of a test case in pytest's report
+        for case in failed:
+            emit(failed_test=f"{place}: {case.get('name')}", message=(case[0].get("message") or "")[:500])
+        n_failed += len(failed)
+    if n_failed:
+        raise SystemExit(f"{n_failed} tests failed")
 
 
 def training(toy: bool) -> None:
@@ -402,11 +389,8 @@ def training(toy: bool) -> None:
 
         flops = GPTModel(config).estimate_flops(T)
     ceiling = product_flops(device, torch.bfloat16, toy)
-    peak = (
-        next((flops for name, flops in DENSE_BF16.items() if name in torch.cuda.get_device_name()), None)
-        if compiled
-        else None
-    )
+    gpu = torch.cuda.get_device_name() if compiled else ""
+    peak = next((peak for name, peak in DENSE_BF16.items() if name in gpu), None)
     for row in take_turns(programs, B * T, *((1, 2) if toy else (6, 5))):
         if "error" not in row:
             row |= {"batch": f"{B} x {T}", "of_ceiling": row["tokens_per_second"] * flops / ceiling}
@@ -562,10 +546,8 @@ def decoding(toy: bool) -> None:
         runs["MyGPT, captured and compiled"] = lambda: captured(compiled=True)
     if theirs is not None:
         runs["transformers"] = lambda: transformers
-    static = {
-        "transformers, static cache, compiled": lambda: functools.partial(transformers, cache_implementation="static")
-    }
-    # transformers compiles for a minute, so everything else is measured first.
+    static = {"transformers, static cache": lambda: functools.partial(transformers, cache_implementation="static")}
+    # With a static cache transformers compiles its model, which takes a minute, so everything else is measured first.
     for programs in (runs, static if theirs is not None else {}):
         for B in (1, 64):
             ids = torch.randint(0, config.vocab_size, (B, 32), device=device)
@@ -582,7 +564,7 @@ def decoding(toy: bool) -> None:
 
             ready = {name: functools.partial(prepared, name, prepare) for name, prepare in programs.items()}
             limit = B * read / (weight_bytes + B * entry_bytes * (32 + n_new / 2))
-            for row in take_turns(ready, B * n_new, 1, 1 if toy else 5):
+            for row in take_turns(ready, B * n_new, 1, 1 if toy else 3):
                 row |= {"sequences": B}
                 if "error" not in row:
                     row |= {"of_bandwidth": row["tokens_per_second"] / limit}
@@ -612,7 +594,7 @@ def kernel(toy: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (8, 16), generator=generator)
     n_read = model.num_parameters(exclude_embeddings=True) + model.transformer.wte.weight.numel()
-    bandwidth = read_bandwidth(1 << 20 if toy else 1 << 28)
+    bandwidth = read_bandwidth(1 << 20 if toy else 1 << 30)
     exact = {precision: exact_logits(model, precision, ids[:2]) for precision in ("fp32", "bf16", "int8")}
 
     def measure_kernel(name: str, lanes: int, fast: Any, precision: str) -> None:
@@ -692,50 +674,27 @@ def cpu_training(toy: bool, flags: list[str]) -> None:
 
 def sharding(toy: bool) -> None:
     """Train the same batches without and with FSDP2 on one device: losses, time of a step, and peak memory."""
+    import numpy as np
     import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    from MyGPT import GPTModel
+    from MyGPT import GPTModel, TrainConfig, Trainer
 
-    device, config = the_device(toy), gpt2(toy)
-    B, T = 2 if toy else 16, config.context_length
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (1,))
-    torch.manual_seed(0)
-    x, y = (torch.randint(0, config.vocab_size, (B, T), device=device) for _ in range(2))
-    for name in ("none", "fsdp"):
+    device, config, B = the_device(toy), gpt2(toy), 2 if toy else 16
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 50 * B * config.context_length).astype(np.uint16)
+    for parallel in ("none", "fsdp"):
         torch.manual_seed(1)
-        model = GPTModel(config).to(device).train()
-        if name == "fsdp":
-            for module in (*model.transformer.h, model):
-                fully_shard(module, mesh=mesh)
-            register_fsdp_forward_method(model, "token_loss")
-        if device.type == "cuda":
-            for block in model.transformer.h:
-                block.compile()
-            torch.cuda.reset_peak_memory_stats()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        losses = []
-
-        def step(model: Any = model, optimizer: Any = optimizer, losses: Any = losses) -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                total, count = model.token_loss(x, y)
-            (total / count).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append((total / count).detach())
-
-        took = milliseconds(step, 2 if toy else 10)
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-        values = torch.stack(losses).tolist()
-        emit(parallel=name, milliseconds=took, peak_gb=peak, first_loss=values[0], last_loss=values[-1])
-        del model, optimizer, step
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    dist.destroy_process_group()
+            torch.cuda.reset_peak_memory_stats()
+        settings = TrainConfig(batch_size=B, precision="bf16", compile=device.type == "cuda", parallel=parallel)  # type: ignore[arg-type]
+        with Trainer(GPTModel(config), settings, ids, device=device, progress=False) as trainer:
+            losses: list[float] = []
+            took = milliseconds(
+                lambda trainer=trainer, losses=losses: losses.append(trainer.step()["loss"]), 2 if toy else 20
+            )
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+        emit(parallel=parallel, milliseconds=took, peak_gb=peak, first_loss=losses[0], last_loss=losses[-1])
+        del trainer
 
 
 # The summary

@@ -30,8 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from safetensors.torch import load_file
 
@@ -331,6 +334,18 @@ READERS = {
     "text, array": Reader(
         lambda d: (d / "a.json").write_text(json.dumps([{"text": "Once"}, {"text": "upon", "id": 3}])), "a.json", "json",
         lambda d: BPE.encode("".join(read_texts([d / "a.json"]))),
+    ),
+    "text, zst": Reader(
+        lambda d: (d / "a.txt.zst").write_bytes(zstandard.compress(b"Once upon a time. " * 9)), "a.txt.zst", "bytes",
+        lambda d: list(read_pieces(d / "a.txt.zst")),
+    ),
+    "text, parquet": Reader(
+        lambda d: pq.write_table(pa.table({"text": ["Once upon a time.", "é"] * 4}), d / "a.parquet", compression="zstd"),
+        "a.parquet", "bytes", lambda d: list(read_pieces(d / "a.parquet")),
+    ),
+    "records, parquet": Reader(
+        lambda d: pq.write_table(pa.Table.from_pylist(RECORDS[1:2]), d / "a.parquet"), "a.parquet", "bytes",
+        lambda d: read_records(d / "a.parquet"),
     ),
     "text, gzip": Reader(
         lambda d: (d / "a.txt.gz").write_bytes(gzip.compress(b"Once upon a time. " * 9)), "a.txt.gz", "bytes",

@@ -11,11 +11,14 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 # This module imports very little, because an import takes time, in which the user may press Ctrl-C.
 SIGINT, SIGPIPE = 2, 13
 """The numbers of the signals on every system that has them; Windows has no SIGPIPE."""
+
+_SECONDS_BEHIND_RANK_0 = 3
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -33,6 +36,9 @@ COMMANDS = {
     "plot": "plot loss curves, attention, the logit lens, sampling and more",
     "explain": "write an HTML page that shows how a model reads a text",
 }
+
+_WITH_RANKS = ("train", "finetune", "dpo", "classify", "evaluate", "doctor")
+"""The commands whose work several ranks share. Under torchrun, rank 0 alone runs the other commands."""
 
 _SYNONYMS = {
     "train": "pretrain fit",
@@ -98,8 +104,18 @@ def _main(arguments: Sequence[str] | None) -> int:
     from MyGPT.messages import safe_streams
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with safe_streams():
+    with safe_streams(), contextlib.ExitStack() as streams:
+        if _rank():
+            nowhere = streams.enter_context(open(os.devnull, "w"))
+            streams.enter_context(contextlib.redirect_stdout(nowhere))
+            streams.enter_context(contextlib.redirect_stderr(nowhere))
         return _run(arguments)
+
+
+def _rank() -> int:
+    """Return the number of this process among those that torchrun has started, from 0, and 0 without torchrun."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if "WORLD_SIZE" in os.environ and rank.isdecimal() else 0
 
 
 def _run(arguments: list[str]) -> int:
@@ -116,7 +132,7 @@ def _run(arguments: list[str]) -> int:
             print(f"mygpt {__version__}")
         elif name in COMMANDS:
             with plain_warnings():
-                run_command(name, arguments[1:])
+                return run_command(name, arguments[1:])
         else:
             hint = did_you_mean(name, COMMANDS, _SYNONYMS) or f"; the commands are {', '.join(COMMANDS)}"
             raise ValueError(f"unknown command {name!r}{hint}")
@@ -146,16 +162,20 @@ def _report(command: str, message: str, begins_line: bool = False) -> None:
     """
     from MyGPT.messages import printable
 
+    if _rank():  # Usually all ranks fail in the same way. Then torchrun ends this one while it waits.
+        time.sleep(_SECONDS_BEHIND_RANK_0)
+        message = f"rank {_rank()}: {message}"
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
-    start = "\n" if begins_line and sys.stderr is not None and sys.stderr.isatty() else ""
+    stream = sys.__stderr__ if _rank() else sys.stderr
+    start = "\n" if begins_line and stream is not None and stream.isatty() else ""
     try:
-        print(f"{start}{program}: {printable(message, keep='')}", file=sys.stderr, flush=True)
+        print(f"{start}{program}: {printable(message, keep='')}", file=stream, flush=True)
     except OSError:
         _discard_output()
 
 
-def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of the command `name`, such as "train", and call the command's function.
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Parse the arguments of the command `name`, such as "train", call the command's function, and return the exit status.
 
     If the first argument is a key of `KINDS` in the command's module, such as "attention" for "plot", the function stored
     under that key is called instead.
@@ -173,7 +193,16 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
     expand = getattr(module, "EXPAND", None)
-    call(command, parser.parse_args(expand(arguments, name) if expand else arguments))
+    options = parser.parse_args(expand(arguments, name) if expand else arguments)
+    if options.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ:
+        from MyGPT.commands._ranks import launch
+
+        return launch([name, *arguments], options.nproc, options.get("max_restarts", 0))
+    if name in _WITH_RANKS or not _rank():
+        call(command, options)
+    if "MyGPT.ranks" in sys.modules:
+        sys.modules["MyGPT.ranks"].leave()
+    return 0
 
 
 def _discard_output() -> None:

@@ -9,7 +9,9 @@ return at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,14 +20,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "Timeout")
+"""Parts of the messages of gloo and NCCL when a rank does not take part in an operation or has ended."""
+_ROLL_CALL_SECONDS = 10
 
 
-def join(minutes: float = 10.0) -> None:
+def join(minutes: float = 10.0, even_alone: bool = False) -> None:
     """Join the process group that torchrun has started, if there is one. Later calls do nothing.
 
-    A collective operation fails if a rank does not take part in it within `minutes`.
+    A collective operation fails if a rank does not take part in it within `minutes`. With even_alone=True, a single
+    process makes a process group of its own.
     """
-    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if even_alone:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(store=store, rank=0, world_size=1)
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -34,10 +45,47 @@ def join(minutes: float = 10.0) -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
 
 
+@contextmanager
+def naming_missing_ranks() -> Iterator[None]:
+    """Turn the failure of a collective operation in the `with` block into a TimeoutError that names the missing ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        # All ranks that run come here, because the operations of each of them fail.
+        missing = _missing_ranks() if world_size() > 1 and any(text in str(error) for text in _FAILURES) else []
+        if not missing:
+            raise
+        plural = "s" if len(missing) > 1 else ""
+        raise TimeoutError(
+            f"rank{plural} {', '.join(map(str, missing))} of {world_size()} ended or did not respond in time: see the "
+            f"output of {'these ranks' if plural else 'this rank'}, or raise timeout_minutes"
+        ) from error
+
+
+def _missing_ranks() -> list[int]:
+    """Return the ranks that do not answer a roll call, for which they have a few seconds."""
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
+    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    names = [f"roll call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(world_size())]
+    store.set(names[rank()], "present")
+    end = time.monotonic() + _ROLL_CALL_SECONDS
+    while time.monotonic() < end and not store.check(names):
+        time.sleep(0.1)
+    return [number for number, name in enumerate(names) if not store.check([name])]
+
+
 def leave() -> None:
     """Leave the process group, if there is one."""
     if world_size() > 1:
         dist.destroy_process_group()
+
+
+def new_group(minutes: float) -> dist.ProcessGroup | None:
+    """Return another gloo process group of all ranks, for operations beside those of the training; None without ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
 
 def world_size() -> int:
@@ -79,6 +127,15 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def max_over_ranks(*values: int) -> list[int]:
+    """Return the largest of each of the `values` of all ranks."""
+    if world_size() == 1:
+        return [int(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def is_one_of_several() -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -319,26 +318,17 @@ def test_an_optimizer_makes_the_updates_of_float64(device: torch.device, optimiz
     assert relative_error(moves[1], moves[0]) < largest
 
 
-@pytest.fixture
-def process_group(device: torch.device) -> Iterator[None]:
-    """A process group of one process, with the backend of the device."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_sharding_over_one_device_changes_no_gradient(device: torch.device, process_group: None) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    ids = random_ids(2, 65).to(device)
-    plain_loss, plain = gradients(new_model().to(device), ids)
-    model = new_model().to(device)
-    mesh = init_device_mesh(device.type, (1,))
-    for module in (*model.transformer.h, model):
-        fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(model, "token_loss")
-    loss, sharded = gradients(model, ids)
-    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-6)
-    full = {name: gradient.full_tensor() for name, gradient in sharded.items()}  # type: ignore[attr-defined]
-    assert all(relative_error(full[name], plain[name]) < 1e-5 for name in plain)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_on_one_rank_has_the_losses_of_a_run_without_ranks(
+    device: torch.device, parallel: str, precision: str
+) -> None:
+    """On a GPU, FSDP2 also rounds LayerNorm's weights, which are near 1, to bfloat16, by up to 2^-9 each."""
+    expected = losses(make_trainer(device, precision=precision))
+    try:
+        found = losses(make_trainer(device, precision=precision, parallel=parallel))
+    finally:
+        dist.destroy_process_group()
+    is_rounded = device.type == "cuda" and precision == "bf16"
+    assert found == pytest.approx(expected, rel=2e-3 if is_rounded else 1e-6)

@@ -20,7 +20,7 @@ from MyGPT.training.checkpoint import read_newest
 from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.directory import lock_directory
 from MyGPT.training.metrics import read_metrics
-from MyGPT.training.snapshot import random_states, take_snapshot
+from MyGPT.training.snapshot import check_unchanged, random_states, take_snapshot
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from places import FIXTURES
 from tiny_runs import CONFIG, IDS, TOKENIZER, change, make_model, make_trainer
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_fails_during_an_error_is_reported(
 ) -> None:
     with make_trainer(tmp_path / "run") as trainer:
         monkeypatch.setattr(checkpoint, "write_snapshot", lambda *_: 1 / 0)
-        trainer.files.checkpoint_if_due(2, trainer.snapshot)
+        trainer.files.checkpoint_if_due(2, trainer.snapshot, is_late=False, is_busy=False)
     assert "a checkpoint could not be written: division by zero" in capsys.readouterr().err
 
 
@@ -244,6 +244,18 @@ def test_counters_of_an_old_run_are_read(tmp_path: Path) -> None:
     assert (state.step, state.tokens_seen, state.best_loss, state.best_step) == (4, 64, 3.3572885517128004, 3)
     assert (state.evals_since_best, state.mean_grad_norm) == (written["n_waited"], written["usual_norm"])
     assert RunState.from_json({**written, "best_loss": None}).best_loss == math.inf
+
+
+def test_a_run_from_before_an_option_existed_is_resumed(tmp_path: Path) -> None:
+    """Ranks came after version 0.1, so its recipes lack these options. Their values do not change the results."""
+    with make_trainer(tmp_path / "run", recipe={"text": "a"}) as trainer:
+        context = trainer.files.context()
+        snapshot = trainer.snapshot()
+    recipe = {"text": "a", "parallel": None, "shard_size": None, "timeout_minutes": 10.0, "grad_clip": 1.0}
+    assert check_unchanged(snapshot, {**context, "recipe": recipe}, ()) == []
+    assert check_unchanged(snapshot, {**context, "recipe": {**recipe, "parallel": "fsdp"}}, ()) == []
+    with pytest.raises(ValueError, match=r"grad_clip was 1\.0 and is 2\.0"):
+        check_unchanged(snapshot, {**context, "recipe": {**recipe, "grad_clip": 2.0}}, ())
 
 
 def test_an_old_run_is_resumed(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ GROUPS = {
     "Sampling": "max_new_tokens n_samples stop temperature top_k top_p min_p repetition_penalty",
     "Output": "out overwrite resume allow_changed log_every tensorboard checkpoint_every checkpoint_minutes keep_last "
     "keep_best",
-    "Execution": "device precision compile gradient_checkpointing lookup seed deterministic",
+    "Execution": "device nproc parallel shard_size max_restarts timeout_minutes precision compile gradient_checkpointing "
+    "lookup seed deterministic",
     "Configuration": "config print_config help help_all",
 }
 """The headings of a long help page, and the options under each heading, in the order in which they are shown."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MyGPT.config import GPTConfig
+from MyGPT.config import GPTConfig, require_positive
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean, quote
 from MyGPT.training.config import TrainConfig
 
@@ -21,6 +21,10 @@ class RunOptions:
     out: str | None = None
     """Directory for the run. Default: runs/ and the current time."""
     device: str = "auto"
+    nproc: int = 1
+    """Number of processes (ranks) on this machine that train together, such as the number of GPUs."""
+    max_restarts: int = 0
+    """How often all ranks are started again after a rank has failed. Use it with --resume auto."""
     overwrite: bool = False
     """Replace a run that is already in the directory."""
     resume: str | None = None
@@ -30,17 +34,28 @@ class RunOptions:
     """Names of options whose values may differ from the values in the resumed run, such as max_steps or epochs to extend a
     finished run. data_content also allows other data, and model_content other weights of the base model."""
 
-    def for_trainer(self, tensorboard: bool) -> dict[str, Any]:
-        """Return the keyword arguments of Trainer for these options.
+    def __post_init__(self) -> None:
+        require_positive(nproc=self.nproc)
 
-        Raises an error if the device or the directory cannot be used, or if `tensorboard` is True and it is not installed.
+    def for_trainer(self, training: TrainConfig) -> dict[str, Any]:
+        """Join the other ranks, if there are any, and return the keyword arguments of Trainer for these options.
+
+        Raises an error if the device or the directory cannot be used, or if training.tensorboard is True and it is not
+        installed.
         """
-        from MyGPT.devices import pick_device
-        from MyGPT.training.directory import check_run_directory, is_empty_run
+        from MyGPT import ranks
         from MyGPT.training.metrics import require_tensorboard
 
-        if tensorboard:
+        if training.tensorboard:
             require_tensorboard()
+        ranks.join(training.timeout_minutes)
+        return ranks.on_first_rank(self._keywords)
+
+    def _keywords(self) -> dict[str, Any]:
+        """Choose the directory of the run. Another rank might see files that this one has changed in the meantime."""
+        from MyGPT.devices import pick_device
+        from MyGPT.training.directory import check_run_directory, is_empty_run
+
         options = {"device": pick_device(self.device), "allow_changed": self.allow_changed or ()}
         resumed = run_to_resume(self.resume, self.out)
         if resumed is not None:

@@ -178,7 +178,7 @@ def train_classifier(
     run: RunOptions,
 ) -> None:
     """Train a classifier and print its accuracy. For the arguments, see `classify`."""
-    run_options = run.for_trainer(training.tensorboard)
+    run_options = run.for_trainer(training)
     labelled.check_files()
     directory = run_options["run_dir"]
     gpt, tokenizer, _ = open_base(model, training.seed, "classify", needs_end_token=False)

@@ -100,7 +100,7 @@ def dpo(
         mygpt dpo --model runs/tuned --data pairs.jsonl --out runs/dpo
         mygpt dpo --resume runs/dpo
     """
-    run_options = run.for_trainer(training.tensorboard)
+    run_options = run.for_trainer(training)
     directory = run_options["run_dir"]
     pairs.check_files()
     chosen_template = None if pairs.template is None else load_template(pairs.template)

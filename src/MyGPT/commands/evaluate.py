@@ -21,6 +21,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    nproc: int = 1,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on whole texts.
 
@@ -41,14 +42,17 @@ def evaluate(
         stride: Number of tokens between the starts of two windows. A smaller stride gives each token more context and takes
             longer. Default: the context length, so windows do not overlap.
         batch_size: Number of windows per forward pass.
+        nproc: Number of processes (ranks) on this machine that divide the work, such as the number of GPUs.
     """
+    from MyGPT import ranks
     from MyGPT.commands._model import report_tokenizer
     from MyGPT.config import require_positive
     from MyGPT.data.sources import find_files
     from MyGPT.evaluation.protocols import find_protocol, measure_last_words, measure_text, read_texts, released_size
     from MyGPT.opening import open_model
 
-    require_positive(batch_size=batch_size, stride=1 if stride is None else stride)
+    require_positive(batch_size=batch_size, stride=1 if stride is None else stride, nproc=nproc)
+    ranks.join()
     way = find_protocol(protocol)
     if way.last_word and stride is not None:
         reason = "which predicts one word per passage"
@@ -58,9 +62,9 @@ def evaluate(
     report_tokenizer(tokenizer)
     texts = read_texts(files, way.by_line)
     if way.last_word:
-        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, progress=True))
+        rows = last_word_rows(measure_last_words(gpt, tokenizer, texts, batch_size, True, divide=True))
     else:
-        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, progress=True)
+        measured = measure_text(gpt, tokenizer, texts, way, stride, batch_size, True, divide=True)
         start = None if tokenizer.bos_token is None else tokenizer.token_of(tokenizer.bos_token)
         rows = text_rows(measured, way, gpt.config.context_length, stride, start)
     rows += published_rows(way, released_size(gpt.config))

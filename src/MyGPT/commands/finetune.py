@@ -74,7 +74,7 @@ def finetune(
         mygpt finetune --resume runs/tuned
         mygpt finetune --resume runs/tuned --epochs 4 --allow_changed epochs
     """
-    run_options = run.for_trainer(training.tensorboard)
+    run_options = run.for_trainer(training)
     directory = run_options["run_dir"]
     examples.check_files()
     dtype = torch.bfloat16 if tuning.frozen_dtype == "bf16" else torch.float32

@@ -77,7 +77,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
-    run_options = run.for_trainer(training.tensorboard)
+    run_options = run.for_trainer(training)
     # The order of the sources in a recipe has no meaning, but the sample texts and the tokenizer follow an order.
     weights = dict(sorted(text.data.items())) if isinstance(text.data, dict) else {}
     sources, coder = load_sources(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from MyGPT.data.formats import format_of, read_data
+from MyGPT.data.formats import format_of, read_data, read_parquet, refuse_archive
 from MyGPT.files import atomic_write, json_text, parse_json, read_json
 from MyGPT.tokenizers.base import refuse_surrogates
 
@@ -47,9 +47,9 @@ _BETWEEN = re.compile(r"[\s,]*")  # the characters between two records of a JSON
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """Return the fine-tuning records in a file, in the form that `check_record` returns.
 
-    The file contains a JSON array, one JSON object per line, or a table (.csv or .tsv), and may be compressed as .gz.
-    Records of different kinds may be mixed. A damaged or empty file, or an invalid record, raises ValueError. The message
-    contains the path and, for an invalid record, its line.
+    The file contains a JSON array, one JSON object per line, or a table (.csv or .tsv), all of which may be compressed as
+    .gz or .zst, or it is a Parquet file. Records of different kinds may be mixed. A damaged or empty file, or an invalid
+    record, raises ValueError. The message contains the path and, for an invalid record, its line or row.
     """
     return [check_record(record, where) for where, record in read_items(path)]
 
@@ -59,14 +59,21 @@ def read_items(path: str | os.PathLike[str], has_header: bool = True) -> Iterato
 
     A file whose name ends in .csv or .tsv is a table: its first line names the columns, which are separated by commas,
     semicolons or tabs, and each record is a dict of strings. Any other file contains a JSON array, or one JSON value per
-    line. All files may be compressed as .gz. A damaged file, or a file without records, raises ValueError.
+    line. All these files may be compressed as .gz or .zst. Each row of a .parquet file is a record. A damaged file, or a
+    file without records, raises ValueError.
 
     If has_header is False, the file is a table without names of columns, whatever its name. The keys of a record are then
     the positions of the columns: "1", "2" and so on.
     """
     is_table, is_empty = format_of(path) == "table" or not has_header, True
-    text = read_data(path)
-    for item in table_items(text, path, has_header) if is_table else json_items(text, path):
+    items: Iterator[tuple[str, Any]]
+    if format_of(path) == "parquet":
+        refuse_archive(path)
+        items = read_parquet(path)
+    else:
+        text = read_data(path)
+        items = table_items(text, path, has_header) if is_table else json_items(text, path)
+    for item in items:
         is_empty = False
         yield item
     if is_empty and not has_header:

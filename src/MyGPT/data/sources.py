@@ -2,7 +2,8 @@
 
 A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, with the text of a
 document under a given key. A `.json` file may also be an array of such objects. In a table (`.csv` or `.tsv`), the key names
-a column. An array or table must fit into the memory. All files may be compressed as `.gz`.
+a column. An array or table must fit into the memory. All files may be compressed as `.gz` or `.zst`. A `.parquet` file has
+the text of a document in each row of a column.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from MyGPT.data.formats import format_of, is_compressed, open_data
+from MyGPT.data.formats import format_of, is_compressed, open_data, read_parquet, refuse_archive
 from MyGPT.data.records import ANSWER_KEYS, json_items, table_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
@@ -113,12 +114,16 @@ def _without_repeats(paths: Iterable[Path], report: Callable[[str], object]) -> 
 def read_pieces(
     path: Path, text_key: str = "text", advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[Piece]:
-    """Yield the documents of a text file, JSON file or table, all of which may be compressed as .gz.
+    """Yield the documents of a text file, JSON file or table, which may be compressed as .gz or .zst, or of a Parquet file.
 
-    A long text file is yielded in several pieces. Each record of a JSON file or table has its text under the key `text_key`.
+    A long text file is yielded in several pieces. Each record of the other files has its text under the key `text_key`.
     After each piece, `advance` is called with the number of bytes that were read since its last call. A damaged or
     binary file raises ValueError with the path and the position.
     """
+    if format_of(path) == "parquet":
+        refuse_archive(path)
+        yield from _text_of_records(read_parquet(path, text_key, advance), path, text_key)
+        return
     with open_data(path) as (file, raw):
         position = 0
         is_text = format_of(path) == "text"
@@ -304,14 +309,19 @@ def _read_records(file: Any, path: Path, text_key: str, may_be_array: bool = Tru
         may_be_array and format_of(path) == "json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     )
     items: Iterator[tuple[str, Any]]  # each with the place of the record, for error messages
-    record: Any
     if format_of(path) == "table":
         items = table_items(decode_text(file.read(), path), path)
     else:
         items = json_items(decode_text(file.read(), path), path) if is_array else _json_lines(file, path)
+    yield from _text_of_records(items, path, text_key)
+
+
+def _text_of_records(items: Iterable[tuple[str, Any]], path: Path, text_key: str) -> Iterator[Piece]:
+    """Yield the text under `text_key` of each record in `items`, pairs of a place for error messages and a record."""
     for where, record in items:
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            key = f"in the column {text_key!r}" if format_of(path) == "table" else f"under the key {text_key!r}"
+            is_table = format_of(path) in ("table", "parquet")
+            key = f"in the column {text_key!r}" if is_table else f"under the key {text_key!r}"
             raise ValueError(f"{where}: no text {key}{_hint(record, text_key)}")
         refuse_surrogates(record[text_key], f"{where}: ")
         if record[text_key]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from MyGPT import ranks
 from MyGPT.config import require_positive
 from MyGPT.data.tokens import Tokens, compact_ids
 from MyGPT.generation import evaluation_mode
@@ -119,12 +120,14 @@ def documents_loss(
     batch_size: int = 8,
     bos_id: int | None = None,
     progress: bool = False,
+    divide: bool = False,
 ) -> Result:
     """Compute the loss of the model, summed over several independent texts.
 
     `documents` contains the token ids of each text. Each window belongs to one text, so a text is never the context of
-    another text, but a batch may contain windows of several texts. `strided_loss` explains the other arguments and the
-    errors.
+    another text, but a batch may contain windows of several texts. `divide=True` divides the windows among the ranks of
+    torch.distributed, which must all call this function, and returns the sum of all ranks. `strided_loss` explains the
+    other arguments and the errors.
     """
     context, vocab_size = model.config.context_length, model.config.vocab_size
     length = context if max_length is None else max_length
@@ -146,17 +149,20 @@ def documents_loss(
         raise ValueError(f"a text needs at least {needed}, got {max(0, n)}")
     device, total, count = model.lm_head.weight.device, 0.0, 0
     windows = (window for ids in texts for window in _windows(ids, length, stride))
+    n_ranks = ranks.world_size() if divide else 1
     with torch.no_grad(), evaluation_mode(model), progress_bar(progress, total=n_targets, unit="token") as bar:
-        for batch in _batches(windows, batch_size):
+        for batch in _batches(islice(windows, ranks.rank() if divide else 0, None, n_ranks), batch_size):
             inputs = pad_sequence([window for window, _ in batch], batch_first=True)  # (B, T)
             # Padding follows the tokens, so no token attends to it, and it is not a target.
             targets = pad_sequence([targets for _, targets in batch], batch_first=True, padding_value=IGNORED)
             nats, n_counted = model.token_loss(inputs.to(device), targets.to(device))
             require_finite(f"the loss of tokens {count + 1:,} to {count + int(n_counted):,}", nats)
             total, count = total + float(nats), count + int(n_counted)
-            bar.update(int(n_counted))
+            bar.update(n_ranks * int(n_counted))
+    if divide:
+        total, count = ranks.sum_over_ranks(torch.tensor([total, count], dtype=torch.float64)).tolist()
     assert count == n_targets
-    return Result(total, count)
+    return Result(total, int(count))
 
 
 def continuation_logits(

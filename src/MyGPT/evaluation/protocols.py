@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
+import torch
+
+from MyGPT import ranks
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.data.formats import format_of
 from MyGPT.data.sources import read_pieces
@@ -208,10 +211,10 @@ def released_size(config: GPTConfig) -> str | None:
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
     """Yield each text file as one text or, if by_line is true, each of its lines that is not blank as one text.
 
-    A JSON file always yields the text of each record.
+    A JSON or Parquet file always yields the text of each record.
     """
     for path in paths:
-        is_json, text = format_of(path) in ("json", "lines"), ""
+        is_json, text = format_of(path) in ("json", "lines", "parquet"), ""
         for piece in read_pieces(path):
             text += piece.text
             if piece.ends_document:
@@ -258,12 +261,14 @@ def measure_text(
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    divide: bool = False,
 ) -> TextMeasurement:
     """Compute the loss of the model on one or several independent texts.
 
     The model reads the tokenizer's beginning-of-text token, such as `<|endoftext|>`, before each text. If there is none, the
     first token of each text is not predicted, and its bytes and its part of a word are not counted. The protocol defines
-    how texts are detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress.
+    how texts are detokenized and how words are counted. `strided_loss` explains stride, batch_size and progress, and
+    `documents_loss` explains divide.
 
     Raises:
         ValueError: there is no text, no text has a token to predict, or the tokenizer cannot encode a text.
@@ -289,7 +294,7 @@ def measure_text(
     if not documents:
         raise ValueError("there is no text to measure")
     result = documents_loss(
-        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.bos_token, progress=progress
+        model, documents, stride, batch_size=batch_size, bos_id=tokenizer.bos_token, progress=progress, divide=divide
     )
     return TextMeasurement(result, n_bytes, n_words, n_ambiguous, is_lossless, n_skipped)
 
@@ -344,12 +349,18 @@ class LastWordMeasurement:
 
 
 def measure_last_words(
-    model: GPTModel, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 8, progress: bool = False
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    batch_size: int = 8,
+    progress: bool = False,
+    divide: bool = False,
 ) -> LastWordMeasurement:
     """Measure how well the model predicts the last word of each passage from the text before this word.
 
     The predicted text is the space before the last word, followed by this word. A forward pass reads batch_size passages.
-    If `progress` is true, a progress bar is shown.
+    If `progress` is true, a progress bar is shown. `divide=True` divides the passages among the ranks of torch.distributed,
+    which must all call this function.
 
     Raises:
         ValueError: there is no passage, or a passage has only one word.
@@ -364,6 +375,9 @@ def measure_last_words(
         raise ValueError("there is no passage to measure")
     stop_ids = _stop_ids(tokenizer)
     nats: list[float] = []
+    n_passages = len(pairs)
+    if divide:
+        pairs = pairs[ranks.rank() :: ranks.world_size()]
     n_correct = n_filtered = n_tokens = 0
     for (_, word_ids), logits in zip(pairs, continuation_logits(model, pairs, batch_size, progress), strict=True):
         log_p = (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(dim=1)  # (n, V)
@@ -376,7 +390,9 @@ def measure_last_words(
         n_correct += predicted == word_ids
         n_filtered += filtered == word_ids
         n_tokens += predicted[-1] == word_ids[-1]
-    return LastWordMeasurement(len(pairs), math.fsum(nats), n_correct, n_filtered, n_tokens)
+    sums = torch.tensor([math.fsum(nats), n_correct, n_filtered, n_tokens], dtype=torch.float64)
+    total, *counts = (ranks.sum_over_ranks(sums) if divide else sums).tolist()
+    return LastWordMeasurement(n_passages, total, *map(int, counts))
 
 
 def _stop_ids(tokenizer: Tokenizer) -> list[int]:

@@ -41,6 +41,22 @@ CACHE_GROWTH = 10
 _SEPARATOR = "\U0010ffff"
 """A character that Unicode reserves for internal use. MyGPT puts it between texts that it gives to gigatoken in one call."""
 
+# gigatoken 0.10 knows the letters and numbers of Unicode 17, and tiktoken 0.14 those of Unicode 16, so the two split texts with
+# one of the new characters differently. Such texts are encoded with tiktoken.
+_NEW_CHARACTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
+    "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
+    "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5"
+    "\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
+    "\U000323b0-\U00033479]"
+)
+# The first bytes of these characters in UTF-8. Searching for the very first byte is so fast that it takes no time.
+_NEW_BYTES = {
+    b"\xe0": re.compile(rb"\xe0(?:\xa2\x8f|[\xb1\xb3]\x9c)"),
+    b"\xea": re.compile(rb"\xea\x9f[\x8e\x8f\x92\x94\xb1]"),
+    b"\xf0": re.compile(rb"\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]"),
+}
+
 # GPT2_PATTERN of bpe.py has the same matches. Possessive repeats keep the regex engine from running out of stack.
 _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
@@ -171,8 +187,19 @@ class _Gigatoken:
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint32)])
 
     def _encode_some(self, codec: Codec, texts: Sequence[str], inserted: Sequence[int]) -> Ids:
-        """Encode texts with one call of gigatoken, which releases the GIL."""
-        data = _SEPARATOR.encode().join([*(text.encode() for text in texts), b""])
+        """Encode texts with one call of gigatoken, and texts for which gigatoken's ids may differ with tiktoken."""
+        data = _with_separators(texts)
+        if not any(first in data and pattern.search(data) for first, pattern in _NEW_BYTES.items()):
+            return self._call(codec, data, texts, inserted)
+        parts, start = [], 0
+        for i in [*(i for i, text in enumerate(texts) if _NEW_CHARACTERS.search(text)), len(texts)]:
+            parts.append(self._call(codec, _with_separators(texts[start:i]), texts[start:i], inserted[start:i]))
+            parts.append(codec._encode_with_tiktoken(texts[i : i + 1], inserted[i : i + 1]))
+            start = i + 1
+        return np.concatenate(parts)
+
+    def _call(self, codec: Codec, data: bytes, texts: Sequence[str], inserted: Sequence[int]) -> Ids:
+        """Encode texts with one call of gigatoken, which releases the GIL. `data` is the texts, each with a separator."""
         # This method returns one array and, unlike gigatoken's other methods for batches, does not import awkward.
         encoded: Ids = self._encoder.encode_batch_padded([data], self._options, parallel=False)[0][0]
         self._n_bytes += len(data)
@@ -194,6 +221,14 @@ class _Gigatoken:
         if now is None or self._memory is None:
             return self._n_bytes * CACHE_GROWTH >= 2 * MAX_CACHE_BYTES
         return now - self._memory > MAX_CACHE_BYTES
+
+
+def _with_separators(texts: Sequence[str]) -> bytes:
+    """Return the texts in UTF-8, each followed by the separator.
+
+    The bytes are joined, because the separator would make a joined string four times as large.
+    """
+    return _SEPARATOR.encode().join([*(text.encode() for text in texts), b""])
 
 
 def _tokenizer_json(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> str:

@@ -11,13 +11,14 @@ from MyGPT.data import Order
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
+Parallel = Literal["none", "ddp", "fsdp"]
 _LARGEST = 10**12
 """The largest value of options that are whole numbers, except the seed. Much larger ones overflow in torch."""
 _AT_LEAST_0 = (lambda value: 0 <= value < math.inf), "of at least 0"
 _ABOVE_0 = (lambda value: 0 < value < math.inf), "above 0"
 _BELOW_1 = (lambda value: 0 <= value < 1), "from 0 up to but not including 1"
 _RANGES = {
-    **dict.fromkeys(("learning_rate", "muon_learning_rate"), _ABOVE_0),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "timeout_minutes"), _ABOVE_0),
     **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _BELOW_1),
     "decay_fraction": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
 }
@@ -67,6 +68,13 @@ class TrainConfig:
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
     compile: bool = False
     """Compile the blocks with torch.compile, which starts slowly and then makes steps faster."""
+    parallel: Parallel | None = None
+    """How several ranks train together: ddp copies the weights to each rank, fsdp divides them. Default: ddp on several
+    ranks, none on one."""
+    shard_size: int | None = None
+    """Number of ranks that divide one copy of the weights with parallel: fsdp. Default: all ranks."""
+    timeout_minutes: float = 10.0
+    """End the run if a rank does not respond for this many minutes."""
     eval_every: int = 250
     """Steps between evaluations on the validation text."""
     eval_windows: int = 200
@@ -123,3 +131,7 @@ class TrainConfig:
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.parallel is not None and self.parallel not in get_args(Parallel):
+            raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}, got {self.parallel!r}")
+        if self.shard_size is not None and self.parallel != "fsdp":
+            raise ValueError(f"shard_size={self.shard_size} needs parallel: fsdp, got parallel: {self.parallel}")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from MyGPT import ranks
+
 SIGPIPE = 13
 """The number of the signal SIGPIPE on every system that has it. Windows has not, and Python ignores the signal itself."""
 
@@ -25,8 +27,8 @@ def delayed_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in the yielded list instead of interrupting the `with` block.
 
     SIGHUP arrives when the terminal or the ssh connection closes. A process that ignores SIGHUP, as nohup arranges,
-    keeps ignoring it. A second Ctrl-C interrupts at once. Outside the main thread the list stays empty, because Python
-    allows no signal handlers there.
+    keeps ignoring it. A second Ctrl-C interrupts at once, unless there are several ranks. Outside the main thread the
+    list stays empty, because Python allows no signal handlers there.
     """
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -38,7 +40,8 @@ def delayed_signals() -> Iterator[list[int]]:
 
     def remember(number: int, frame: Any) -> None:
         signals.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if ranks.world_size() == 1:  # torchrun passes on a Ctrl-C that the terminal has already sent to all ranks
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, remember)

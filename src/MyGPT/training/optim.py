@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
@@ -82,10 +86,44 @@ class Muon(Optimizer):
                 update = matrix.grad.lerp(mean, momentum)  # Nesterov momentum
                 by_shape.setdefault(matrix.shape, []).append((matrix, update))
             for (n_out, n_in), pairs in by_shape.items():
-                directions = orthogonalized(torch.stack([update for _, update in pairs]))
+                updates = [update for _, update in pairs]
+                is_sharded = ranks.is_sharded(updates[0])
+                directions = _orthogonalized_shards(updates) if is_sharded else orthogonalized(torch.stack(updates))
                 for (matrix, _), direction in zip(pairs, directions, strict=True):
-                    matrix.mul_(1 - lr * group["weight_decay"])
-                    matrix.add_(direction, alpha=-lr * math.sqrt(max(1, n_out / n_in)))
+                    local = matrix.to_local() if is_sharded else matrix  # type: ignore[attr-defined]
+                    local.mul_(1 - lr * group["weight_decay"])
+                    local.add_(direction, alpha=-lr * math.sqrt(max(1, n_out / n_in)))
+
+
+def _orthogonalized_shards(updates: Sequence[Any]) -> Tensor:
+    """Return this rank's rows of each orthogonalized matrix of `updates`, (n, rows of this rank, columns).
+
+    `updates` are DTensors of one shape, divided by rows over S ranks, with R copies. Each matrix has one owner among the
+    S * R ranks. The owner collects the rows, orthogonalizes the matrix, and sends the rows of the result back.
+    """
+    mesh, (n_rows, n_columns) = updates[0].device_mesh, updates[0].shape
+    R, S = (1, mesh.size()) if mesh.ndim == 1 else mesh.shape
+    groups = mesh.get_all_groups()
+    local = [update.to_local() for update in updates]
+    k, c = -(-len(local) // (R * S)), -(-n_rows // S)  # matrices of each owner, and rows of each rank but the last ones
+    rows = local[0].new_zeros(R * S * k, c, n_columns)
+    rows[: len(local), : len(local[0])] = torch.stack(local)
+    mine = rows.view(R, S, k, c, n_columns)[mesh.get_coordinate()[0] if mesh.ndim == 2 else 0]
+    whole = _exchange(mine, groups[-1]).transpose(0, 1).reshape(k, S * c, n_columns)[:, :n_rows]
+    whole = F.pad(orthogonalized(whole), (0, 0, 0, S * c - n_rows))
+    mine = _exchange(whole.view(k, S, c, n_columns).transpose(0, 1), groups[-1])
+    if R > 1:
+        dist.all_gather_into_tensor(rows.view(R, -1), mine.reshape(1, -1), group=groups[0])
+        mine = rows
+    return mine.reshape(R * S * k, c, n_columns)[: len(local), : len(local[0])]
+
+
+def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send parts[i] to rank i of `group`, and return the parts that this rank receives, in the order of the ranks."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from torch.distributed import ProcessGroup
 
+from MyGPT import ranks
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
@@ -80,6 +82,25 @@ class WholeModel:
 
 
 @dataclass
+class GatheredModel:
+    """Saves and restores the best model of several ranks as `store` does for one. All ranks must call the methods."""
+
+    store: BestModelStore
+    gather: Callable[[], None]
+    """Copies the weights of all ranks into the model of the store, on every rank."""
+
+    def place(self, run_dir: Path) -> Path:
+        return self.store.place(run_dir)
+
+    def save(self, run_dir: Path) -> Path:
+        self.gather()
+        return ranks.on_first_rank(lambda: self.store.save(run_dir))
+
+    def restore(self, run_dir: Path) -> None:
+        self.store.restore(run_dir)
+
+
+@dataclass
 class Run:
     """The directory of a training run, its lock and its files. If `directory` is None, nothing is written.
 
@@ -103,6 +124,8 @@ class Run:
     overwrite: bool
     resume: bool
     allow_changed: Sequence[str]
+    group: ProcessGroup | None = field(init=False, default=None)
+    """The process group with which several ranks read and write checkpoints."""
     writer: CheckpointWriter | None = None
     """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
@@ -131,28 +154,37 @@ class Run:
                 (config.yaml) or the data have changed.
         """
         directory, config = self.directory, self.config
+        self.group = ranks.new_group(config.timeout_minutes)
         if not self.resume:
             self._shorten_warmup()
         if directory is None:
             return None
         if not self.resume:
-            check_run_directory(directory, self.overwrite)
-        with ExitStack() as resources:
-            resources.callback(lock_directory(directory).release)
-            remove_unfinished(directory)
+            ranks.on_first_rank(lambda: check_run_directory(directory, self.overwrite))
+        with ExitStack() as resources:  # Only rank 0 holds resources. An error on any rank is raised on all ranks.
+            ranks.on_first_rank(lambda: self._lock(directory, resources))
             snapshot = self._rewind(directory) if self.resume else None
-            if snapshot is None:
-                remove_run(directory)
-            with atomic_write(directory / "config.yaml") as file:
-                yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
-            after = snapshot.state.step if snapshot else None
-            self._metrics = MetricsLog(directory, self.console.warn, config.tensorboard, after)
-            self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
-            resources.callback(self._metrics.close)
+            ranks.on_first_rank(lambda: self._open_files(directory, resources, snapshot))
             self._resources = resources.pop_all()
         if config.checkpoint_every or config.checkpoint_minutes:
-            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best)
+            self.identify()  # now, because the weights may be divided among the ranks later
+            self.writer = CheckpointWriter(directory / CHECKPOINTS, config.keep_last, config.keep_best, self.group)
         return snapshot
+
+    def _lock(self, directory: Path, resources: ExitStack) -> None:
+        resources.callback(lock_directory(directory).release)
+        remove_unfinished(directory)
+
+    def _open_files(self, directory: Path, resources: ExitStack, snapshot: Snapshot | None) -> None:
+        """Write config.yaml, and open the logs to append to them after the snapshot. Without one, remove an existing run."""
+        if snapshot is None:
+            remove_run(directory)
+        with atomic_write(directory / "config.yaml") as file:
+            yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
+        after = snapshot.state.step if snapshot else None
+        self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
+        self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
+        resources.callback(self._metrics.close)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -290,15 +322,30 @@ class Run:
         if self.writer is not None and (not self.resume or self._has_changed):
             self.writer.write(take_snapshot)
 
-    def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot) -> None:
-        """Begin to write a checkpoint in the background if one is due after `step` steps and the writer is free."""
+    @property
+    def is_checkpoint_late(self) -> bool:
+        """True on rank 0 if config.checkpoint_minutes have passed since the last checkpoint."""
+        seconds = 60 * self.config.checkpoint_minutes
+        return (
+            self.writer is not None and ranks.rank() == 0 and 0 < seconds <= time.monotonic() - self.writer.last_taken
+        )
+
+    @property
+    def is_writer_busy(self) -> bool:
+        """True while this rank is writing a checkpoint in the background."""
+        return self.writer is not None and self.writer.is_busy
+
+    def checkpoint_if_due(self, step: int, take_snapshot: TakeSnapshot, is_late: bool, is_busy: bool) -> None:
+        """Begin to write a checkpoint in the background if one is due after `step` steps and the writer is free.
+
+        All ranks give the same `is_late` and `is_busy`: whether these properties are True on any rank.
+        """
         if self.writer is None:
             return
-        every, seconds = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
-        is_late = 0 < seconds <= time.monotonic() - self.writer.last_taken
+        every = self.config.checkpoint_every
         self._is_checkpoint_due |= is_late or (every > 0 and step % every == 0)
         self._report_failed_checkpoint()
-        if self._is_checkpoint_due and not self.writer.is_busy:
+        if self._is_checkpoint_due and not is_busy:
             self.writer.start(take_snapshot)
             self._is_checkpoint_due = False
 
@@ -406,7 +453,15 @@ class Run:
                     f"the weights of step {step} do not fit this model ({error}): {reason}"
                 ) from None
 
-        snapshot, warnings = read_newest(directory / CHECKPOINTS, check)
+        snapshot, warnings = read_newest(directory / CHECKPOINTS, check, self.group)
+        changed = ranks.on_first_rank(lambda: self._rewind_logs(directory, snapshot, warnings))
+        if self.allow_changed:
+            self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
+        return replace(snapshot, state=changed)
+
+    def _rewind_logs(self, directory: Path, snapshot: Snapshot, warnings: Sequence[str]) -> RunState:
+        """Cut the logs back to the snapshot, report its warnings, and return its state, as the files require it."""
+        context = self.context()
         for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
             self.console.warn(warning)
         lengths = log_lengths(directory) | snapshot.context["lengths"]
@@ -421,11 +476,9 @@ class Run:
             self.console.warn(f"{best} is missing, so the model with the next validation loss is saved there")
             # Without evaluated_step, a run that takes no further step is evaluated again, and its last model is saved.
             snapshot.state.best_loss, snapshot.state.best_step, snapshot.state.evaluated_step = math.inf, None, None
-        if self.allow_changed:
-            self._has_changed = any(snapshot.context[name] != context[name] for name in ("recipe", "data"))
         for name, length in lengths.items():
             cut_log(directory / name, length, kept if name == "metrics.jsonl" else b"")
-        return snapshot
+        return snapshot.state
 
     def _past_evaluations(self, directory: Path, length: int, state: RunState) -> bytes:
         """Return the lines after `length` bytes of metrics.jsonl that an extended run must keep, and update `state`.

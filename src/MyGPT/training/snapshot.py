@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,9 @@ _ARCHITECTURE = (
     "vocab_size context_length emb_dim n_heads n_layers qkv_bias tie_weights activation layer_norm_eps"
 ).split()
 _ABSENT = "(absent)"
+_WITHOUT_EFFECT = ("parallel", "shard_size", "timeout_minutes")
+"""Keys of a recipe that do not change the results of a run."""
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 # The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.
 _numpy_random: Any = np.random
 
@@ -275,10 +278,14 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
     moved = {"data": same_data, "model": same_model} | {
         key: same_data and Path(str(now.get(key))).exists() for key in ("tokenizer", "template")
     }
+    values = {  # An earlier version did not know every option. Its runs behaved as the defaults do.
+        key: (before.get(key, _DEFAULTS.get(key, _ABSENT)), now.get(key, _ABSENT)) for key in {**before, **now}
+    }
+    free = {*allowed, *_WITHOUT_EFFECT, *(key for key, has_moved in moved.items() if has_moved)}
     differences = [
-        f"{key} was {before.get(key, _ABSENT)!r:.80} and is {now.get(key, _ABSENT)!r:.80}"
-        for key in {**before, **now}
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key not in allowed and not moved.get(key)
+        f"{key} was {was!r:.80} and is {is_now!r:.80}"
+        for key, (was, is_now) in values.items()
+        if was != is_now and key not in free
     ]
     differences += [
         f"{key}: the {name.replace('_', ' ')} {_kind_of_change(saved.get(name), current[name])}"

@@ -6,6 +6,7 @@ a resumed run gives bit-identical results. state.py holds the counters, run.py w
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from MyGPT import ranks
 from MyGPT.generation import evaluation_mode
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
 from MyGPT.training.config import TrainConfig
-from MyGPT.training.console import Console
+from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.interrupts import SIGPIPE, Stopped, delayed_signals
 from MyGPT.training.objective import NextToken, Objective
 from MyGPT.training.optim import make_optimizers, set_learning_rate
-from MyGPT.training.run import BestModelStore, Run, WholeModel
+from MyGPT.training.parallel import (
+    distribute,
+    gather_weights,
+    micro_batches,
+    reduce_gradients,
+    seed_step,
+    shard_size_of,
+)
+from MyGPT.training.run import BestModelStore, GatheredModel, Run, WholeModel
 from MyGPT.training.snapshot import (
     Snapshot,
     check_fit,
@@ -44,6 +54,9 @@ class Trainer:
 
     `with Trainer(...) as trainer:` calls `setup` and `close`. A resumed run gives the same results as an uninterrupted
     run, bit for bit on the same machine with the same versions and number of threads.
+
+    Under torchrun, all ranks make the same Trainer and call the same methods. Each takes its rows of every batch, and
+    only rank 0 prints and writes logs.
 
     Args:
         model: the GPTModel to train, or a GPTForClassification.
@@ -89,6 +102,7 @@ class Trainer:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
+        ranks.join(config.timeout_minutes, even_alone=config.parallel in ("ddp", "fsdp"))
         self.model, self.config, self.device = model, config, torch.device(device)
         self.objective: Objective = NextToken(model) if objective is None else objective
         self.state = RunState()
@@ -97,12 +111,13 @@ class Trainer:
         self.sampler, self.validation, start = make_batches(train, val, model.config.context_length, config)
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
-        self.console = Console(progress) if console is None else console
+        console = Console(progress) if console is None else console
+        self.console = console if ranks.rank() == 0 else SilentConsole()
         self.files = Run(
             None if run_dir is None else Path(run_dir),
             config,
             dict(vars(config) if recipe is None else recipe),
-            WholeModel(model, tokenizer) if best_model is None else best_model,
+            GatheredModel(WholeModel(model, tokenizer) if best_model is None else best_model, self._gather),
             self.console,
             cache(partial(identify, model, self.sampler, self.validation, self.device)),
             partial(check_fit, model, config),
@@ -111,6 +126,7 @@ class Trainer:
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._contexts, self._is_ready = ExitStack(), False
+        self._whole: tuple[Any, Objective] | None = None
         self._sample_errors: set[type[Exception]] = set()
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
@@ -131,11 +147,18 @@ class Trainer:
             seed_everything(self.config.seed)
             snapshot = self._contexts.enter_context(self.files)
             self.config = self.files.config  # its warmup may have been shortened
+            if (shard_size := shard_size_of(self.config)) is not None:
+                # The model itself stays whole, for everything that happens to it between and after the steps.
+                self._whole = self.model, self.objective
+                self.model, self.objective = copy.deepcopy(self._whole)
             self.model.to(self.device).train()
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
+            if shard_size is not None:
+                distribute(self.model, shard_size, self.config, self.device, self.autocast_dtype)
+            self.samples.model = self.model
             self.optimizers = make_optimizers(self.model, self.config)
             if snapshot is not None:
-                self.state = restore_snapshot(snapshot, self.model, self.optimizers)
+                self.state = restore_snapshot(snapshot, self.model, self.optimizers, self.files.group)
             for block in self.model.transformer.h if self.config.compile else ():
                 block.compile()  # One compilation serves all blocks; names, generation and saving stay as they are.
             on_error.pop_all()
@@ -154,7 +177,9 @@ class Trainer:
         self.setup()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._gather(and_end=True)
         self.close()
 
     def step(self) -> dict[str, float]:
@@ -167,17 +192,20 @@ class Trainer:
             raise RuntimeError("the trainer is not set up: call setup(), or use `with Trainer(...) as trainer:`")
         config, state = self.config, self.state
         learning_rate = set_learning_rate(self.optimizers, config, state.step)
-        batch = to_device(self.sampler.batch(state.step), self.device)
-        count = self.objective.count(*batch)
+        batch = self.sampler.batch(state.step)
+        count = self.objective.count(*batch)  # of the rows of all ranks
         means = torch.zeros(1 + len(self.objective.scores), device=self.device)  # the loss first
-        parts = (tensor.split(config.micro_batch_size or len(tensor)) for tensor in batch)
-        for micro_batch in zip(*parts, strict=True):
-            share = (self._token_loss(*micro_batch)[0] / count).flatten()
+        seed_step(config.seed, state.step)
+        parts = micro_batches(batch, config.micro_batch_size)
+        for i, (micro_batch, is_counted) in enumerate(parts, start=1):
+            reduce_gradients(self.model, is_last=i == len(parts))
+            share = (self._token_loss(*to_device(micro_batch, self.device))[0] / count).flatten()
+            share = share if is_counted else share * 0
             share[0].backward()
             means += share.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        loss, *scores = means.tolist()
-        values = {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
+        loss, *scores = ranks.sum_over_ranks(means).tolist()
+        values = {"loss": loss, "grad_norm": ranks.whole(norm).item(), "learning_rate": learning_rate}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         for optimizer in self.optimizers:
             if is_finite:
@@ -206,14 +234,16 @@ class Trainer:
 
     def _mean_losses(self, validation: Any, whole: bool) -> list[float]:
         """Return the mean loss and scores of the objective on validation batches; NaN without batches."""
-        totals = [0.0] * (1 + len(self.objective.scores))  # Python adds in float64, which not every device has.
-        count = 0
+        # On the CPU, because not every device has float64: the sums, the loss first, then the number of terms.
+        totals = torch.zeros(2 + len(self.objective.scores), dtype=torch.float64)
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if validation is None else validation.batches(whole):
-                sums, n_terms = self._token_loss(*to_device(batch, self.device))
-                totals = [total + part for total, part in zip(totals, sums.flatten().tolist(), strict=True)]
-                count += int(n_terms)
-        return [total / count if count else math.nan for total in totals]
+                for rows, is_counted in micro_batches(batch, None):
+                    sums, n_terms = self._token_loss(*to_device(rows, self.device))
+                    if is_counted:
+                        totals += torch.tensor([*sums.flatten().tolist(), int(n_terms)], dtype=torch.float64)
+        *parts, count = ranks.sum_over_ranks(totals).tolist()
+        return [part / count if count else math.nan for part in parts]
 
     def save(self) -> Path | None:
         """Save the current model as the run's best model and return its directory, or None if run_dir is None."""
@@ -235,7 +265,7 @@ class Trainer:
             FloatingPointError: too many losses or gradients, or all validation losses, were not finite.
             OSError: the first checkpoint, or at the end the last checkpoint or the model, could not be written.
         """
-        with self:
+        with ranks.naming_missing_ranks(), self:
             self.console.start(self.state.step, self.config.max_steps)
             self.files.write_first_checkpoint(self.snapshot)
             with delayed_signals() as signals:
@@ -253,11 +283,19 @@ class Trainer:
         """Take steps until the last step, an early stop, or a signal. Return the number of the signal, if any."""
         config, state = self.config, self.state
         seconds, tokens = 0.0, state.tokens_seen
-        while state.step < config.max_steps and not state.has_lost_patience(config.early_stop):
-            if signals:
-                return signals[0]
-            if self.console.reader_has_ended:
-                return SIGPIPE
+        first_step = state.step
+        while True:
+            stop = signals[0] if signals else SIGPIPE if self.console.reader_has_ended else 0
+            # A signal may arrive at one rank only, and the clocks and disks of the ranks differ.
+            stop, is_late, is_busy = ranks.max_over_ranks(
+                stop, self.files.is_checkpoint_late, self.files.is_writer_busy
+            )
+            if state.step > first_step:
+                self.files.checkpoint_if_due(state.step, self.snapshot, bool(is_late), bool(is_busy))
+            if stop:
+                return stop
+            if state.step >= config.max_steps or state.has_lost_patience(config.early_stop):
+                return None
             began = time.perf_counter()
             values = self.step()
             self.files.record_step(state, values["loss"], values["grad_norm"])
@@ -269,8 +307,6 @@ class Trainer:
             if state.step % config.eval_every == 0 and state.step < config.max_steps and self.validation is not None:
                 self._evaluate_and_save_best()
             self._show_sample()
-            self.files.checkpoint_if_due(state.step, self.snapshot)
-        return signals[0] if signals else None
 
     def _evaluate_and_save_best(self) -> None:
         loss = self.evaluate()
@@ -301,6 +337,7 @@ class Trainer:
             return math.nan
         if self.state.evaluated_step != self.state.step:
             self._evaluate_and_save_best()
+        self._gather(and_end=True)
         self.files.restore_best_model(self.state)
         loss = self.evaluate(whole=True)
         scores = {f"final_val_{name}": value for name, value in self.scores.items()}
@@ -308,6 +345,19 @@ class Trainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of the best model on all validation data is {loss}: check these data")
         return loss
+
+    def _gather(self, and_end: bool = False) -> None:
+        """Copy the trained weights into the model that the trainer was given, if a distributed copy of it is trained.
+
+        With and_end=True, the trainer continues with this model, and the distributed copy is not used again.
+        """
+        if self._whole is None:
+            return
+        gather_weights(self.model, self._whole[0])
+        if and_end:
+            self.model, self.objective = self._whole
+            self.model.to(self.device)
+            self.samples.model, self._whole = self.model, None
 
     def _token_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor | int]:
         with forward_pass(self.config, self.device, self.autocast_dtype):
