@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from MyGPT import GPT2_CONFIGS, GPTConfig, GPTModel
 from MyGPT.cli import main
 from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part, training_memory
+from places import ROOT
 
 CONFIG = GPTConfig(vocab_size=100, context_length=64, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
 B, T, C = 3, 64, 64
@@ -172,3 +174,38 @@ def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.Captu
     recipe.write_text("batch_size: [\n")
     assert main(["info", str(recipe)]) == 2
     assert "is not YAML" in capsys.readouterr().err
+
+
+def test_info_shows_the_rank_with_most_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: alice\nmax_steps: 9\nbatch_size: 13\nmicro_batch_size: 5\nparallel: fsdp\nshard_size: 2\n")
+    assert main(["info", str(recipe), "--ranks", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "training step, each of 4 ranks, weights divided by 2" in printed
+    assert "activations, 4 x 64" in printed  # the other ranks have 3 sequences
+    for operation in ("all-gather", "reduce-scatter", "all-reduce"):
+        assert re.search(rf"^      {operation} +[\d,]+ kB +[\d,]+ kB$", printed, re.M), operation
+    assert main(["info", str(recipe)]) == 2
+    assert "shard_size must divide the number of ranks, which is 1, got 2" in capsys.readouterr().err
+
+
+def test_divided_weights_take_their_part_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def weights(*options: str) -> list[str]:
+        assert main(["info", "gpt2", *options]) == 0
+        step = capsys.readouterr().out.partition("training step")[2]
+        return re.findall(r"weights +([\d,]+ MB) ", step)[:1]
+
+    assert weights() == weights("--ranks", "8") == ["498 MB"]
+    assert weights("--ranks", "8", "--parallel", "fsdp") == ["62 MB"]
+    assert weights("--ranks", "8", "--parallel", "fsdp", "--shard_size", "2") == ["249 MB"]
+    for options, message in (
+        (["--parallel", "none"], "parallel must be ddp or fsdp on 8 ranks, got none"),
+        (["--parallel", "fsdp", "--shard_size", "3"], "shard_size must divide the number of ranks, which is 8, got 3"),
+    ):
+        assert main(["info", "gpt2", "--ranks", "8", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_sizing_table_in_the_documentation_is_the_computed_one() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks/sizing.py"))["table"]()
+    assert table in (ROOT / "docs/guide/scale.md").read_text(encoding="utf-8")

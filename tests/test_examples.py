@@ -1,15 +1,20 @@
-"""Every script of examples/ runs offline as a user would run it, and stays short."""
+"""Every script of examples/ runs offline as a user would run it, and stays short. Job files name options that exist."""
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from MyGPT import GPTModel, get_tokenizer
+from MyGPT.cli import main
 from places import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -49,3 +54,39 @@ def test_an_example_is_shorter_than_forty_lines_and_runs(
             logits = GPTModel.from_pretrained("runs/spelling").eval()(names["inputs"])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), names["targets"].flatten()).item()
         assert loss < 2.5  # the saved model is the tuned one; the loss of a uniform guess is log(512) = 6.2
+
+
+def options_of_train(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """Return the options of `mygpt train` in the arguments of torchrun, as the command's own parser reads them."""
+    arguments = command[command.index("train") + 1 :]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", *arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_the_slurm_script_is_valid_and_its_options_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "examples/slurm_train.sh"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    monkeypatch.chdir(ROOT)
+    [command] = re.findall(r"^TRAIN=\((.*)\)$", path.read_text(encoding="utf-8"), re.M)
+    assert options_of_train(shlex.split(command), capsys)["resume"] == "auto"
+
+
+def test_the_kubernetes_job_is_one_that_the_operator_accepts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The operator requires a container named pytorch and a name of lower-case letters, digits and hyphens."""
+    job = yaml.safe_load((ROOT / "examples/kubernetes_pytorchjob.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", job["metadata"]["name"])
+    [(kind, replicas)] = job["spec"]["pytorchReplicaSpecs"].items()
+    pod = replicas["template"]["spec"]
+    [container] = pod["containers"]
+    assert kind == "Worker" and container["name"] == "pytorch" and container["image"]
+    elastic = job["spec"]["elasticPolicy"]
+    assert elastic["minReplicas"] <= replicas["replicas"] <= elastic["maxReplicas"]
+    assert job["spec"]["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    arguments = [argument for argument in container["args"] if not argument.startswith("--config")]
+    assert options_of_train(arguments, capsys)["resume"] == "auto"

@@ -161,6 +161,44 @@ def test_token_loss_goes_through_a_head_that_was_replaced() -> None:
     assert total.item() == pytest.approx(expected.item(), abs=1e-10)
 
 
+def test_forward_with_targets_returns_the_losses_as_sums() -> None:
+    """So that the hooks of a wrapper, which run in calls of the model, run in its losses too."""
+    model = lively_model(config()).double()
+    ids, mask = random_ids(), padding("left")
+    targets, n_calls = random_ids().masked_fill(mask == 0, -100), []
+    model.register_forward_hook(lambda *_: n_calls.append(1))
+    total, count = model(ids, mask, targets=targets)
+    rows = model(inputs_embeds=model.transformer.wte(ids), attention_mask=mask, targets=targets, per_row=True)
+    logits = model(ids, mask)
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(total, expected.sum(), rtol=0, atol=1e-10)
+    assert count.item() == (targets != -100).sum().item()
+    assert torch.equal(model.token_loss(ids, targets, mask)[0], total)
+    assert torch.equal(model.row_losses(ids, targets, mask), rows)
+    assert len(n_calls) == 5
+
+
+def test_an_output_with_labels_is_a_pytree_of_its_two_tensors() -> None:
+    """DistributedDataParallel(static_graph=True) and fully_shard find tensors in this way."""
+    output = lively_model(config())(random_ids(), labels=random_ids())
+    leaves, structure = torch.utils._pytree.tree_flatten(output)
+    assert [id(leaf) for leaf in leaves] == [id(output.loss), id(output.logits)]
+    again = torch.utils._pytree.tree_unflatten(leaves, structure)
+    assert type(again) is type(output) and again.loss is output.loss
+
+
+def test_a_cache_has_the_dtype_in_which_the_model_computes() -> None:
+    model = lively_model(config()).eval()
+    ids, cache = random_ids(), model.new_cache(4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids)
+        parts = [model(ids[:, :3], cache=cache), model(ids[:, 3:], cache=cache)]
+    assert cache.storage.dtype == torch.bfloat16 and cache.length == T
+    # bf16 has 8 bits, and the lengths of the products differ.
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=2**-6, atol=2**-5)
+
+
 def test_embeddings_in_place_of_ids_give_the_same_logits() -> None:
     model = lively_model(config())
     ids, mask = random_ids(), padding("right")
@@ -451,6 +489,21 @@ def test_wrong_targets_of_token_loss_are_refused_before_any_layer_runs(
     refuse_to_run(tiny_model)
     with pytest.raises(error, match=message):
         tiny_model.token_loss(IDS, targets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": IDS, "labels": IDS}, "either labels.* or targets"),
+        ({"targets": IDS, "last_only": True}, "leave out last_only"),
+    ],
+)
+def test_targets_that_exclude_another_argument_are_refused(
+    arguments: dict[str, Any], message: str, tiny_model: GPTModel
+) -> None:
+    refuse_to_run(tiny_model)
+    with pytest.raises(ValueError, match=message):
+        tiny_model(IDS, **arguments)
 
 
 def test_a_call_that_fails_can_be_followed_by_one_that_does_not(tiny_model64: GPTModel) -> None:

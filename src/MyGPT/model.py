@@ -251,7 +251,7 @@ class GPTModel(nn.Module):
         and the files of the tokenizer if one is given. If the weights are sharded (`fully_shard`), all ranks must call this
         method: they gather one weight at a time, rank 0 writes, and all ranks return, or raise the same error, afterwards.
         """
-        write_directory(directory, self.config, self.state_dict(), tokenizer)
+        write_directory(directory, self.config, self.state_dict(keep_vars=True), tokenizer)
 
     def train(self, mode: bool = True) -> GPTModel:
         """Set training mode if `mode` is True, otherwise evaluation mode, and return the model.

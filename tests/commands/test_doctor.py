@@ -12,6 +12,7 @@ import torch
 from MyGPT import GPTConfig, TrainConfig
 from MyGPT.cli import main
 from MyGPT.commands import _findings
+from ranks import run_on_ranks
 
 RECIPE = "data: alice\nmax_steps: 3\nbatch_size: 2\ncontext_length: 8\nemb_dim: 8\nn_heads: 2\nn_layers: 1\n"
 
@@ -113,3 +114,33 @@ def test_a_part_of_a_step_is_scaled_by_its_operations(speed: float, monkeypatch:
 )
 def test_durations_are_told_as_people_do(seconds: float, text: str) -> None:
     assert _findings.duration(seconds) == text
+
+
+def test_a_process_alone_is_one_rank() -> None:
+    [finding] = _findings.find_ranks(torch.device("cpu"))
+    assert finding.text == "1 rank; this torch communicates over gloo" + (" and nccl" if has_nccl() else "")
+
+
+def has_nccl() -> bool:
+    return torch.distributed.is_nccl_available()
+
+
+def report_of_a_rank(recipe: str) -> list[str]:
+    """Return what `mygpt doctor` says about the ranks, if each all-reduce of 64 MB takes 10 ms, and about a recipe."""
+    device = torch.device("cpu")
+    measure = _findings.median_seconds
+    _findings.median_seconds = lambda work, *_: 0.01 if work() is not None else 0.0
+    ranks = list(_findings.find_ranks(device))
+    _findings.median_seconds = measure
+    return [finding.text for finding in [*ranks, _findings.find_recipe(Path(recipe), device, 1e9)]]
+
+
+@pytest.mark.torchrun
+@pytest.mark.slow
+def test_several_ranks_are_listed_and_estimate_a_recipe_together(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE.replace("batch_size: 2", "batch_size: 3"))
+    for ranks, reduced, recipe in run_on_ranks(2, report_of_a_rank, str(tmp_path / "small.yaml")):
+        assert ranks.startswith("2 ranks on 1 host: 2 on cpu of ")
+        # Of 64 MB, each of two ranks sends 2 (n - 1) / n = 1 times as much.
+        assert reduced == "64 MB over gloo in 10 ms: bus bandwidth 6.4 GB/s"
+        assert "(3 steps of " in recipe

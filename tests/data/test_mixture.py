@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from MyGPT.data.mixture import MixtureSampler, MixtureValidation, Shares, check_
 from MyGPT.data.sampler import WindowSampler
 from MyGPT.data.tokens import compact_ids
 from MyGPT.training.metrics import read_metrics
+from ranks import run_on_ranks
+from tiny_parallel import comparable_weights
 
 WEB, CODE, BOOKS = compact_ids(range(1000)), compact_ids(range(1000, 1430)), compact_ids(range(2000, 2121))
 SOURCES = {"web": WEB, "code": CODE, "books": BOOKS}
@@ -150,7 +153,7 @@ def test_a_source_that_is_too_short_is_named() -> None:
         MixtureSampler({"a": WEB, "b": WEB[:5]}, {"a": 1, "b": 1}, 10, 4)
 
 
-def make_trainer(directory: Any, **options: Any) -> Trainer:
+def make_trainer(directory: Path, **options: Any) -> Trainer:
     torch.manual_seed(1)
     model = GPTModel(GPTConfig(2121, context_length=10, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.0))
     config = TrainConfig(
@@ -161,7 +164,7 @@ def make_trainer(directory: Any, **options: Any) -> Trainer:
     return Trainer(model, config, train, val, run_dir=directory, progress=False, **options)
 
 
-def test_a_run_records_the_tokens_and_the_loss_of_each_source(tmp_path: Any) -> None:
+def test_a_run_records_the_tokens_and_the_loss_of_each_source(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
     loss = trainer.run()
     records = read_metrics(tmp_path / "run")
@@ -181,12 +184,29 @@ def test_a_run_records_the_tokens_and_the_loss_of_each_source(tmp_path: Any) -> 
     assert {"val_loss", "val_loss/web", "val_loss/code", "val_loss/books"} <= records[1].keys()
 
 
-def test_a_resumed_run_refuses_other_weights(tmp_path: Any) -> None:
+def test_a_resumed_run_refuses_other_weights(tmp_path: Path) -> None:
     make_trainer(tmp_path / "run").run()
     other = {**WEIGHTS, "books": 0.5}
     with pytest.raises(ValueError, match="data_content: the training data differ"):
         make_trainer(tmp_path / "run", resume=True, weights=other).run()
     make_trainer(tmp_path / "run", resume=True, weights=other, allow_changed="data_content").run()
+
+
+def results_on_ranks(directory: Path) -> tuple[float, dict[str, float], dict[str, Any]]:
+    trainer = make_trainer(directory)
+    return trainer.run(), trainer.scores, comparable_weights(trainer.model)
+
+
+@pytest.mark.torchrun
+@pytest.mark.slow
+def test_two_ranks_see_the_rows_and_counts_of_one(tmp_path: Path) -> None:
+    """The order of summation differs in float32, and the losses are about 7.6, whose last place is 5e-7."""
+    loss, losses, weights = results_on_ranks(tmp_path / "one")
+    for other in run_on_ranks(2, results_on_ranks, tmp_path / "two"):
+        assert other[0] == pytest.approx(loss, abs=1e-6) and other[1] == pytest.approx(losses, abs=1e-6)
+        assert max(np.abs(other[2][name] - weight).max() for name, weight in weights.items()) < 1e-6
+    counts = [[r["tokens/code"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("one", "two")]
+    assert counts[0] == counts[1] and len(counts[0]) == 3
 
 
 def test_a_source_without_validation_tokens_is_left_out_of_the_loss() -> None:

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -222,3 +225,35 @@ def test_a_thousand_large_shards_are_checked_quickly(tmp_path: Path) -> None:
         file.write(b"\x01")
     with pytest.raises(ValueError, match=r"tokens-00700\.bin is not the file"):
         open_tokens(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_training_on_20_gigabytes_needs_little_more_memory_than_on_a_short_text(tmp_path: Path) -> None:
+    """A table of the windows alone would have 10 GB. Pages of the files count, although the system can drop them: 64 MB
+    that are hashed, and one or two pages of 4 kB for each window."""
+    n_shards, size = 10, 10**9
+    large = tmp_path / "large"
+    large.mkdir()
+    sampled = hashlib.sha256(bytes(16 << 14)).hexdigest()
+    for number in range(n_shards):
+        with open(large / f"tokens-{number:05}.bin", "wb") as file:
+            file.truncate(2 * size)
+    described = [
+        {"file": path.name, "n_tokens": size, "sha256": "", "sampled_sha256": sampled} for path in large.iterdir()
+    ]
+    (large / "tokens.json").write_text(
+        json.dumps({"n_tokens": n_shards * size, "dtype": "uint16", "shards": described})
+    )
+    write_data_set(tmp_path / "small", IDS, [40])
+    peaks = {}
+    for name, val_fraction in (("small", 0.2), ("large", 1e-6)):
+        LETTERS.save(tmp_path / name)
+        options = f"--data {name} --val_fraction {val_fraction} --order shuffled --max_steps 20 --batch_size 64 --out {name}-run"
+        options += " --context_length 8 --emb_dim 8 --n_heads 2 --n_layers 1 --sample_every 0 --device cpu"
+        code = f"from MyGPT.cli import main; assert main('train {options}'.split()) == 0; print(open('/proc/self/status').read())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        found = re.search(r"VmHWM:\s*(\d+) kB", done.stdout)
+        assert found is not None
+        peaks[name] = int(found[1]) / 1000
+    assert peaks["large"] < peaks["small"] + 120, peaks

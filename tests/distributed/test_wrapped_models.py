@@ -78,12 +78,12 @@ def by_labels(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def largest_difference(model: nn.Module, plain: nn.Module, loss_of: Loss, n_steps: int = 2) -> float:
+def largest_difference(model: nn.Module, plain: nn.Module, loss_of: Loss, n_steps: int = 1) -> float:
     """Return the largest difference between the losses and gradients of a wrapped model on all ranks and a plain model."""
     inputs, targets = batch()
     count = (targets != -100).sum()
     difference = 0.0
-    for _ in range(n_steps):  # static_graph=True learns the graph in the first step
+    for _ in range(n_steps):
         model.zero_grad()
         plain.zero_grad()
         expected = loss_of(plain, inputs, targets) / count
@@ -210,9 +210,10 @@ def differences(directory: Path) -> dict[tuple[str, str, str], float]:
     }
     found = {}
     for kind, wrap, losses in CASES:
-        wrapped = wrap(copy.deepcopy(models[kind]))
         for loss_of in losses:
-            difference = largest_difference(wrapped, copy.deepcopy(models[kind]), loss_of)
+            wrapped = wrap(copy.deepcopy(models[kind]))
+            n_steps = 2 if wrap is static else 1  # static_graph=True learns the graph in the first step
+            difference = largest_difference(wrapped, copy.deepcopy(models[kind]), loss_of, n_steps)
             found[kind, wrap.__name__, loss_of.__name__] = difference
     # bf16 has 8 bits: gradients up to 1 differ by up to 2**-8.
     rounded = largest_difference(
@@ -226,7 +227,7 @@ def differences(directory: Path) -> dict[tuple[str, str, str], float]:
 def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     torch.manual_seed(1)
     GPTModel(CONFIG).save_pretrained(tmp_path)
-    for found in run_on_ranks(2, differences, tmp_path):
+    for found in run_on_ranks(2, differences, tmp_path, seconds=180):
         assert len(found) == sum(len(losses) for _, _, losses in CASES)
         assert max(found.values()) < TOLERANCE, found
 
@@ -308,7 +309,7 @@ def check_adapter(plain: GPTModel, directory: Path) -> None:
     model = adapted(copy.deepcopy(plain))
     alone = KeptAdapter(copy.deepcopy(model), "base", ALPACA)
     alone.save(directory / f"plain-{dist.get_rank()}")
-    sharded(model.get_base_model())
+    sharded_whole(model.get_base_model())  # all parameters are whole after a forward pass
     kept = KeptAdapter(model, "base", ALPACA)
     place = kept.save(directory)
     assert contents(place) == contents(directory / f"plain-{dist.get_rank()}" / "adapter")
@@ -335,8 +336,9 @@ def check_drawing() -> None:
         plain = GPTModel(config)
         assert has_weights_of(model, plain)
         assert largest_difference(model, plain, by_token_loss) < TOLERANCE
+    model(batch()[0])  # some parameters are whole after a forward pass
     torch.manual_seed(6)
-    model.reset_parameters()  # after a forward pass
+    model.reset_parameters()
     torch.manual_seed(6)
     assert has_weights_of(model, GPTModel(config))
 
@@ -379,4 +381,4 @@ def checks(directory: Path) -> None:
 
 @pytest.mark.torchrun
 def test_a_sharded_model_generates_saves_draws_and_loads_like_a_plain_one(tmp_path: Path) -> None:
-    run_on_ranks(2, checks, tmp_path)
+    run_on_ranks(2, checks, tmp_path, seconds=180)

@@ -1,4 +1,8 @@
-"""The checks of `mygpt doctor`: packages, speed, free space, and the training time of each recipe (YAML file of options)."""
+"""The checks of `mygpt doctor`: packages, speed, free space, and the training time of each recipe (YAML file of options).
+
+Under torchrun, all ranks (processes) make the same calls, because they communicate and train together. Only rank 0
+checks what does not depend on the others, such as the packages.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from MyGPT import ranks
 from MyGPT.commands._memory import step_memory
 from MyGPT.commands._recipe import read_plan
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
@@ -39,6 +46,8 @@ OPTIONAL = {
     "tensorboard": ("--tensorboard", "tensorboard"),
 }
 """For each optional package: what needs the package, and the extra of MyGPT that installs it, as in mygpt[plots]."""
+ALL_REDUCE_BYTES = 64_000_000
+"""The size of the tensor with which the all-reduce bandwidth is measured. Smaller tensors measure the latency."""
 
 
 class Finding(NamedTuple):
@@ -54,19 +63,22 @@ def examine(device: torch.device, recipes: Path) -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", torch.__version__)
     yield find_device(device)
+    yield from find_ranks(device)
     yield find_threads(device)
     speeds = {name: matmul_speed(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     is_emulated = speeds["bfloat16"] < speeds["float32"]
     rates = ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds.items())
     yield Finding("matrix products", f"{rates}{' (here bfloat16 saves only memory)' if is_emulated else ''}")
-    yield find_compiler(device)
-    yield find_vocabulary()
-    yield find_weights()
-    yield from find_packages()
+    if ranks.rank() == 0:
+        yield find_compiler(device)
+        yield find_vocabulary()
+        yield find_weights()
+        yield from find_packages()
     free = free_memory(device)
     unknown = "this system does not report its free memory"
     yield Finding("memory", unknown if free is None else f"{free / 1e9:.1f} GB free")
-    yield find_disk()
+    if ranks.rank() == 0:
+        yield find_disk()
     yield from find_recipes(recipes, device, speeds["float32"])
 
 
@@ -81,6 +93,45 @@ def find_device(device: torch.device) -> Finding:
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         fix = "torch cannot use the NVIDIA driver of this machine: install torch for CUDA (see pytorch.org)"
     return Finding("device", f"cpu: {torch.backends.cpu.get_cpu_capability()}; no GPU that torch can use", fix)
+
+
+def find_ranks(device: torch.device) -> Iterator[Finding]:
+    """Report the ranks that torchrun has started, and how fast they add up a tensor on `device`.
+
+    The bus bandwidth (as NCCL's tests define it) is the speed of the connections between ranks that this result needs,
+    whatever the number of ranks: each rank sends 2(n - 1)/n times the size of the tensor.
+    """
+    backends = [name for name in ("gloo", "nccl", "xccl", "mpi") if dist.is_available() and _has_backend(name)]
+    has = f"this torch communicates over {' and '.join(backends)}" if backends else "this torch cannot communicate"
+    n = ranks.world_size()
+    if n == 1:
+        fix = None
+        if device.type == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
+            fix = f"one of {n_gpus} GPUs is used: train with --nproc {n_gpus}"
+        yield Finding("ranks", f"1 rank; {has}", fix)
+        return
+    places: list[tuple[str, str]] = [("", "")] * n
+    dist.all_gather_object(places, (socket.gethostname(), _device_name(device)))
+    hosts = list(dict.fromkeys(host for host, _ in places))
+    names = ", ".join(f"{places.count(place)} on {place[1]} of {place[0]}" for place in dict.fromkeys(places))
+    yield Finding("ranks", f"{n} ranks on {len(hosts)} host{'s' if len(hosts) > 1 else ''}: {names}; {has}")
+    tensor = torch.zeros(ALL_REDUCE_BYTES // 4, device=device)
+    seconds = median_seconds(lambda: ranks.sum_over_ranks(tensor), device, 5)
+    speed = 2 * (n - 1) / n * ALL_REDUCE_BYTES / seconds
+    backend = dist.get_backend(dist.group.WORLD) if device.type == "cpu" else "nccl"
+    text = (
+        f"{ALL_REDUCE_BYTES / 1e6:.0f} MB over {backend} in {duration(seconds)}: bus bandwidth {speed / 1e9:.2g} GB/s"
+    )
+    yield Finding("all-reduce", text)
+
+
+def _has_backend(name: str) -> bool:
+    return bool(getattr(dist, f"is_{name}_available", lambda: False)())
+
+
+def _device_name(device: torch.device) -> str:
+    """Return the type of the device, for a GPU with its model."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def find_threads(device: torch.device) -> Finding:
@@ -182,12 +233,19 @@ def find_recipe(file: Path, device: torch.device, flops_per_second: float) -> Fi
     if training is None:
         return Finding(label, "describes only a model")
     bf16 = autocast_dtype(device, training.precision, config.emb_dim) is not None
-    needed, free = step_memory(config, training, bf16, device.type).peak, free_memory(device)
+    n = ranks.world_size()
+    try:
+        needed = step_memory(config, training, bf16, device.type, n).peak
+    except ValueError as error:
+        return Finding(label, f"does not fit the number of ranks: {error_message(error)}", f"correct {file}")
+    free = ranks.broadcast(free_memory(device))  # All ranks must take the same decision.
+    if free is not None and device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # All ranks of a machine share its memory.
     text = f"{needed / 1e9:.1f} GB"
     if free is not None and needed > free:
         fix = "use a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
         return Finding(label, f"a step needs {text}, but only {free / 1e9:.1f} GB are free", fix)
-    step, whole = training_seconds(config, training, device, flops_per_second)
+    step, whole = training_seconds(config, training, device, ranks.broadcast(flops_per_second))
     at_most = "at most " if training.early_stop else ""
     text = f"{at_most}{duration(whole)} ({training.max_steps:,} steps of {duration(step)}), {text}"
     return Finding(label, text, missing_data(recipe.get("data", "alice")))
@@ -199,20 +257,23 @@ def training_seconds(
     """Return the estimated seconds of one training step, and of the whole run with its evaluations.
 
     The estimate uses a few training steps on random tokens and `flops_per_second`, the measured speed of matrix products.
-    The time to read the text, generate sample texts, compile and write files is not included.
+    Several ranks take these steps together. The time to read the text, generate sample texts, compile and write files is
+    not included.
     """
+    n = ranks.world_size()
     plain = dataclasses.replace(training, micro_batch_size=None, warmup_steps=0, compile=False, tensorboard=False)
 
     def measure_step(part: GPTConfig, batch_size: int) -> float:
-        tried = dataclasses.replace(plain, batch_size=batch_size)
-        ids = torch.randint(config.vocab_size, (2 * config.context_length * batch_size + 1,)).numpy()
+        tried = dataclasses.replace(plain, batch_size=n * batch_size)
+        ids = torch.randint(config.vocab_size, (2 * config.context_length * n * batch_size + 1,)).numpy()
         with Trainer(GPTModel(part), tried, ids, device=device, progress=False) as trainer:
             return median_seconds(trainer.step, device, 3)
 
-    micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    n_rows = -(-training.batch_size // n)  # of each rank
+    micro = min(training.micro_batch_size or n_rows, n_rows)
     sequence = estimate_step_seconds(config, micro, measure_step, flops_per_second) / micro
-    step = sequence * training.batch_size
-    evaluation = sequence * training.eval_windows / 3  # without the backward pass
+    step = sequence * n_rows
+    evaluation = sequence * training.eval_windows / n / 3  # without the backward pass
     return step, training.max_steps * step + training.max_steps // training.eval_every * evaluation
 
 

@@ -27,20 +27,30 @@ ADVICE = {
 """Advice that reduces the memory that a command needs, by the name of the command."""
 
 
-def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str) -> TrainingMemory:
-    """Return the memory in bytes for a training step on `device` ("cuda" or "cpu"), with bfloat16 arithmetic if `bf16`."""
+def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: str, n_ranks: int = 1) -> TrainingMemory:
+    """Return the memory of a training step on `device` ("cuda" or "cpu"), in bytes, with bfloat16 arithmetic if `bf16`.
+
+    Of n_ranks ranks, the result counts the one with most sequences. Raises ValueError if `training` does not fit n_ranks.
+    """
     from MyGPT.costs import training_memory
 
-    n_sequences = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    n_rows, n_sequences = rows_per_rank(training, n_ranks)
     return training_memory(
         config,
         n_sequences,
         bf16=bf16,
         optimizer=training.optimizer,
         gradient_checkpointing=training.gradient_checkpointing,
-        accumulates=n_sequences < training.batch_size,
+        accumulates=n_sequences < n_rows,
         device=device,
+        shard_size=training.shard_size_on(n_ranks),
     )
+
+
+def rows_per_rank(training: TrainConfig, n_ranks: int) -> tuple[int, int]:
+    """Return the sequences of the rank with most of them: per step, and per forward pass."""
+    n_rows = -(-training.batch_size // n_ranks)
+    return n_rows, min(training.micro_batch_size or n_rows, n_rows)
 
 
 def require_memory(n_bytes: int) -> None:

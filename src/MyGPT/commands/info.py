@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from MyGPT.commands._memory import step_memory
+from MyGPT.commands._memory import rows_per_rank, step_memory
 from MyGPT.commands._recipe import read_plan
-from MyGPT.config import GPT2_CONFIGS, GPTConfig
+from MyGPT.config import GPT2_CONFIGS, GPTConfig, require_positive
 from MyGPT.messages import error_message
-from MyGPT.training.config import TrainConfig
+from MyGPT.training.config import Parallel, TrainConfig
 
 if TYPE_CHECKING:
     from MyGPT.opening import ModelFiles
 
 Row = tuple[str, str]
 Unit = tuple[str, int]
-ONE_SEQUENCE = TrainConfig(batch_size=1)
 PRECISIONS = ("fp32", "bf16")
 """The precisions for which memory is shown. Even in bf16, training keeps weights, gradients and optimizer state in fp32."""
 PURPOSES = {
@@ -30,42 +31,63 @@ PURPOSES = {
     "logits": "logits, head's gradient",
     "tying": "gradients of tied head",
     "copies": "bf16 copies of weights",
+    "gathered": "gathered weights",
+    "reducing": "gradients to be summed",
 }
 """The purposes of memory in the order in which they are shown, with their labels; {} is replaced by the number of tokens."""
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
 
 
-def info(*models: str) -> None:
+def info(*models: str, ranks: int = 1, parallel: Parallel | None = None, shard_size: int | None = None) -> None:
     """Show the size and cost of models: parameters, operations per token and memory.
 
     A model is a released size (124M or gpt2, 355M, 774M, 1558M), a YAML file with the options of a model or of training, or
     a checkpoint. A checkpoint is the directory of a run, of a model or of OpenAI's files, or a file that was written by
     nanoGPT, by the book's code or in the safetensors format.
 
-    Example:
+    A training step is shown for one rank (a process with its own GPU), and what the rank sends to the others. A recipe
+    sets the batch and the optimizer. Without a recipe, each rank computes one sequence.
+
+    Examples:
         mygpt info gpt2 runs/book configs/gpt2_small.yaml
+        mygpt info 1558M --ranks 8 --parallel fsdp
 
     Args:
         models: Names or paths of the models.
+        ranks: Number of ranks that train together.
+        parallel: How the ranks train together: ddp copies the weights to each rank, fsdp divides them. Default: as in the
+            recipe, or else ddp on several ranks.
+        shard_size: Number of ranks that divide one copy of the weights with --parallel fsdp. Default: as in the recipe,
+            or else all.
     """
-    print("\n\n".join(explain(name) for name in models))
+    require_positive(ranks=ranks)
+    options = {"parallel": parallel, "shard_size": shard_size}
+    given = {name: value for name, value in options.items() if value is not None}
+    print("\n\n".join(explain(name, ranks, given) for name in models))
 
 
-def explain(name: str) -> str:
-    """Return the report of `mygpt info` on the released model, checkpoint or YAML file with this name or path."""
+def explain(name: str, n_ranks: int = 1, options: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the report of `mygpt info` on the released model, checkpoint or YAML file with this name or path.
+
+    `options` are fields of TrainConfig that replace those of a recipe.
+    """
+    one_sequence = TrainConfig(batch_size=n_ranks, **options)
+    one_sequence.shard_size_on(n_ranks)  # checks the options before a checkpoint is read
     if name.endswith((".yaml", ".yml")):
         config, training, _ = read_plan(name)
-        return describe(name, config, training=training or ONE_SEQUENCE)
+        if training is not None:
+            training = dataclasses.replace(training, **options)
+        return describe(name, config, (), training or one_sequence, n_ranks)
     from MyGPT.files import reading
     from MyGPT.weights.formats import find_format
 
     if name in GPT2_CONFIGS and find_format(Path(name)) is None:
-        return describe(name, GPT2_CONFIGS[name])
+        return describe(name, GPT2_CONFIGS[name], (), one_sequence, n_ranks)
     with reading(name):
-        return _describe_files(name)
+        return _describe_files(name, one_sequence, n_ranks)
 
 
-def _describe_files(name: str) -> str:
+def _describe_files(name: str, training: TrainConfig, n_ranks: int) -> str:
     """Return the report on the model or adapter at the path `name`, or on a downloaded model with this name."""
     from MyGPT.opening import find_model_files
     from MyGPT.weights.formats import open_checkpoint
@@ -94,7 +116,7 @@ def _describe_files(name: str) -> str:
     if files.adapter is not None:
         config = adapted_config(config, files.adapter)
     rows.append(("tokenizer", tokenizer_source(files, config.vocab_size)))
-    return describe(name, config, rows)
+    return describe(name, config, rows, training, n_ranks)
 
 
 def tokenizer_source(files: ModelFiles, vocab_size: int) -> str:
@@ -105,10 +127,11 @@ def tokenizer_source(files: ModelFiles, vocab_size: int) -> str:
         return f"none: {error_message(error)}"
 
 
-def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: TrainConfig = ONE_SEQUENCE) -> str:
+def describe(name: str, config: GPTConfig, rows: Sequence[Row], training: TrainConfig, n_ranks: int) -> str:
     """Return a table of a model's size, its FLOPs per token, and the memory for generation and for a training step.
 
-    `rows` are labels and values to show first. `training` sets the batch size and the optimizer of the training step.
+    `rows` are labels and values to show first. `training` sets the batch size and the optimizer of the training step,
+    in which n_ranks ranks take part.
     """
     import torch
 
@@ -132,18 +155,48 @@ def describe(name: str, config: GPTConfig, rows: Sequence[Row] = (), training: T
     text.append(("  KV cache per token", "".join(f"{_bytes(cache_bytes(config, width)):>13}" for width in widths)))
     generation = [generation_memory(config, width) for width in widths]
     on_gpu, on_cpu = (
-        [step_memory(config, training, precision == "bf16", device) for precision in PRECISIONS]
+        [step_memory(config, training, precision == "bf16", device, n_ranks) for precision in PRECISIONS]
         for device in ("cuda", "cpu")
     )
     unit = _unit(min(sum(parts.values()) for parts in generation))
     text += memory_rows("generation", generation, unit, f"{context:,} tokens")
-    shape = f"{training.micro_batch_size or training.batch_size} x {context:,}"
+    shape = f"{rows_per_rank(training, n_ranks)[1]} x {context:,}"
     more = [step.peak for step in on_cpu] if config.drop_rate else None
-    text += memory_rows("training step", [step.at_peak() for step in on_gpu], unit, shape, more)
+    size = training.shard_size_on(n_ranks)
+    shared = "" if size is None else f", each of {n_ranks} ranks" + (f", weights divided by {size}" if size > 1 else "")
+    text += memory_rows(f"training step{shared}", [step.at_peak() for step in on_gpu], unit, shape, more)
     text.append(("", "when a step needs most: the backward pass frees activations while it makes gradients"))
+    if size is not None and n_ranks > 1:
+        text += communication_rows(config, training, n_ranks, size, unit)
     if config.drop_rate:
         text.append(("", f"on a CPU, dropout {config.drop_rate:g} stores all attention weights; drop_rate 0 does not"))
     return "\n".join([name, *(f"  {label:<28} {value}".rstrip() for label, value in text)])
+
+
+def communication_rows(
+    config: GPTConfig, training: TrainConfig, n_ranks: int, shard_size: int, unit: Unit
+) -> list[Row]:
+    """Return a table of the bytes that a rank sends to others in a training step, for each of PRECISIONS."""
+    from MyGPT.costs import communication
+
+    n_rows, n_sequences = rows_per_rank(training, n_ranks)
+    columns = [
+        communication(
+            config,
+            n_ranks,
+            shard_size,
+            n_micro_batches=-(-n_rows // n_sequences),
+            bf16=precision == "bf16",
+            optimizer=training.optimizer,
+        )
+        for precision in PRECISIONS
+    ]
+    rows = [("  sent per step, each rank", "")]
+    for operation in columns[0]:
+        numbers = [column[operation] for column in columns]
+        if any(numbers):
+            rows.append((f"    {operation}", "".join(f"{f'{round(n / unit[1]):,} {unit[0]}':>13}" for n in numbers)))
+    return rows
 
 
 def memory_rows(

@@ -22,7 +22,7 @@ from MyGPT.config import require_positive
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_directory, read_json
 from MyGPT.model import GPTModel
-from MyGPT.ranks import is_sharded, on_first_rank, reshard, whole
+from MyGPT.ranks import is_sharded, on_first_rank, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -211,7 +211,6 @@ class KeptAdapter:
     def restore(self, run_dir: Path) -> None:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-        reshard(self.peft_model)
         set_peft_model_state_dict(self.peft_model, load_peft_weights(str(self.place(run_dir)), device="cpu"))
 
 

@@ -135,3 +135,18 @@ class TrainConfig:
             raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}, got {self.parallel!r}")
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(f"shard_size={self.shard_size} needs parallel: fsdp, got parallel: {self.parallel}")
+
+    def shard_size_on(self, n_ranks: int) -> int | None:
+        """Return the number of ranks that divide one copy of the weights, or None if the model is not distributed.
+
+        Raises ValueError if the options do not fit n_ranks ranks.
+        """
+        parallel = self.parallel or ("ddp" if n_ranks > 1 else "none")
+        if parallel == "none":
+            if n_ranks > 1:
+                raise ValueError(f"parallel must be ddp or fsdp on {n_ranks} ranks, got none")
+            return None
+        size = 1 if parallel == "ddp" else self.shard_size or n_ranks
+        if n_ranks % size:
+            raise ValueError(f"shard_size must divide the number of ranks, which is {n_ranks}, got {size}")
+        return size

@@ -26,16 +26,7 @@ def shard_size_of(config: TrainConfig) -> int | None:
 
     Raises ValueError if `config` does not fit the number of ranks.
     """
-    n = ranks.world_size()
-    parallel = config.parallel or ("ddp" if n > 1 else "none")
-    if parallel == "none":
-        if n > 1:
-            raise ValueError(f"parallel must be ddp or fsdp on {n} ranks, got none")
-        return None
-    size = 1 if parallel == "ddp" else config.shard_size or n
-    if n % size:
-        raise ValueError(f"shard_size must divide the number of ranks, which is {n}, got {size}")
-    return size
+    return config.shard_size_on(ranks.world_size())
 
 
 def distribute(

@@ -226,7 +226,9 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 
     Matrices are transposed to (in, out), a tied output head is left out, and missing qkv biases are added as zeros.
     """
-    ours = {name: LazyTensor.of(tensor.detach()) for name, tensor in state_dict.items()}
+    # A tensor with two names becomes one lazy tensor, so that sharded weights are not gathered twice to compare them.
+    lazy = {id(tensor): LazyTensor.of(tensor.detach()) for tensor in state_dict.values()}
+    ours = {name: lazy[id(tensor)] for name, tensor in state_dict.items()}
     if config.tie_weights:
         if not ours[HEAD].equals(ours[WTE]):
             way_out = "set model.config = dataclasses.replace(model.config, tie_weights=False)"
