@@ -49,7 +49,7 @@ def prepare(
         scheduler: Address of a dask scheduler, such as tcp://10.0.0.1:8786. Its workers encode the text, in place of
             processes on this machine. They need the same paths and the same versions of Python and mygpt.
         shard_mb: Megabytes of text files in a shard, about. Default: a 64th of all files, from 8 to 256. Compressed files,
-            tables and JSON arrays are not divided.
+            Parquet files, tables and JSON arrays are not divided.
         overwrite: Replace a data set that is already in the directory, and discard the unfinished work of a command with
             other files or options.
     """
