@@ -86,7 +86,8 @@ def tasks(place: Path, address: str) -> dict[str, Task]:
         return lambda out: [*finetune_command(place, out, *options), "--resume", "auto"]
 
     def preparing(out: Path) -> list[str]:
-        return ["prepare", str(long), "--out", str(out), *"--tokenizer chars --workers 2 --overwrite true".split()]
+        options = "--tokenizer chars --workers 2 --shard_mb 0.1 --overwrite true"
+        return ["prepare", str(long), "--out", str(out), *options.split()]
 
     def downloading(out: Path) -> list[str]:
         return ["download", SIZE, "--out", str(out), "--base_url", address]

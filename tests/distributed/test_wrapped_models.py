@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from MyGPT import GPTConfig, GPTModel, generate, load_weights_into_gpt
+from MyGPT import GPTConfig, GPTModel, accelerate, generate, load_weights_into_gpt
 from MyGPT.data.templates import ALPACA
 from MyGPT.finetuning.lora import KeptAdapter, add_lora
 from MyGPT.weights.formats import huggingface
@@ -245,6 +245,9 @@ def check_generation(plain: GPTModel) -> None:
     for use_cache in (True, False):  # past the context of 16 tokens
         options = {"temperature": 1.0, "seed": 3, "use_cache": use_cache}
         assert torch.equal(generate(model, ids, 14, **options), generate(plain, ids, 14, **options))
+    model.reshard()
+    with pytest.raises(ValueError, match="is sharded: save the model and open it again"):
+        accelerate(model)
     narrow, cache = sharded_in_bf16(copy.deepcopy(plain)), plain.new_cache(2)
     with torch.no_grad():
         narrow(ids, cache=cache)

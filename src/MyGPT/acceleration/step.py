@@ -21,6 +21,7 @@ from MyGPT.config import Precision
 from MyGPT.loss import TiedHead
 from MyGPT.messages import error_message
 from MyGPT.model import Block, GPTModel
+from MyGPT.ranks import is_sharded
 from MyGPT.sampling import require_finite
 
 MAX_KERNEL_TOKENS = 32
@@ -76,6 +77,8 @@ def _check_model(model: GPTModel, precision: str) -> None:
         if name.endswith(names) and type(module) not in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead):
             raise ValueError(f"{name} is a {type(module).__name__}, not GPT-2's own layer: merge an adapter first")
     for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"accelerate takes a whole model, but {name} is sharded: save the model and open it again")
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
                 "accelerate takes a model on the CPU, in float32, bfloat16 or float16; "

@@ -36,8 +36,8 @@ def evaluate(
 
     Args:
         data: Text files (.txt), or files of records with a text (.jsonl, .ndjson, .json or .csv), optionally compressed
-            as .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare
-            (downloaded).
+            as .gz or .zst, Parquet files (.parquet), patterns such as 'texts/*.txt', or one of the names alice (built in)
+            and tinyshakespeare (downloaded).
         protocol: The paper's protocol for this data set. Default: measure the text unchanged.
         stride: Number of tokens between the starts of two windows. A smaller stride gives each token more context and takes
             longer. Default: the context length, so windows do not overlap.

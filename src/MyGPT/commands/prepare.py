@@ -40,8 +40,8 @@ def prepare(
 
     Args:
         files: Text files (.txt), or files of records with a text (.jsonl, .ndjson, .json or .csv), optionally compressed
-            as .gz, patterns such as 'texts/*.txt', or one of the names alice (built in) and tinyshakespeare
-            (downloaded).
+            as .gz or .zst, Parquet files (.parquet), patterns such as 'texts/*.txt', or one of the names alice (built in)
+            and tinyshakespeare (downloaded).
         out: Directory for the tokens.
         tokenizer: The tokenizer: gpt2; chars, words or bpe, which are learned from the text; or a directory with a tokenizer.
         text_key: The key of the text in each record of a JSON file, or the column of the text in a table.
@@ -49,7 +49,7 @@ def prepare(
         scheduler: Address of a dask scheduler, such as tcp://10.0.0.1:8786. Its workers encode the text, in place of
             processes on this machine. They need the same paths and the same versions of Python and mygpt.
         shard_mb: Megabytes of text files in a shard, about. Default: a 64th of all files, from 8 to 256. Compressed files,
-            tables and JSON arrays are not divided.
+            Parquet files, tables and JSON arrays are not divided.
         overwrite: Replace a data set that is already in the directory, and discard the unfinished work of a command with
             other files or options.
     """

@@ -37,9 +37,10 @@ class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] | dict[str, float] = "alice"
-    """Text files (.txt), or records with a text (.jsonl, .ndjson, .json, .csv), also compressed as .gz,
-    patterns such as 'texts/*.txt', a directory made by mygpt prepare, alice (built in) or tinyshakespeare
-    (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the training tokens from web, and 20% from code."""
+    """Text files (.txt), or records with a text (.jsonl, .ndjson, .json, .csv), also compressed as .gz or .zst, Parquet
+    files (.parquet), patterns such as 'texts/*.txt', a directory made by mygpt prepare, token files of datatrove (.ds),
+    alice (built in) or tinyshakespeare (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the training
+    tokens from web, and 20% from code."""
     tokenizer: str = "chars"
     """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
     chars cannot be fine-tuned on answers, because chars has no end-of-text token."""
@@ -136,37 +137,45 @@ def load_sources(
 
     Each source is a directory made by mygpt prepare, or one or several text files as `find_files` finds them. If there is a
     prepared directory, its tokenizer also encodes the text files. Otherwise they are tokenized with the tokenizer named
-    `tokenizer`, which learns from the texts of all sources; bpe learns `tokenizer_size` tokens.
+    `tokenizer`, which learns from the texts of all sources; bpe learns `tokenizer_size` tokens. A source may also be token
+    files of datatrove, whose tokenizer is GPT-2's or the directory `tokenizer` (see data/datatrove.py).
 
     Raises:
-        ValueError: two directories were prepared with different tokenizers, a file belongs to two sources, or there is no
-            text.
+        ValueError: two sources were prepared with different tokenizers, a file belongs to two sources, or there is no text.
     """
+    from MyGPT.data.datatrove import find_token_files, open_token_files
     from MyGPT.data.prepare import tokenize
     from MyGPT.data.sources import find_files, read_documents
     from MyGPT.data.tokens import is_prepared, open_tokens
     from MyGPT.tokenizers import check_tokenizer, make_tokenizer
 
     prepared = {name: data for name, data in sources.items() if isinstance(data, str) and is_prepared(data)}
-    if not prepared:
+    written = {
+        name: open_token_files(paths, tokenizer) for name, data in sources.items() if (paths := find_token_files(data))
+    }
+    if not prepared and not written:
         check_tokenizer(tokenizer, tokenizer_size)
     report = partial(print, file=sys.stderr)
-    files = {name: find_files(data, report) for name, data in sources.items() if name not in prepared}
+    files = {name: find_files(data, report) for name, data in sources.items() if name not in {*prepared, *written}}
     all_files = [path for paths in files.values() for path in paths]
     if files:
         find_files(map(os.fspath, all_files), report=_refuse_shared)
-    if prepared:
-        coder = _common_tokenizer(list(prepared.values()))
+    if prepared or written:
+        coders = [_common_tokenizer(list(prepared.values()))] if prepared else []
+        coders += [coder for _, coder in written.values()]
+        coder = coders[0]
+        if any(other is not coder and other.to_json() != coder.to_json() for other in coders):
+            raise ValueError(f"{', '.join([*prepared, *written])} were prepared with different tokenizers")
         if files:
-            report(f"{', '.join(files)}: encoded with the tokenizer of {next(iter(prepared))}")
+            report(f"{', '.join(files)}: encoded with the tokenizer of {next(iter({**prepared, **written}))}")
     else:
         if not any(next(read_documents([file]), "") for file in all_files):
             raise ValueError(f"the files hold no text: {', '.join(map(str, all_files))}")
         coder = make_tokenizer(tokenizer, read_documents(all_files), tokenizer_size)
-    ids = {
-        name: open_tokens(prepared[name])[0] if name in prepared else tokenize(files[name], coder) for name in sources
-    }
-    return ids, coder
+    ids: dict[str, Tokens] = {name: tokens for name, (tokens, _) in written.items()}
+    ids |= {name: open_tokens(directory)[0] for name, directory in prepared.items()}
+    ids |= {name: tokenize(paths, coder) for name, paths in files.items()}
+    return {name: ids[name] for name in sources}, coder
 
 
 def _common_tokenizer(directories: Sequence[str]) -> Tokenizer:

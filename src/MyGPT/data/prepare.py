@@ -60,7 +60,7 @@ from MyGPT.files import (
 from MyGPT.progress import progress_bar
 from MyGPT.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 19
 """Smallest number of characters that are encoded in one call. The last batch of a shard may be smaller."""
 _VERSION = 1
 """Part of the key of each shard. A new number makes the unfinished work of earlier versions invalid."""

@@ -26,7 +26,7 @@ from MyGPT.files import decode_text, parse_json, refuse_binary
 from MyGPT.messages import did_you_mean, near_path, quote
 from MyGPT.tokenizers.base import refuse_surrogates
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20
 """Number of bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
 """Maximum number of characters between two spaces of a text file, and of bytes in a line of JSON. Such a
@@ -185,7 +185,7 @@ def cut_near(path: Path, position: int) -> int | None:
     to its end or in the next `MAX_STRETCH` characters, which no valid file has.
     """
     kind = format_of(path)
-    if kind in ("table", "parquet") or is_compressed(path):
+    if kind not in ("text", "lines", "json") or is_compressed(path):
         return None
     with open(path, "rb") as file:
         if kind == "json" and not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
@@ -198,6 +198,15 @@ _TOKEN_END_BYTES = re.compile(rb"[!-~\x80-\xff](?=[ \n\r])")
 _SEARCH_BYTES = 1 << 16
 
 
+def _token_ends(data: bytes, start: int = 0) -> Iterator[int]:
+    """Yield the positions after `start` in UTF-8 bytes where a token ends."""
+    for match in _TOKEN_END_BYTES.finditer(data, start):
+        end = match.end()
+        character = data[max(end - 4, 0) : end].decode("utf-8", "ignore")[-1:]  # It has at most four bytes.
+        if character and not character.isspace():
+            yield end
+
+
 def _text_end(file: IO[bytes], position: int) -> int | None:
     """Return the first end of a token in a text file at the byte `position` or later, or None.
 
@@ -208,10 +217,8 @@ def _text_end(file: IO[bytes], position: int) -> int | None:
     file.seek(start)
     block = file.read(_SEARCH_BYTES)
     while block and start < position + 4 * MAX_STRETCH:
-        for match in _TOKEN_END_BYTES.finditer(block):
-            end = match.end()
-            character = block[max(end - 4, 0) : end].decode("utf-8", "ignore")[-1:]
-            if start + end >= position and character and not character.isspace():
+        for end in _token_ends(block):
+            if start + end >= position:
                 return start + end if _has_visible_text(file, start + end) else None
         if len(block) <= 4:
             break
@@ -252,33 +259,45 @@ def _read_text(file: IO[bytes], path: Path, start: int = 0, ends_document: bool 
 
     `file` may also be a part of the text that begins at byte `start`. Unless it is the last part, `ends_document` is False.
     """
-    # Only the first character of a file is a byte order mark.
-    encoding = "utf-8" if start else "utf-8-sig"
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
-    pending, offset, n_characters = "", start, 0
-    while True:
-        block = file.read(BLOCK_BYTES)
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            position, byte = offset + len(block) - len(error.object) + error.start, error.object[error.start]
-            raise ValueError(f"{path} is not UTF-8 text: byte {position} is 0x{byte:02x}") from None
-        refuse_binary(block, path, offset)
-        offset += len(block)
-        pending += text
-        n_characters += len(text)
-        if not block:
-            break
-        ends = [match.end() for match in TOKEN_END.finditer(pending, max(0, len(pending) - 10_000))]
-        if ends and pending[ends[-1] :].isspace():
-            ends.pop()  # so that the last piece shows whether the document ends with <|endoftext|>
-        if ends:
-            yield Piece(pending[: ends[-1]], False)
-            pending = pending[ends[-1] :]
-        elif len(pending) > MAX_STRETCH:
+    # Text is cut before it is decoded, because characters above U+FFFF make a whole string four times as large.
+    pending = file.read(len(codecs.BOM_UTF8))
+    if start == 0 and pending == codecs.BOM_UTF8:  # Only the first character of a file is a byte order mark.
+        start, pending = len(pending), b""
+    while block := file.read(BLOCK_BYTES):
+        pending += block
+        if end := _last_cut(pending):
+            yield Piece(_decoded(pending[:end], path, start), False)
+            start, pending = start + end, pending[end:]
+        elif len(pending) > MAX_STRETCH and len(_decoded(pending, path, start, is_complete=False)) > MAX_STRETCH:
             raise ValueError(f"{path} has more than {MAX_STRETCH:,} characters without a space, which no text file has")
-    if n_characters:
-        yield Piece(pending, ends_document)
+    if pending:
+        yield Piece(_decoded(pending, path, start), ends_document)
+
+
+def _last_cut(data: bytes) -> int | None:
+    """Return the last position in UTF-8 bytes where a token ends and visible text follows, or None.
+
+    The last piece of a document must have visible text, because it shows whether the document ends with `<|endoftext|>`.
+    """
+    for reach in (1_000, 1_000_000):
+        for end in reversed(list(_token_ends(data, max(0, len(data) - reach)))):
+            if data[end:].decode("utf-8", "ignore").strip():
+                return end
+    return None
+
+
+def _decoded(data: bytes, path: Path, start: int, is_complete: bool = True) -> str:
+    """Return UTF-8 bytes, which begin at byte `start` of a file, as text with `\\n` line ends.
+
+    With is_complete=False, a part of a character at the end is ignored. Raises ValueError for a binary file.
+    """
+    try:
+        text = codecs.utf_8_decode(data, "strict", is_complete)[0]
+    except UnicodeDecodeError as error:
+        position, byte = start + error.start, data[error.start]
+        raise ValueError(f"{path} is not UTF-8 text: byte {position} is 0x{byte:02x}") from None
+    refuse_binary(data, path, start)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if b"\r" in data else text
 
 
 def _read_records(file: Any, path: Path, text_key: str, may_be_array: bool = True) -> Iterator[Piece]:

@@ -299,6 +299,8 @@ def require_text(text: object) -> None:
 
 def refuse_surrogates(text: str, prefix: str = "") -> None:
     """Raise ValueError if a text contains half of a character (a lone surrogate). The message starts with `prefix`."""
+    if text.isascii():  # This is known without a look at the characters.
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -188,13 +188,12 @@ class _Gigatoken:
 
     def _encode_some(self, codec: Codec, texts: Sequence[str], inserted: Sequence[int]) -> Ids:
         """Encode texts with one call of gigatoken, and texts for which gigatoken's ids may differ with tiktoken."""
-        data = _SEPARATOR.join([*texts, ""]).encode()
+        data = _with_separators(texts)
         if not any(first in data and pattern.search(data) for first, pattern in _NEW_BYTES.items()):
             return self._call(codec, data, texts, inserted)
         parts, start = [], 0
         for i in [*(i for i, text in enumerate(texts) if _NEW_CHARACTERS.search(text)), len(texts)]:
-            data = _SEPARATOR.join([*texts[start:i], ""]).encode()
-            parts.append(self._call(codec, data, texts[start:i], inserted[start:i]))
+            parts.append(self._call(codec, _with_separators(texts[start:i]), texts[start:i], inserted[start:i]))
             parts.append(codec._encode_with_tiktoken(texts[i : i + 1], inserted[i : i + 1]))
             start = i + 1
         return np.concatenate(parts)
@@ -222,6 +221,14 @@ class _Gigatoken:
         if now is None or self._memory is None:
             return self._n_bytes * CACHE_GROWTH >= 2 * MAX_CACHE_BYTES
         return now - self._memory > MAX_CACHE_BYTES
+
+
+def _with_separators(texts: Sequence[str]) -> bytes:
+    """Return the texts in UTF-8, each followed by the separator.
+
+    The bytes are joined, because the separator would make a joined string four times as large.
+    """
+    return _SEPARATOR.encode().join([*(text.encode() for text in texts), b""])
 
 
 def _tokenizer_json(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> str:
