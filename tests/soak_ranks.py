@@ -37,8 +37,9 @@ def command(out: Path, n_ranks: int, n_restarts: int, parallel: str) -> list[str
 def run_and_kill(out: Path, n_ranks: int, n_kills: int, parallel: str, draw: random.Random) -> tuple[int, int]:
     """Run a training in the directory `out`, kill ranks n_kills times, and return the numbers of kills and of starts."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(f"{out}.log", "w")  # noqa: SIM115 - open until the process ends
-    launcher = subprocess.Popen(command(out, n_ranks, n_kills + 5, parallel), stdout=log, stderr=log, env=environment)
+    with open(f"{out}.log", "w") as log:
+        arguments = command(out, n_ranks, n_kills + 5, parallel)
+        launcher = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
     struck, starts, known = 0, 0, set[int]()
     while launcher.poll() is None:
         time.sleep(0.02)

@@ -35,15 +35,14 @@ def test_a_run_whose_rank_is_killed_ends_like_an_undisturbed_run(tmp_path: Path)
 
 
 def test_a_rank_that_hangs_is_named_and_a_signal_saves_a_checkpoint(tmp_path: Path) -> None:
-    log = open(tmp_path / "log", "w")  # noqa: SIM115 - open until the process ends
     arguments = [*command(tmp_path / "run", 2, 0, "ddp"), "--max_steps", "100000", "--timeout_minutes", "0.05"]
-    launcher = subprocess.Popen(arguments, stdout=log, stderr=log, env=ENVIRONMENT)
+    launcher = start(arguments, tmp_path / "log")
     hung = next(rank for rank in wait_for_steps(launcher, tmp_path / "run") if rank.environ()["RANK"] == "1")
     hung.suspend()
     assert launcher.wait(90) == 2
     assert "rank 1 of 2 ended or did not respond in time" in (tmp_path / "log").read_text()
 
-    launcher = subprocess.Popen(arguments, stdout=log, stderr=log, env=ENVIRONMENT)
+    launcher = start(arguments, tmp_path / "log")
     wait_for_steps(launcher, tmp_path / "run")
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(90) == 128 + signal.SIGINT
@@ -51,6 +50,11 @@ def test_a_rank_that_hangs_is_named_and_a_signal_saves_a_checkpoint(tmp_path: Pa
     assert text.count("stopped at step") == 1
     step = int(text.partition("stopped at step ")[2].partition(";")[0])
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{step:06d}\n"
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with open(log, "a") as file:
+        return subprocess.Popen(arguments, stdout=file, stderr=file, env=ENVIRONMENT)
 
 
 def wait_for_steps(launcher: subprocess.Popen[bytes], run: Path) -> list[psutil.Process]:
