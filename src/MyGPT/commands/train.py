@@ -41,8 +41,8 @@ class TextOptions:
     'texts/*.txt'; a directory made by mygpt prepare; token files of datatrove (.ds); alice (built in) or
     tinyshakespeare (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the tokens from web."""
     tokenizer: str = "chars"
-    """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
-    chars cannot be fine-tuned on answers, because chars has no end-of-text token."""
+    """The tokenizer: chars, words or bpe, learned from the text; gpt2; or a directory with a tokenizer. Models of chars
+    cannot be fine-tuned, because chars has no end-of-text token."""
     tokenizer_size: int = 1024
     val_fraction: float = 0.1
     """Fraction of the text, taken from its end, for validation."""
