@@ -1,4 +1,4 @@
-"""Training on several ranks with FSDP2 (Zhao et al., 2023). All ranks together walk the losses of a single process.
+"""Training on several ranks with FSDP2 (Zhao et al., 2023). All ranks together reach the losses of a single process.
 
 Each block is one FSDP2 group. The root group holds everything else: the embeddings, the final LayerNorm and the tied
 head. `fsdp` divides the weights, gradients and optimizer states over shard_size ranks. `ddp` is the special case in which each
