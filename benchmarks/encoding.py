@@ -1,10 +1,13 @@
-"""Compare encoding with GPT-2's vocabulary: MyGPT, tiktoken and Hugging Face's tokenizers, and files on all cores.
+"""Compare encoding: MyGPT, tiktoken and Hugging Face's tokenizers, and files on all cores.
 
-    python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5] [--out encoding.json]
+    python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5] [--tokenizer gpt2] [--out encoding.json]
 
-The programs run in turn, each on one thread. The table shows the median, the spread and the ratio to MyGPT. All
-programs must give the same ids. `mygpt prepare` is measured with one process and with one process per core. Its time
-includes the start of the workers and the writing of the tokenizer's files, but not the imports.
+MyGPT uses gigatoken if it is installed and the text has at least two million characters; MYGPT_GIGATOKEN=0 switches it off.
+The first round, in which gigatoken fills its cache, is counted like the others, but loading gigatoken is not.
+
+The programs run in turn, each on one thread. The table shows the median, the spread and the ratio to MyGPT. All programs
+must give the same ids. `mygpt prepare` is measured with one process and with one process per core. Its time includes the
+start of the workers and the writing of the tokenizer's files, but not the imports.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from MyGPT.data.sources import find_files
 from MyGPT.data.tokens import open_tokens
 from MyGPT.files import atomic_write
 from MyGPT.tokenizers.bpe import GPT2_PATTERN
+from MyGPT.tokenizers.codec import gigatoken_version
 
 
 def main() -> None:
@@ -37,10 +41,14 @@ def main() -> None:
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--repeat", type=int, default=1, help="how many times the text is used in a row")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="gpt2, or the directory of a byte-level BPE trained by MyGPT"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
     options = parser.parse_args()
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8") * options.repeat
-    ours = get_tokenizer("gpt2")
+    ours = get_tokenizer(options.tokenizer)
+    ours.encode("a " * 1_100_000)  # loads gigatoken
     ranks = {ours.decode_tokens_bytes([id_])[0]: id_ for id_ in range(ours.n_vocab - 1)}
     tiktokens = tiktoken.Encoding("peer", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     with tempfile.TemporaryDirectory() as directory:
@@ -56,6 +64,7 @@ def main() -> None:
 
         programs: dict[str, Callable[[], Any]] = {
             "MyGPT": lambda: ours.encode(text),
+            "MyGPT, encode_to_array": lambda: ours.encode_to_array([text], [False]),
             "tiktoken": lambda: tiktokens.encode_ordinary(text),
             "tokenizers": lambda: theirs.encode(text).ids,
         }
@@ -72,7 +81,9 @@ def main() -> None:
                 if not np.array_equal(np.asarray(ids), expected):
                     raise SystemExit(f"{name} gives different ids")
     megabytes = len(text.encode()) / 1e6
-    print(f"{megabytes:.1f} MB to {len(expected):,} tokens, {options.rounds} rounds")
+    print(
+        f"gigatoken: {gigatoken_version() or 'not used'}; {megabytes:.1f} MB to {len(expected):,} tokens, {options.rounds} rounds"
+    )
     median = statistics.median(seconds["MyGPT"])
     for name, times in seconds.items():
         middle = statistics.median(times)

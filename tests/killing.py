@@ -99,6 +99,8 @@ def run_with_kills(arguments: list[str], kills: Iterable[Kill]) -> int:
 
 def remains(run_dir: Path) -> dict[str, Any]:
     """Return everything that must not depend on kills: weights, optimizer and random states, records and samples."""
+    from safetensors.torch import load_file
+
     newest = max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     state = json.loads((newest / "state.json").read_text())
     for variable in ("lengths", "recipe"):  # Logged speeds differ in length, and the recipe may contain the run's path.
@@ -116,7 +118,12 @@ def remains(run_dir: Path) -> dict[str, Any]:
             for file in (run_dir / kept).glob("*")
             if file.suffix == ".safetensors" or file.name in ("template.json", "tokenizer.json")
         },
-        **{file.name: file.read_bytes() for file in newest.glob("*.safetensors")},
+        **{
+            # By tensor, because the order of the metadata in the header of a file is random.
+            f"{file.name} {name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+            for file in newest.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        },
     }
 
 

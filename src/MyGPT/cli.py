@@ -11,14 +11,11 @@ import errno
 import importlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 
 # This module imports very little, because an import takes time, in which the user may press Ctrl-C.
 SIGINT, SIGPIPE = 2, 13
 """The numbers of the signals on every system that has them; Windows has no SIGPIPE."""
-
-_SECONDS_BEHIND_RANK_0 = 3
 
 COMMANDS = {
     "train": "train a GPT on text files",
@@ -115,7 +112,13 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _rank() -> int:
     """Return the number of this process among those that torchrun has started, from 0, and 0 without torchrun."""
     rank = os.environ.get("RANK", "0")
-    return int(rank) if "WORLD_SIZE" in os.environ and rank.isdecimal() else 0
+    return int(rank) if _n_ranks() > 1 and rank.isdecimal() else 0
+
+
+def _n_ranks() -> int:
+    """Return the number of processes that torchrun has started together with this one, which is 1 without torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
 
 
 def _run(arguments: list[str]) -> int:
@@ -162,9 +165,12 @@ def _report(command: str, message: str, begins_line: bool = False) -> None:
     """
     from MyGPT.messages import printable
 
-    if _rank():  # Usually all ranks fail in the same way. Then torchrun ends this one while it waits.
-        time.sleep(_SECONDS_BEHIND_RANK_0)
-        message = f"rank {_rank()}: {message}"
+    if _n_ranks() > 1:
+        from MyGPT.ranks import is_first_to_say
+
+        if not is_first_to_say(message):
+            return
+        message = f"rank {_rank()}: {message}" if _rank() else message
     program = f"mygpt {command}" if command in COMMANDS else "mygpt"
     stream = sys.__stderr__ if _rank() else sys.stderr
     start = "\n" if begins_line and stream is not None and stream.isatty() else ""
@@ -198,8 +204,13 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         from MyGPT.commands._ranks import launch
 
         return launch([name, *arguments], options.nproc, options.get("max_restarts", 0))
-    if name in _WITH_RANKS or not _rank():
-        call(command, options)
+    with contextlib.ExitStack() as contexts:
+        if _n_ranks() > 1:
+            from MyGPT.ranks import naming_missing_ranks
+
+            contexts.enter_context(naming_missing_ranks())
+        if name in _WITH_RANKS or not _rank():
+            call(command, options)
     if "MyGPT.ranks" in sys.modules:
         sys.modules["MyGPT.ranks"].leave()
     return 0

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-_FAILURES = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe", "Timeout")
+_FAILURES = "Timed out|timed out|Timeout|Connection closed|Connection reset|Connection refused|Broken pipe".split("|")
 """Parts of the messages of gloo and NCCL when a rank does not take part in an operation or has ended."""
 _ROLL_CALL_SECONDS = 10
 
@@ -42,7 +42,15 @@ def join(minutes: float = 10.0, even_alone: bool = False) -> None:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    options: dict[str, Any] = {"timeout": timedelta(minutes=minutes)}
+    if _has_agent_store() and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # Without names of its own, a restart finds the addresses of the ranks before it (issue 135712 of PyTorch).
+        options |= {"store": _store(60 * minutes), "rank": int(os.environ["RANK"])}
+        options["world_size"] = int(os.environ["WORLD_SIZE"])
+    try:
+        dist.init_process_group(backend, **options)
+    except RuntimeError as error:
+        raise ConnectionError(f"the other ranks cannot be reached: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -64,15 +72,43 @@ def naming_missing_ranks() -> Iterator[None]:
 
 def _missing_ranks() -> list[int]:
     """Return the ranks that do not answer a roll call, for which they have a few seconds."""
-    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=_ROLL_CALL_SECONDS)
-    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    names = [f"roll call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(world_size())]
+    try:
+        store = _store(_ROLL_CALL_SECONDS)
+    except RuntimeError:  # Rank 0 is the host of the store, unless torchrun itself is.
+        return [0]
+    names = [f"roll call/{rank}" for rank in range(world_size())]
     store.set(names[rank()], "present")
     end = time.monotonic() + _ROLL_CALL_SECONDS
     while time.monotonic() < end and not store.check(names):
         time.sleep(0.1)
     return [number for number, name in enumerate(names) if not store.check([name])]
+
+
+def is_first_to_say(text: str) -> bool:
+    """Return True on the first rank that calls this function with `text`. Several ranks often fail with the same error.
+
+    Before the ranks are connected, the others wait for rank 0 a few seconds, because torchrun ends them after its error.
+    """
+    if not _has_agent_store() and not dist.is_initialized():
+        if os.environ.get("RANK") != "0":
+            time.sleep(3)
+        return True
+    try:
+        return _store(_ROLL_CALL_SECONDS).add(f"said/{text}", 1) == 1
+    except RuntimeError:  # The host of the store has ended.
+        return True
+
+
+def _has_agent_store() -> bool:
+    """Return True if torchrun, and not rank 0, is the host of the key-value store of the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(seconds: float) -> Any:
+    """Return a connection to the key-value store of the ranks, with names of their own for each restart of the ranks."""
+    place, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(place, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"MyGPT/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
 
 
 def leave() -> None:

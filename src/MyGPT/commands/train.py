@@ -37,13 +37,12 @@ class TextOptions:
     """The options of `mygpt train` that say which text to train on, and which tokenizer turns this text into tokens."""
 
     data: str | list[str] | dict[str, float] = "alice"
-    """Text files (.txt), or records with a text (.jsonl, .ndjson, .json, .csv), also compressed as .gz or .zst, Parquet
-    files (.parquet), patterns such as 'texts/*.txt', a directory made by mygpt prepare, token files of datatrove (.ds),
-    alice (built in) or tinyshakespeare (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the training
-    tokens from web, and 20% from code."""
+    """Texts (.txt) or records (.jsonl, .ndjson, .json, .csv, .parquet), also as .gz or .zst; patterns such as
+    'texts/*.txt'; a directory made by mygpt prepare; token files of datatrove (.ds); alice (built in) or
+    tinyshakespeare (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the tokens from web."""
     tokenizer: str = "chars"
-    """The tokenizer: chars, words or bpe, which are learned from the text; gpt2; or a directory with a tokenizer. Models of
-    chars cannot be fine-tuned on answers, because chars has no end-of-text token."""
+    """The tokenizer: chars, words or bpe, learned from the text; gpt2; or a directory with a tokenizer. Models of chars
+    cannot be fine-tuned, because chars has no end-of-text token."""
     tokenizer_size: int = 1024
     val_fraction: float = 0.1
     """Fraction of the text, taken from its end, for validation."""
