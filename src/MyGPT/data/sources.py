@@ -263,7 +263,9 @@ def _read_text(file: IO[bytes], path: Path, start: int = 0, ends_document: bool 
     pending = file.read(len(codecs.BOM_UTF8))
     if start == 0 and pending == codecs.BOM_UTF8:  # Only the first character of a file is a byte order mark.
         start, pending = len(pending), b""
-    while block := file.read(BLOCK_BYTES):
+    while block := file.read(
+        max(BLOCK_BYTES, len(pending))
+    ):  # A long stretch without spaces is copied only a few times.
         pending += block
         if end := _last_cut(pending):
             yield Piece(_decoded(pending[:end], path, start), False)
