@@ -26,7 +26,7 @@ from MyGPT.files import decode_text, parse_json, refuse_binary
 from MyGPT.messages import did_you_mean, near_path, quote
 from MyGPT.tokenizers.base import refuse_surrogates
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16
 """Number of bytes of a text file that are read at a time."""
 MAX_STRETCH = 1 << 26
 """Maximum number of characters between two spaces of a text file, and of bytes in a line of JSON. Such a
@@ -263,7 +263,9 @@ def _read_text(file: IO[bytes], path: Path, start: int = 0, ends_document: bool 
     pending = file.read(len(codecs.BOM_UTF8))
     if start == 0 and pending == codecs.BOM_UTF8:  # Only the first character of a file is a byte order mark.
         start, pending = len(pending), b""
-    while block := file.read(BLOCK_BYTES):
+    while block := file.read(
+        max(BLOCK_BYTES, len(pending))
+    ):  # A long stretch without spaces is copied only a few times.
         pending += block
         if end := _last_cut(pending):
             yield Piece(_decoded(pending[:end], path, start), False)
@@ -279,7 +281,7 @@ def _last_cut(data: bytes) -> int | None:
 
     The last piece of a document must have visible text, because it shows whether the document ends with `<|endoftext|>`.
     """
-    for reach in (1_000, 1_000_000):
+    for reach in (100, 10_000, 1_000_000):
         for end in reversed(list(_token_ends(data, max(0, len(data) - reach)))):
             if data[end:].decode("utf-8", "ignore").strip():
                 return end
