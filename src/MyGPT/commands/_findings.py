@@ -44,6 +44,9 @@ OPTIONAL = {
     "matplotlib": ("pictures", "plots"),
     "huggingface_hub": ("models from the Hugging Face hub", "hub"),
     "tensorboard": ("--tensorboard", "tensorboard"),
+    "gigatoken": ("fast encoding with mygpt prepare", "data"),
+    "pyarrow": ("Parquet files", "data"),
+    "zstandard": ("files compressed as .zst", "data"),
 }
 """For each optional package: what needs the package, and the extra of MyGPT that installs it, as in mygpt[plots]."""
 ALL_REDUCE_BYTES = 64_000_000
