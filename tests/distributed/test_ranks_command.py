@@ -8,13 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from killing import differences, leftovers, remains
+from MyGPT import CharTokenizer, GPTModel
+from MyGPT.evaluation.protocols import measure_last_words, measure_text
+from ranks import run_on_ranks
 from soak_ranks import OPTIONS, command, run_and_kill
+from tiny_parallel import CONFIG
+from tiny_runs import TEXT
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,12 +85,24 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_evaluation_on_two_ranks_prints_what_one_process_prints(tmp_path: Path) -> None:
-    options = ["--max_steps", "2", "--sample_every", "0", "--out", str(tmp_path / "run")]
-    assert mygpt("train", *OPTIONS, *options).returncode == 0
-    one, two = (
-        mygpt("evaluate", "--model", str(tmp_path / "run"), "--data", "alice", "--nproc", n) for n in ("1", "2")
+def measure(divide: bool) -> tuple[Any, Any]:
+    """Measure a text in windows and the last words of passages, with a new model whose weights depend on a seed only."""
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer.from_text(TEXT)
+    model = GPTModel({**CONFIG, "vocab_size": tokenizer.n_vocab, "context_length": 16}).eval()
+    passages = [TEXT[i : i + 60] for i in range(0, 300, 60)]
+    return (
+        measure_text(model, tokenizer, passages, stride=5, batch_size=2, divide=divide),
+        measure_last_words(model, tokenizer, passages, batch_size=2, divide=divide),
     )
-    assert one.returncode == two.returncode == 0
-    assert one.stdout.splitlines()[:2] == two.stdout.splitlines()[:2]
-    assert "bits per byte" in two.stdout
+
+
+def test_evaluation_on_two_ranks_equals_that_of_one_process() -> None:
+    text, words = measure(divide=False)
+    for found, found_words in run_on_ranks(2, measure, True):
+        # The loss of a batch is summed in float32, and other windows share a batch.
+        assert found.result.total_nats == pytest.approx(text.result.total_nats, rel=1e-6)
+        assert replace(found, result=text.result) == text
+        assert found.result.n_tokens == text.result.n_tokens
+        assert found_words.total_nats == pytest.approx(words.total_nats, rel=1e-6)
+        assert replace(found_words, total_nats=words.total_nats) == words
