@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -206,6 +206,13 @@ def copy_whole(tensor: Tensor, complete: Tensor) -> None:
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         complete = distribute_tensor(complete.to(tensor), mesh, placements, src_data_rank=None)
     tensor.copy_(complete)
+
+
+def sum_numbers(values: Sequence[float]) -> list[float]:
+    """Return the sum over all ranks of each of the `values`, added in float64."""
+    if world_size() == 1:
+        return list(values)
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -160,9 +160,10 @@ def documents_loss(
             total, count = total + float(nats), count + int(n_counted)
             bar.update(n_ranks * int(n_counted))
     if divide:
-        total, count = ranks.sum_over_ranks(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        total, n_counted = ranks.sum_numbers([total, count])
+        count = int(n_counted)
     assert count == n_targets
-    return Result(total, int(count))
+    return Result(total, count)
 
 
 def continuation_logits(

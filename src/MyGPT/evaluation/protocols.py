@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-import torch
-
 from MyGPT import ranks
 from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.data.formats import format_of
@@ -390,8 +388,8 @@ def measure_last_words(
         n_correct += predicted == word_ids
         n_filtered += filtered == word_ids
         n_tokens += predicted[-1] == word_ids[-1]
-    sums = torch.tensor([math.fsum(nats), n_correct, n_filtered, n_tokens], dtype=torch.float64)
-    total, *counts = (ranks.sum_over_ranks(sums) if divide else sums).tolist()
+    sums = [math.fsum(nats), n_correct, n_filtered, n_tokens]
+    total, *counts = ranks.sum_numbers(sums) if divide else sums
     return LastWordMeasurement(n_passages, total, *map(int, counts))
 
 

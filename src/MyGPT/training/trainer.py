@@ -234,15 +234,16 @@ class Trainer:
 
     def _mean_losses(self, validation: Any, whole: bool) -> list[float]:
         """Return the mean loss and scores of the objective on validation batches; NaN without batches."""
-        # On the CPU, because not every device has float64: the sums, the loss first, then the number of terms.
-        totals = torch.zeros(2 + len(self.objective.scores), dtype=torch.float64)
+        # The sums, the loss first, then the number of terms. Python adds in float64, which not every device has.
+        totals = [0.0] * (2 + len(self.objective.scores))
         with evaluation_mode(self.model), torch.no_grad(), uncompiled(self.config):
             for batch in () if validation is None else validation.batches(whole):
                 for rows, is_counted in micro_batches(batch, None):
                     sums, n_terms = self._token_loss(*to_device(rows, self.device))
                     if is_counted:
-                        totals += torch.tensor([*sums.flatten().tolist(), int(n_terms)], dtype=torch.float64)
-        *parts, count = ranks.sum_over_ranks(totals).tolist()
+                        values = [*sums.flatten().tolist(), int(n_terms)]
+                        totals = [total + value for total, value in zip(totals, values, strict=True)]
+        *parts, count = ranks.sum_numbers(totals)
         return [part / count if count else math.nan for part in parts]
 
     def save(self) -> Path | None:
