@@ -160,8 +160,8 @@ def documents_loss(
             total, count = total + float(nats), count + int(n_counted)
             bar.update(n_ranks * int(n_counted))
     if divide:
-        total, n_counted = ranks.sum_numbers([total, count])
-        count = int(n_counted)
+        total, number = ranks.sum_numbers([total, count])
+        count = int(number)
     assert count == n_targets
     return Result(total, count)
 
