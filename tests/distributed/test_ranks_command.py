@@ -25,7 +25,8 @@ from tiny_parallel import CONFIG
 from tiny_runs import TEXT
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# torchrun would wait 30 seconds for a rank that is suspended.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
 
 
 def mygpt(*arguments: str) -> subprocess.CompletedProcess[str]:
