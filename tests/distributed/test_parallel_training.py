@@ -111,9 +111,11 @@ def test_losses_and_weights_do_not_depend_on_the_ranks(expected: dict[str, dict[
     cases: list[tuple[str, str, dict[str, Any]]] = [
         (kind, parallel, {}) for kind in KINDS for parallel in ("ddp", "fsdp")
     ]
+    if n == 2:
+        cases += [("adamw", "fsdp", {"compile": True}), ("adamw", "fsdp", {"gradient_checkpointing": True})]
     if n == 4:
         cases += [("adamw", "fsdp", {"shard_size": 2}), ("muon", "fsdp", {"shard_size": 2})]
-    for results in run_on_ranks(n, train_all, cases):
+    for results in run_on_ranks(n, train_all, cases, seconds=200):
         for (kind, parallel, options), result in zip(cases, results, strict=True):
             found = differences(result, expected[kind])
             print(n, kind, parallel, options, *(f"{value:.1e}" for value in found))
