@@ -14,6 +14,7 @@ def launch(arguments: Sequence[str], n: int, max_restarts: int) -> int:
 
     If a rank fails, all ranks are started again, up to `max_restarts` times.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,7 +22,7 @@ def launch(arguments: Sequence[str], n: int, max_restarts: int) -> int:
     if max_restarts == 0:
         # The failed rank has already printed its error. torch would add a table and a traceback.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
