@@ -94,8 +94,9 @@ def prepare(
             `tokenizer.json`
         tokenizer: the tokenizer that encodes the text
         text_key: key of the text in each record of a JSON file
-        workers: number of processes. Each needs some tens of megabytes of memory, for files of any size. With more than
-            one process, call this function under `if __name__ == "__main__":`, as multiprocessing requires.
+        workers: number of processes. Each needs some tens of megabytes of memory, or up to a gigabyte with gigatoken,
+            for files of any size. With more than one process, call this function under `if __name__ == "__main__":`, as
+            multiprocessing requires.
         overwrite: allow `out` to contain files and replace the data set there, and discard the unfinished work of a call
             with other arguments
         progress: show a progress bar, and print messages about the finished shards of an earlier call
