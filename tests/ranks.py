@@ -12,13 +12,20 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Collection
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "MyGPT.training.trainer"]
 )
+
+
+def without_coverage() -> dict[str, str]:
+    """Return the environment without the variables of coverage, which slows the imports of a rank."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
 
 
 def run_on_ranks(
@@ -34,6 +41,8 @@ def run_on_ranks(
     A run that takes longer than `seconds` is killed. `minutes` is the timeout of collective operations. The result of a
     rank that dies is None if its number is in `may_die`; otherwise its death raises RuntimeError.
     """
+    with mock.patch.dict(os.environ, without_coverage(), clear=True):
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,6 @@ differences and no unfinished files.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from killing import differences, leftovers, remains
+from ranks import without_coverage
 
 STEPS = 120
 OPTIONS = (
@@ -36,7 +36,7 @@ def command(out: Path, n_ranks: int, n_restarts: int, parallel: str) -> list[str
 
 def run_and_kill(out: Path, n_ranks: int, n_kills: int, parallel: str, draw: random.Random) -> tuple[int, int]:
     """Run a training in the directory `out`, kill ranks n_kills times, and return the numbers of kills and of starts."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**without_coverage(), "OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "w") as log:
         arguments = command(out, n_ranks, n_kills + 5, parallel)
         launcher = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -19,14 +18,14 @@ import torch
 from killing import differences, leftovers, remains
 from MyGPT import CharTokenizer, GPTModel
 from MyGPT.evaluation.protocols import measure_last_words, measure_text
-from ranks import run_on_ranks
+from ranks import run_on_ranks, without_coverage
 from soak_ranks import OPTIONS, command, run_and_kill
 from tiny_parallel import CONFIG
 from tiny_runs import TEXT
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 # torchrun would wait 30 seconds for a rank that is suspended.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+ENVIRONMENT = {**without_coverage(), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
 
 
 def mygpt(*arguments: str) -> subprocess.CompletedProcess[str]:
