@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
 	$(BIN)/mygpt generate --model runs/demo --prompt "Alice was" --max_new_tokens 300 --seed 1
 
-# While working: format, lint, types and the fast tests, in about a minute.
+# While working: format, lint, types and the fast tests, in about three minutes.
 check: lint
 	$(BIN)/pytest --numprocesses $(JOBS) -m "not slow"
 
