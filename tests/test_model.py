@@ -162,7 +162,7 @@ def test_token_loss_goes_through_a_head_that_was_replaced() -> None:
 
 
 def test_forward_with_targets_returns_the_losses_as_sums() -> None:
-    """So that the hooks of a wrapper, which run in calls of the model, run in its losses too."""
+    """Wrappers such as DistributedDataParallel add hooks to calls of the model, so the losses must be such calls."""
     model = lively_model(config()).double()
     ids, mask = random_ids(), padding("left")
     targets, n_calls = random_ids().masked_fill(mask == 0, -100), []

@@ -36,7 +36,7 @@ class UnequalRows:
 
 
 class Packed(UnequalRows):
-    """The same rows, each of which packs two texts."""
+    """The batches of UnequalRows with two texts in each row."""
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         inputs, targets = super().batch(step)

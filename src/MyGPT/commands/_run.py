@@ -24,7 +24,7 @@ class RunOptions:
     nproc: int = 1
     """Number of processes (ranks) on this machine that train together, such as the number of GPUs."""
     max_restarts: int = 0
-    """How often all ranks are started again after a rank has failed. Use it with --resume auto."""
+    """Number of times that all ranks are restarted after one of them has failed. Use it with --resume auto."""
     overwrite: bool = False
     """Replace a run that is already in the directory."""
     resume: str | None = None

@@ -26,7 +26,7 @@ DEFAULTS = {
 }  # fmt: skip
 """The default values that the three commands have in common, and that differ from those of `mygpt train`."""
 SAMPLE_DEFAULTS = {"sample_every": 50, "sample_tokens": 64, "sample_temperature": 0.0, "sample_to_end": True}
-"""The same for the options of sample texts, which a classifier does not generate."""
+"""The default values of the options of sample texts, for the two of these commands that generate text."""
 HIDDEN = ("max_steps", "order", "eval_windows", "compile")
 """The options of `mygpt train` that none of the three commands has."""
 

@@ -69,8 +69,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks with torch.compile, which starts slowly and then makes steps faster."""
     parallel: Parallel | None = None
-    """How several ranks train together: ddp copies the weights to each rank, fsdp divides them. Default: ddp on several
-    ranks, none on one."""
+    """Storage of the weights: ddp keeps a copy on each rank, fsdp divides them among the ranks, none needs a single rank.
+    Default: ddp on several ranks, none on one."""
     shard_size: int | None = None
     """Number of ranks that divide one copy of the weights with parallel: fsdp. Default: all ranks."""
     timeout_minutes: float = 10.0

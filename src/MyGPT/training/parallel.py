@@ -21,14 +21,6 @@ from MyGPT import ranks
 from MyGPT.training.config import TrainConfig
 
 
-def shard_size_of(config: TrainConfig) -> int | None:
-    """Return the number of ranks that share one copy of the weights, or None if the model is not distributed.
-
-    Raises ValueError if `config` does not fit the number of ranks.
-    """
-    return config.shard_size_on(ranks.world_size())
-
-
 def distribute(
     model: nn.Module, shard_size: int, config: TrainConfig, device: torch.device, dtype: torch.dtype | None
 ) -> None:

@@ -34,7 +34,6 @@ from MyGPT.training.parallel import (
     micro_batches,
     reduce_gradients,
     seed_step,
-    shard_size_of,
 )
 from MyGPT.training.run import BestModelStore, GatheredModel, Run, WholeModel
 from MyGPT.training.snapshot import (
@@ -147,7 +146,7 @@ class Trainer:
             seed_everything(self.config.seed)
             snapshot = self._contexts.enter_context(self.files)
             self.config = self.files.config  # its warmup may have been shortened
-            if (shard_size := shard_size_of(self.config)) is not None:
+            if (shard_size := self.config.shard_size_on(ranks.world_size())) is not None:
                 # The model itself stays whole, for everything that happens to it between and after the steps.
                 self._whole = self.model, self.objective
                 self.model, self.objective = copy.deepcopy(self._whole)
