@@ -17,6 +17,7 @@ import torch
 
 from killing import differences, leftovers, remains
 from MyGPT import CharTokenizer, GPTModel
+from MyGPT.cli import main
 from MyGPT.evaluation.protocols import measure_last_words, measure_text
 from ranks import run_on_ranks, without_coverage
 from soak_ranks import OPTIONS, command, run_and_kill
@@ -83,6 +84,19 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert failed.stderr.count("is not empty") == 1
     assert "Traceback" not in failed.stderr
+
+
+def train_on_shards(out: str, shard_size: int) -> int:
+    """Run `mygpt train` in this rank, and return its exit status."""
+    options = ["--max_steps", "2", "--parallel", "fsdp", "--shard_size", str(shard_size), "--sample_every", "0"]
+    return main(["train", *OPTIONS, *options, "--out", out])
+
+
+def test_the_command_shards_and_refuses_a_wrong_shard_size_before_it_writes(tmp_path: Path) -> None:
+    assert run_on_ranks(2, train_on_shards, str(tmp_path / "run"), 2) == [0, 0]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert run_on_ranks(2, train_on_shards, str(tmp_path / "wrong"), 3) == [2, 2]
+    assert not (tmp_path / "wrong").exists()
 
 
 def measure(divide: bool) -> tuple[Any, Any]:

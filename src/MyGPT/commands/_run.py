@@ -49,6 +49,7 @@ class RunOptions:
         if training.tensorboard:
             require_tensorboard()
         ranks.join(training.timeout_minutes)
+        training.shard_size_on(ranks.world_size())  # checks the options before anything is read or written
         return ranks.on_first_rank(self._keywords)
 
     def _keywords(self) -> dict[str, Any]:

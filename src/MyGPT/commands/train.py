@@ -73,6 +73,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     """
     import torch
 
+    from MyGPT import ranks
     from MyGPT.model import GPTModel
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
@@ -90,7 +91,7 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     config = dataclasses.replace(model, vocab_size=coder.n_vocab)
     if run_options["device"].type == "cpu":
         tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
-        require_memory(step_memory(config, training, False, "cpu").peak + tokens)
+        require_memory(step_memory(config, training, False, "cpu", ranks.world_size()).peak + tokens)
     gpt = GPTModel(config)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
