@@ -100,8 +100,8 @@ def generate_stream(
         raise ValueError(f"the prompts must be (batch, time) with at least one token, got shape {tuple(idx.shape)}")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-    has_stopped = _stop_check(stop, tokenizer)
-    ends = _checked_ends(eos_id)
+    has_stopped = stop_check(stop, tokenizer)
+    ends = checked_ends(eos_id)
     fill = next((id_ for id_ in (*ends, end_of_text(tokenizer)) if id_ is not None), 0)
     generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
@@ -159,7 +159,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(own) or [id_ for id_ in [end_of_text(tokenizer)] if id_ is not None]
 
 
-def _checked_ends(eos_id: Any) -> list[int]:
+def checked_ends(eos_id: Any) -> list[int]:
     """Return the ids that `eos_id`, one id or a sequence of ids, contains, or an empty list for None."""
     if eos_id is None:
         return []
@@ -309,7 +309,7 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
     return counts.scatter_add(1, ids, counted.int()) > 0
 
 
-def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
+def stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
     """Return a function that takes the new ids of a sequence and returns True if they have reached one of the stops.
 
     If `stop` is None, return None. Stops that are texts need the tokenizer, which decodes the new ids.
