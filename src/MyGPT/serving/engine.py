@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -187,6 +187,29 @@ class Engine:
             self._counts["requests"] += 1
             self._changed.notify_all()
         return request
+
+    def stream_text(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int | None,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        slide: bool = False,
+    ) -> Iterator[str]:
+        """Submit a prompt, and return an iterator over the pieces of its continuation. Closing the iterator cancels the request.
+
+        This is `generation.stream_text` for several prompts at the same time. The arguments are those of `submit`.
+        """
+        request = self.submit(ids, sampling, max_new_tokens, stop=stop or None, seed=seed, slide=slide, logprobs=None)
+
+        def texts() -> Iterator[str]:
+            try:
+                yield from request.texts()
+            finally:
+                request.cancel()
+
+        return texts()
 
     def stats(self) -> dict[str, int]:
         """Return the numbers of requests, slots and tokens now, and the numbers of steps and tokens since the start."""
