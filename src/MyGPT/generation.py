@@ -100,8 +100,8 @@ def generate_stream(
         raise ValueError(f"the prompts must be (batch, time) with at least one token, got shape {tuple(idx.shape)}")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-    has_stopped = _stop_check(stop, tokenizer)
-    ends = _checked_ends(eos_id)
+    has_stopped = stop_check(stop, tokenizer)
+    ends = checked_ends(eos_id)
     fill = next((id_ for id_ in (*ends, end_of_text(tokenizer)) if id_ is not None), 0)
     generators = None if seed is None else seeded_generators(seed, len(idx), idx.device)
     window = _context(model, context_size)
@@ -159,7 +159,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(own) or [id_ for id_ in [end_of_text(tokenizer)] if id_ is not None]
 
 
-def _checked_ends(eos_id: Any) -> list[int]:
+def checked_ends(eos_id: Any) -> list[int]:
     """Return the ids that `eos_id`, one id or a sequence of ids, contains, or an empty list for None."""
     if eos_id is None:
         return []
@@ -234,9 +234,11 @@ class TextStream:
     def _text(self) -> str:
         """Decode all ids and return the text after the prompt, up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
-        # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
-        pairs = enumerate(zip(self.prompt, text, strict=False))
-        text = text[next((i for i, (old, new) in pairs if old != new), len(self.prompt)) :]
+        if text.startswith(self.prompt):
+            text = text[len(self.prompt) :]
+        else:  # New bytes complete the last character of the prompt, so the new text begins at the first difference.
+            pairs = enumerate(zip(self.prompt, text, strict=False))
+            text = text[next((i for i, (old, new) in pairs if old != new), len(text)) :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 
@@ -309,16 +311,14 @@ def _mark_seen(seen: Tensor | None, ids: Tensor, mask: Tensor | None, logits: Te
     return counts.scatter_add(1, ids, counted.int()) > 0
 
 
-def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
+def stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[list[int]], bool] | None:
     """Return a function that takes the new ids of a sequence and returns True if they have reached one of the stops.
 
     If `stop` is None, return None. Stops that are texts need the tokenizer, which decodes the new ids.
     """
-    if stop is None:
+    stops = as_stops(stop)
+    if not stops:
         return None
-    stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
-    if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
-        raise ValueError(f"stop must be a text or a list of ids, or a list of these, none of them empty; got {stop!r}")
     texts = [one for one in stops if isinstance(one, str)]
     runs = [list(one) for one in stops if not isinstance(one, str)]
     if texts and tokenizer is None:
@@ -335,6 +335,16 @@ def _stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[
         return any(text in recent for text in texts)
 
     return has_stopped
+
+
+def as_stops(stop: Stop | Sequence[Stop] | None) -> list[Stop]:
+    """Return the stops that `stop` contains, as a list. Raises ValueError if one is empty, or neither a text nor ids."""
+    if stop is None:
+        return []
+    stops: Any = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
+    if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
+        raise ValueError(f"stop must be a text or a list of ids, or a list of these, none of them empty; got {stop!r}")
+    return list(stops)
 
 
 def _is_stop(one: object) -> bool:

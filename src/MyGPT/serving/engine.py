@@ -1,0 +1,495 @@
+"""The scheduler for many requests: one thread owns the model and generates for all of them at the same time.
+
+Each request has a slot, which is a row of one key-value cache. A step computes one new token for every request that is
+generating, together with a piece of the prompts that are not yet in the cache (continuous batching; Yu et al., 2022, and
+chunked prefill; Agrawal et al., 2023). Requests join and leave between steps. `generate` has the same sampling and the same
+results. A prompt that starts like one that is still in the cache takes over its keys and values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from MyGPT.cache import VocabularyError
+from MyGPT.config import check_seed, require_positive
+from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
+from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
+from MyGPT.serving._slots import Piece, SlotCache, forward_slots
+from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
+from MyGPT.tokenizers.base import ids_without_token
+
+MAX_TOKENS_PER_STEP = 256
+"""Largest number of tokens that one step computes."""
+MAX_TOKENS_WHILE_GENERATING = 64
+"""The same limit while at least one request generates: a longer step would delay the next token of each of them."""
+MAX_LOGPROBS = 20
+"""Largest number of alternatives of a token."""
+
+
+@dataclass(eq=False)
+class _Run:
+    """A request in a slot."""
+
+    request: Request
+    slot: int
+    ids: list[int]
+    """The prompt and the new tokens, or the last of them if the window slides."""
+    has_stopped: Any
+    """A function that returns True if the new ids have reached a stop, or None."""
+    generators: list[torch.Generator]
+    bias: Tensor | None
+    seen: Tensor | None
+    """True for the tokens that already occurred, (1, V). None without a repetition penalty."""
+    source: _Run | None = None
+    """A request whose prompt has the same beginning and is being computed, so that this one waits for it."""
+    n_shared: int = 0
+    """Number of tokens that this request and its source have in common at the beginning."""
+    new_ids: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """A model that generates for many requests at the same time. `submit` returns a request, whose tokens can be iterated.
+
+    The tokens and log-probabilities of a request do not depend on other requests. With the C++ kernel (`accelerate`) they are
+    the same to the last bit. Otherwise rounding can differ, as it does between batch sizes everywhere in torch. The engine
+    is a context manager. `close` ends its thread.
+
+    Args:
+        model: a GPTModel or an accelerated model. Nothing else may change it while the engine is open.
+        tokenizer: encodes prompts that are texts and decodes new tokens to find stop texts. None: prompts are token ids.
+        slots: number of requests that run at the same time. Each slot holds the keys and values of one context; `cache_bytes`
+            is the memory for all of them.
+        max_queue: number of requests that may wait for a slot.
+        lock: a lock that is held during each step, for several engines that take turns on one device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        slots: int = 16,
+        *,
+        max_queue: int = 256,
+        lock: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        require_positive(slots=slots, max_queue=max_queue)
+        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.context: int = model.config.context_length
+        self._lock = lock or contextlib.nullcontext()
+        self._cache: SlotCache = SlotCache(model, slots)
+        self._cached: list[list[int]] = [[] for _ in range(slots)]
+        """The ids whose keys and values each slot holds."""
+        self._last_use = [0.0] * slots
+        excluded = ids_without_token(tokenizer, model.config.vocab_size)
+        self._without_token = torch.tensor(excluded, dtype=torch.int64, device=self._device)
+        self._waiting: deque[Request] = deque()
+        self._running: list[_Run] = []
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "requests"), 0)
+        self._thread = threading.Thread(target=self._serve, name="MyGPT engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of memory for the keys and values of all slots."""
+        return self._cache.n_bytes
+
+    @property
+    def _device(self) -> torch.device:
+        return self._cache.storage.device
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingConfig | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        stop: Stop | Sequence[Stop] | None = None,
+        seed: int | None = None,
+        eos_id: int | Sequence[int] | Literal["model"] | None = "model",
+        logprobs: int | None = 0,
+        prompt_logprobs: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        slide: bool = False,
+        timeout: float | None = None,
+    ) -> Request:
+        """Add a request to the queue and return it at once. Any thread may call this method.
+
+        Args:
+            prompt: the text or the token ids to continue.
+            sampling: the sampling options (default: greedy).
+            max_new_tokens: the maximum number of new tokens. Default, and the limit unless `slide` is true: as many as the
+                model's context has room for.
+            stop: one or several texts or sequences of ids that end the request (see `generate`).
+            seed: makes the sampled tokens reproducible: they are those of `generate` with this seed, up to rounding.
+            eos_id: the tokens that end the request. "model" stands for those of the model's files, None for none.
+            logprobs: number of most likely alternatives to return with each token, up to 20. 0 returns only the
+                log-probability of the token itself, and None nothing.
+            prompt_logprobs: compute the log-probabilities of the prompt's tokens too. The whole prompt is then computed, even if
+                a part of it is in the cache.
+            logit_bias: numbers that are added to the logits of some token ids before sampling.
+            slide: allow the prompt and its continuation to exceed the context. The model then sees the last tokens, as in
+                `generate`. From there on every new token takes as long as a prompt, because positions shift.
+            timeout: seconds after which the request ends with the reason "timeout".
+
+        Raises:
+            ValueError: an argument out of range, an empty prompt, or a prompt beyond the context without `slide`.
+            QueueFull: max_queue requests are waiting already.
+            EngineClosed: the engine was closed.
+        """
+        ids = self._encode(prompt, may_slide=slide and not prompt_logprobs)
+        bias = dict(logit_bias or {})
+        self._check_ids(bias)
+        if not all(math.isfinite(value) for value in bias.values()):
+            raise ValueError(f"logit_bias must have finite numbers, got {bias!r:.80}")
+        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+            raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+        if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"logprobs must be a whole number from 0 to {MAX_LOGPROBS}, or None, got {logprobs!r}")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        check_seed(seed)
+        stop_check(stop, self.tokenizer)  # raises ValueError for a wrong stop
+        room = max(0, self.context - len(ids) + 1)  # the last new token need not be in the context
+        longest = room if max_new_tokens is None else max_new_tokens
+        request = Request(
+            ids,
+            sampling or SamplingConfig(),
+            longest if slide else min(longest, room),
+            secrets.randbits(63) if seed is None else seed,
+            end_ids(self.model, self.tokenizer) if eos_id == "model" else checked_ends(eos_id),
+            as_stops(stop),
+            logprobs,
+            prompt_logprobs,
+            bias,
+            slide,
+            None if timeout is None else time.monotonic() + timeout,
+            self.tokenizer,
+        )
+        with self._changed:
+            if self._is_closed:
+                raise EngineClosed("the engine is closed, so it takes no more requests")
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFull(f"{self.max_queue} requests are waiting already: try again later")
+            self._waiting.append(request)
+            self._counts["requests"] += 1
+            self._changed.notify_all()
+        return request
+
+    def stream_text(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int | None,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        slide: bool = False,
+    ) -> Iterator[str]:
+        """Submit a prompt, and return an iterator over the pieces of its continuation. Closing the iterator cancels the request.
+
+        This is `generation.stream_text` for several prompts at the same time. The arguments are those of `submit`.
+        """
+        request = self.submit(ids, sampling, max_new_tokens, stop=stop or None, seed=seed, slide=slide, logprobs=None)
+
+        def texts() -> Iterator[str]:
+            try:
+                yield from request.texts()
+            finally:
+                request.cancel()
+
+        return texts()
+
+    def stats(self) -> dict[str, int]:
+        """Return the numbers of requests, slots and tokens now, and the numbers of steps and tokens since the start."""
+        with self._changed:
+            return {
+                **self._counts,
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+                "slots": len(self._cached),
+                "cache_tokens": sum(map(len, self._cached)),
+                "cache_capacity": len(self._cached) * self._cache.capacity,
+            }
+
+    def close(self, drain: bool = False) -> None:
+        """Take no more requests and end the thread. Requests end as "cancelled", or are finished first if `drain` is true."""
+        with self._changed:
+            self._is_closed = True
+            if not drain:
+                for request in [*self._waiting, *(run.request for run in self._running)]:
+                    request.cancel()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: str | Sequence[int], may_slide: bool) -> list[int]:
+        """Return the token ids of a prompt. Raises ValueError if it is empty, or beyond the context unless `may_slide`."""
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise ValueError("a prompt that is a text needs a tokenizer: give the prompt as token ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty; it must have at least one token")
+        self._check_ids(ids)
+        if len(ids) > self.context and not may_slide:
+            raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {self.context}: shorten it")
+        return ids
+
+    def _check_ids(self, ids: Iterable[int]) -> None:
+        V = self.model.config.vocab_size
+        for id_ in ids:
+            if type(id_) is not int or not 0 <= id_ < V:
+                raise VocabularyError(f"id {id_!r} is outside the vocabulary, ids are 0 to {V - 1}")
+
+    # Everything below runs in the engine's thread.
+
+    @torch.inference_mode()
+    def _serve(self) -> None:
+        """Run steps while there are requests, and wait for requests otherwise, until the engine is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._is_closed)
+                if self._is_closed and not self._waiting and not self._running:
+                    return
+                self._end_overdue()
+                self._admit()
+            pieces = self._plan()
+            if pieces:
+                self._step(pieces)
+
+    def _end_overdue(self) -> None:
+        """End the requests that were cancelled or whose deadline has passed."""
+        now = time.monotonic()
+
+        def reason(request: Request) -> FinishReason | None:
+            if request.is_cancelled:
+                return "cancelled"
+            return "timeout" if request.deadline is not None and now >= request.deadline else None
+
+        for run in [run for run in self._running if reason(run.request)]:
+            self._finish(run, reason(run.request))
+        for request in [request for request in self._waiting if reason(request)]:
+            self._waiting.remove(request)
+            request.end(reason(request))
+
+    def _admit(self) -> None:
+        """Give free slots to the requests that have waited longest."""
+        while self._waiting and len(self._running) < len(self._cached):
+            request = self._waiting.popleft()
+            try:
+                self._running.append(self._start(request))
+            except Exception as error:
+                request.end(error=error)
+
+    def _start(self, request: Request) -> _Run:
+        """Choose a slot for the request, and return the run in it."""
+        ids = request.prompt_ids[-self.context :]
+        slot, n_shared = self._take_slot(ids, 0 if request.prompt_logprobs else len(ids) - 1)
+        request.n_reused = n_shared
+        self._cached[slot] = ids[:n_shared]
+        V = self.model.config.vocab_size
+        bias = seen = None
+        if request.logit_bias:
+            bias = torch.zeros(1, V, device=self._device)
+            bias[0, list(request.logit_bias)] = torch.tensor([*request.logit_bias.values()], device=self._device)
+        if request.sampling.repetition_penalty is not None:
+            seen = torch.zeros(1, V, dtype=torch.bool, device=self._device)
+            seen[0, request.prompt_ids] = True
+        run = _Run(
+            request, slot, ids, stop_check(request.stop or None, self.tokenizer),
+            seeded_generators(request.seed, 1, self._device), bias, seen,
+        )  # fmt: skip
+        if not request.prompt_logprobs:
+            self._find_source(run)
+        return run
+
+    def _take_slot(self, ids: list[int], limit: int) -> tuple[int, int]:
+        """Return a free slot, and how many of the ids it holds, which are at most `limit`.
+
+        These are copied from another slot if that holds more of them.
+        """
+        busy = {run.slot for run in self._running}
+        free = [slot for slot in range(len(self._cached)) if slot not in busy]
+        shared = [min(limit, _n_common(ids, cached)) for cached in self._cached]
+        best = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
+        # Taking a slot discards the rest of what it holds, so a slot of which little is needed is copied instead.
+        if best in free and 2 * shared[best] >= len(self._cached[best]):
+            slot = best
+        else:
+            slot = min(free, key=lambda slot: self._last_use[slot] if self._cached[slot] else -1.0)
+        if slot != best:
+            self._cache.copy_prefix(best, slot, shared[best])
+        self._cache.truncate(slot, shared[best])
+        return slot, shared[best]
+
+    def _find_source(self, run: _Run) -> None:
+        """Let the run wait for another one if that is computing the beginning that both prompts have in common."""
+        n_shared, n_mine = 0, len(self._cached[run.slot])
+        for other in self._running:
+            n = min(_n_common(run.ids, other.ids), len(run.ids) - 1)
+            if n > max(n_shared, n_mine):
+                run.source, run.n_shared, n_shared = other, n, n
+
+    def _plan(self) -> list[Piece]:
+        """Return the tokens that the next step computes: the newest of each generating request, and pieces of prompts."""
+        pieces, prompts = [], []
+        for run in self._running:
+            n_left = len(run.ids) - len(self._cached[run.slot])
+            if n_left == 1 and run.new_ids:
+                pieces.append(Piece(run.slot, run.ids[-1:], 1))
+            else:
+                prompts.append(run)
+        room = (MAX_TOKENS_WHILE_GENERATING if pieces else MAX_TOKENS_PER_STEP) - len(pieces)
+        for run in prompts:
+            if self._is_waiting_for_source(run):
+                continue
+            n_cached = len(self._cached[run.slot])
+            # A step with many generating requests still computes a little of a prompt.
+            new = run.ids[n_cached : n_cached + max(room, 8)]
+            is_last = n_cached + len(new) == len(run.ids)
+            wants_all = run.request.prompt_logprobs and not run.new_ids
+            pieces.append(Piece(run.slot, new, len(new) if wants_all else int(is_last)))
+            room -= len(new)
+            if room <= 0:
+                break
+        return pieces
+
+    def _is_waiting_for_source(self, run: _Run) -> bool:
+        """Return True while the run's source computes their common beginning. Then copy the beginning, and return False."""
+        source = run.source
+        if source is None:
+            return False
+        n_cached = len(self._cached[source.slot])
+        if source in self._running and n_cached < run.n_shared and n_cached < len(source.ids) and not source.new_ids:
+            return True
+        run.source = None
+        n = min(_n_common(run.ids, self._cached[source.slot]), len(run.ids) - 1)
+        if n > len(self._cached[run.slot]):
+            self._cache.copy_prefix(source.slot, run.slot, n)
+            self._cached[run.slot] = run.ids[:n]
+            run.request.n_reused = n
+        return False
+
+    def _step(self, pieces: list[Piece]) -> None:
+        """Compute the pieces, and give each request whose ids are all computed its next token."""
+        runs = {run.slot: run for run in self._running}
+        try:
+            with self._lock, evaluation_mode(self.model):
+                logits = forward_slots(self.model, pieces, self._cache)
+        except Exception as error:  # the requests of this step fail, and the engine goes on with the others
+            for piece in pieces:
+                self._cached[piece.slot] = []
+                self._cache.truncate(piece.slot, 0)
+                self._finish(runs[piece.slot], error=error)
+            return
+        self._counts["steps"] += 1
+        rows = logits.split([piece.n_logits for piece in pieces])
+        for piece, row in zip(pieces, rows, strict=True):
+            run = runs[piece.slot]
+            self._cached[piece.slot] = run.ids[: len(self._cached[piece.slot]) + len(piece.ids)]
+            if not run.new_ids:
+                self._counts["prompt_tokens"] += len(piece.ids)
+            try:
+                self._use(run, row)
+            except Exception as error:  # such as logits that are NaN
+                self._finish(run, error=error)
+
+    def _use(self, run: _Run, logits: Tensor) -> None:
+        """Use the logits (n, V) of a piece: those of the last token to pick the next, and those of a prompt as asked."""
+        request, n_cached = run.request, len(self._cached[run.slot])
+        if request.prompt_logprobs and not run.new_ids:
+            self._add_prompt_tokens(run, n_cached - len(logits), logits)
+        if n_cached < len(run.ids):
+            return
+        if not run.new_ids and not run.request.max_new_tokens:
+            self._finish(run, "length")
+            return
+        if not run.new_ids:
+            self._counts["reused_tokens"] += request.n_reused
+        self._pick(run, logits[-1:])
+
+    def _pick(self, run: _Run, logits: Tensor) -> None:
+        """Pick the next token of a request from the logits (1, V), and end the request if that is its last token."""
+        request = run.request
+        adjusted = logits.float() if logits.dtype.itemsize < 4 else logits
+        if run.bias is not None:
+            adjusted = adjusted + run.bias
+        excluded = self._without_token
+        if len(excluded):
+            # An end of text may be an id without a token, and may then be generated.
+            ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
+            adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
+        new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
+        if new in request.end_ids:
+            self._finish(run, "stop")
+            return
+        token = Token(new)
+        if request.logprobs is not None:
+            token = self._tokens([new], logits, request.logprobs)[0]
+        run.new_ids.append(new)
+        run.ids.append(new)
+        if run.seen is not None:
+            run.seen[0, new] = True
+        self._counts["generated_tokens"] += 1
+        request.add(token)
+        if run.has_stopped is not None and run.has_stopped(run.new_ids):
+            self._finish(run, "stop")
+        elif len(run.new_ids) == request.max_new_tokens:
+            self._finish(run, "length")
+        elif len(run.ids) > self.context:
+            # Learned positions shift with the window, so nothing cached stays valid.
+            run.ids = run.ids[-self.context :]
+            self._cached[run.slot] = []
+            self._cache.truncate(run.slot, 0)
+
+    def _add_prompt_tokens(self, run: _Run, start: int, logits: Tensor) -> None:
+        """Append the prompt's tokens after position `start`, given the logits (n, V) of the positions from there on."""
+        if start == 0:
+            run.request.prompt_tokens.append(Token(run.ids[0]))
+        next_ids = run.ids[start + 1 : start + 1 + len(logits)]
+        run.request.prompt_tokens += self._tokens(next_ids, logits[: len(next_ids)], run.request.logprobs or 0)
+
+    def _tokens(self, ids: list[int], logits: Tensor, n_top: int) -> list[Token]:
+        """Return the tokens with these n ids and their log-probabilities, given the logits (n, V) at their positions."""
+        if not ids:
+            return []
+        require_finite("a logit of the model", logits.amax(-1))
+        logprobs = logits.float().log_softmax(-1)  # (n, V)
+        own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+        tops: list[list[tuple[int, float]]] = [[] for _ in ids]
+        if n_top:
+            best = logprobs.index_fill(1, self._without_token, -math.inf).topk(min(n_top, logits.shape[1]))
+            for top, top_ids, values in zip(tops, best.indices.tolist(), best.values.tolist(), strict=True):
+                top += zip(top_ids, values, strict=True)
+        return [Token(*parts) for parts in zip(ids, own, tops, strict=True)]
+
+    def _finish(self, run: _Run, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
+        """End a request and free its slot. The slot keeps its keys and values for prompts that begin in the same way."""
+        self._running.remove(run)
+        self._last_use[run.slot] = time.monotonic()
+        run.request.end(reason, error)
+
+
+def _n_common(a: list[int], b: list[int]) -> int:
+    """Return the number of ids that two lists have in common at their beginning."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:  # compares much faster than a loop
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

@@ -1,0 +1,47 @@
+"""What the HTTP server knows about each model that it serves, and the settings of the server."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from MyGPT.data.templates import Template
+from MyGPT.model import GPTModel
+from MyGPT.serving.engine import Engine
+from MyGPT.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that clients can name in their requests."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    gpt: GPTModel
+    """The model itself, for looks inside. On a CPU the engine generates with an accelerated copy."""
+    template: Template | None = None
+    """The template of conversations, or None if the model has none."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """The Unix time at which the model was opened."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The limits and the protections of the server."""
+
+    api_key: str | None = None
+    """The key that every request must have in its Authorization header. None: no key is needed."""
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """The values of the Host header that are accepted, without the port. Others are refused (DNS rebinding)."""
+    cors_origins: tuple[str, ...] = ()
+    """The origins of other web pages that may use the server."""
+    request_timeout: float = 600.0
+    """Seconds after which a request ends."""
+    body_timeout: float = 10.0
+    """Seconds in which a client must have sent the headers of a request, and then its body."""
+    max_body_bytes: int = 4 << 20
+    max_prompts: int = 128
+    """Largest number of texts that one request may ask for: prompts times choices."""
+    log_prompts: bool = False
+    """Write prompts into the log."""
