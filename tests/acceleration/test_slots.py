@@ -202,9 +202,9 @@ def test_wrong_pieces_are_refused_and_leave_the_cache_as_it_was(kind: str, case:
 
 
 def test_wrong_slots_and_prefixes_are_refused(tiny_model: GPTModel) -> None:
-    with pytest.raises(ValueError, match="number of slots.*got 0"):
+    with pytest.raises(ValueError, match=r"number of slots.*got 0"):
         tiny_model.new_slot_cache(0)
-    with pytest.raises(ValueError, match="1 to 16.*got 17"):
+    with pytest.raises(ValueError, match=r"1 to 16.*got 17"):
         tiny_model.new_slot_cache(1, 17)
     cache = tiny_model.new_slot_cache(2)
     assert cache.n_bytes == 3 * 2 * 2 * 16 * 24 * 4
