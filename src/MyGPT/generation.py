@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -240,7 +239,8 @@ class TextStream:
         self.start = len(self.prompt)
         if not text.startswith(self.prompt):
             # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
-            self.start = len(os.path.commonprefix([self.prompt, text]))
+            pairs = enumerate(zip(self.prompt, text, strict=False))
+            self.start = next((i for i, (old, new) in pairs if old != new), len(self.prompt))
         text = text[self.start :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]

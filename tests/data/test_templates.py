@@ -185,7 +185,9 @@ def test_a_conversation_asks_for_the_next_message_as_in_training() -> None:
     assert ALPACA.conversation([user]) == {"instruction": "Hi", "input": ""}
     assert ALPACA.conversation([system, system, user]) == {"instruction": "Hi", "input": "Be brief.\n\nBe brief."}
     asks_messages = dataclasses.replace(ALPACA, asks="messages")
-    assert asks_messages.prompt(asks_messages.conversation([system, user])) == ALPACA.prompt({"messages": [system, user]})
+    assert asks_messages.prompt(asks_messages.conversation([system, user])) == ALPACA.prompt(
+        {"messages": [system, user]}
+    )
     for n in (1, 3, 4, 5):  # also after the assistant's own message, and after a system message
         asked = ALPACA.prompt(ALPACA.conversation(TALK[:n]))
         last = {"role": "assistant", "content": "Yes."}

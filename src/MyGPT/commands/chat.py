@@ -12,6 +12,7 @@ from MyGPT.commands._lines import LineReader
 from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.data.instructions import encode_prompt, encode_question
+from MyGPT.data.records import Record
 from MyGPT.data.templates import Template, load_template
 from MyGPT.generation import end_ids, stream_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
@@ -61,7 +62,7 @@ class Conversation:
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def record(self, question: str) -> dict[str, Any]:
+    def record(self, question: str) -> Record:
         """Return the question as a record with the same keys as the training data, such as {"messages": [...]}.
 
         If the conversation remembers earlier turns, the record contains them too.
