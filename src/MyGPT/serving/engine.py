@@ -436,12 +436,13 @@ class Engine:
             ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
             adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
         new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
-        if new in request.end_ids:
-            self._finish(run, "stop")
-            return
         token = Token(new)
         if request.logprobs is not None:
             token = self._tokens([new], logits, request.logprobs)[0]
+        if new in request.end_ids:
+            request.end_token = token
+            self._finish(run, "stop")
+            return
         run.new_ids.append(new)
         run.ids.append(new)
         if run.seen is not None:
