@@ -234,7 +234,7 @@ def test_long_prompts_do_not_stall_a_request_that_generates() -> None:
         )
         talking = engine.submit([1], max_new_tokens=60)
         until(lambda: len(talking.tokens) >= 3)
-        long = [engine.submit([i, *range(97)] * 8, max_new_tokens=1) for i in range(2)]
+        long = [engine.submit([i, *range(97)] * 8, max_new_tokens=1) for i in (2, 3)]
         arrived.set()
         for request in [talking, *long]:
             ids_of(request)
