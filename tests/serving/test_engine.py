@@ -18,7 +18,7 @@ from MyGPT import CharTokenizer, GPTConfig, GPTModel, SamplingConfig, generate
 from MyGPT.acceleration.step import FastModel, accelerate
 from MyGPT.cache import Piece, SlotCache
 from MyGPT.serving import Engine, EngineClosed, QueueFull, Request, Token
-from MyGPT.serving.engine import MAX_TOKENS_PER_STEP, MAX_TOKENS_WHILE_GENERATING
+from MyGPT.serving.engine import MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS_WHILE_GENERATING
 from oracles_model import transformers_twin
 
 CONFIG = GPTConfig(vocab_size=97, context_length=40, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -240,7 +240,7 @@ def test_long_prompts_do_not_stall_a_request_that_generates() -> None:
             ids_of(request)
     while_both = [pieces for pieces in steps.pieces if len(pieces) > 1 or len(pieces[0].ids) > 1]
     sizes = [sum(len(piece.ids) for piece in pieces) for pieces in while_both]
-    assert max(sizes) <= MAX_TOKENS_WHILE_GENERATING
+    assert max(sizes) <= MAX_PROMPT_TOKENS_WHILE_GENERATING + 1
     assert sum(sizes) == 2 * 8 * 98 + len(sizes)  # in each of these steps, `talking` got its token too
 
 
@@ -249,9 +249,7 @@ def test_a_prompt_alone_is_computed_in_large_pieces() -> None:
     steps = Steps(lively_model(config))
     with Engine(steps, TOKENIZER) as engine:
         ids_of(engine.submit([1] * 900))
-    assert [len(pieces[0].ids) for pieces in steps.pieces] == [MAX_TOKENS_PER_STEP] * 3 + [
-        900 - 3 * MAX_TOKENS_PER_STEP
-    ]
+    assert [len(pieces[0].ids) for pieces in steps.pieces] == [MAX_PROMPT_TOKENS] * 3 + [900 - 3 * MAX_PROMPT_TOKENS]
 
 
 # Ends.
