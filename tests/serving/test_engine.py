@@ -297,7 +297,7 @@ def test_ids_without_a_token_are_neither_generated_nor_alternatives() -> None:
         request = engine.submit([1], SamplingConfig(5.0), 30, seed=1, logprobs=20)
         for token in request:
             assert max(token.id, *(id_ for id_, _ in token.top)) < TOKENIZER.n_vocab
-        end = engine.submit([1], max_new_tokens=5, logit_bias={127: 1e4}, eos_id=127)
+        end = engine.submit([1], max_new_tokens=5, logit_bias={127: 10_000}, eos_id=127)
         assert ids_of(end) == [] and end.finish_reason == "stop"
 
 

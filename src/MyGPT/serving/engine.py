@@ -307,7 +307,7 @@ class Engine:
         bias = seen = None
         if request.logit_bias:
             bias = torch.zeros(1, V, device=self._device)
-            bias[0, list(request.logit_bias)] = torch.tensor([*request.logit_bias.values()], device=self._device)
+            bias[0, list(request.logit_bias)] = bias.new_tensor([*request.logit_bias.values()])
         if request.sampling.repetition_penalty is not None:
             seen = torch.zeros(1, V, dtype=torch.bool, device=self._device)
             seen[0, request.prompt_ids] = True
