@@ -234,9 +234,11 @@ class TextStream:
     def _text(self) -> str:
         """Decode all ids and return the text after the prompt, up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
-        # New bytes can complete the last character of the prompt, so the new text begins at the first difference.
-        pairs = enumerate(zip(self.prompt, text, strict=False))
-        text = text[next((i for i, (old, new) in pairs if old != new), len(self.prompt)) :]
+        if text.startswith(self.prompt):
+            text = text[len(self.prompt) :]
+        else:  # New bytes complete the last character of the prompt, so the new text begins at the first difference.
+            pairs = enumerate(zip(self.prompt, text, strict=False))
+            text = text[next((i for i, (old, new) in pairs if old != new), len(text)) :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 
@@ -314,11 +316,9 @@ def stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[
 
     If `stop` is None, return None. Stops that are texts need the tokenizer, which decodes the new ids.
     """
-    if stop is None:
+    stops = as_stops(stop)
+    if not stops:
         return None
-    stops: Sequence[Any] = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
-    if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
-        raise ValueError(f"stop must be a text or a list of ids, or a list of these, none of them empty; got {stop!r}")
     texts = [one for one in stops if isinstance(one, str)]
     runs = [list(one) for one in stops if not isinstance(one, str)]
     if texts and tokenizer is None:
@@ -335,6 +335,16 @@ def stop_check(stop: Stop | Sequence[Stop] | None, tokenizer: Any) -> Callable[[
         return any(text in recent for text in texts)
 
     return has_stopped
+
+
+def as_stops(stop: Stop | Sequence[Stop] | None) -> list[Stop]:
+    """Return the stops that `stop` contains, as a list. Raises ValueError if one is empty, or neither a text nor ids."""
+    if stop is None:
+        return []
+    stops: Any = [stop] if isinstance(stop, str) or _are_ids(stop) else stop
+    if not isinstance(stops, (list, tuple)) or not stops or not all(_is_stop(one) for one in stops):
+        raise ValueError(f"stop must be a text or a list of ids, or a list of these, none of them empty; got {stop!r}")
+    return list(stops)
 
 
 def _is_stop(one: object) -> bool:

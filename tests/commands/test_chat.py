@@ -16,6 +16,7 @@ from conftest import lively_model
 from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, SamplingConfig
 from MyGPT.cli import main
 from MyGPT.commands.chat import Chat, Conversation
+from MyGPT.serving import Engine
 from terminal import Terminal
 
 TALK = "User: hello\nAssistant: the cat sat by the fire\nUser: is it?\nAssistant: it is\n" * 20
@@ -38,11 +39,11 @@ def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 def answers(talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, lines: list[str], *options: str) -> Any:
     """Chat with these lines, and return what was printed. The model echoes the prompt and the options that it receives."""
 
-    def echo(model: Any, tokenizer: Any, ids: list[int], length: int, sampling: Any, stop: Any, seed: Any) -> Any:
-        question = tokenizer.decode(ids).rpartition("User: ")[2].partition("\n")[0]
+    def echo(engine: Engine, ids: list[int], length: int, sampling: Any, stop: Any, seed: Any) -> Any:
+        question = engine.tokenizer.decode(ids).rpartition("User: ")[2].partition("\n")[0]
         yield f"{question}|{sampling.temperature}|{sampling.top_k}|{length}|{seed}"
 
-    monkeypatch.setattr("MyGPT.commands.chat.stream_text", echo)
+    monkeypatch.setattr(Engine, "stream_text", echo)
     say(monkeypatch, *lines)
     assert main(["chat", "--model", str(talker), *options]) == 0
     return capsys.readouterr()
@@ -126,14 +127,13 @@ def test_a_question_that_is_too_long_loses_no_turns(talker: Path) -> None:
     assert conversation.turns == [("hello", " it is")]
 
 
-def test_an_answer_stopped_before_its_first_word_is_not_kept(monkeypatch: Any, capsys: Any) -> None:
+def test_an_answer_stopped_before_its_first_word_is_not_kept(capsys: Any) -> None:
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
         yield ""
 
-    monkeypatch.setattr("MyGPT.commands.chat.stream_text", stopped)
     tokenizer = CharTokenizer.from_text(TALK)
-    chat = Chat(None, tokenizer, Conversation(turns=[("is it?", " it is")]), 200, SamplingConfig(), 10)
+    chat = Chat(stopped, tokenizer, Conversation(turns=[("is it?", " it is")]), 200, SamplingConfig(), 10)
     chat.answer("hello")
     assert chat.conversation.turns == [("is it?", " it is")] and "the question is not kept" in capsys.readouterr().err
 
@@ -208,3 +208,22 @@ def test_piped_questions_are_answered_and_leave_no_history(talker: Path, tmp_pat
     done = subprocess.run(command, input="hello\nis it?", capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2 and "> " not in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_later_turns_compute_only_what_is_new(talker: Path, monkeypatch: Any, capsys: Any) -> None:
+    """The keys and values of the conversation so far are still in the cache."""
+    requests = []
+    submit = Engine.submit
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        requests.append(submit(*arguments, **options))
+        return requests[-1]
+
+    monkeypatch.setattr(Engine, "submit", spy)
+    say(monkeypatch, "hello", "is it?", "the cat?")
+    assert main(["chat", "--model", str(talker), "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"]) == 0
+    first, second, third = requests
+    assert first.n_reused == 0
+    for before, after in ((first, second), (second, third)):
+        # The last token of an answer was not computed, and the answer loses spaces at its end.
+        assert after.n_reused >= len(before.prompt_ids) and after.n_reused < len(after.prompt_ids)

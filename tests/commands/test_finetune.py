@@ -24,6 +24,7 @@ from MyGPT.data.records import load_split
 from MyGPT.data.templates import load_template
 from MyGPT.finetuning.examples import ExampleOptions, Examples
 from MyGPT.finetuning.lora import KeptAdapter, add_lora, merge
+from MyGPT.serving import Engine
 from MyGPT.training.metrics import read_metrics
 from MyGPT.training.trainer import Trainer
 
@@ -341,11 +342,11 @@ def test_chat_asks_in_the_form_of_the_records_that_the_model_was_tuned_on(
     assert finetune(base, tmp_path / "run", "--data", str(tmp_path / "records.jsonl"), "--sample_every", "0") == 0
     asked: list[str] = []
 
-    def spy(gpt: GPTModel, tokenizer: Any, ids: list[int], *rest: Any) -> list[str]:
-        asked.append(tokenizer.decode(ids))
+    def spy(engine: Engine, ids: list[int], *rest: Any) -> list[str]:
+        asked.append(engine.tokenizer.decode(ids))
         return []
 
-    monkeypatch.setattr("MyGPT.commands.chat.stream_text", spy)
+    monkeypatch.setattr(Engine, "stream_text", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
     assert main(["chat", "--model", str(tmp_path / "run")]) == 0
     assert asked == [expected]

@@ -16,6 +16,7 @@ from MyGPT import BPETokenizer, GPTConfig, GPTModel, generate, get_tokenizer
 from MyGPT.cli import main
 from MyGPT.commands.chat import Conversation
 from MyGPT.download import download
+from MyGPT.serving import Engine
 from MyGPT.weights import released
 from oracles_layouts import BookGPT, NanoGPT
 from oracles_openai import OPENAI
@@ -92,7 +93,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(talker: Path, monkeypatch: pyte
         yield " the"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("MyGPT.commands.chat.stream_text", interrupted)
+    monkeypatch.setattr(Engine, "stream_text", interrupted)
     say(monkeypatch, "hello", "hello")
     assert main(["chat", "--model", str(talker), *CHAT]) == 0
     assert capsys.readouterr().out == " the\n the\n"
@@ -188,3 +189,18 @@ def test_a_file_without_a_tokenizer_gets_gpt2s_only_if_the_vocabulary_is_as_larg
         arguments = ["generate", "--model", str(tmp_path / "ckpt.pt"), "--prompt", "a b", "--max_new_tokens", "1"]
         assert main([*arguments, "--top_k", "1"]) == status
     assert "no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+def test_samples_generated_together_are_those_generated_alone(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, slots: int
+) -> None:
+    monkeypatch.setattr("MyGPT.commands.generate.MAX_SLOTS", slots)
+    options = ["generate", "--model", str(talker), "--prompt", "the", "--max_new_tokens", "70", "--device", "cpu"]
+    assert main([*options, "--n_samples", "3", "--seed", "5"]) == 0  # 70 tokens are more than the context
+    together = capsys.readouterr().out
+    alone = []
+    for seed in (5, 6, 7):
+        assert main([*options, "--seed", str(seed)]) == 0
+        alone.append(capsys.readouterr().out)
+    assert together == "\n---\n".join(alone)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from MyGPT.generation import end_ids, stream_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 from MyGPT.opening import find_model_files, open_model
 from MyGPT.sampling import SamplingConfig
+from MyGPT.serving import Engine
 from MyGPT.tokenizers import ENDOFTEXT, Tokenizer
 
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -110,8 +113,8 @@ class Conversation:
 class Chat:
     """A conversation with a model, and the options of its answers, which the command /set changes."""
 
-    model: Any
-    """The model to generate with; on a CPU, an accelerated copy."""
+    stream: Callable[[list[int], int, SamplingConfig, list[str], int | None], Iterator[str]]
+    """A function that yields the continuation of a prompt: see `Engine.stream_text`."""
     tokenizer: Tokenizer
     conversation: Conversation
     context: int
@@ -164,7 +167,7 @@ class Chat:
                 print(f"(the context is full: dropped the oldest {n_forgotten} of {n_turns} turns)", file=sys.stderr)
             seed = None if self.seed is None else self.seed + self.n_answers
             stops = conversation.stops()
-            for text in stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, stops, seed):
+            for text in self.stream(ids, self.max_new_tokens, self.sampling, stops, seed):
                 answer += text
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
@@ -226,7 +229,12 @@ def chat(
         )
         print(f"({missing}; mygpt train --tokenizer bpe makes models that have it)", file=sys.stderr)
     print(WELCOME, file=sys.stderr)
-    talk(Chat(fast, tokenizer, conversation, context, sampling, longest, seed), LineReader())
+    options = conversation, context, sampling, longest, seed
+    if lookup:
+        talk(Chat(functools.partial(stream_text, fast, tokenizer), tokenizer, *options), LineReader())
+        return
+    with Engine(fast, tokenizer, slots=1) as engine:  # keeps the keys and values of earlier turns
+        talk(Chat(engine.stream_text, tokenizer, *options), LineReader())
 
 
 def talk(chat: Chat, lines: LineReader) -> None:

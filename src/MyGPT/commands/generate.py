@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
 from MyGPT.generation import stream_text
 from MyGPT.messages import read_standard_input
 from MyGPT.opening import open_model
 from MyGPT.sampling import SamplingConfig
+from MyGPT.serving import Engine
 
 DEFAULTS = {"temperature": 0.8, "top_k": 50}
 COMMON = "model adapter prompt max_new_tokens n_samples stop temperature top_k top_p device precision seed".split()
+
+MAX_SLOTS = 16
+"""Largest number of texts that are generated at the same time."""
 
 
 def generate(
@@ -59,9 +65,15 @@ def generate(
         raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: {way_out}")
     fast = make_fast(gpt, precision, lookup, build)
     del gpt  # on a CPU, `fast` has its own copy of the weights
-    for i in range(n_samples):
-        print("\n---\n" if i else "", text, sep="", end="", flush=True)
-        sample_seed = None if seed is None else seed + i
-        for piece in stream_text(fast, tokenizer, ids, max_new_tokens, sampling, stop or (), sample_seed):
-            print(piece, end="", flush=True)
-        print()
+    seeds = [None if seed is None else seed + i for i in range(n_samples)]
+    with contextlib.ExitStack() as stack:
+        if n_samples == 1 or lookup:  # lookup guesses the tokens of one text
+            texts = [stream_text(fast, tokenizer, ids, max_new_tokens, sampling, stop or (), one) for one in seeds]
+        else:
+            engine = stack.enter_context(Engine(fast, tokenizer, slots=min(n_samples, MAX_SLOTS), max_queue=n_samples))
+            texts = [engine.stream_text(ids, max_new_tokens, sampling, stop or (), one, slide=True) for one in seeds]
+        for i, pieces in enumerate(texts):
+            print("\n---\n" if i else "", text, sep="", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()

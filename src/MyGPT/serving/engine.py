@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from MyGPT.cache import VocabularyError
 from MyGPT.config import check_seed, require_positive
-from MyGPT.generation import Stop, checked_ends, end_ids, evaluation_mode, stop_check
+from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
 from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
 from MyGPT.serving._slots import Piece, SlotCache, forward_slots
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
@@ -149,10 +149,35 @@ class Engine:
             QueueFull: max_queue requests are waiting already.
             EngineClosed: the engine was closed.
         """
-        request = self._checked(
-            prompt, sampling or SamplingConfig(), max_new_tokens, stop, seed, eos_id, logprobs, prompt_logprobs,
-            logit_bias or {}, slide, timeout,
-        )  # fmt: skip
+        ids = self._encode(prompt, may_slide=slide and not prompt_logprobs)
+        bias = dict(logit_bias or {})
+        self._check_ids(bias)
+        if not all(math.isfinite(value) for value in bias.values()):
+            raise ValueError(f"logit_bias must have finite numbers, got {bias!r:.80}")
+        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+            raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+        if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"logprobs must be a whole number from 0 to {MAX_LOGPROBS}, or None, got {logprobs!r}")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        check_seed(seed)
+        stop_check(stop, self.tokenizer)  # raises ValueError for a wrong stop
+        room = max(0, self.context - len(ids) + 1)  # the last new token need not be in the context
+        longest = room if max_new_tokens is None else max_new_tokens
+        request = Request(
+            ids,
+            sampling or SamplingConfig(),
+            longest if slide else min(longest, room),
+            secrets.randbits(63) if seed is None else seed,
+            end_ids(self.model, self.tokenizer) if eos_id == "model" else checked_ends(eos_id),
+            as_stops(stop),
+            logprobs,
+            prompt_logprobs,
+            bias,
+            slide,
+            None if timeout is None else time.monotonic() + timeout,
+            self.tokenizer,
+        )
         with self._changed:
             if self._is_closed:
                 raise EngineClosed("the engine is closed, so it takes no more requests")
@@ -162,6 +187,29 @@ class Engine:
             self._counts["requests"] += 1
             self._changed.notify_all()
         return request
+
+    def stream_text(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int | None,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        slide: bool = False,
+    ) -> Iterator[str]:
+        """Submit a prompt, and return an iterator over the pieces of its continuation. Closing the iterator cancels the request.
+
+        This is `generation.stream_text` for several prompts at the same time. The arguments are those of `submit`.
+        """
+        request = self.submit(ids, sampling, max_new_tokens, stop=stop or None, seed=seed, slide=slide, logprobs=None)
+
+        def texts() -> Iterator[str]:
+            try:
+                yield from request.texts()
+            finally:
+                request.cancel()
+
+        return texts()
 
     def stats(self) -> dict[str, int]:
         """Return the numbers of requests, slots and tokens now, and the numbers of steps and tokens since the start."""
@@ -192,52 +240,23 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(
-        self,
-        prompt: str | Sequence[int],
-        sampling: SamplingConfig,
-        max_new_tokens: int | None,
-        stop: Any,
-        seed: int | None,
-        eos_id: Any,
-        logprobs: int | None,
-        prompt_logprobs: bool,
-        logit_bias: Mapping[int, float],
-        slide: bool,
-        timeout: float | None,
-    ) -> Request:
-        """Return the request that these arguments of `submit` describe. Raises ValueError if one is out of range."""
-        V = self.model.config.vocab_size
+    def _encode(self, prompt: str | Sequence[int], may_slide: bool) -> list[int]:
+        """Return the token ids of a prompt. Raises ValueError if it is empty, or beyond the context unless `may_slide`."""
         if isinstance(prompt, str) and self.tokenizer is None:
             raise ValueError("a prompt that is a text needs a tokenizer: give the prompt as token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; it must have at least one token")
-        for id_ in [*ids, *logit_bias]:
+        self._check_ids(ids)
+        if len(ids) > self.context and not may_slide:
+            raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {self.context}: shorten it")
+        return ids
+
+    def _check_ids(self, ids: Iterable[int]) -> None:
+        V = self.model.config.vocab_size
+        for id_ in ids:
             if type(id_) is not int or not 0 <= id_ < V:
                 raise VocabularyError(f"id {id_!r} is outside the vocabulary, ids are 0 to {V - 1}")
-        if not all(math.isfinite(value) for value in logit_bias.values()):
-            raise ValueError(f"logit_bias must have finite numbers, got {dict(logit_bias)!r:.80}")
-        if len(ids) > self.context and not slide:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, but the model's context is {self.context}: shorten it, or set slide=True"
-            )
-        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
-            raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-        if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= MAX_LOGPROBS):
-            raise ValueError(f"logprobs must be a whole number from 0 to {MAX_LOGPROBS}, or None, got {logprobs!r}")
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        check_seed(seed)
-        room = max(0, self.context - len(ids) + 1)  # the last new token need not be in the context
-        longest = room if max_new_tokens is None else max_new_tokens
-        stops = [] if stop is None else [stop] if isinstance(stop, str) or _is_run(stop) else list(stop)
-        stop_check(stop, self.tokenizer)  # raises ValueError for a wrong stop
-        return Request(
-            ids, sampling, longest if slide else min(longest, room), secrets.randbits(63) if seed is None else seed,
-            end_ids(self.model, self.tokenizer) if eos_id == "model" else checked_ends(eos_id), stops, logprobs,
-            prompt_logprobs, dict(logit_bias), slide, None if timeout is None else time.monotonic() + timeout, self.tokenizer,
-        )  # fmt: skip
 
     # Everything below runs in the engine's thread.
 
@@ -474,7 +493,3 @@ def _n_common(a: list[int], b: list[int]) -> int:
     if a[:n] == b[:n]:  # compares much faster than a loop
         return n
     return next(i for i in range(n) if a[i] != b[i])
-
-
-def _is_run(stop: Any) -> bool:
-    return isinstance(stop, (list, tuple)) and all(type(id_) is int for id_ in stop)

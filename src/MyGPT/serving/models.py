@@ -38,6 +38,8 @@ class Settings:
     """The origins of other web pages that may use the server."""
     request_timeout: float = 600.0
     """Seconds after which a request ends."""
+    body_timeout: float = 10.0
+    """Seconds in which a client must have sent the headers of a request, and then its body."""
     max_body_bytes: int = 4 << 20
     max_prompts: int = 128
     """Largest number of texts that one request may ask for: prompts times choices."""
