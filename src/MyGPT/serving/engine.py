@@ -21,11 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from MyGPT.cache import VocabularyError
+from MyGPT.cache import Piece, SlotCache, VocabularyError
 from MyGPT.config import check_seed, require_positive
 from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
 from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
-from MyGPT.serving._slots import Piece, SlotCache, forward_slots
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
 from MyGPT.tokenizers.base import ids_without_token
 
@@ -87,7 +86,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.context: int = model.config.context_length
         self._lock = lock or contextlib.nullcontext()
-        self._cache: SlotCache = SlotCache(model, slots)
+        self._cache: SlotCache = model.new_slot_cache(slots)
         self._cached: list[list[int]] = [[] for _ in range(slots)]
         """The ids whose keys and values each slot holds."""
         self._last_use = [0.0] * slots
@@ -392,7 +391,7 @@ class Engine:
         runs = {run.slot: run for run in self._running}
         try:
             with self._lock, evaluation_mode(self.model):
-                logits = forward_slots(self.model, pieces, self._cache)
+                logits = self.model.forward_slots(pieces, self._cache)
         except Exception as error:  # the requests of this step fail, and the engine goes on with the others
             for piece in pieces:
                 self._cached[piece.slot] = []
@@ -437,12 +436,13 @@ class Engine:
             ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
             adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
         new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
-        if new in request.end_ids:
-            self._finish(run, "stop")
-            return
         token = Token(new)
         if request.logprobs is not None:
             token = self._tokens([new], logits, request.logprobs)[0]
+        if new in request.end_ids:
+            request.end_token = token
+            self._finish(run, "stop")
+            return
         run.new_ids.append(new)
         run.ids.append(new)
         if run.seen is not None:
