@@ -73,7 +73,7 @@ def page_headers() -> dict[str, str]:
     return {
         "Content-Security-Policy": "; ".join(policy),
         "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
+        "Referrer-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
     }
 
@@ -98,7 +98,10 @@ class Inspector:
         self._cached: list[int] = []
         with torch.inference_mode():
             self._cache = self.gpt.new_cache(1)
-        ends, excluded = end_ids(self.gpt, self.tokenizer), ids_without_token(self.tokenizer, self.gpt.config.vocab_size)
+        ends, excluded = (
+            end_ids(self.gpt, self.tokenizer),
+            ids_without_token(self.tokenizer, self.gpt.config.vocab_size),
+        )
         self._excluded = torch.tensor([id_ for id_ in excluded if id_ not in ends], dtype=torch.int64)
 
     @torch.inference_mode()
@@ -328,6 +331,7 @@ def _whole(body: dict[str, Any], name: str, default: int | None) -> int | None:
 
 
 ROUTES = [
+    Route("/", page),
     Route("/page/models", list_models),
     Route("/page/read", read_text, methods=["POST"]),
     Route("/page/next", next_token, methods=["POST"]),

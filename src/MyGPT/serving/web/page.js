@@ -306,6 +306,7 @@ function drawNext() {
   const more = n_hidden + shown.length < n_kept ? n_kept - shown.filter(([, , , , isKept]) => isKept).length : n_hidden;
   const rest = 1 - shown.reduce((sum, [, , , now]) => sum + now, 0);
   $("next-rest").textContent = [
+    "Full bars show the probabilities after the settings, outlines those of the model.",
     more > 0 ? `${more.toLocaleString("en")} more kept tokens: ${percent(Math.max(0, rest))}.` : "",
     n_kept < vocab_size ? `The removed tokens had ${percent(removed)} before.` : "",
   ].join(" ");
@@ -314,8 +315,8 @@ function drawNext() {
 function showMeter() {
   const { context } = about(model());
   const n = isEditing ? (next?.asked.text === $("text").value ? next.n_tokens : null) : story().ids().length;
-  const over = n > context ? " This is more than the model can read: shorten the text." : "";
-  $("meter").textContent = n ? `The text has ${n} of at most ${context} tokens.${over}` : `The model reads at most ${context} tokens.`;
+  const over = n > context && isEditing ? " The model cannot read so many: shorten the text." : "";
+  $("meter").textContent = (n ? `${n} tokens of at most ${context}.` : `At most ${context} tokens.`) + over;
 }
 
 // The request as a curl command and as a Python program
@@ -342,7 +343,8 @@ function currentRequest() {
 function curlCommand(path, body) {
   const lines = [`curl ${location.origin}/v1/${path}`, `-H 'Content-Type: application/json'`];
   if (apiKey()) lines.push(`-H "Authorization: Bearer $MYGPT_API_KEY"`);
-  lines.push(`-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`);
+  const fields = Object.entries(body).map(([name, value]) => `    ${JSON.stringify(name)}: ${JSON.stringify(value)}`);
+  lines.push(`-d '{\n${fields.join(",\n").replaceAll("'", "'\\''")}\n  }'`);
   return lines.join(" \\\n  ");
 }
 
@@ -474,8 +476,8 @@ async function lookInside() {
     $("inside-hint").textContent = "";
     throw error;
   });
-  const left = data.n_left_out ? ` The page shows the last ${data.tokens.length} tokens; ${data.n_left_out} earlier ones are left out.` : "";
-  $("inside-hint").textContent = data.description + left;
+  const last = data.n_left_out ? `the last ${data.tokens.length} tokens (${data.n_left_out} earlier ones are left out)` : `${data.tokens.length} tokens`;
+  $("inside-hint").textContent = `How ${model()} reads ${last} of the text on the tab Write. Layers, heads and tokens are numbered from 0.`;
   $("inside").hidden = false;
   showInside(data);
 }

@@ -249,6 +249,8 @@ const alternatives = {
     $("popover-close").hidden = !isPinned;
     $("popover").hidden = false;
     this.place();
+    const covered = token.getBoundingClientRect().bottom - box.getBoundingClientRect().top;
+    if (isPinned && getComputedStyle(box).width !== "336px" && covered > 0) scrollBy(0, covered + 8);
     if (isPinned) {
       ($("popover-list").querySelector("button") ?? $("popover-close")).focus();
       this.onPin(story, token.node);
@@ -258,7 +260,8 @@ const alternatives = {
   // Place the box below the token, or above it if there is more room. On a narrow screen the style places it.
   place() {
     const box = $("popover"), at = this.token.getClientRects()[0];
-    const left = Math.max(8, Math.min(at.left, innerWidth - box.offsetWidth - 8));
+    const edge = Math.min(innerWidth - 8, this.story.host.getBoundingClientRect().right + 16);
+    const left = Math.max(8, Math.min(at.left, edge - box.offsetWidth));
     const fitsBelow = at.bottom + box.offsetHeight + 8 < innerHeight || at.top < box.offsetHeight + 8;
     box.style.left = `${left}px`;
     box.style.top = `${fitsBelow ? at.bottom + 6 : at.top - box.offsetHeight - 6}px`;
