@@ -28,9 +28,9 @@ from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_gen
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
 from MyGPT.tokenizers.base import ids_without_token
 
-MAX_TOKENS_PER_STEP = 256
-"""Largest number of tokens that one step computes."""
-MAX_TOKENS_WHILE_GENERATING = 64
+MAX_PROMPT_TOKENS = 256
+"""Largest number of prompt tokens that one step computes."""
+MAX_PROMPT_TOKENS_WHILE_GENERATING = 64
 """The same limit while at least one request generates: a longer step would delay the next token of each of them."""
 MAX_LOGPROBS = 20
 """Largest number of alternatives of a token."""
@@ -307,7 +307,7 @@ class Engine:
         bias = seen = None
         if request.logit_bias:
             bias = torch.zeros(1, V, device=self._device)
-            bias[0, list(request.logit_bias)] = torch.tensor([*request.logit_bias.values()], device=self._device)
+            bias[0, list(request.logit_bias)] = bias.new_tensor([*request.logit_bias.values()])
         if request.sampling.repetition_penalty is not None:
             seen = torch.zeros(1, V, dtype=torch.bool, device=self._device)
             seen[0, request.prompt_ids] = True
@@ -355,19 +355,18 @@ class Engine:
                 pieces.append(Piece(run.slot, run.ids[-1:], 1))
             else:
                 prompts.append(run)
-        room = (MAX_TOKENS_WHILE_GENERATING if pieces else MAX_TOKENS_PER_STEP) - len(pieces)
+        room = MAX_PROMPT_TOKENS_WHILE_GENERATING if pieces else MAX_PROMPT_TOKENS
         for run in prompts:
+            if room == 0:
+                break
             if self._is_waiting_for_source(run):
                 continue
             n_cached = len(self._cached[run.slot])
-            # A step with many generating requests still computes a little of a prompt.
-            new = run.ids[n_cached : n_cached + max(room, 8)]
+            new = run.ids[n_cached : n_cached + room]
             is_last = n_cached + len(new) == len(run.ids)
             wants_all = run.request.prompt_logprobs and not run.new_ids
             pieces.append(Piece(run.slot, new, len(new) if wants_all else int(is_last)))
             room -= len(new)
-            if room <= 0:
-                break
         return pieces
 
     def _is_waiting_for_source(self, run: _Run) -> bool:
