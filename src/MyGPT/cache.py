@@ -6,6 +6,9 @@ far (cached and new), C embedding width, H heads, D = C // H.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,14 +29,7 @@ class KVCache:
         The memory has the dtype and the device of the tensor `like`, until keys of another dtype are appended. Raises
         ValueError if `length` is below 1 or above the model's context length.
         """
-        context = config.context_length
-        length = context if length is None else length
-        if type(length) is not int or not 1 <= length <= context:
-            raise ValueError(
-                f"the cache's length must be a whole number from 1 to {context} (the model's context length), got {length!r}"
-            )
-        D = config.emb_dim // config.n_heads
-        shape = (config.n_layers, 2, batch_size, config.n_heads, length, D)
+        shape = _storage_shape(config, batch_size, length)
         self.storage = torch.empty(shape, dtype=like.dtype, device=like.device)  # plain, even if `like` is sharded
         self.length = 0
         """Number of tokens per sequence in the cache."""
@@ -53,6 +49,12 @@ class KVCache:
         if torch.is_grad_enabled():
             raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
 
+    def positions_and_mask(
+        self, attention_mask: Tensor | None, T: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the positions of T new tokens and a mask of the tokens that each may attend to (see `positions_and_mask`)."""
+        return positions_and_mask(attention_mask, T, self.length + T, device)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys k and values v of T new tokens, each (B, H, T, D), to those of a layer.
 
@@ -64,6 +66,173 @@ class KVCache:
         keys[:, :, self.length : S] = k
         values[:, :, self.length : S] = v
         return keys[:, :, :S], values[:, :, :S]
+
+    def advance(self, T: int) -> None:
+        """Count T new tokens, after their keys and values were appended to all layers."""
+        self.length += T
+
+
+class Piece(NamedTuple):
+    """Consecutive new tokens of the sequence in one slot of a `SlotCache`."""
+
+    slot: int
+    ids: list[int]
+    n_logits: int
+    """Number of last positions whose logits are wanted: from 0 to len(ids)."""
+
+
+class SlotCache:
+    """A key-value cache whose sequences, one per slot, have different numbers of tokens and can be replaced one by one."""
+
+    def __init__(self, config: GPTConfig, slots: int, length: int | None, like: Tensor) -> None:
+        """Allocate memory for sequences of up to `length` tokens (None: the model's context length) in `slots` slots.
+
+        The memory has the dtype and the device of the tensor `like`. Raises ValueError if `slots` or `length` is below 1, or
+        if `length` is above the model's context length.
+        """
+        if type(slots) is not int or slots < 1:
+            raise ValueError(f"the number of slots must be a whole number of at least 1, got {slots!r}")
+        # Zeros, because hidden entries are multiplied by 0, and 0 times NaN would be NaN.
+        self.storage = torch.zeros(_storage_shape(config, slots, length), dtype=like.dtype, device=like.device)
+        self.vocab_size = config.vocab_size
+        self.lengths = [0] * slots
+        """Number of tokens in each slot."""
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of tokens that a slot can hold."""
+        return self.storage.shape[4]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the keys and values in bytes, whether or not the slots are in use."""
+        return self.storage.nbytes
+
+    def truncate(self, slot: int, n: int) -> None:
+        """Keep only the first n tokens of a slot. Raises ValueError if the slot has fewer."""
+        self._check_prefix(slot, n)
+        self.storage[:, :, slot, :, n : self.lengths[slot]] = 0  # see __init__
+        self.lengths[slot] = n
+
+    def copy_prefix(self, source: int, target: int, n: int) -> None:
+        """Replace the tokens of the slot `target` by the first n tokens of the slot `source`, without computing them again.
+
+        Raises ValueError if `source` has fewer than n tokens.
+        """
+        self._check_prefix(source, n)
+        self._check_slot(target)
+        if source != target:
+            self.storage[:, :, target, :, :n] = self.storage[:, :, source, :, :n]
+            self.lengths[target] = max(self.lengths[target], n)
+        self.truncate(target, n)
+
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Raise ValueError unless the pieces fit into their slots, which must differ, or VocabularyError for a wrong id."""
+        if not pieces:
+            raise ValueError("there are no pieces: give at least one")
+        seen = set()
+        for slot, ids, n_logits in pieces:
+            self._check_slot(slot)
+            if slot in seen:
+                raise ValueError(f"slot {slot} has several pieces: give each slot at most one")
+            seen.add(slot)
+            if not ids or not 0 <= n_logits <= len(ids):
+                raise ValueError(
+                    f"a piece needs at least one id, and n_logits from 0 to their number, got {len(ids)} and {n_logits}"
+                )
+            if self.lengths[slot] + len(ids) > self.capacity:
+                raise ValueError(
+                    f"slot {slot} has room for {self.capacity - self.lengths[slot]} more tokens, got {len(ids)}"
+                )
+            wrong = [id_ for id_ in (min(ids), max(ids)) if not 0 <= id_ < self.vocab_size]
+            if wrong:
+                raise VocabularyError(f"id {wrong[0]} is outside the vocabulary, ids are 0 to {self.vocab_size - 1}")
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self.lengths):
+            raise ValueError(f"the cache has the slots 0 to {len(self.lengths) - 1}, got {slot}")
+
+    def _check_prefix(self, slot: int, n: int) -> None:
+        self._check_slot(slot)
+        if not 0 <= n <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, got a prefix of {n}")
+
+
+class SlotView(KVCache):
+    """A range of slots of a `SlotCache` as the cache of one forward pass, in which all pieces have the same number of tokens.
+
+    The slots between those of the pieces are computed too, with id 0, because views of the memory need no copies. Their
+    results are dropped, and their keys and values are left unchanged.
+    """
+
+    def __init__(self, cache: SlotCache, pieces: Sequence[Piece]) -> None:
+        self.cache, self.pieces = cache, pieces
+        self.slots = range(min(piece.slot for piece in pieces), max(piece.slot for piece in pieces) + 1)
+        self.storage = cache.storage[:, :, self.slots.start : self.slots.stop]
+        device, ids = cache.storage.device, {piece.slot: piece.ids for piece in pieces}
+        self.past = [cache.lengths[slot] if slot in ids else 0 for slot in self.slots]
+        """Number of earlier tokens in each slot; 0 for slots without a piece."""
+        self.length = max(self.past)
+        T = len(pieces[0].ids)
+        self.ids = torch.tensor([ids.get(slot, [0] * T) for slot in self.slots], device=device)
+        """The new ids, (B, T)."""
+        self.rows = torch.tensor([[piece.slot - self.slots.start] for piece in pieces], device=device)  # (n, 1)
+        past = torch.tensor([[cache.lengths[piece.slot]] for piece in pieces], device=device)
+        self.columns = past + torch.arange(T, device=device)  # (n, T)
+
+    def positions_and_mask(
+        self, attention_mask: Tensor | None, T: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the positions of the T new tokens in each slot and a mask of the entries that each may attend to."""
+        if len(self.slots) == 1:
+            return super().positions_and_mask(attention_mask, T, device)
+        positions = torch.tensor(self.past, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        mask = torch.arange(self.length + T, device=device) <= positions[:, :, None]  # (B, T, S)
+        return positions, mask[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys k and values v of the new tokens, each (B, H, T, D), to those of the pieces' slots in a layer.
+
+        Return the first S keys and values of all slots of the view, each (B, H, S, D). S is the length of the longest.
+        """
+        keys, values = self.storage[layer]
+        for stored, new in ((keys, k), (values, v)):
+            stored[self.rows, :, self.columns] = new[self.rows[:, 0]].transpose(1, 2).to(stored.dtype)  # (n, T, H, D)
+        S = self.length + k.shape[2]
+        return keys[:, :, :S].to(k), values[:, :, :S].to(v)  # another dtype only under autocast
+
+    def advance(self, T: int) -> None:
+        """Count the T new tokens of each piece in the `SlotCache`."""
+        for piece in self.pieces:
+            self.cache.lengths[piece.slot] += T
+
+
+def slot_hidden_states(transformer: Callable[..., Tensor], pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
+    """Compute the pieces and return the last hidden states of each, (sum of n_logits, C), in the order of the pieces.
+
+    `transformer` maps ids (B, T), given with a KVCache, to hidden states (B, T, C). It computes all pieces of one token
+    together, and each longer piece alone.
+    """
+    groups = [[piece] for piece in pieces if len(piece.ids) > 1]
+    groups.append([piece for piece in pieces if len(piece.ids) == 1])
+    states = {}
+    for group in filter(None, groups):
+        view = SlotView(cache, group)
+        hidden = transformer(view.ids, cache=view)
+        for slot, ids, n_logits in group:
+            states[slot] = hidden[slot - view.slots.start, len(ids) - n_logits :]
+    return torch.cat([states[piece.slot] for piece in pieces])
+
+
+def _storage_shape(config: GPTConfig, rows: int, length: int | None) -> tuple[int, ...]:
+    """Return the shape of the keys and values of `rows` sequences of up to `length` tokens in all layers."""
+    context = config.context_length
+    length = context if length is None else length
+    if type(length) is not int or not 1 <= length <= context:
+        raise ValueError(
+            f"the cache's length must be a whole number from 1 to {context} (the model's context length), got {length!r}"
+        )
+    return config.n_layers, 2, rows, config.n_heads, length, config.emb_dim // config.n_heads
 
 
 def positions_and_mask(

@@ -8,7 +8,7 @@ initialisation.py, the losses in loss.py, the decoding loop in generation.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from MyGPT.cache import KVCache, check_inputs, positions_and_mask
+from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask, slot_hidden_states
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
@@ -104,8 +104,10 @@ class Transformer(nn.Module):
         """Return the hidden states after the last LayerNorm, (B, T, C). For the arguments, see GPTModel.forward."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.shape[1]
-        S = T if cache is None else cache.length + T
-        positions, mask = positions_and_mask(attention_mask, T, S, x.device)
+        if cache is None:
+            positions, mask = positions_and_mask(attention_mask, T, T, x.device)
+        else:
+            positions, mask = cache.positions_and_mask(attention_mask, T, x.device)
         x = F.dropout(x + self.wpe(positions), self.drop_rate, self.training)
         for block in self.h:
             if self.gradient_checkpointing and self.training and cache is None:
@@ -113,7 +115,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, mask, cache)
         if cache is not None:
-            cache.length = S
+            cache.advance(T)
         return self.ln_f(x)
 
 
@@ -225,6 +227,25 @@ class GPTModel(nn.Module):
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
+
+    def new_slot_cache(self, slots: int, length: int | None = None) -> SlotCache:
+        """Return an empty cache with `slots` slots of up to `length` tokens each (default: the model's context length)."""
+        return SlotCache(self.config, slots, length, like=self.transformer.wte.weight.detach())
+
+    @torch.no_grad()
+    def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
+        """Compute new tokens of several sequences, whose lengths may differ, and return the wanted logits.
+
+        The result has the shape (sum of n_logits, V), in the order of the pieces. The logits of a piece do not depend on the
+        other pieces, up to rounding. Keys and values are appended to the slots, and `cache.lengths` grows.
+
+        Raises:
+            ValueError: a piece that does not fit into its slot, or two pieces for one slot.
+            VocabularyError: an id outside the vocabulary.
+        """
+        cache.check(pieces)
+        logits: Tensor = self.lm_head(slot_hidden_states(self.transformer, pieces, cache))
+        return logits
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, counting shared parameters once.

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from MyGPT.cache import KVCache, check_inputs, positions_and_mask
+from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask
 from MyGPT.model import GPTModel
 
 LENGTH_STEP = 128
@@ -130,6 +131,15 @@ class CapturedModel(nn.Module):
         """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return StaticCache(self, batch_size, length)
 
+    def new_slot_cache(self, slots: int, length: int | None = None) -> SlotCache:
+        """Return an empty cache with `slots` slots of up to `length` tokens each (default: the model's context length)."""
+        return self.model.new_slot_cache(slots, length)
+
+    def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
+        """Return the result of GPTModel.forward_slots, which is not captured."""
+        with torch.autocast(cache.storage.device.type, enabled=False):
+            return self.model.forward_slots(pieces, cache)
+
     def take_step(self, batch_size: int, capacity: int) -> CapturedStep:
         """Return the memory and graphs of an earlier generation if they fit B sequences of `capacity` tokens, or new ones."""
         step, self._idle = self._idle, None
@@ -172,7 +182,7 @@ class CapturedModel(nn.Module):
                 self._run(cache, cache.n_attended)
             finally:
                 cache.n_attended = None
-            cache.length = S
+            cache.advance(1)
             return step.logits.clone()  # the next step overwrites step.logits
 
     def _run(self, cache: StaticCache, n: int) -> None:

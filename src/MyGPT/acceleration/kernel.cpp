@@ -1,6 +1,6 @@
 // GPT-2's forward pass for a few tokens at a time, as fast as memory delivers the weights.
 //
-// B sequences of T new tokens each, M = B T rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
+// The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
 // layer together. Each `omp for` divides a stage among them and ends with a barrier.
 //
 // A matrix (N, K) is stored in panels of P outputs, as (N / P, K, P). bf16 and int8 weights are stored as (N / P, K / 2, P, 2):
@@ -40,6 +40,9 @@ constexpr int P = 3 * LANES;
 constexpr int K_BLOCK = 128;
 constexpr int ROW_BLOCK = 128;  // rows that stay in the L2 cache while all panels are read
 constexpr int PREFETCH = 6144;  // bytes to prefetch ahead, about what arrives within the latency of memory
+constexpr int KEYS = 8;         // keys that are multiplied with a query together, so that their sums stay in registers
+constexpr int VALUES = 64;      // values that stay in the L1 cache while all queries of a block read them
+constexpr int QUERIES = 32;     // tokens of a sequence whose attention is computed together, so that keys are read less often
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -87,6 +90,31 @@ inline ints dot(ints sum, shorts w, int32_t x) {
     return sum;
 }
 #endif
+
+// Writes the sum of the lanes of each of KEYS vectors to y (KEYS).
+inline void add_lanes(const vec* v, float* y) {
+#if defined(__AVX2__)
+    __m256 part[KEYS];
+    for (int j = 0; j < KEYS; j++) {
+#if defined(__AVX512F__)
+        const __m512d both = (__m512d)v[j];
+        part[j] = (__m256)_mm512_castpd512_pd256(both) + (__m256)_mm512_extractf64x4_pd(both, 1);
+#else
+        part[j] = (__m256)v[j];
+#endif
+    }
+    auto add4 = [&](int j) {  // four sums for each half of the vectors
+        return _mm256_hadd_ps(_mm256_hadd_ps(part[j], part[j + 1]), _mm256_hadd_ps(part[j + 2], part[j + 3]));
+    };
+    const __m256 one = add4(0), other = add4(4);
+    _mm256_storeu_ps(y, _mm256_permute2f128_ps(one, other, 0x20) + _mm256_permute2f128_ps(one, other, 0x31));
+#else
+    for (int j = 0; j < KEYS; j++) {
+        y[j] = 0;
+        for (int lane = 0; lane < LANES; lane++) y[j] += v[j][lane];
+    }
+#endif
+}
 
 struct Linear {
     const void* weight;  // panels of float, bf16 or int8
@@ -295,82 +323,157 @@ template <class W> void row_of(const Linear& l, int n, float* y) {
     for (int k = 0; k < l.K; k++) y[k] = to_float(((const W*)l.weight)[panel_index<W>(l, n, k)]) * (l.scale ? l.scale[n] : 1);
 }
 
-// LayerNorm of the last n of each sequence's T rows of x: y (B n, C).
-void layer_norm(const Norm& norm, const float* x, int B, int T, int n, int C, float eps, float* y) {
+// The sum of term(x) over n numbers x, in an order that depends only on n.
+template <class Term> float sum(const float* x, int n, Term term) {
+    vec lanes = {};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) lanes += term(load<vec>(x + i));
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    for (; i < n; i++) total += term(x[i]);
+    return total;
+}
+
+// LayerNorm of n rows of x, or of those with the indices `rows`: y (n, C).
+void layer_norm(const Norm& norm, const float* x, const int32_t* rows, int n, int C, float eps, float* y) {
 #pragma omp for
-    for (int row = 0; row < B * n; row++) {
-        const float* from = x + (int64_t)(row / n * T + T - n + row % n) * C;
-        float mean = 0, variance = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int c = 0; c < C; c++) mean += from[c];
-        mean /= C;
-#pragma omp simd reduction(+ : variance)
-        for (int c = 0; c < C; c++) variance += (from[c] - mean) * (from[c] - mean);
-        const float scale = 1 / std::sqrt(variance / C + eps);
+    for (int row = 0; row < n; row++) {
+        const float* from = x + (int64_t)(rows ? rows[row] : row) * C;
+        const float mean = sum(from, C, [](auto v) { return v; }) / C;
+        const float variance = sum(from, C, [mean](auto v) { return (v - mean) * (v - mean); }) / C;
+        const float scale = 1 / std::sqrt(variance + eps);
         for (int c = 0; c < C; c++) y[(int64_t)row * C + c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
     }
 }
 
-// Attention of one head of one sequence: y (T, C). qkv (T, 3 C) points at the head's queries. The T new keys and values are
-// appended to keys and values (S, D); `first` is the index of the sequence's first token after its left padding.
-void attend(const float* qkv, int T, int C, int D, int first, int past, float* keys, float* values, float* y) {
-    std::vector<float> weights(past + T);
-    const float scale = 1 / std::sqrt((float)D);
-    for (int t = 0; t < T; t++, qkv += 3 * C, y += C) {
-        const int S = past + t + 1;
-        std::copy(qkv + C, qkv + C + D, keys + (int64_t)(S - 1) * D);
-        std::copy(qkv + 2 * C, qkv + 2 * C + D, values + (int64_t)(S - 1) * D);
-        // A padding token sees itself, as in cache.py.
-        const int begin = std::min(first, S - 1);
-        float largest = -INFINITY, total = 0;
-        for (int s = begin; s < S; s++) {
-            float score = 0;
-#pragma omp simd reduction(+ : score)
-            for (int d = 0; d < D; d++) score += qkv[d] * keys[(int64_t)s * D + d];
-            weights[s] = score * scale;
-            largest = std::max(largest, weights[s]);
-        }
-#pragma omp simd reduction(+ : total)
-        for (int s = begin; s < S; s++) total += weights[s] = exponential(weights[s] - largest);
-        std::fill(y, y + D, 0.0f);
-        for (int s = begin; s < S; s++)
-            for (int d = 0; d < D; d++) y[d] += weights[s] / total * values[(int64_t)s * D + d];
+// The dot products of q (D) with KEYS rows of keys (n, D), n >= 1. Rows after the last are replaced by the last.
+inline void dots(const float* q, const float* keys, int n, int D, float* scores) {
+    const float* key[KEYS];
+    for (int j = 0; j < KEYS; j++) key[j] = keys + (int64_t)std::min(j, n - 1) * D;
+    vec sums[KEYS] = {};
+    int d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        const vec part = load<vec>(q + d);
+#pragma GCC unroll 8
+        for (int j = 0; j < KEYS; j++) sums[j] += part * load<vec>(key[j] + d);
     }
+    add_lanes(sums, scores);
+    for (; d < D; d++)
+        for (int j = 0; j < KEYS; j++) scores[j] += q[d] * key[j][d];
 }
 
-template <class W> void forward(const Model& model, const int64_t* ids, int B, int T, int past, int length, const int32_t* first,
-                                float* cache, int n_logits, float* logits, float* scratch) {
-    const int C = model.head.K, H = model.n_heads, D = C / H, M = B * T;
+// y (V * LANES) += the sum of weight[s] * row s of values (n, D), in the order of s.
+template <int V> inline void add_weighted(const float* weight, const float* values, int n, int D, float* y) {
+    vec sums[V];
+    for (int i = 0; i < V; i++) sums[i] = load<vec>(y + i * LANES);
+    for (int s = 0; s < n; s++, values += D)
+#pragma GCC unroll 8
+        for (int i = 0; i < V; i++) sums[i] += weight[s] * load<vec>(values + i * LANES);
+    for (int i = 0; i < V; i++) std::memcpy(y + i * LANES, &sums[i], sizeof(vec));
+}
+inline void add_weighted(const float* weight, const float* values, int n, int D, float* y) {
+    int d = 0;
+    for (; d + 8 * LANES <= D; d += 8 * LANES) add_weighted<8>(weight, values + d, n, D, y + d);
+    for (; d + 4 * LANES <= D; d += 4 * LANES) add_weighted<4>(weight, values + d, n, D, y + d);
+    for (; d + LANES <= D; d += LANES) add_weighted<1>(weight, values + d, n, D, y + d);
+    for (; d < D; d++)
+        for (int s = 0; s < n; s++) y[d] += weight[s] * values[(int64_t)s * D + d];
+}
+
+// Attention of one head for n <= QUERIES consecutive tokens: y (n, C). The first of them sees S tokens, itself included, and each
+// of the others sees one more. q (n, 3 C) points at the head's queries; keys and values (S + n - 1, D) begin with the first token
+// that is seen. The order of every sum depends only on D and on the number of tokens that the query sees.
+void attend(const float* q, int n, int S, int C, int D, const float* keys, const float* values, float* y) {
+    static thread_local std::vector<float> memory;
+    const int longest = S + n - 1, stride = (longest + VALUES - 1) / VALUES * VALUES;
+    memory.resize(std::max<size_t>(memory.size(), n * stride));
+    float *weights = memory.data(), totals[QUERIES];
+    const float scale = 1 / std::sqrt((float)D);
+    for (int s = 0; s < longest; s += KEYS)  // a block of keys is read once for all queries
+        for (int i = std::max(0, s - S + 1); i < n; i++)
+            dots(q + (int64_t)i * 3 * C, keys + (int64_t)s * D, longest - s, D, weights + i * stride + s);
+    for (int i = 0; i < n; i++) {
+        float *weight = weights + i * stride, largest = -INFINITY;
+        for (int s = 0; s < S + i; s++) largest = std::max(largest, weight[s]);
+        for (int s = 0; s < stride; s++) weight[s] = exponential((weight[s] - largest) * scale);
+        totals[i] = sum(weight, S + i, [](auto v) { return v; });
+        std::fill(y + (int64_t)i * C, y + (int64_t)i * C + D, 0.0f);
+    }
+    for (int s = 0; s < longest; s += VALUES)
+        for (int i = std::max(0, s - S + 1); i < n; i++)
+            add_weighted(weights + i * stride + s, values + (int64_t)s * D, std::min(VALUES, S + i - s), D, y + (int64_t)i * C);
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < D; d++) y[(int64_t)i * C + d] /= totals[i];
+}
+
+// New tokens of one sequence: n of them after `past` earlier tokens, in a slot of the cache. `first` is the index of the
+// sequence's first token after its left padding.
+struct Sequence { int32_t n, past, first, slot; };
+// The new token of one row: its slot, its index in the cache, and the number of padding tokens before it.
+struct Token { int32_t slot, index, first; };
+
+template <class W> void forward(const Model& model, const Sequence* sequences, int n_sequences, const int64_t* ids, float* cache,
+                                int slots, int capacity, const int32_t* wanted, int n_wanted, float* logits, float* scratch,
+                                int n_threads) {
+    std::vector<Token> tokens;
+    std::vector<std::pair<int, int>> blocks;  // first row and number of rows, whose attention is computed together
+    for (int i = 0; i < n_sequences; i++) {
+        const Sequence& sequence = sequences[i];
+        for (int t = 0; t < sequence.n; t++) {
+            const int index = sequence.past + t;
+            if (index >= sequence.first) {
+                if (t == 0 || index == sequence.first || blocks.back().second == QUERIES) blocks.emplace_back(tokens.size(), 0);
+                blocks.back().second++;
+            }
+            tokens.push_back({sequence.slot, index, sequence.first});
+        }
+    }
+    const int C = model.head.K, H = model.n_heads, D = C / H, M = tokens.size(), n_blocks = blocks.size();
     float *x = scratch, *h = x + (int64_t)M * C, *wide = h + (int64_t)M * C;  // (M, C), (M, C) and (M, 4 C)
-    const int64_t head_size = (int64_t)length * D;         // numbers in the keys of one head, (length, D)
-#pragma omp parallel
+    const int64_t head_size = (int64_t)capacity * D;       // numbers in the keys of one head, (capacity, D)
+#pragma omp parallel num_threads(n_threads)
     {
 #pragma omp for
         for (int row = 0; row < M; row++) {
             float* to = x + (int64_t)row * C;
             if (model.wte) std::copy_n(model.wte + ids[row] * C, C, to);
             else row_of<W>(model.head, ids[row], to);
-            const float* position = model.wpe + (int64_t)std::max(0, past + row % T - first[row / T]) * C;
+            const float* position = model.wpe + (int64_t)std::max(0, tokens[row].index - tokens[row].first) * C;
             for (int c = 0; c < C; c++) to[c] += position[c];
         }
         for (int layer = 0; layer < model.n_layers; layer++) {
             const Block& block = model.blocks[layer];
-            float *keys = cache + layer * 2 * B * H * head_size, *values = keys + B * H * head_size;
-            layer_norm(block.ln_1, x, B, T, T, C, model.eps, h);
+            float *keys = cache + (int64_t)layer * 2 * slots * H * head_size, *values = keys + slots * H * head_size;
+            layer_norm(block.ln_1, x, nullptr, M, C, model.eps, h);
             linear<W>(block.c_attn, h, M, wide, STORE);
+#pragma omp for
+            for (int row = 0; row < M; row++) {
+                const Token& token = tokens[row];
+                const float* qkv = wide + (int64_t)row * 3 * C;
+                for (int head = 0; head < H; head++) {
+                    const int64_t to = (token.slot * H + head) * head_size + (int64_t)token.index * D;
+                    std::copy_n(qkv + C + head * D, D, keys + to);
+                    std::copy_n(qkv + 2 * C + head * D, D, values + to);
+                }
+                // A padding token sees only itself, as in cache.py.
+                if (token.index < token.first) std::copy_n(qkv + 2 * C, C, h + (int64_t)row * C);
+            }
 #pragma omp for schedule(dynamic)
-            for (int head = 0; head < B * H; head++) {
-                const int b = head / H, column = head % H * D;
-                attend(wide + (int64_t)b * T * 3 * C + column, T, C, D, first[b], past,
-                       keys + head * head_size, values + head * head_size, h + (int64_t)b * T * C + column);
+            for (int unit = 0; unit < n_blocks * H; unit++) {
+                const auto [row, n] = blocks[n_blocks - 1 - unit / H];  // the last blocks of a long prompt take longest
+                const int head = unit % H, column = head * D;
+                const Token& token = tokens[row];
+                const int64_t from = (token.slot * H + head) * head_size + (int64_t)token.first * D;
+                attend(wide + (int64_t)row * 3 * C + column, n, token.index - token.first + 1, C, D, keys + from, values + from,
+                       h + (int64_t)row * C + column);
             }
             linear<W>(block.attn_proj, h, M, x, ADD);
-            layer_norm(block.ln_2, x, B, T, T, C, model.eps, h);
+            layer_norm(block.ln_2, x, nullptr, M, C, model.eps, h);
             linear<W>(block.c_fc, h, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
             linear<W>(block.mlp_proj, wide, M, x, ADD);
         }
-        layer_norm(model.ln_f, x, B, T, n_logits, C, model.eps, h);
-        linear<W>(model.head, h, B * n_logits, logits, STORE);
+        layer_norm(model.ln_f, x, wanted, n_wanted, C, model.eps, h);
+        linear<W>(model.head, h, n_wanted, logits, STORE);
     }
 }
 
@@ -412,16 +515,18 @@ extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* 
     for (int i = 0; i < n; i++) row(*l, ids[i], y + (int64_t)i * l->K);
 }
 
-// Writes the logits (B, n_logits, V) of the last tokens for ids (B, T). first (B) is the index of each sequence's first token
-// after its left padding, cache (n_layers, 2, B, H, length, D) holds `past` tokens, and scratch has room for 6 B T C numbers.
-extern "C" void gpt2_forward(const Model* model, const int64_t* ids, int32_t B, int32_t T, int32_t past, int32_t length,
-                             const int32_t* first, float* cache, int32_t n_logits, float* logits, float* scratch) {
+// Writes the logits (n_wanted, V) of the rows with the indices `wanted`. ids (M) are the new tokens of all sequences, one sequence
+// after another, cache (n_layers, 2, slots, H, capacity, D) holds the earlier tokens, and scratch has room for 6 M C numbers.
+extern "C" void gpt2_forward(const Model* model, const Sequence* sequences, int32_t n_sequences, const int64_t* ids, float* cache,
+                             int32_t slots, int32_t capacity, const int32_t* wanted, int32_t n_wanted, float* logits,
+                             float* scratch, int32_t n_threads) {
     auto run = model->weight_bytes == 4 ? forward<float> : model->weight_bytes == 2 ? forward<bf16> : forward<int8>;
-    run(*model, ids, B, T, past, length, first, cache, n_logits, logits, scratch);
+    run(*model, sequences, n_sequences, ids, cache, slots, capacity, wanted, n_wanted, logits, scratch, n_threads);
 }
 
-extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* x, int32_t M, float* y, int32_t then) {
+extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* x, int32_t M, float* y, int32_t then,
+                            int32_t n_threads) {
     auto run = weight_bytes == 4 ? linear<float> : weight_bytes == 2 ? linear<bf16> : linear<int8>;
-#pragma omp parallel
+#pragma omp parallel num_threads(n_threads)
     run(*l, x, M, y, (Then)then);
 }

@@ -293,24 +293,38 @@ class Kernel:
         then=1 adds the result to y. then=2 stores the GELU of the result in the tanh approximation, and then=3 stores the
         exact GELU of the result.
         """
-        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then)
+        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then, _n_threads())
 
     def forward(
-        self, model: ModelStruct, ids: Tensor, past: int, first: Tensor, cache: Tensor, logits: Tensor, scratch: Tensor
+        self,
+        model: ModelStruct,
+        sequences: Tensor,
+        ids: Tensor,
+        cache: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
+        scratch: Tensor,
     ) -> None:
-        """Write the logits of the last n of the T new tokens of every sequence into `logits`, (B, n, V).
+        """Write the logits of the new tokens with the indices `wanted`, (n) int32, into `logits`, (n, V).
 
-        ids (B, T) int64 are the new tokens, which must be in the vocabulary. cache (n_layers, 2, B, H, capacity, D) holds the
-        keys and values of `past` earlier tokens per sequence, and those of the new tokens are written after them. first (B)
-        int32 is the index of the first token of each sequence after its left padding. scratch is memory for 6 B T C numbers.
+        sequences (n_sequences, 4) int32 has, for each sequence: the number of new tokens, the number of earlier tokens, the
+        index of the first token after its left padding, and its slot. ids (M) int64 are the new tokens of all sequences, one
+        sequence after another, and must be in the vocabulary. cache (n_layers, 2, slots, H, capacity, D) holds the keys and
+        values of the earlier tokens, and those of the new tokens are written after them. scratch is memory for 6 M C numbers.
         """
-        B, T = ids.shape
         self._library.gpt2_forward(
-            byref(model), address(ids), B, T, past, cache.shape[4], address(first), address(cache),
-            logits.shape[1], address(logits), address(scratch),
+            byref(model), address(sequences), len(sequences), address(ids), address(cache), cache.shape[2], cache.shape[4],
+            address(wanted), len(wanted), address(logits), address(scratch), _n_threads(),
         )  # fmt: skip
 
 
 def address(tensor: Tensor | None) -> c_void_p:
     """Return a pointer to the tensor's memory, as an argument for the kernel. For None, return a null pointer."""
     return c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _n_threads() -> int:
+    """Return torch's number of threads, which OpenMP does not know in threads that Python starts."""
+    import torch  # here, because a compilation starts before torch is loaded
+
+    return torch.get_num_threads()

@@ -96,7 +96,7 @@ class PanelLinear:
         tensor `onto` (..., N) in place, and `onto` is returned.
         """
         y = x.new_empty(*x.shape[:-1], self.shape[0]) if onto is None else onto
-        rows = x.reshape(-1, self.shape[1])
+        rows = x.reshape(-1, self.shape[1]).contiguous()
         itemsize = self.panels.element_size()
         self.kernel.linear(self.ctypes_struct, itemsize, rows, y.view(-1, self.shape[0]), _THEN_CODES[then])
         return y

@@ -8,6 +8,7 @@ layer by layer. B batch size, T new tokens, S all tokens so far, C embedding wid
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
-from MyGPT.cache import KVCache, check_inputs, positions_and_mask
+from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask, slot_hidden_states
 from MyGPT.config import Precision
 from MyGPT.loss import TiedHead
 from MyGPT.messages import error_message
@@ -157,6 +158,10 @@ class FastModel(nn.Module):
         """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
         return KVCache(self.config, batch_size, length, like=self.wpe)
 
+    def new_slot_cache(self, slots: int, length: int | None = None) -> SlotCache:
+        """Return an empty cache with `slots` slots of up to `length` tokens each (default: the model's context length)."""
+        return SlotCache(self.config, slots, length, like=self.wpe)
+
     @torch.no_grad()
     def forward(
         self,
@@ -172,23 +177,61 @@ class FastModel(nn.Module):
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
         B, T = input_ids.shape
         first = _first_tokens(attention_mask, B)
-        if self.kernel is None or self.ctypes_struct is None or cache is None or first is None or T > MAX_KERNEL_TOKENS:
-            return self._torch_forward(input_ids, attention_mask, cache, last_only)
-        logits = torch.empty(B, 1 if last_only else T, self.config.vocab_size)
-        scratch = torch.empty(6 * B * T * self.config.emb_dim)
-        self.kernel.forward(
-            self.ctypes_struct, input_ids.contiguous(), cache.length, first.int(), cache.storage, logits, scratch
+        if self.kernel is None or cache is None or first is None or T > MAX_KERNEL_TOKENS:
+            hidden = self._hidden_states(input_ids, attention_mask, cache)
+            return self.head(hidden[:, -1:] if last_only else hidden)
+        sequences = torch.empty(B, 4, dtype=torch.int32)
+        sequences[:, 0], sequences[:, 1], sequences[:, 2], sequences[:, 3] = T, cache.length, first, torch.arange(B)
+        rows = torch.arange(B * T, dtype=torch.int32).view(B, T)
+        wanted = rows[:, -1:] if last_only else rows
+        logits = self._kernel_forward(sequences, input_ids, cache.storage, wanted)
+        cache.advance(T)
+        return logits.view(*wanted.shape, -1)
+
+    @torch.no_grad()
+    def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
+        """Return the float32 logits of GPTModel.forward_slots.
+
+        If the model uses kernel.cpp, the logits of a piece do not depend on the other pieces at all, nor on the way in which
+        its sequence was cut into pieces.
+        """
+        cache.check(pieces)
+        if self.kernel is None:
+            logits: Tensor = self.head(slot_hidden_states(self._hidden_states, pieces, cache))
+            return logits
+        sequences, ids, wanted = [], list[int](), list[int]()
+        for slot, new, n_logits in pieces:
+            sequences.append((len(new), cache.lengths[slot], 0, slot))
+            ids += new
+            wanted += range(len(ids) - n_logits, len(ids))
+        logits = self._kernel_forward(
+            torch.tensor(sequences, dtype=torch.int32),
+            torch.tensor(ids),
+            cache.storage,
+            torch.tensor(wanted, dtype=torch.int32),
         )
-        cache.length += T
+        for slot, new, _ in pieces:
+            cache.lengths[slot] += len(new)
         return logits
 
-    def _torch_forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, last_only: bool
+    def _kernel_forward(self, sequences: Tensor, ids: Tensor, storage: Tensor, wanted: Tensor) -> Tensor:
+        """Return the logits (n, V) of the rows with the n indices `wanted`. For the arguments, see Kernel.forward."""
+        assert self.kernel is not None and self.ctypes_struct is not None
+        wanted = wanted.flatten().contiguous()
+        logits = torch.empty(len(wanted), self.config.vocab_size)
+        scratch = torch.empty(6 * ids.numel() * self.config.emb_dim)
+        self.kernel.forward(self.ctypes_struct, sequences, ids.contiguous(), storage, wanted, logits, scratch)
+        return logits
+
+    def _hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Return the logits of `forward`, computed layer by layer instead of in one call of kernel.cpp."""
+        """Return the hidden states (B, T, C), computed layer by layer instead of in one call of kernel.cpp."""
         B, T = input_ids.shape
-        S = T if cache is None else cache.length + T
-        positions, mask = positions_and_mask(attention_mask, T, S, input_ids.device)
+        if cache is None:
+            positions, mask = positions_and_mask(attention_mask, T, T, input_ids.device)
+        else:
+            positions, mask = cache.positions_and_mask(attention_mask, T, input_ids.device)
         tokens = self.head.rows(input_ids) if self.wte is None else F.embedding(input_ids, self.wte)
         x = tokens + self.wpe[positions]  # (B, T, C)
         layers = zip(self.norms, self.linears, strict=True)
@@ -200,8 +243,8 @@ class FastModel(nn.Module):
             x = attn_proj(y.transpose(1, 2).reshape(B, T, -1), "add", x)
             x = mlp_proj(c_fc(ln_2(x), self.config.activation), "add", x)
         if cache is not None:
-            cache.length = S
-        return self.head(self.ln_f(x[:, -1:] if last_only else x))
+            cache.advance(T)
+        return self.ln_f(x)
 
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
