@@ -24,13 +24,13 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from MyGPT.messages import printable
+from MyGPT.serving import inspect
 from MyGPT.serving.metrics import Metrics
 from MyGPT.serving.models import ServedModel, Settings
 from MyGPT.serving.wire import APIError, Exchange, error_response, exchange_of, internal_error, logger, stopping
 
 PROBES = ("/health", "/ready")
 """Paths for the programs that watch the server. They need no key and may use any Host header, because they reveal nothing."""
-ROUTES: list[BaseRoute] = []
 CLIENT_LEFT = 499
 """The status in the log and in the metrics of a request whose client has left before the response began (as in nginx)."""
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
@@ -60,7 +60,7 @@ def create_app(models: dict[str, ServedModel], settings: Settings | None = None)
         middleware.insert(0, cors)
     own: list[BaseRoute] = [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
     app = Starlette(
-        routes=[*own, *ROUTES],
+        routes=[*own, *inspect.ROUTES],
         middleware=middleware,
         exception_handlers={APIError: _api_error, HTTPException: _http_error},
     )
