@@ -1,4 +1,4 @@
-// GPT-2's forward pass for a few tokens at a time, as fast as memory delivers the weights.
+// GPT-2's forward pass with a cache. For a few tokens it is as fast as memory delivers the weights.
 //
 // The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
 // layer together. Each `omp for` divides a stage among them and ends with a barrier.
@@ -300,9 +300,9 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
                 float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;
                 if (l.scale) for (int i = 0; i < width; i++) sum[i] *= l.scale[first + i];
                 if (l.bias) for (int i = 0; i < width; i++) sum[i] += l.bias[first + i];
+                if (then == GELU) for (int i = 0; i < P; i++) sum[i] = gelu(sum[i]);
+                if (then == EXACT_GELU) for (int i = 0; i < P; i++) sum[i] = exact_gelu(sum[i]);
                 if (then == ADD) for (int i = 0; i < width; i++) to[i] += sum[i];
-                else if (then == GELU) for (int i = 0; i < width; i++) to[i] = gelu(sum[i]);
-                else if (then == EXACT_GELU) for (int i = 0; i < width; i++) to[i] = exact_gelu(sum[i]);
                 else std::copy(sum, sum + width, to);
             }
         }
