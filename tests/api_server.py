@@ -1,0 +1,45 @@
+"""A server of the HTTP API in a thread, on a free port of 127.0.0.1, for tests with real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from MyGPT.serving.api import ROUTES
+from MyGPT.serving.models import ServedModel, Settings
+from MyGPT.serving.wire import APIError, error_response
+
+
+async def _api_error(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error_response(error)
+
+
+@contextlib.contextmanager
+def serving(*models: ServedModel, settings: Settings | None = None) -> Iterator[str]:
+    """Serve models and yield the server's address, such as http://127.0.0.1:40001. The engines are closed at the end."""
+    app = Starlette(routes=ROUTES, exception_handlers={APIError: _api_error})
+    app.state.models, app.state.settings = {served.name: served for served in models}, settings or Settings()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < deadline and thread.is_alive()
+            time.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            for served in models:
+                served.engine.close()
