@@ -9,25 +9,15 @@ import time
 from collections.abc import Iterator
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request as HTTPRequest
-from starlette.responses import Response
 
-from MyGPT.serving.api import ROUTES
+from MyGPT.serving.app import create_app
 from MyGPT.serving.models import ServedModel, Settings
-from MyGPT.serving.wire import APIError, error_response
-
-
-async def _api_error(request: HTTPRequest, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return error_response(error)
 
 
 @contextlib.contextmanager
 def serving(*models: ServedModel, settings: Settings | None = None) -> Iterator[str]:
     """Serve models and yield the server's address, such as http://127.0.0.1:40001. The engines are closed at the end."""
-    app = Starlette(routes=ROUTES, exception_handlers={APIError: _api_error})
-    app.state.models, app.state.settings = {served.name: served for served in models}, settings or Settings()
+    app = create_app({served.name: served for served in models}, settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
