@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.model import GPTModel as GPTModel
     from MyGPT.opening import open_model as open_model
     from MyGPT.sampling import SamplingConfig as SamplingConfig
+    from MyGPT.serving.engine import Engine as Engine
     from MyGPT.tokenizers import BPETokenizer as BPETokenizer
     from MyGPT.tokenizers import CharTokenizer as CharTokenizer
     from MyGPT.tokenizers import SimpleTokenizer as SimpleTokenizer

@@ -214,6 +214,8 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids, self.stop = list(prompt_ids), list(stop)
         self.prompt = tokenizer.decode(self.ids)
+        self.start = len(self.prompt)
+        """The position of the new text in the text of all ids."""
         self.shown = 0
 
     def add(self, id_: int) -> str:
@@ -234,11 +236,12 @@ class TextStream:
     def _text(self) -> str:
         """Decode all ids and return the text after the prompt, up to the first stop text."""
         text: str = self.tokenizer.decode(self.ids)
-        if text.startswith(self.prompt):
-            text = text[len(self.prompt) :]
-        else:  # New bytes complete the last character of the prompt, so the new text begins at the first difference.
+        self.start = len(self.prompt)
+        if not text.startswith(self.prompt):
+            # New bytes complete the last character of the prompt, so the new text begins at the first difference.
             pairs = enumerate(zip(self.prompt, text, strict=False))
-            text = text[next((i for i, (old, new) in pairs if old != new), len(text)) :]
+            self.start = next((i for i, (old, new) in pairs if old != new), len(text))
+        text = text[self.start :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
 

@@ -310,7 +310,7 @@ def test_chat_asks_as_the_model_was_taught(base: Path) -> None:
 
     one = Conversation(alpaca, remembers=False, turns=[("before", "that")])
     assert text(one) == alpaca.prompt({"instruction": "Say cat."})
-    assert one.stops() == ["\n### Instruction:"]
+    assert alpaca.stops() == ["\n### Instruction:"]
     given = Conversation(book, remembers=False, system="now")
     assert text(given).endswith("### Instruction:\nSay cat.\n\n### Input:\nnow\n\n### Response:\n")
     several = Conversation(alpaca, turns=[("Say owl.", "owl")])

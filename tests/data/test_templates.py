@@ -178,3 +178,17 @@ def test_a_damaged_template_file_is_refused_with_its_name(tmp_path: Path, text: 
     (tmp_path / "template.json").write_text(text)
     with pytest.raises(ValueError, match=f"template.json is not a template: .*{words}"):
         load_template(tmp_path)
+
+
+def test_a_conversation_asks_for_the_next_message_as_in_training() -> None:
+    system, user = TALK[:2]
+    assert ALPACA.conversation([user]) == {"instruction": "Hi", "input": ""}
+    assert ALPACA.conversation([system, system, user]) == {"instruction": "Hi", "input": "Be brief.\n\nBe brief."}
+    asks_messages = dataclasses.replace(ALPACA, asks="messages")
+    assert asks_messages.prompt(asks_messages.conversation([system, user])) == ALPACA.prompt(
+        {"messages": [system, user]}
+    )
+    for n in (1, 3, 4, 5):  # also after the assistant's own message, and after a system message
+        asked = ALPACA.prompt(ALPACA.conversation(TALK[:n]))
+        last = {"role": "assistant", "content": "Yes."}
+        assert asked + "Yes." == "".join(part.text for part in ALPACA.parts({"messages": [*TALK[:n], last]}))

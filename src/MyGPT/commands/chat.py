@@ -13,7 +13,8 @@ from typing import Any
 from MyGPT.commands._lines import LineReader
 from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
-from MyGPT.data.instructions import encode_prompt
+from MyGPT.data.instructions import encode_prompt, encode_question
+from MyGPT.data.records import Record
 from MyGPT.data.templates import Template, load_template
 from MyGPT.generation import end_ids, stream_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
@@ -64,25 +65,15 @@ class Conversation:
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def stops(self) -> list[str]:
-        """Return the strings at which an answer ends: the text that the template puts before each question.
-
-        The list is empty if the template has no such text.
-        """
-        before = self.template.user.partition("{content}")[0].strip()
-        return [f"\n{before}"] if before else []
-
-    def record(self, question: str) -> dict[str, Any]:
+    def record(self, question: str) -> Record:
         """Return the question as a record with the same keys as the training data, such as {"messages": [...]}.
 
         If the conversation remembers earlier turns, the record contains them too.
         """
-        if not self.remembers and self.template.asks == "prompt":
-            return {"prompt": f"{self.system}\n\n{question}" if self.system else question}
-        if not self.remembers and self.template.asks == "instruction":
-            return {"instruction": question, "input": self.system}
+        if not self.remembers:
+            return self.template.question(question, self.system)
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for asked, answered in self.turns if self.remembers else []:
+        for asked, answered in self.turns:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return {"messages": [*messages, {"role": "user", "content": question}]}
 
@@ -92,12 +83,10 @@ class Conversation:
         If the prompt is longer, the oldest turns are deleted from `turns` until it fits. Raises ValueError, and keeps the
         turns, if the prompt is longer even without any turns.
         """
-        # The model need not generate the text with which the template starts every answer.
-        begun = self.template.response.partition("{output}")[0] if "instruction" in self.record(question) else ""
         turns = self.turns
         try:
             while True:
-                ids = encode_prompt(self.record(question), tokenizer, self.template) + tokenizer.encode(begun)
+                ids = encode_question(self.record(question), tokenizer, self.template)
                 if len(ids) <= room:
                     return ids
                 if not self.turns or not self.remembers:
@@ -166,7 +155,7 @@ class Chat:
             if n_forgotten := n_turns - len(conversation.turns):
                 print(f"(the context is full: dropped the oldest {n_forgotten} of {n_turns} turns)", file=sys.stderr)
             seed = None if self.seed is None else self.seed + self.n_answers
-            stops = conversation.stops()
+            stops = conversation.template.stops()
             for text in self.stream(ids, self.max_new_tokens, self.sampling, stops, seed):
                 answer += text
                 print(text, end="", flush=True)

@@ -126,6 +126,15 @@ def encode_prompt(record: Record, tokenizer: Any, template: Template = BOOK) -> 
     return list(_encode_parts(template.for_tokenizer(tokenizer).parts(record, with_answer=False), tokenizer))
 
 
+def encode_question(record: Record, tokenizer: Any, template: Template) -> list[int]:
+    """Return the token ids after which the model writes its answer: the prompt, and the text that starts every answer.
+
+    The model need not generate the text that the template puts before the output of an instruction record.
+    """
+    begun = template.response.partition("{output}")[0] if "instruction" in record else ""
+    return encode_prompt(record, tokenizer, template) + list(tokenizer.encode(begun))
+
+
 def _encode_record(record: Record, where: str, tokenizer: Any, template: Template) -> Example:
     """Return the token ids of a record's prompt and answer, with the text that `template` adds.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -81,6 +82,36 @@ class Template:
     def prompt(self, record: Record) -> str:
         """Return the prompt of a record: the text before its answer or, in a conversation, before the last answer."""
         return "".join(part.text for part in self.parts(record, with_answer=False))
+
+    def question(self, question: str, system: str = "") -> Record:
+        """Return a question as a record of the kind that `asks` names, which is the kind of the training data.
+
+        `system` is a text that comes before the question. In an instruction record, it is the input.
+        """
+        if self.asks == "prompt":
+            return {"prompt": f"{system}\n\n{question}" if system else question}
+        if self.asks == "instruction":
+            return {"instruction": question, "input": system}
+        messages = [{"role": "system", "content": system}] if system else []
+        return {"messages": [*messages, {"role": "user", "content": question}]}
+
+    def conversation(self, messages: Sequence[Record]) -> Record:
+        """Return the record whose prompt asks for the assistant's next message in a conversation.
+
+        A single question, with or without system messages before it, becomes a record as in `question`.
+        """
+        *before, last = messages
+        if last["role"] == "user" and all(message["role"] == "system" for message in before):
+            return self.question(last["content"], "\n\n".join(message["content"] for message in before))
+        return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+    def stops(self) -> list[str]:
+        """Return the texts at which an answer ends: the line with which the template starts each question.
+
+        The list is empty if the template has no such line.
+        """
+        before = self.user.partition("{content}")[0].strip()
+        return [f"\n{before}"] if before else []
 
     def parts(self, record: Record, with_answer: bool = True) -> list[Part]:
         """Return the text of a record as non-empty parts that alternate between prompt and answer.

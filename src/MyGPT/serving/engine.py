@@ -21,17 +21,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from MyGPT.cache import VocabularyError
+from MyGPT.cache import Piece, SlotCache, VocabularyError
 from MyGPT.config import check_seed, require_positive
 from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
 from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
-from MyGPT.serving._slots import Piece, SlotCache, forward_slots
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
 from MyGPT.tokenizers.base import ids_without_token
 
-MAX_TOKENS_PER_STEP = 256
-"""Largest number of tokens that one step computes."""
-MAX_TOKENS_WHILE_GENERATING = 64
+MAX_PROMPT_TOKENS = 256
+"""Largest number of prompt tokens that one step computes."""
+MAX_PROMPT_TOKENS_WHILE_GENERATING = 64
 """The same limit while at least one request generates: a longer step would delay the next token of each of them."""
 MAX_LOGPROBS = 20
 """Largest number of alternatives of a token."""
@@ -87,7 +86,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.context: int = model.config.context_length
         self._lock = lock or contextlib.nullcontext()
-        self._cache: SlotCache = SlotCache(model, slots)
+        self._cache: SlotCache = model.new_slot_cache(slots)
         self._cached: list[list[int]] = [[] for _ in range(slots)]
         """The ids whose keys and values each slot holds."""
         self._last_use = [0.0] * slots
@@ -308,7 +307,7 @@ class Engine:
         bias = seen = None
         if request.logit_bias:
             bias = torch.zeros(1, V, device=self._device)
-            bias[0, list(request.logit_bias)] = torch.tensor([*request.logit_bias.values()], device=self._device)
+            bias[0, list(request.logit_bias)] = bias.new_tensor([*request.logit_bias.values()])
         if request.sampling.repetition_penalty is not None:
             seen = torch.zeros(1, V, dtype=torch.bool, device=self._device)
             seen[0, request.prompt_ids] = True
@@ -356,19 +355,18 @@ class Engine:
                 pieces.append(Piece(run.slot, run.ids[-1:], 1))
             else:
                 prompts.append(run)
-        room = (MAX_TOKENS_WHILE_GENERATING if pieces else MAX_TOKENS_PER_STEP) - len(pieces)
+        room = MAX_PROMPT_TOKENS_WHILE_GENERATING if pieces else MAX_PROMPT_TOKENS
         for run in prompts:
+            if room == 0:
+                break
             if self._is_waiting_for_source(run):
                 continue
             n_cached = len(self._cached[run.slot])
-            # A step with many generating requests still computes a little of a prompt.
-            new = run.ids[n_cached : n_cached + max(room, 8)]
+            new = run.ids[n_cached : n_cached + room]
             is_last = n_cached + len(new) == len(run.ids)
             wants_all = run.request.prompt_logprobs and not run.new_ids
             pieces.append(Piece(run.slot, new, len(new) if wants_all else int(is_last)))
             room -= len(new)
-            if room <= 0:
-                break
         return pieces
 
     def _is_waiting_for_source(self, run: _Run) -> bool:
@@ -392,7 +390,7 @@ class Engine:
         runs = {run.slot: run for run in self._running}
         try:
             with self._lock, evaluation_mode(self.model):
-                logits = forward_slots(self.model, pieces, self._cache)
+                logits = self.model.forward_slots(pieces, self._cache)
         except Exception as error:  # the requests of this step fail, and the engine goes on with the others
             for piece in pieces:
                 self._cached[piece.slot] = []
@@ -437,12 +435,13 @@ class Engine:
             ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
             adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
         new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
-        if new in request.end_ids:
-            self._finish(run, "stop")
-            return
         token = Token(new)
         if request.logprobs is not None:
             token = self._tokens([new], logits, request.logprobs)[0]
+        if new in request.end_ids:
+            request.end_token = token
+            self._finish(run, "stop")
+            return
         run.new_ids.append(new)
         run.ids.append(new)
         if run.seen is not None:

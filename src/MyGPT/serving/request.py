@@ -67,6 +67,8 @@ class Request:
     tokenizer: Any = None
     tokens: list[Token] = field(default_factory=list)
     """The new tokens so far."""
+    end_token: Token | None = None
+    """The end-of-text token that ended the request, which is not among its tokens. None if another reason ended it."""
     prompt_tokens: list[Token] = field(default_factory=list)
     """The tokens of the prompt with their log-probabilities, if `prompt_logprobs` is true."""
     n_reused: int = 0
