@@ -30,6 +30,8 @@ class ServedModel:
 class Settings:
     """The limits and the protections of the server."""
 
+    host: str = "127.0.0.1"
+    """The address that the server listens on, which is also accepted in the Host header."""
     api_key: str | None = None
     """The key that every request must have in its Authorization header. None: no key is needed."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
@@ -41,6 +43,8 @@ class Settings:
     body_timeout: float = 10.0
     """Seconds in which a client must have sent the headers of a request, and then its body."""
     max_body_bytes: int = 4 << 20
+    max_header_bytes: int = 32 << 10
+    max_connections: int = 512
     max_prompts: int = 128
     """Largest number of texts that one request may ask for: prompts times choices."""
     log_prompts: bool = False
