@@ -133,6 +133,7 @@ class Story {
       className: `token ${node.source} ${probabilityClass(node.logprob)}`, textContent: node.text, tabIndex: -1,
     });
     made.dataset.label = node.label;
+    made.classList.toggle("breaks", /^\s*\n/.test(node.text)); // a line break alone would be too small to be chosen
     made.setAttribute("role", "button");
     made.setAttribute("aria-haspopup", "dialog");
     made.setAttribute("aria-label", `${node.label}, ${p === "unknown" ? "first token" : p}`);
