@@ -29,9 +29,9 @@ from oracles_model import transformers_twin
 pytest.importorskip("uvicorn")
 
 import uvicorn
-from MyGPT.serving.app import create_app
 
 from MyGPT.serving import Engine
+from MyGPT.serving.app import create_app
 from MyGPT.serving.inspect import Inspector, page_headers, page_html, token_pieces
 from MyGPT.serving.models import ServedModel, Settings
 
