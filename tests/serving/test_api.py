@@ -187,6 +187,12 @@ def test_many_ignored_fields_make_a_short_header() -> None:
     assert header.isascii() and header.endswith(", and 80 more") and len(header) < 20_000
 
 
+def test_a_field_without_a_name_makes_a_valid_header() -> None:
+    """A header must not end with a space: the server closed the connection without an answer."""
+    (header,) = ignored_header(parse(CompletionRequest, {**COMPLETION, "a": 1, "": 2})).values()
+    assert header == 'a, ""'
+
+
 # --- texts and tokens
 
 
