@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from MyGPT import __version__
 from MyGPT.data.templates import Template
 from MyGPT.model import GPTModel
 from MyGPT.serving.engine import Engine
@@ -24,6 +27,18 @@ class ServedModel:
     """The template of conversations, or None if the model has none."""
     created: int = field(default_factory=lambda: int(time.time()))
     """The Unix time at which the model was opened."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash that changes if the weights, their precision or the version of MyGPT change, and with them the answers.
+
+        Training changes all rows of a matrix, so the first row of each parameter is enough.
+        """
+        precision = getattr(self.engine.model, "precision", "")
+        digest = hashlib.sha256(f"{__version__} {precision} {self.gpt.config}".encode())
+        for parameter in self.gpt.parameters():
+            digest.update(parameter.detach()[0].float().cpu().numpy().tobytes())
+        return f"fp_{digest.hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
