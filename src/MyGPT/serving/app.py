@@ -24,7 +24,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from MyGPT.messages import printable
-from MyGPT.serving import inspect
+from MyGPT.serving import api, inspect
 from MyGPT.serving.metrics import Metrics
 from MyGPT.serving.models import ServedModel, Settings
 from MyGPT.serving.wire import APIError, Exchange, error_response, exchange_of, internal_error, logger, stopping
@@ -60,7 +60,7 @@ def create_app(models: dict[str, ServedModel], settings: Settings | None = None)
         middleware.insert(0, cors)
     own: list[BaseRoute] = [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
     app = Starlette(
-        routes=[*own, *inspect.ROUTES],
+        routes=[*own, *api.ROUTES, *inspect.ROUTES],
         middleware=middleware,
         exception_handlers={APIError: _api_error, HTTPException: _http_error},
     )

@@ -40,9 +40,7 @@ def completion_submissions(
     for ids in prompts:
         _require_room(ids, served, body.max_tokens, "prompt")
     longest = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    return _seeded(
-        body, [{"prompt": ids, "max_new_tokens": longest, **common} for ids in prompts], body.n_texts
-    )
+    return _seeded(body, [{"prompt": ids, "max_new_tokens": longest, **common} for ids in prompts], body.n_texts)
 
 
 def chat_submissions(body: ChatRequest, ids: list[int], served: ServedModel) -> list[dict[str, Any]]:

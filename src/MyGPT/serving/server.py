@@ -32,7 +32,9 @@ GRACE_SECONDS = 5.0
 BACKLOG = 256
 """Number of connections that wait until the server accepts them."""
 STOP_SECONDS = 1
-"""Seconds that open streams have for their last event when the server stops, and then the engines for their last step."""
+"""Seconds that open streams have for their last event when the server stops."""
+ENGINE_SECONDS = 1.5
+"""Seconds that the engines have for their last step when the server stops. A process can end during a step."""
 
 
 class Protocol(H11Protocol):
@@ -166,6 +168,7 @@ class Server(uvicorn.Server):
         """End the engines and with them the open streams, then the connections."""
         if self.status.active:
             logger.info("stopping: %d requests end unfinished", self.status.active)
+        end = time.monotonic() + ENGINE_SECONDS
         # Engine.close waits for the engine's present step, which may be long. The streams must not wait for it.
         closing = [threading.Thread(target=engine.close, daemon=True) for engine in self.engines]
         for thread in closing:
@@ -173,7 +176,6 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-        end = time.monotonic() + STOP_SECONDS
         for thread in closing:
             await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
 
