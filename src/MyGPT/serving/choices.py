@@ -221,7 +221,12 @@ class TokenPlaces:
         """Return the place of one more token."""
         place = self._n
         if hasattr(self._tokenizer, "decode_tokens_bytes"):
-            self._n += len(self._decoder.decode(self._tokenizer.decode_tokens_bytes([id_])[0]))
+            raw = self._tokenizer.decode_tokens_bytes([id_])[0]
+            incomplete = self._decoder.getstate()[0]
+            first = self._decoder.decode(raw[:1])
+            if incomplete and first.startswith("\ufffd") and incomplete + raw[:1] != "\ufffd".encode():
+                place += 1  # the token does not complete the character before it, which therefore became U+FFFD
+            self._n += len(first) + len(self._decoder.decode(raw[1:]))
         elif self._tokenizer.decode([id_]):
             # A word can add a space, so the text of a token depends on the token before it.
             self._n += len(self._tokenizer.decode([*self._last, id_])) - len(self._tokenizer.decode(self._last))
