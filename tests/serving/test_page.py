@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -376,7 +377,12 @@ def page(browser: Any, address: str) -> Iterator[Page]:
 
 @pytest.mark.slow
 def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[str, ServedModel]) -> None:
+    page.run(
+        "window.said = []; new MutationObserver(() => said.push($('live').textContent)).observe($('live'), {childList: true})"
+    )
     new = page.write(TEXT, temperature=0.9, max_tokens=12, seed=7)
+    # A screen reader hears the text in portions, not token by token.
+    assert "".join(page.run("return said")) == f"{new} {page.text('#status')}" and len(page.run("return said")) <= 2
     ids = TOKENIZER.encode(TEXT)
     expected = generate(
         models["first"].gpt, torch.tensor([ids]), 12, seed=7, temperature=0.9, top_p=0.95, tokenizer=TOKENIZER
@@ -402,6 +408,9 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     assert page.story() == TEXT + new
     page.one("#undo").click()
     assert page.story() == TEXT
+    page.one("#undo").click()
+    assert page.story() == "" and page.one("#text").is_displayed()
+    page.one("#redo").click()
     page.one("#redo").click()
     assert page.story() == TEXT + new
     page.one("#edit").click()
@@ -426,7 +435,15 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
 def test_another_token_starts_a_branch_and_the_tree_can_be_walked(page: Page, models: dict[str, ServedModel]) -> None:
     first = TEXT + page.write(TEXT, temperature=0, max_tokens=10)
     at = len(TEXT) + 4
+    # The mouse shows the alternatives while it is over the token, and a click keeps them.
+    move = importlib.import_module("selenium.webdriver").ActionChains(page.browser)
+    move.move_to_element(page.all("#story .token")[at]).perform()
+    until(lambda: page.one("#popover").is_displayed(), "the alternatives being shown")
+    assert len(page.all("#popover-list button")) == 10 and not page.one("#popover-close").is_displayed()
+    move.move_to_element(page.one("h1")).perform()
+    until(lambda: not page.one("#popover").is_displayed(), "the alternatives being hidden")
     page.all("#story .token")[at].click()
+    assert page.one("#popover-close").is_displayed()
     top = logits_after(models["first"], TOKENIZER.encode(first[:at])).softmax(-1).topk(10)
     labels = [TOKENIZER.decode([i]).replace(" ", "·").replace("\n", "↵") for i in top.indices.tolist()]
     assert page.texts("#popover-list .mono") == labels
@@ -509,7 +526,7 @@ def test_curl_and_python_lines_give_the_text_on_the_page(page: Page, prompt: str
     assert printed.getvalue() == new + "\n"
     page.set("temperature", 0.3)
     assert '"temperature": 0.3' in page.text("#curl") and "temperature=0.3" in page.text("#python")
-    assert page.text("#request-hint").startswith("Continue uses this request")
+    assert page.text("#request-hint") == "Continue sends this request, with a new seed."
     page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
     for name in ("curl", "python"):
         page.one(f"[data-copy={name}]").click()
@@ -584,6 +601,7 @@ def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any
     assert page.texts(".message p") == ["<i>Hi</i>", expected["choices"][0]["message"]["content"]]
     answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
+    assert page.text("#request-hint") == "This request wrote the last answer. It gives the same text again."
     page.one("#chat-undo").click()
     assert page.texts(".message p") == []
 
@@ -655,6 +673,7 @@ def test_everything_works_with_the_keyboard(page: Page) -> None:
 @pytest.mark.slow
 def test_every_control_has_a_name_and_texts_have_contrast(page: Page) -> None:
     """Chromium computes the names, as a screen reader would hear them."""
+    page.set("model", "second")
     page.write(TEXT, temperature=1.5, max_tokens=30)
     page.all("#story .token")[20].click()
     for dark in (False, True):
