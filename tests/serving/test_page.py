@@ -276,6 +276,8 @@ def test_page_is_one_document_that_allows_only_its_own_code(address: str) -> Non
     assert not re.search(
         r"<link[^>]+stylesheet|<script[^>]+src|@import|url\(|\{\{|innerHTML|insertAdjacent", page_html()
     )
+    ids = re.findall(r'\bid="([^"]+)"', page_html())
+    assert len(ids) == len(set(ids)) > 50
     addresses = re.findall(r"https?://[^\s'\"`$]*", page_html())
     assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace in the icon
 
@@ -580,11 +582,11 @@ def test_two_models_continue_the_same_text_side_by_side(page: Page, models: dict
 @pytest.mark.slow
 def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any]) -> None:
     page.one("#tab-chat").click()
-    assert "has no chat template" in page.text("#chat-hint") and not page.one("#question").is_displayed()
+    assert "has no chat template" in page.text("#chat-hint") and not page.one("#message").is_displayed()
     page.set("model", "second")
     for name, value in {"max_tokens": 6, "seed": 3, "temperature": 1}.items():
         page.set(name, value)
-    page.one("#question").send_keys("<i>Hi</i>")
+    page.one("#message").send_keys("<i>Hi</i>")
     page.chord("\ue009", "\ue007")  # Control and Enter
     until(lambda: len(page.texts(".message.assistant p")) == 1, "an answer")
     page.settle()
@@ -618,6 +620,10 @@ def test_look_inside_shows_the_text_on_the_page(page: Page, models: dict[str, Se
     data = page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids]))
     assert page.texts("#tokens .mono") == [token["label"] for token in data["tokens"]]
     assert page.texts("#lens tr:first-child td") == [top[0][0] for top in data["lens"][-1]]
+    assert (
+        page.text("#question")
+        == f"The probability of each token to follow {data['tokens'][-1]['label']}. The text ends here."
+    )
     page.one("#lens .chosen").click()
     page.press("\ue012")  # the left arrow
     assert page.texts("#tokens .chosen .mono") == [data["tokens"][-2]["label"]]

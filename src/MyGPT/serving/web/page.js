@@ -342,7 +342,7 @@ function textRequest() {
 }
 
 function chatRequest() {
-  const { max_tokens, ...rest } = settings(), asked = $("question").value, path = "chat/completions";
+  const { max_tokens, ...rest } = settings(), asked = $("message").value, path = "chat/completions";
   if (lastChat && !asked && (running || isSame(lastChat.settings, settings())))
     return { path, body: lastChat.body, wrote: lastChat.finish === "stopped" ? "" : "the last answer" };
   const all = asked ? [...messages, { role: "user", content: asked }] : messages;
@@ -413,7 +413,7 @@ function drawMessages() {
 }
 
 const send = () => run($("send"), async signal => {
-  const asked = $("question").value;
+  const asked = $("message").value;
   if (!asked.trim()) throw new ServerError("Write a message first.");
   messages.push({ role: "user", content: asked });
   const answer = { role: "assistant", content: "" };
@@ -421,7 +421,7 @@ const send = () => run($("send"), async signal => {
   const body = { model: model(), messages: [...messages], max_completion_tokens: max_tokens, ...rest };
   lastChat = { body, settings: used };
   messages.push(answer);
-  $("question").value = "";
+  $("message").value = "";
   $("chat-status").textContent = "Writing …";
   drawMessages();
   let finish = "stopped";
@@ -438,7 +438,7 @@ const send = () => run($("send"), async signal => {
     if (error.name !== "AbortError") {
       messages.splice(-2);
       lastChat = null;
-      $("question").value = asked;
+      $("message").value = asked;
       $("chat-status").textContent = "";
       throw error;
     }
@@ -586,7 +586,7 @@ async function start() {
   $("legend").replaceChildren(...PROBABILITIES.map(({ name }, i) =>
     element("li", {}, element("span", { className: `token p${i}`, textContent: name }))));
   for (const id of Object.keys(SLIDERS)) $(id).oninput = () => { showSettings(); showRequest(); refreshNext(); };
-  for (const id of ["max_tokens", "keep-seed", "question"]) $(id).oninput = showRequest;
+  for (const id of ["max_tokens", "keep-seed", "message"]) $(id).oninput = showRequest;
   $("seed").oninput = () => { isSeedUsed = false; showRequest(); };
   $("draw-seed").onclick = () => { drawSeed(); showRequest(); };
   // A disabled button would lose the keyboard focus, so the buttons stay enabled and their clicks are ignored.
