@@ -95,6 +95,13 @@ OPTION_SYNONYMS = {
     "workers": "num_workers num_proc n_workers jobs j",
     "text_key": "key text_field text_column",
     "size": "model_size",
+    "host": "address bind ip listen",
+    "port": "p",
+    "api_key": "key token auth password",
+    "slots": "n_parallel parallel np max_num_seqs max_batch_size batch_size",
+    "request_timeout": "timeout",
+    "allowed_hosts": "allow_hosts trusted_hosts",
+    "cors_origins": "cors allowed_origins allow_origins",
     "threads": "n_threads num_threads",
     "rounds": "repeats n_rounds",
 }

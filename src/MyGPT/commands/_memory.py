@@ -20,6 +20,7 @@ ADVICE = {
     "evaluate": "lower batch_size, or use a smaller model",
     "generate": "use --precision bf16 or int8, a shorter prompt, or a smaller model",
     "chat": "use --precision bf16 or int8, or a smaller model",
+    "serve": "lower --slots, use --precision bf16 or int8, or a smaller model",
     "prepare": "lower workers",
     "explain": "use a shorter text or a smaller model",
     "bench": "use a smaller model",

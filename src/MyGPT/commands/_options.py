@@ -94,7 +94,7 @@ class CommandParser(ArgumentParser):
         if found := re.fullmatch("Option '(.*)' is not accepted", message):
             return self._unknown(f"--{found[1]}")
         if found := re.fullmatch("argument (--.*): expected one argument", message):
-            return f"{found[1]} needs a value"
+            return f"{found[1].partition('/')[0]} needs a value"  # --model/--model+ for a list
         if message.startswith('Parser key "config": ') and not self.recipe:
             path = value_of(self.given, "config") or ""
             reason = "it is a directory" if path and os.path.isdir(path) else "there is no such file"

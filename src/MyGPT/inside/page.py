@@ -1,12 +1,15 @@
 """Write one HTML page that shows how a model reads a text: tokens, attention, predictions after each layer, next tokens.
 
-The page is the template assets/explain.html with the numbers inserted as JSON. The page works without a network.
+The page is the template assets/explain.html with the numbers inserted as JSON. The page works without a network. The files
+inside.html, inside.css and inside.js in assets draw the numbers, here and on the page of `mygpt serve`.
 """
 
 from __future__ import annotations
 
 import base64
 import html
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from MyGPT.model import GPTModel
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.display import token_labels
 
+ASSETS = Path(__file__).parents[1] / "assets"
 MAX_TOKENS = 128
 """The maximum number of tokens on a page. Attention maps of longer texts are unreadable and slow to draw."""
 
@@ -39,10 +43,23 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
         raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {MAX_TOKENS}")
     # A < in the text must not end the script element that holds the data.
     data = json_text(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
-    template = (Path(__file__).parents[1] / "assets" / "explain.html").read_text(encoding="utf-8")
-    title = html.escape(f"How {name} reads a text")
-    before, after = template.split("{{data}}")
-    return before.replace("{{title}}", title) + data + after
+    return fill_template(ASSETS / "explain.html", {"title": html.escape(f"How {name} reads a text"), "data": data})
+
+
+def fill_template(path: Path, values: Mapping[str, str]) -> str:
+    """Return the text of a file in which the values replace their names, such as {{title}}.
+
+    Other names in such braces are those of files, whose text replaces them: files in the same directory or in assets.
+    """
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in values:
+            return values[name]
+        file = path.with_name(name)
+        return (file if file.exists() else ASSETS / name).read_text(encoding="utf-8").rstrip()
+
+    return re.sub(r"\{\{([\w.]+)\}\}", value_of, path.read_text(encoding="utf-8"))
 
 
 def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:

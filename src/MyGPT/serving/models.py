@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from MyGPT import __version__
 from MyGPT.data.templates import Template
 from MyGPT.model import GPTModel
 from MyGPT.serving.engine import Engine
@@ -25,11 +28,25 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     """The Unix time at which the model was opened."""
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash that changes if the weights, their precision or the version of MyGPT change, and with them the answers.
+
+        Training changes all rows of a matrix, so the first row of each parameter is enough.
+        """
+        precision = getattr(self.engine.model, "precision", "")
+        digest = hashlib.sha256(f"{__version__} {precision} {self.gpt.config}".encode())
+        for parameter in self.gpt.parameters():
+            digest.update(parameter.detach()[0].float().cpu().numpy().tobytes())
+        return f"fp_{digest.hexdigest()[:12]}"
+
 
 @dataclass(frozen=True)
 class Settings:
     """The limits and the protections of the server."""
 
+    host: str = "127.0.0.1"
+    """The address that the server listens on, which is also accepted in the Host header."""
     api_key: str | None = None
     """The key that every request must have in its Authorization header. None: no key is needed."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
@@ -41,6 +58,8 @@ class Settings:
     body_timeout: float = 10.0
     """Seconds in which a client must have sent the headers of a request, and then its body."""
     max_body_bytes: int = 4 << 20
+    max_header_bytes: int = 32 << 10
+    max_connections: int = 512
     max_prompts: int = 128
     """Largest number of texts that one request may ask for: prompts times choices."""
     log_prompts: bool = False

@@ -68,10 +68,24 @@ class Exchange:
 
     model: str | None = None
     """The name of the model that answers."""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    """A random name of the request, which the client receives too."""
     generations: list[Request] = field(default_factory=list)
     """The engine's requests. All of them are cancelled when the HTTP request ends."""
     error: APIError | None = None
-    """The error that ended a stream of events, whose status was sent before."""
+    """An internal error, or the error that ended a stream of events after its status was sent."""
+
+    def n_prompt_tokens(self) -> int:
+        """Return the number of tokens of the prompts. Several texts for the same prompt count it once."""
+        return sum(map(len, {tuple(generation.prompt_ids) for generation in self.generations}))
+
+    def n_new_tokens(self) -> int:
+        """Return the number of new tokens of all texts."""
+        return sum(len(generation.tokens) for generation in self.generations)
+
+    def first_token(self) -> float | None:
+        """Return the value of time.monotonic() when the first new token was there, or None."""
+        return min((g.first_token for g in self.generations if g.first_token is not None), default=None)
 
 
 def exchange_of(request: HTTPRequest) -> Exchange:
@@ -91,11 +105,10 @@ def error_response(error: APIError) -> JSONResponse:
     return JSONResponse(error.content(), error.status, error.headers)
 
 
-def internal_error(error: BaseException) -> APIError:
-    """Log the traceback of an unexpected error under a random id, and return the error that tells the client this id."""
-    id_ = secrets.token_hex(6)
-    logger.error("internal error %s", id_, exc_info=error)
-    message = f"the server failed to answer; its log describes the error under the id {id_}"
+def internal_error(error: BaseException, exchange: Exchange) -> APIError:
+    """Log the traceback of an unexpected error with the request's id, and return the error that tells the client this id."""
+    logger.error("internal error id=%s", exchange.id, exc_info=error)
+    message = f"the server failed to answer; its log describes the error under the id {exchange.id}"
     return APIError(500, message, code="internal_error", type="server_error")
 
 
@@ -244,7 +257,7 @@ async def _framed(events: AsyncGenerator[str], exchange: Exchange) -> AsyncGener
             async for event in events:
                 yield f"data: {event}\n\n"
     except Exception as error:
-        exchange.error = error if isinstance(error, APIError) else internal_error(error)
+        exchange.error = error if isinstance(error, APIError) else internal_error(error, exchange)
         yield f"data: {json.dumps(exchange.error.content())}\n\n"
 
 

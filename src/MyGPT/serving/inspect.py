@@ -1,0 +1,340 @@
+"""The page at / and its endpoints: the probabilities of a text, its continuation with alternatives, and looks inside a model.
+
+OpenAI's format has the texts of tokens but not their ids, which the page needs to cut a text at a token and to continue it
+with another one. These endpoints exchange token ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import math
+import re
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import torch
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from torch import Tensor
+
+from MyGPT.files import json_text
+from MyGPT.generation import TextStream, end_ids, evaluation_mode
+from MyGPT.inside.page import MAX_TOKENS, fill_template, page_data
+from MyGPT.messages import error_message
+from MyGPT.sampling import SamplingConfig, filter_logits, require_finite
+from MyGPT.serving.models import ServedModel
+from MyGPT.serving.request import Token
+from MyGPT.serving.wire import (
+    APIError,
+    encode,
+    event_stream,
+    find_model,
+    read_json,
+    require_finished,
+    submit,
+    while_connected,
+)
+from MyGPT.tokenizers.base import ids_without_token
+from MyGPT.tokenizers.display import token_labels
+
+N_ALTERNATIVES = 10
+"""Number of most likely tokens that are sent with each token."""
+N_SHOWN = 20
+"""Number of most likely tokens in a next-token distribution."""
+N_KEPT_LOGITS = 32
+"""Number of texts per model whose logits are kept, so that new sampling options need no forward pass."""
+
+T = TypeVar("T")
+
+
+@cache
+def page_html() -> str:
+    """Return the page as one HTML document, which loads nothing else."""
+    return fill_template(Path(__file__).parent / "web" / "index.html", {})
+
+
+@cache
+def page_headers() -> dict[str, str]:
+    """Return the HTTP headers of the page. They allow only its own script and style, and requests to its own server."""
+    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for kind in ("script", "style"):
+        contents = re.findall(rf"<{kind}>(.*?)</{kind}>", page_html(), re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
+        policy.append(" ".join([f"{kind}-src", *(f"'sha256-{hash_}'" for hash_ in hashes)]))
+    policy.append("frame-ancestors 'none'")
+    return {
+        "Content-Security-Policy": "; ".join(policy),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+async def page(request: HTTPRequest) -> Response:
+    """Send the page."""
+    return HTMLResponse(page_html(), headers=page_headers())
+
+
+class Inspector:
+    """A model that computes the logits after a text. It keeps those of the last texts, and the keys and values of one.
+
+    Its weights are those of the served model. Its modules are copies, because the hooks that look inside a model would
+    otherwise also see what the engine computes with the same modules in another thread.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        tensors: Any = {id(tensor): tensor for tensor in chain(served.gpt.parameters(), served.gpt.buffers())}
+        self.gpt = copy.deepcopy(served.gpt, tensors)
+        self.tokenizer = served.tokenizer
+        self._logits: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._cached: list[int] = []
+        with torch.inference_mode():
+            self._cache = self.gpt.new_cache(1)
+        ends, excluded = (
+            end_ids(self.gpt, self.tokenizer),
+            ids_without_token(self.tokenizer, self.gpt.config.vocab_size),
+        )
+        self._excluded = torch.tensor([id_ for id_ in excluded if id_ not in ends], dtype=torch.int64)
+
+    @torch.inference_mode()
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
+        """Return the logits (V,) of the token that follows `ids`, in float32 on the CPU. The model sees the last ids that fit.
+
+        Ids without a token are never generated, unless they are ends. Their logits are minus infinity.
+        """
+        key = tuple(ids[-self.gpt.config.context_length :])
+        if key not in self._logits:
+            self._logits[key] = self._computed(key).index_fill(0, self._excluded, -math.inf)
+        self._logits.move_to_end(key)
+        if len(self._logits) > N_KEPT_LOGITS:
+            self._logits.popitem(last=False)
+        return self._logits[key]
+
+    def _computed(self, ids: Sequence[int]) -> Tensor:
+        """Compute the logits (V,) after the ids. Only the ids that differ from those of the last call are computed."""
+        pairs = enumerate(zip(ids[:-1], self._cached, strict=False))
+        n = next((i for i, (new, old) in pairs if new != old), min(len(ids) - 1, len(self._cached)))
+        self._cached, self._cache.length = [], n  # nothing is cached if the model fails
+        with evaluation_mode(self.gpt):
+            new = torch.tensor([ids[n:]], device=self._cache.storage.device)
+            logits = self.gpt(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
+        require_finite("a logit of the model", logits)
+        self._cached = list(ids)
+        return logits
+
+    def distribution(self, ids: Sequence[int], sampling: SamplingConfig) -> dict[str, Any]:
+        """Return the probabilities of the token that follows `ids`, as a dict for JSON.
+
+        Each of the most likely tokens has its probability according to the model, and its probability of being sampled.
+        """
+        logits = self.next_logits(ids)
+        V, of_model = len(logits), logits.softmax(-1)
+        if sampling.temperature == 0:  # the first of the largest logits is taken
+            filtered = torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
+        else:
+            filtered = filter_logits(logits[None], sampling)[0]
+        sampled, is_kept = filtered.softmax(-1), filtered > -math.inf
+        order = is_kept.int().argsort(descending=True, stable=True)  # of equal probabilities, kept ones come first
+        order = order[of_model[order].argsort(descending=True, stable=True)]
+        shown, hidden = order[:N_SHOWN], order[N_SHOWN:]
+        labels = token_labels(self.tokenizer, shown.tolist())
+        values = zip(shown.tolist(), labels, of_model[shown].tolist(), sampled[shown].tolist(), strict=True)
+        return {
+            "tokens": [[*value, kept] for value, kept in zip(values, is_kept[shown].tolist(), strict=True)],
+            "n_kept": int(is_kept.sum()),
+            "n_hidden": int(is_kept[hidden].sum()),
+            "hidden": float(sampled[hidden].sum()),
+            "removed": float(of_model[~is_kept].sum()),
+            "vocab_size": V,
+        }
+
+    def look(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Return `page_data` of the ids."""
+        return page_data(self.gpt, self.tokenizer, torch.tensor([ids], device=self._cache.storage.device))
+
+
+async def list_models(request: HTTPRequest) -> Response:
+    """Send what the page needs to know about each model."""
+    models: dict[str, ServedModel] = request.app.state.models
+    described = []
+    for served in models.values():
+        config = served.gpt.config
+        described.append(
+            {
+                "name": served.name,
+                "context": config.context_length,
+                "vocab_size": config.vocab_size,
+                "layers": config.n_layers,
+                "heads": config.n_heads,
+                "parameters": served.gpt.num_parameters(),
+                "has_template": served.template is not None,
+            }
+        )
+    return JSONResponse({"models": described, "max_inside": MAX_TOKENS})
+
+
+async def read_text(request: HTTPRequest) -> Response:
+    """Send the tokens of a text, each with its probability and the most likely alternatives.
+
+    The tokens of a text that is longer than the model's context have no probabilities.
+    """
+    body = await read_json(request)
+    served = find_model(request, _name(body))
+    ids = await _ids(served, body)
+    texts = token_pieces(served.tokenizer, ids)
+    tokens = [Token(id_) for id_ in ids]
+    if 0 < len(ids) <= served.gpt.config.context_length:
+        options: dict[str, Any] = {"logprobs": N_ALTERNATIVES, "prompt_logprobs": True}
+        generation = await submit(request, served, ids, None, 0, **options)
+        await while_connected(request, generation.wait())
+        require_finished(generation)
+        tokens = generation.prompt_tokens
+    described = [_described(served, token, text) for token, text in zip(tokens, texts, strict=True)]
+    return _json({"tokens": described, "prompt": _as_prompt(served.tokenizer, ids)})
+
+
+async def next_token(request: HTTPRequest) -> Response:
+    """Send the probabilities of the token that follows a text or token ids, before and after the sampling options."""
+    body = await read_json(request)
+    served = find_model(request, _name(body))
+    sampling, ids = _sampling(body), await _ids(served, body)
+    if not ids:
+        raise APIError(400, "the text is empty; it must have at least one token", "text")
+    found = await _compute(request, served, lambda inspector: inspector.distribution(ids, sampling))
+    return _json({**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)})
+
+
+async def generate(request: HTTPRequest) -> Response:
+    """Stream the tokens that continue token ids: those of /v1/completions with the same options and the same seed."""
+    body = await read_json(request)
+    served = find_model(request, _name(body))
+    ids, seed = await _ids(served, body), _whole(body, "seed", None)
+    generation = await submit(
+        request, served, ids, _sampling(body), _whole(body, "max_tokens", 16), seed=seed, logprobs=N_ALTERNATIVES
+    )
+    stream = TextStream(served.tokenizer, ids)
+    last_text = token_pieces(served.tokenizer, ids)[-1]  # the page knows only the label of an alternative
+
+    async def events() -> AsyncGenerator[str]:
+        yield json_text({"prompt": _as_prompt(served.tokenizer, ids), "last_text": last_text})
+        async for token in generation:
+            yield json_text(_described(served, token, stream.add(token.id)))
+        require_finished(generation)
+        yield json_text({"finish_reason": generation.finish_reason})
+
+    return event_stream(request, events())
+
+
+async def look_inside(request: HTTPRequest) -> Response:
+    """Send the attention weights and the predictions after each layer for the last tokens of a text."""
+    body = await read_json(request)
+    served = find_model(request, _name(body))
+    ids = await _ids(served, body)
+    if not ids:
+        raise APIError(400, "the text is empty; it must have at least one token", "text")
+    last = ids[-min(MAX_TOKENS, served.gpt.config.context_length) :]
+    data = await _compute(request, served, lambda inspector: inspector.look(last))
+    return _json({**data, "n_left_out": len(ids) - len(last)})
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each id adds to the text of all ids. An id that does not complete a character adds nothing."""
+    pieces: list[str] = [tokenizer.decode([id_]) for id_ in ids]
+    text: str = tokenizer.decode(ids)
+    if "".join(pieces) == text and "\ufffd" not in text:
+        return pieces
+    stream = TextStream(tokenizer)
+    return [stream.add(id_) for id_ in ids]
+
+
+def _as_prompt(tokenizer: Any, ids: list[int]) -> str | list[int]:
+    """Return the prompt that stands for the ids in a request to /v1/completions: their text, if it is encoded as these ids.
+
+    Otherwise return the ids.
+    """
+    text: str = tokenizer.decode(ids)
+    try:
+        return text if tokenizer.encode(text) == ids else ids
+    except ValueError:  # for example the character � of an incomplete one
+        return ids
+
+
+def _described(served: ServedModel, token: Token, text: str) -> dict[str, Any]:
+    ids = [token.id, *(id_ for id_, _ in token.top)]
+    label, *labels = token_labels(served.tokenizer, ids)
+    top = [[id_, label, logprob] for label, (id_, logprob) in zip(labels, token.top, strict=True)]
+    return {"id": token.id, "text": text, "label": label, "logprob": token.logprob, "top": top}
+
+
+async def _compute(request: HTTPRequest, served: ServedModel, function: Callable[[Inspector], T]) -> T:
+    """Return what `function` computes with the model in another thread. Only one such thread runs at a time.
+
+    If the client leaves while it waits for its turn, nothing is computed.
+    """
+    state = request.app.state
+    if not hasattr(state, "inspectors"):
+        state.inspectors, state.inspection_limiter = {}, anyio.CapacityLimiter(1)
+
+    def run() -> T:
+        if served.name not in state.inspectors:
+            state.inspectors[served.name] = Inspector(served)
+        return function(state.inspectors[served.name])
+
+    return await while_connected(request, anyio.to_thread.run_sync(run, limiter=state.inspection_limiter))
+
+
+def _json(value: dict[str, Any]) -> Response:
+    return Response(json_text(value), media_type="application/json")
+
+
+def _name(body: dict[str, Any]) -> str | None:
+    name = body.get("model")
+    if name is not None and not isinstance(name, str):
+        raise APIError(400, f"model must be the name of a model, got {name!r:.80}", "model")
+    return name
+
+
+async def _ids(served: ServedModel, body: dict[str, Any]) -> list[int]:
+    """Return the token ids of a request: its ids, or those of its text."""
+    if "ids" not in body:
+        text = body.get("text")
+        if not isinstance(text, str):
+            raise APIError(400, f"text must be a string, got {text!r:.80}", "text")
+        return await encode(served, text)
+    ids, V = body["ids"], served.gpt.config.vocab_size
+    if not isinstance(ids, list) or not all(type(id_) is int and 0 <= id_ < V for id_ in ids):
+        raise APIError(400, f"ids must be a list of token ids from 0 to {V - 1}, got {ids!r:.80}", "ids")
+    return ids
+
+
+def _sampling(body: dict[str, Any]) -> SamplingConfig:
+    names = ("temperature", "top_k", "top_p", "min_p")
+    try:
+        return SamplingConfig(**{name: body[name] for name in names if body.get(name) is not None})
+    except ValueError as error:
+        raise APIError(400, error_message(error)) from None
+
+
+def _whole(body: dict[str, Any], name: str, default: int | None) -> int | None:
+    value = body.get(name, default)
+    if value is not None and type(value) is not int:
+        raise APIError(400, f"{name} must be a whole number, got {value!r:.80}", name)
+    return value
+
+
+ROUTES = [
+    Route("/", page),
+    Route("/page/models", list_models),
+    Route("/page/read", read_text, methods=["POST"]),
+    Route("/page/next", next_token, methods=["POST"]),
+    Route("/page/generate", generate, methods=["POST"]),
+    Route("/page/inside", look_inside, methods=["POST"]),
+]

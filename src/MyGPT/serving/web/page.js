@@ -1,0 +1,617 @@
+// The page: its settings, tabs, buttons, the next-token distribution, the tree of branches, chat and comparison.
+
+const SLIDERS = { temperature: [], top_k: [0], top_p: [1], min_p: [0] }; // with the value that turns a filter off
+const models = new Map(); // the description of each model by its name
+const stories = new Map(); // the text of each model by its name, with all its branches
+const messages = []; // the conversation
+let running = null; // what is being generated: an AbortController, with the promise that it has ended
+let isEditing = true; // the text is a field, not a row of tokens
+let isSeedUsed = false;
+let selected = null; // the token whose alternatives are open
+let next = null; // the last answer of /page/next, and what was asked
+let tab = "write";
+
+const model = () => $("model").value;
+const about = name => models.get(name);
+
+function story(name = model()) {
+  if (!stories.has(name)) stories.set(name, new Story($("story"), () => name, refresh));
+  return stories.get(name);
+}
+
+// Settings
+
+function sampling() {
+  const options = {};
+  for (const [name, off] of Object.entries(SLIDERS)) {
+    const value = Number($(name).value);
+    if (!off.includes(value)) options[name] = value;
+  }
+  return options;
+}
+
+const settings = () => ({ ...sampling(), max_tokens: Number($("max_tokens").value), seed: Number($("seed").value) });
+
+function showSettings() {
+  for (const [name, off] of Object.entries(SLIDERS)) {
+    const slider = $(name), value = Number(slider.value);
+    const text = off.includes(value) ? "off" : name === "temperature" && value === 0 ? "0, greedy" : String(value);
+    slider.nextElementSibling.textContent = text;
+    slider.setAttribute("aria-valuetext", text);
+  }
+}
+
+function drawSeed() {
+  $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  isSeedUsed = false;
+}
+
+// A seed that was used makes way for a new one, unless the user keeps it.
+function takeSettings() {
+  if (isSeedUsed && !$("keep-seed").checked) drawSeed();
+  for (const name of ["max_tokens", "seed"])
+    if (!$(name).value || !$(name).checkValidity())
+      throw new ServerError(`${name === "seed" ? "The seed" : "The number of tokens"} must be a whole number from ${$(name).min} to ${$(name).max}.`);
+  isSeedUsed = true;
+  return settings();
+}
+
+// Errors, and what a screen reader hears
+
+function showError(error) {
+  if (error.name === "AbortError") return;
+  if (!(error instanceof ServerError)) console.error(error);
+  $("error").textContent = error instanceof ServerError ? error.message : `The page failed: ${error.message}.`;
+}
+
+const attempt = action => action().catch(showError);
+
+// Text is announced in portions: at the end of a sentence or of a long stretch.
+const heard = {
+  waiting: "",
+  add(text) {
+    this.waiting += text;
+    if (this.waiting.length > 160 || this.waiting.length > 20 && /[.!?\n]\s*$/.test(this.waiting)) this.say("");
+  },
+  say(text) {
+    $("live").textContent = this.waiting + text;
+    this.waiting = "";
+  },
+};
+
+// Running and stopping
+
+// Run `action` with a signal that stops it. Meanwhile the button says Stop.
+async function run(button, action) {
+  if (running) return stop();
+  const label = button.textContent, controller = running = new AbortController();
+  $("error").textContent = "";
+  button.textContent = "Stop";
+  button.classList.add("running");
+  refreshButtons();
+  controller.ended = action(controller.signal).catch(showError).finally(() => {
+    running = null;
+    button.textContent = label;
+    button.classList.remove("running");
+    refresh();
+  });
+  return controller.ended;
+}
+
+async function stop() {
+  running?.abort();
+  await running?.ended;
+}
+
+// Generate a continuation, and say in `place` why it ended.
+async function generate(text, start, first, settings, signal, place) {
+  const n = text.ids(start).length + (first ? 1 : 0), { context } = about(text.model());
+  if (n > context)
+    throw new ServerError(`The text has ${n} tokens, but this model reads at most ${context} tokens. Shorten the text.`);
+  place.textContent = "Writing …";
+  const finish = await text.write(start, first, settings, signal, piece => heard.add(piece)).catch(error => {
+    place.textContent = "";
+    throw error;
+  });
+  const { nodes, seconds } = text.run, count = nodes.length === 1 ? "1 token" : `${nodes.length} tokens`;
+  place.textContent = {
+    stop: `The model ended the text after ${count}.`,
+    stopped: `Stopped after ${count}.`,
+    length: nodes.length < settings.max_tokens
+      ? `The text now fills the context of ${context} tokens, so it cannot be continued.`
+      : `Wrote ${count} in ${seconds.toFixed(1)} s, with the seed ${settings.seed}.`,
+  }[finish] ?? "The server ended the request.";
+  heard.say(` ${place.textContent}`);
+}
+
+// Write
+
+function setEditing(edit) {
+  isEditing = edit;
+  if (edit) $("text").value = story().text();
+  else story().draw();
+  $("text").hidden = !edit;
+  $("story").hidden = edit;
+  $("text-label").textContent = edit ? "Text to continue" : "Text";
+  $("edit").textContent = edit ? "Show tokens" : "Edit text";
+}
+
+// Read the text of the field as tokens.
+async function commit(signal) {
+  if (!isEditing) return;
+  if (!$("text").value) throw new ServerError("Write the beginning of a text first.");
+  await story().read($("text").value, signal);
+  setEditing(false);
+}
+
+const write = () => run($("go"), async signal => {
+  await commit(signal);
+  await generate(story(), story().leaf, null, takeSettings(), signal, $("status"));
+});
+
+const another = () => run($("go"), async signal => {
+  const { start, first } = story().run;
+  drawSeed();
+  await generate(story(), start, first, takeSettings(), signal, $("status"));
+});
+
+// Continue a text after an alternative to one of its tokens.
+async function choose(text, parent, token) {
+  await stop();
+  if (text !== story()) {
+    const place = $(text.host.id.replace("story", "status"));
+    return run($("compare"), signal => generate(text, parent, token, takeSettings(), signal, place));
+  }
+  return run($("go"), async signal => {
+    if (isEditing) {
+      await commit(signal);
+      parent = text.leaf;
+    }
+    await generate(text, parent, token, takeSettings(), signal, $("status"));
+  });
+}
+
+const toggleEditing = () => attempt(async () => {
+  if (isEditing) await commit();
+  else setEditing(true);
+  refresh();
+  (isEditing ? $("text") : $("story").querySelector("[tabindex='0']"))?.focus();
+});
+
+function travel(direction) {
+  if (isEditing) setEditing(false);
+  story()[direction]();
+  $("status").textContent = direction === "undo" ? "Undone." : "Done again.";
+  heard.say($("status").textContent);
+}
+
+// Branches
+
+// Return the stretches of tokens between branchings, each with its level in the tree.
+function segments(text) {
+  const found = [];
+  const addBelow = (node, level) => node.children.forEach(child => add(child, node.children.length > 1 ? level + 1 : level));
+  const add = (first, level) => {
+    const nodes = [first];
+    let last = first;
+    while (last !== text.leaf && last.children.length === 1 && !last.children[0].starts) nodes.push(last = last.children[0]);
+    found.push({ nodes, last, level });
+    addBelow(last, level);
+  };
+  addBelow(text.root, text.root.children.length > 1 ? 0 : 1);
+  return found;
+}
+
+function drawBranches() {
+  const text = story(), path = new Set(text.path()), found = segments(text), isTree = found.length > 1;
+  $("branches").hidden = !isTree;
+  $("branches-hint").hidden = isTree;
+  refill($("branches"), ...(isTree ? found : []).map(({ nodes, last, level }) => {
+    const isOnPath = path.has(last), isEnd = last === text.leaf;
+    const words = nodes.map(node => node.text).join("").replace(/\s+/g, " ").trim() || nodes.map(node => node.label).join("");
+    const row = element("div", { className: "branch", tabIndex: isEnd ? 0 : -1 },
+      element("span", { className: "dot", textContent: isEnd ? "◉" : isOnPath ? "●" : "○" }),
+      element("span", { className: "words", textContent: words }),
+      element("small", { textContent: nodes.length }));
+    row.classList.toggle("on-path", isOnPath);
+    row.style.setProperty("--level", level - 1);
+    row.setAttribute("role", "treeitem");
+    row.setAttribute("aria-level", level);
+    row.setAttribute("aria-selected", isEnd);
+    row.setAttribute("aria-label", `${words}, ${nodes.length} tokens${isOnPath ? ", in the text" : ""}`);
+    row.onclick = () => attempt(async () => {
+      await stop();
+      if (isEditing) setEditing(false);
+      text.go(last);
+    });
+    return row;
+  }));
+  if (isTree && !$("branches").querySelector("[tabindex='0']")) $("branches").firstElementChild.tabIndex = 0;
+}
+
+$("branches").onkeydown = event => {
+  const rows = [...$("branches").children], at = rows.indexOf(event.target);
+  const level = row => Number(row.getAttribute("aria-level"));
+  const above = rows.slice(0, at).findLastIndex(row => level(row) < level(rows[at]));
+  const to = {
+    ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: rows.length - 1, ArrowLeft: above, ArrowRight: at + 1,
+  }[event.key];
+  if (event.key === "Enter" && !event.ctrlKey || event.key === " ") rows[at].click();
+  else if (to === undefined) return;
+  else if (rows[to]) {
+    rows[at].tabIndex = -1;
+    rows[to].tabIndex = 0;
+    rows[to].focus();
+  }
+  event.preventDefault();
+};
+
+// Next token
+
+let isAsking = false, isStale = false, typingTimer = 0;
+
+function question() {
+  if (selected) return { ids: story().ids(selected.parent) };
+  return isEditing ? { text: $("text").value.slice(0, $("text").selectionEnd) } : { ids: story().ids() };
+}
+
+// Ask for the distribution at the cursor. While an answer is awaited, later questions wait and only the last one is asked.
+async function refreshNext() {
+  if (tab !== "write" || running || !models.size) return;
+  if (isAsking) {
+    isStale = true;
+    return;
+  }
+  isAsking = true;
+  do {
+    isStale = false;
+    const asked = question();
+    if (asked.ids ? asked.ids.length : asked.text) {
+      try {
+        next = { ...await fetchJson("/page/next", { model: model(), ...asked, ...sampling() }), asked, model: model() };
+        drawNext();
+      } catch (error) {
+        next = null;
+        $("next").replaceChildren();
+        $("next-rest").textContent = "";
+        $("next-hint").textContent = error.message;
+      }
+    } else {
+      next = null;
+      $("next").replaceChildren();
+      $("next-rest").textContent = "";
+      $("next-hint").textContent = "Write a text to see which tokens can follow.";
+    }
+  } while (isStale);
+  isAsking = false;
+  showMeter();
+  showRequest();
+}
+
+function drawNext() {
+  const { tokens, n_kept, n_hidden, hidden, removed, vocab_size, asked } = next, shown = tokens.slice(0, 12);
+  const place = selected ? ["In place of ", quoted(selected.label), ", t"] : [isEditing ? "At the cursor, t" : "After the text, t"];
+  const count = n_kept === 1 ? "1 token" : `${n_kept.toLocaleString("en")} tokens`;
+  $("next-hint").replaceChildren(...place, `he settings keep ${count} of ${vocab_size.toLocaleString("en")}.`);
+  const largest = Math.max(...shown.map(([, , before, now]) => Math.max(before, now)));
+  refill($("next"), ...shown.map(([id, label, before, now, isKept]) => alternativeRow([id, label], {
+    p: now / largest, before: before / largest, note: isKept ? percent(now) : "removed", removed: !isKept,
+    chosen: selected?.id === id, heard: `${isKept ? percent(now) : "removed"}, model ${percent(before)}`,
+    onChoose: token => {
+      const text = story(), parent = selected ? selected.parent : text.leaf;
+      const top = tokens.slice(0, 10).map(([id, label, before]) => [id, label, Math.log(before)]);
+      choose(text, parent, { ...token, logprob: Math.log(before), top });
+    },
+  })));
+  const more = n_hidden + shown.length < n_kept ? n_kept - shown.filter(([, , , , isKept]) => isKept).length : n_hidden;
+  const rest = 1 - shown.reduce((sum, [, , , now]) => sum + now, 0);
+  $("next-rest").textContent = [
+    "Full bars show the probabilities after the settings, outlines those of the model.",
+    more > 0 ? `${more.toLocaleString("en")} more kept tokens: ${percent(Math.max(0, rest))}.` : "",
+    n_kept < vocab_size ? `The removed tokens had ${percent(removed)} before.` : "",
+  ].join(" ");
+}
+
+function showMeter() {
+  const { context } = about(model());
+  const n = isEditing ? (next?.asked.text === $("text").value ? next.n_tokens : null) : story().ids().length;
+  const over = n > context && isEditing ? " The model cannot read so many: shorten the text." : "";
+  $("meter").textContent = (n ? `${n} tokens of at most ${context}.` : `At most ${context} tokens.`) + over;
+}
+
+// The request as a curl command and as a Python program
+
+function currentRequest() {
+  if (tab === "chat") {
+    const { max_tokens, ...rest } = settings();
+    const last = messages.at(-1)?.role === "assistant" ? messages.slice(0, -1) : messages;
+    const asked = $("question").value ? [...messages, { role: "user", content: $("question").value }] : last;
+    return { path: "chat/completions", body: { model: model(), messages: asked, max_completion_tokens: max_tokens, ...rest } };
+  }
+  const text = story(), { run } = text;
+  if (run && !isEditing && text.leaf === (run.nodes.at(-1) ?? text.leaf) && run.nodes.length) {
+    // Whoever stopped the request has the text of a shorter one.
+    const wrote = { ...run.settings, max_tokens: run.finish === "stopped" ? run.nodes.length : run.settings.max_tokens };
+    if (running || JSON.stringify(run.settings) === JSON.stringify(settings()))
+      return { path: "completions", body: { model: model(), prompt: run.prompt, ...wrote }, wrote: run.nodes.length };
+  }
+  const isKnown = next && !isEditing && next.model === model() && next.asked.ids?.join() === text.ids().join();
+  const prompt = isEditing ? $("text").value : isKnown ? next.prompt : text.text();
+  return { path: "completions", body: { model: model(), prompt, ...settings() } };
+}
+
+function curlCommand(path, body) {
+  const lines = [`curl ${location.origin}/v1/${path}`, `-H 'Content-Type: application/json'`];
+  if (apiKey()) lines.push(`-H "Authorization: Bearer $MYGPT_API_KEY"`);
+  const fields = Object.entries(body).map(([name, value]) => `    ${JSON.stringify(name)}: ${JSON.stringify(value)}`);
+  lines.push(`-d '{\n${fields.join(",\n").replaceAll("'", "'\\''")}\n  }'`);
+  return lines.join(" \\\n  ");
+}
+
+// JSON's strings, numbers and lists of them are also Python's.
+function pythonProgram(path, body) {
+  const { top_k, min_p, ...known } = body, extra = JSON.stringify({ top_k, min_p }).replaceAll(/([:,])/g, "$1 ");
+  const options = Object.entries(known).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
+  if (extra !== "{}") options.push(`    extra_body=${extra},`);
+  const key = apiKey() ? `os.environ["MYGPT_API_KEY"]` : `"none"`, isChat = path.startsWith("chat");
+  return [
+    ...(apiKey() ? ["import os", ""] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url="${location.origin}/v1", api_key=${key})`,
+    `completion = client.${isChat ? "chat.completions" : "completions"}.create(`,
+    ...options,
+    ")",
+    `print(completion.choices[0].${isChat ? "message.content" : "text"})`,
+  ].join("\n");
+}
+
+function showRequest() {
+  const { path, body, wrote } = currentRequest();
+  $("request-hint").textContent = wrote
+    ? `This request wrote the last ${wrote} tokens. It gives the same text again.`
+    : `${tab === "chat" ? "The conversation" : "Continue"} uses this request${isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : ""}.`;
+  $("curl").textContent = curlCommand(path, body);
+  $("python").textContent = pythonProgram(path, body);
+}
+
+async function copy(button) {
+  const source = $(button.dataset.copy);
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    heard.say("Copied.");
+    const [text] = button.childNodes, label = text.data;
+    text.data = "Copied";
+    setTimeout(() => text.data = label, 1500);
+  } catch { // the clipboard is only for secure addresses
+    getSelection().selectAllChildren(source);
+    heard.say("Selected. Copy the selection with the keyboard.");
+  }
+}
+
+// Chat
+
+function drawMessages() {
+  $("messages").replaceChildren(...messages.map(({ role, content }) => element("div", { className: `message ${role}` },
+    element("h3", { textContent: role === "user" ? "You" : model() }), element("p", { textContent: content }))));
+  $("messages").scrollTop = $("messages").scrollHeight;
+}
+
+const send = () => run($("send"), async signal => {
+  const asked = $("question").value;
+  if (!asked.trim()) throw new ServerError("Write a message first.");
+  messages.push({ role: "user", content: asked });
+  const answer = { role: "assistant", content: "" };
+  const { max_tokens, ...rest } = takeSettings();
+  const body = { model: model(), messages: [...messages], max_completion_tokens: max_tokens, ...rest, stream: true };
+  messages.push(answer);
+  $("question").value = "";
+  $("chat-status").textContent = "Writing …";
+  drawMessages();
+  let finish = "stopped";
+  try {
+    for await (const { choices } of events("/v1/chat/completions", body, signal)) {
+      const piece = choices[0]?.delta?.content ?? "";
+      finish = choices[0]?.finish_reason ?? "stopped";
+      answer.content += piece;
+      $("messages").lastElementChild.lastElementChild.append(piece);
+      $("messages").scrollTop = $("messages").scrollHeight;
+      heard.add(piece);
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      messages.splice(-2);
+      $("question").value = asked;
+      $("chat-status").textContent = "";
+      throw error;
+    }
+  } finally {
+    drawMessages();
+  }
+  $("chat-status").textContent = {
+    stop: "", length: `The answer reached the limit of ${max_tokens} tokens.`, stopped: "Stopped.",
+  }[finish] ?? "";
+  heard.say(` ${$("chat-status").textContent}`);
+});
+
+function chatBack(n) {
+  messages.splice(-n);
+  drawMessages();
+  $("chat-status").textContent = "";
+  refresh();
+}
+
+// Compare
+
+const pair = ["a", "b"].map(letter => new Story($(`story-${letter}`), () => $(`model-${letter}`).value));
+
+const compare = () => run($("compare"), async signal => {
+  const text = $("compare-text").value;
+  if (!text) throw new ServerError("Write the beginning of a text first.");
+  const same = takeSettings();
+  await Promise.all(pair.map(async (one, i) => {
+    const place = $(`status-${"ab"[i]}`);
+    place.textContent = "";
+    try {
+      await one.read(text, signal);
+      await generate(one, one.leaf, null, same, signal, place);
+    } catch (error) {
+      if (error.name !== "AbortError") place.textContent = error.message;
+    }
+  }));
+});
+
+// Look inside
+
+async function lookInside() {
+  const asked = isEditing ? { text: $("text").value } : { ids: story().ids() };
+  const isEmpty = isEditing ? !asked.text : !asked.ids.length;
+  $("inside").hidden = true;
+  if (isEmpty) {
+    $("inside-hint").textContent = "Write a text first. This tab then shows how the model reads it.";
+    return;
+  }
+  $("inside-hint").textContent = "The model reads the text …";
+  const data = await fetchJson("/page/inside", { model: model(), ...asked }).catch(error => {
+    $("inside-hint").textContent = "";
+    throw error;
+  });
+  const last = data.n_left_out ? `the last ${data.tokens.length} tokens (${data.n_left_out} earlier ones are left out)` : `${data.tokens.length} tokens`;
+  $("inside-hint").textContent = `How ${model()} reads ${last} of the text on the tab Write. Layers, heads and tokens are numbered from 0.`;
+  $("inside").hidden = false;
+  showInside(data);
+}
+
+// Everything
+
+const setEnabled = (button, isEnabled) => button.setAttribute("aria-disabled", !isEnabled);
+
+function refreshButtons() {
+  const text = story();
+  setEnabled($("undo"), !running && text.past.length);
+  setEnabled($("redo"), !running && text.future.length);
+  setEnabled($("another"), !running && text.run);
+  setEnabled($("edit"), !running);
+  setEnabled($("chat-undo"), !running && messages.length);
+  setEnabled($("chat-clear"), !running && messages.length);
+  for (const id of ["model", "model-a", "model-b"]) $(id).disabled = Boolean(running);
+}
+
+function refresh() {
+  refreshButtons();
+  drawBranches();
+  showMeter();
+  showRequest();
+  refreshNext();
+}
+
+function chooseTab(name) {
+  tab = name;
+  for (const button of document.querySelectorAll("[role=tab]")) {
+    const isChosen = button.id === `tab-${name}`;
+    button.setAttribute("aria-selected", isChosen);
+    button.tabIndex = isChosen ? 0 : -1;
+    $(button.getAttribute("aria-controls")).hidden = !isChosen;
+  }
+  $("columns").dataset.tab = name;
+  alternatives.close();
+  if (name === "compare" && !$("compare-text").value) $("compare-text").value = isEditing ? $("text").value : story().text();
+  $("error").textContent = "";
+  refresh();
+  if (name === "inside") attempt(lookInside);
+}
+
+$("tabs").onkeydown = event => {
+  const tabs = [...$("tabs").children], at = tabs.indexOf(event.target), n = tabs.length;
+  const to = { ArrowRight: (at + 1) % n, ArrowLeft: (at + n - 1) % n, Home: 0, End: n - 1 }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  tabs[to].focus();
+  tabs[to].click();
+};
+
+// The text stays when another model reads it.
+let lastModel = null;
+function changeModel() {
+  const text = isEditing ? $("text").value : story(lastModel).text();
+  lastModel = model();
+  const { layers, heads, parameters, context, vocab_size, has_template } = about(model());
+  $("about").textContent = `${parameters.toLocaleString("en")} parameters, ${layers} layers of ${heads} heads, ` +
+    `context ${context.toLocaleString("en")}, vocabulary ${vocab_size.toLocaleString("en")}`;
+  $("chat-hint").textContent = has_template
+    ? "The model answers with the template with which it was tuned."
+    : "This model has no chat template, so it cannot hold a conversation. Tune one with mygpt finetune.";
+  $("chat-hint").parentElement.classList.toggle("without-template", !has_template);
+  setEditing(true);
+  $("text").value = text;
+  next = selected = null;
+  messages.length = 0;
+  drawMessages();
+  $("status").textContent = "";
+  refresh();
+  if (tab === "inside") attempt(lookInside);
+}
+
+function onShortcut(event) {
+  const command = event.ctrlKey || event.metaKey;
+  if (event.key === "Escape" && running && $("popover").hidden) stop();
+  else if (command && event.key === "Enter") ({ write, chat: send, compare })[tab]?.();
+  else if (command && tab === "write" && !/^(TEXTAREA|INPUT)$/.test(event.target.tagName) && /^[zy]$/i.test(event.key))
+    $(event.key.toLowerCase() === "z" && !event.shiftKey ? "undo" : "redo").click();
+  else return;
+  event.preventDefault();
+}
+
+async function start() {
+  $("legend").replaceChildren(...PROBABILITIES.map(({ name }, i) =>
+    element("li", {}, element("span", { className: `token p${i}`, textContent: name }))));
+  for (const id of Object.keys(SLIDERS)) $(id).oninput = () => { showSettings(); showRequest(); refreshNext(); };
+  for (const id of ["max_tokens", "keep-seed", "question"]) $(id).oninput = showRequest;
+  $("seed").oninput = () => { isSeedUsed = false; showRequest(); };
+  $("draw-seed").onclick = () => { drawSeed(); showRequest(); };
+  // A disabled button would lose the keyboard focus, so the buttons stay enabled and their clicks are ignored.
+  document.addEventListener("click", event => {
+    if (event.target.closest("[aria-disabled=true]")) event.stopImmediatePropagation();
+  }, true);
+  const clicks = {
+    go: write, another, undo: () => travel("undo"), redo: () => travel("redo"), edit: toggleEditing, send, compare,
+    "chat-undo": () => chatBack(2), "chat-clear": () => chatBack(messages.length),
+  };
+  for (const [id, action] of Object.entries(clicks)) $(id).onclick = action;
+  for (const button of document.querySelectorAll("[role=tab]")) button.onclick = () => chooseTab(button.id.slice(4));
+  for (const button of document.querySelectorAll("[data-copy]")) button.onclick = () => copy(button);
+  for (const kind of ["input", "keyup", "click"]) $("text").addEventListener(kind, () => {
+    clearTimeout(typingTimer);
+    typingTimer = setTimeout(refreshNext, 200);
+    showRequest();
+  });
+  addEventListener("keydown", onShortcut);
+  alternatives.onChoose = choose;
+  alternatives.onPin = (text, node) => {
+    selected = text === story() ? node : null;
+    refreshNext();
+  };
+  alternatives.start();
+  drawSeed();
+  showSettings();
+  const { models: found } = await fetchJson("/page/models");
+  for (const one of found) models.set(one.name, one);
+  for (const id of ["model", "model-a", "model-b"])
+    $(id).replaceChildren(...found.map(({ name }) => element("option", { value: name, textContent: name })));
+  $("model-b").selectedIndex = Math.min(1, found.length - 1);
+  $("compare-hint").textContent = found.length > 1
+    ? "Both models use the same settings and the same seed."
+    : "The server has one model. To compare two, start it with several: mygpt serve --model one --model two.";
+  $("model").onchange = changeModel;
+  for (const [i, id] of ["model-a", "model-b"].entries()) $(id).onchange = () => {
+    pair[i].root.children = [];
+    pair[i].leaf = pair[i].root;
+    pair[i].draw();
+  };
+  lastModel = model();
+  $("columns").dataset.tab = tab;
+  changeModel();
+  $("text").focus();
+}
+
+attempt(start);
