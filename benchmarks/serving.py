@@ -60,7 +60,6 @@ PROGRAMS = (
 LENGTHS = [round(10 * 90 ** (i / 7)) for i in range(8)]
 """The lengths of the prompts of a mix: 10 to 900 tokens."""
 SHORT = 16
-END_OF_TEXT = 50256
 HOST = "127.0.0.1"
 TARGETS = (
     ("MyGPT fp32", "llama.cpp f32", "1 client", 1.0),
@@ -258,7 +257,7 @@ def child(name: str, slots: int, directory: Path) -> None:
         async def ask(prompt: str, answer: Answer) -> None:
             answer += [time.perf_counter(), 0.0, 0.0, 0]
             offset = answer[0] - time.monotonic()
-            request = engine.submit(prompt, max_new_tokens=tokens, logprobs=None, logit_bias={END_OF_TEXT: -100})
+            request = engine.submit(prompt, max_new_tokens=tokens, logprobs=None, eos_id=None)
             try:
                 await request.wait()
             finally:
@@ -314,7 +313,7 @@ def open_program(name: str, slots: int, options: argparse.Namespace) -> Server |
         return Child(name, slots, directory, environment)
     if program == "MyGPT":
         command = [sys.executable, "-m", "MyGPT", "serve", "--model", model, "--port", "PORT", "--precision", kind]
-        fields = {"model": "model", "logit_bias": {str(END_OF_TEXT): -100}, **usage}
+        fields = {"model": "model", "ignore_eos": True, **usage}
         return Server([*command, "--slots", str(slots)], fields, "/ready", environment, log)
     if program == "transformers":
         command = [options.transformers, "serve", model, "--host", HOST, "--port", "PORT", "--device", "cpu"]
