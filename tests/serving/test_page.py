@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -275,6 +276,8 @@ def test_page_is_one_document_that_allows_only_its_own_code(address: str) -> Non
     assert not re.search(
         r"<link[^>]+stylesheet|<script[^>]+src|@import|url\(|\{\{|innerHTML|insertAdjacent", page_html()
     )
+    ids = re.findall(r'\bid="([^"]+)"', page_html())
+    assert len(ids) == len(set(ids)) > 50
     addresses = re.findall(r"https?://[^\s'\"`$]*", page_html())
     assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace in the icon
 
@@ -376,7 +379,12 @@ def page(browser: Any, address: str) -> Iterator[Page]:
 
 @pytest.mark.slow
 def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[str, ServedModel]) -> None:
+    page.run(
+        "window.said = []; new MutationObserver(() => said.push($('live').textContent)).observe($('live'), {childList: true})"
+    )
     new = page.write(TEXT, temperature=0.9, max_tokens=12, seed=7)
+    # A screen reader hears the text in portions, not token by token.
+    assert "".join(page.run("return said")) == f"{new} {page.text('#status')}" and len(page.run("return said")) <= 2
     ids = TOKENIZER.encode(TEXT)
     expected = generate(
         models["first"].gpt, torch.tensor([ids]), 12, seed=7, temperature=0.9, top_p=0.95, tokenizer=TOKENIZER
@@ -402,6 +410,9 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     assert page.story() == TEXT + new
     page.one("#undo").click()
     assert page.story() == TEXT
+    page.one("#undo").click()
+    assert page.story() == "" and page.one("#text").is_displayed()
+    page.one("#redo").click()
     page.one("#redo").click()
     assert page.story() == TEXT + new
     page.one("#edit").click()
@@ -426,7 +437,15 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
 def test_another_token_starts_a_branch_and_the_tree_can_be_walked(page: Page, models: dict[str, ServedModel]) -> None:
     first = TEXT + page.write(TEXT, temperature=0, max_tokens=10)
     at = len(TEXT) + 4
+    # The mouse shows the alternatives while it is over the token, and a click keeps them.
+    move = importlib.import_module("selenium.webdriver").ActionChains(page.browser)
+    move.move_to_element(page.all("#story .token")[at]).perform()
+    until(lambda: page.one("#popover").is_displayed(), "the alternatives being shown")
+    assert len(page.all("#popover-list button")) == 10 and not page.one("#popover-close").is_displayed()
+    move.move_to_element(page.one("h1")).perform()
+    until(lambda: not page.one("#popover").is_displayed(), "the alternatives being hidden")
     page.all("#story .token")[at].click()
+    assert page.one("#popover-close").is_displayed()
     top = logits_after(models["first"], TOKENIZER.encode(first[:at])).softmax(-1).topk(10)
     labels = [TOKENIZER.decode([i]).replace(" ", "·").replace("\n", "↵") for i in top.indices.tolist()]
     assert page.texts("#popover-list .mono") == labels
@@ -509,7 +528,7 @@ def test_curl_and_python_lines_give_the_text_on_the_page(page: Page, prompt: str
     assert printed.getvalue() == new + "\n"
     page.set("temperature", 0.3)
     assert '"temperature": 0.3' in page.text("#curl") and "temperature=0.3" in page.text("#python")
-    assert page.text("#request-hint").startswith("Continue uses this request")
+    assert page.text("#request-hint") == "Continue sends this request, with a new seed."
     page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
     for name in ("curl", "python"):
         page.one(f"[data-copy={name}]").click()
@@ -563,11 +582,11 @@ def test_two_models_continue_the_same_text_side_by_side(page: Page, models: dict
 @pytest.mark.slow
 def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any]) -> None:
     page.one("#tab-chat").click()
-    assert "has no chat template" in page.text("#chat-hint") and not page.one("#question").is_displayed()
+    assert "has no chat template" in page.text("#chat-hint") and not page.one("#message").is_displayed()
     page.set("model", "second")
     for name, value in {"max_tokens": 6, "seed": 3, "temperature": 1}.items():
         page.set(name, value)
-    page.one("#question").send_keys("<i>Hi</i>")
+    page.one("#message").send_keys("<i>Hi</i>")
     page.chord("\ue009", "\ue007")  # Control and Enter
     until(lambda: len(page.texts(".message.assistant p")) == 1, "an answer")
     page.settle()
@@ -584,6 +603,7 @@ def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any
     assert page.texts(".message p") == ["<i>Hi</i>", expected["choices"][0]["message"]["content"]]
     answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
+    assert page.text("#request-hint") == "This request wrote the last answer. It gives the same text again."
     page.one("#chat-undo").click()
     assert page.texts(".message p") == []
 
@@ -600,6 +620,10 @@ def test_look_inside_shows_the_text_on_the_page(page: Page, models: dict[str, Se
     data = page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids]))
     assert page.texts("#tokens .mono") == [token["label"] for token in data["tokens"]]
     assert page.texts("#lens tr:first-child td") == [top[0][0] for top in data["lens"][-1]]
+    assert (
+        page.text("#question")
+        == f"The probability of each token to follow {data['tokens'][-1]['label']}. The text ends here."
+    )
     page.one("#lens .chosen").click()
     page.press("\ue012")  # the left arrow
     assert page.texts("#tokens .chosen .mono") == [data["tokens"][-2]["label"]]
@@ -655,6 +679,7 @@ def test_everything_works_with_the_keyboard(page: Page) -> None:
 @pytest.mark.slow
 def test_every_control_has_a_name_and_texts_have_contrast(page: Page) -> None:
     """Chromium computes the names, as a screen reader would hear them."""
+    page.set("model", "second")
     page.write(TEXT, temperature=1.5, max_tokens=30)
     page.all("#story .token")[20].click()
     for dark in (False, True):
