@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,14 +154,68 @@ def test_every_row_of_a_mix_is_bit_identical_to_its_sequence_alone(precision: An
 
 
 @needs_compiler
-@pytest.mark.parametrize("n", [1, 7, 32, 90])
-def test_a_prompt_in_pieces_of_any_length_has_bit_identical_logits(n: int) -> None:
-    model = accelerate(make_model(**ODD), compiled=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("n", [7, 32, 90])
+def test_a_prompt_in_pieces_of_any_length_has_bit_identical_logits(n: int, precision: Any) -> None:
+    model = accelerate(make_model(**ODD), precision, compiled=True)
     ids = torch.randint(67, (90,)).tolist()
     cache = model.new_slot_cache(3)
     cut = [ids[start : start + n] for start in range(0, 90, n)]
     logits = torch.cat([model.forward_slots([Piece(1, piece, len(piece))], cache) for piece in cut])
     assert torch.equal(logits, alone(model, ids))
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_left_padded_prompts_have_the_logits_of_slots(precision: Any) -> None:
+    """So `generate` continues a prompt exactly as a server does."""
+    model = accelerate(make_model(**ODD), precision, compiled=True)
+    n_padding = torch.tensor([0, 1, 37, 69, 2])
+    ids, mask = torch.randint(67, (5, 70)), (torch.arange(70) >= n_padding[:, None]).long()
+    cache = model.new_cache(5, 71)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, cache=cache)
+    for row, n in enumerate(n_padding.tolist()):
+        assert torch.equal(logits[row, n:], alone(model, ids[row, n:].tolist()))
+
+
+@needs_compiler
+def test_an_infinite_key_of_one_slot_reaches_no_other() -> None:
+    model = accelerate(make_model(), compiled=True)
+    cache = model.new_slot_cache(2)
+    model.forward_slots([Piece(0, [1] * 40, 0), Piece(1, [2] * 3, 0)], cache)
+    cache.storage[:, :, 0] = torch.inf
+    logits = model.forward_slots([Piece(0, [3], 1), Piece(1, [4], 1)], cache)
+    assert not logits[0].isfinite().any()
+    assert torch.equal(logits[1:], alone(model, [2, 2, 2, 4])[3:])
+
+
+def count_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc lists the threads")
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_kernel_uses_torchs_number_of_threads_in_every_thread(n: int) -> None:
+    """OpenMP has a number of threads for each thread of Python, and torch may have an OpenMP library of its own."""
+    model = accelerate(make_model(), compiled=True)
+    cache, results = model.new_slot_cache(1), []
+
+    def serve() -> None:
+        before = count_threads()
+        results.append(model.forward_slots([Piece(0, [1, 2, 3], 3)], cache))
+        results.append(count_threads() - before)
+
+    torch.set_num_threads(n)
+    try:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(1)
+    assert results[1] == n - 1
+    assert torch.equal(results[0], alone(model, [1, 2, 3]))
 
 
 @needs_compiler

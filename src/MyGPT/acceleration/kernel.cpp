@@ -1,4 +1,4 @@
-// GPT-2's forward pass for a few tokens at a time, as fast as memory delivers the weights.
+// GPT-2's forward pass with a cache. For a few tokens it is as fast as memory delivers the weights.
 //
 // The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
 // layer together. Each `omp for` divides a stage among them and ends with a barrier.
@@ -300,9 +300,9 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
                 float *sum = sums + r * P, *to = y + (int64_t)(row + r) * l.N + first;
                 if (l.scale) for (int i = 0; i < width; i++) sum[i] *= l.scale[first + i];
                 if (l.bias) for (int i = 0; i < width; i++) sum[i] += l.bias[first + i];
+                if (then == GELU) for (int i = 0; i < P; i++) sum[i] = gelu(sum[i]);
+                if (then == EXACT_GELU) for (int i = 0; i < P; i++) sum[i] = exact_gelu(sum[i]);
                 if (then == ADD) for (int i = 0; i < width; i++) to[i] += sum[i];
-                else if (then == GELU) for (int i = 0; i < width; i++) to[i] = gelu(sum[i]);
-                else if (then == EXACT_GELU) for (int i = 0; i < width; i++) to[i] = exact_gelu(sum[i]);
                 else std::copy(sum, sum + width, to);
             }
         }
@@ -380,30 +380,49 @@ inline void add_weighted(const float* weight, const float* values, int n, int D,
         for (int s = 0; s < n; s++) y[d] += weight[s] * values[(int64_t)s * D + d];
 }
 
+// The largest of n numbers.
+inline float maximum(const float* x, int n) {
+    float largest = -INFINITY;
+    int i = 0;
+    if (n >= LANES) {
+        vec lanes = load<vec>(x);
+        for (i = LANES; i + LANES <= n; i += LANES) {
+            const vec next = load<vec>(x + i);
+            lanes = next > lanes ? next : lanes;
+        }
+        for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, lanes[lane]);
+    }
+    for (; i < n; i++) largest = std::max(largest, x[i]);
+    return largest;
+}
+
 // Attention of one head for n <= QUERIES consecutive tokens: y (n, C). The first of them sees S tokens, itself included, and each
 // of the others sees one more. q (n, 3 C) points at the head's queries; keys and values (S + n - 1, D) begin with the first token
 // that is seen. The order of every sum depends only on D and on the number of tokens that the query sees.
 void attend(const float* q, int n, int S, int C, int D, const float* keys, const float* values, float* y) {
-    static thread_local std::vector<float> memory;
-    const int longest = S + n - 1, stride = (longest + VALUES - 1) / VALUES * VALUES;
-    memory.resize(std::max<size_t>(memory.size(), n * stride));
-    float *weights = memory.data(), totals[QUERIES];
-    const float scale = 1 / std::sqrt((float)D);
+    struct alignas(64) Line { float numbers[16]; };
+    static thread_local std::vector<Line> memory;
+    const int longest = S + n - 1, size = (D + 31) / 16 * 16;  // one line more: rows whose distance is a power of two
+    const int stride = (longest + 31) / 16 * 16;               // would share few places in the L1 cache
+    memory.resize(std::max<size_t>(memory.size(), n * (2 * size + stride) / 16));
+    float *queries = memory[0].numbers, *sums = queries + n * size, *weights = sums + n * size, totals[QUERIES];
+    for (int i = 0; i < n; i++) std::copy_n(q + (int64_t)i * 3 * C, D, queries + i * size);
     for (int s = 0; s < longest; s += KEYS)  // a block of keys is read once for all queries
         for (int i = std::max(0, s - S + 1); i < n; i++)
-            dots(q + (int64_t)i * 3 * C, keys + (int64_t)s * D, longest - s, D, weights + i * stride + s);
+            dots(queries + i * size, keys + (int64_t)s * D, longest - s, D, weights + i * stride + s);
+    const float scale = 1 / std::sqrt((float)D);
     for (int i = 0; i < n; i++) {
-        float *weight = weights + i * stride, largest = -INFINITY;
-        for (int s = 0; s < S + i; s++) largest = std::max(largest, weight[s]);
-        for (int s = 0; s < stride; s++) weight[s] = exponential((weight[s] - largest) * scale);
+        float* weight = weights + i * stride;
+        const float largest = maximum(weight, S + i);
+        for (int s = 0; s < (S + i + LANES - 1) / LANES * LANES; s++) weight[s] = exponential((weight[s] - largest) * scale);
         totals[i] = sum(weight, S + i, [](auto v) { return v; });
-        std::fill(y + (int64_t)i * C, y + (int64_t)i * C + D, 0.0f);
+        std::fill_n(sums + i * size, D, 0.0f);
     }
     for (int s = 0; s < longest; s += VALUES)
         for (int i = std::max(0, s - S + 1); i < n; i++)
-            add_weighted(weights + i * stride + s, values + (int64_t)s * D, std::min(VALUES, S + i - s), D, y + (int64_t)i * C);
+            add_weighted(weights + i * stride + s, values + (int64_t)s * D, std::min(VALUES, S + i - s), D, sums + i * size);
     for (int i = 0; i < n; i++)
-        for (int d = 0; d < D; d++) y[(int64_t)i * C + d] /= totals[i];
+        for (int d = 0; d < D; d++) y[(int64_t)i * C + d] = sums[i * size + d] / totals[i];
 }
 
 // New tokens of one sequence: n of them after `past` earlier tokens, in a slot of the cache. `first` is the index of the

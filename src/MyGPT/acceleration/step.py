@@ -1,8 +1,8 @@
 """`accelerate`: a copy of a trained model that generates faster on a CPU and gives the same logits.
 
-The weights are copied once into the order in which the C++ kernel reads them (packed.py). Up to 32 new tokens per sequence go
-through kernel.cpp in one call. Longer prompts, masks other than left padding, and machines without a C++ compiler use torch,
-layer by layer. B batch size, T new tokens, S all tokens so far, C embedding width, H heads, D = C // H, V vocabulary size.
+The weights are copied once into the order in which the C++ kernel reads them (packed.py). A forward pass with a cache is one
+call of kernel.cpp. Calls without a cache, masks other than left padding, and machines without a C++ compiler use torch, layer
+by layer. B batch size, T new tokens, S all tokens so far, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from MyGPT.messages import error_message
 from MyGPT.model import Block, GPTModel
 from MyGPT.ranks import is_sharded
 from MyGPT.sampling import require_finite
-
-MAX_KERNEL_TOKENS = 32
-"""Largest number of new tokens per sequence for which kernel.cpp is used. With more tokens torch is used, which is faster."""
 
 
 def accelerate(
@@ -177,7 +174,7 @@ class FastModel(nn.Module):
         check_inputs(self.config, input_ids, attention_mask, cache=cache)
         B, T = input_ids.shape
         first = _first_tokens(attention_mask, B)
-        if self.kernel is None or cache is None or first is None or T > MAX_KERNEL_TOKENS:
+        if self.kernel is None or cache is None or first is None:
             hidden = self._hidden_states(input_ids, attention_mask, cache)
             return self.head(hidden[:, -1:] if last_only else hidden)
         sequences = torch.empty(B, 4, dtype=torch.int32)

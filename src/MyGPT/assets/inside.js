@@ -7,6 +7,8 @@ function element(kind, attributes = {}, ...children) {
   made.append(...children);
   return made;
 }
+// The colour of a weight or a probability. Below a text it is paler, so that the text stays readable.
+const paleHeat = p => `rgb(var(--heat) / calc(var(--pale) * ${p}))`;
 const heat = p => `rgb(var(--heat) / ${p})`;
 const percent = p => p < 0.001 ? "< 0.1 %" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %";
 const quoted = text => element("span", { className: "mono", textContent: text });
@@ -48,8 +50,7 @@ function showInside(data, start = {}, onChoose = () => {}) {
   function tokenButton(t, note, strength = 0) {
     const button = element("button", { type: "button", className: t === state.token ? "chosen" : "" },
       quoted(label(t)), element("small", { textContent: note }));
-    button.style.background = strength ? heat(strength) : "";
-    button.classList.toggle("strong", strength > 0.55);
+    button.style.background = strength ? paleHeat(strength) : "";
     button.onclick = () => choose({ token: t });
     return button;
   }
@@ -95,12 +96,11 @@ function showInside(data, start = {}, onChoose = () => {}) {
       const drawn = cells.map((top, t) => {
         const [text, p] = top[0];
         const cell = element("td", { title: `${text} ${percent(p)}` }, quoted(text));
-        cell.style.background = heat(p);
-        cell.classList.toggle("strong", p > 0.55);
+        cell.style.background = paleHeat(p);
         const isChosen = t === state.token && depth === state.depth;
         cell.classList.toggle("chosen", isChosen);
         cell.tabIndex = isChosen ? 0 : -1;
-        cell.onclick = () => choose({ token: t, depth });
+        cell.onclick = () => chooseCell({ token: t, depth });
         return cell;
       });
       return element("tr", {}, element("th", { className: "row", scope: "row", textContent: name }), ...drawn);
@@ -163,8 +163,12 @@ function showInside(data, start = {}, onChoose = () => {}) {
     if (!step) return;
     event.preventDefault();
     const within = (value, n) => Math.min(Math.max(value, 0), n - 1);
-    choose({ token: within(state.token + step[0], T), depth: within(state.depth + step[1], data.layers + 1) });
-    $("lens").querySelector(".chosen").focus();
+    chooseCell({ token: within(state.token + step[0], T), depth: within(state.depth + step[1], data.layers + 1) });
+  }
+
+  function chooseCell(change) {
+    choose(change);
+    $("lens").querySelector(".chosen").focus({ preventScroll: true });
   }
 
   for (const [name, n] of [["layer", data.layers], ["head", data.heads]]) {

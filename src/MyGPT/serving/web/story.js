@@ -133,6 +133,7 @@ class Story {
       className: `token ${node.source} ${probabilityClass(node.logprob)}`, textContent: node.text, tabIndex: -1,
     });
     made.dataset.label = node.label;
+    made.classList.toggle("breaks", /^\s*\n/.test(node.text)); // a line break alone would be too small to be chosen
     made.setAttribute("role", "button");
     made.setAttribute("aria-haspopup", "dialog");
     made.setAttribute("aria-label", `${node.label}, ${p === "unknown" ? "first token" : p}`);
@@ -201,6 +202,8 @@ function alternativeRow([id, label], { p, before = null, note, heard = note, cho
   return element("li", {}, row);
 }
 
+const isNarrow = () => matchMedia("(max-width: 40rem)").matches;
+
 // The box with the alternatives to a token. It appears on hover and focus, and stays open after a click, a tap or Enter.
 const alternatives = {
   isPinned: false,
@@ -249,16 +252,17 @@ const alternatives = {
     $("popover-close").hidden = !isPinned;
     $("popover").hidden = false;
     this.place();
-    const covered = token.getBoundingClientRect().bottom - box.getBoundingClientRect().top;
-    if (isPinned && getComputedStyle(box).width !== "336px" && covered > 0) scrollBy(0, covered + 8);
     if (isPinned) {
+      const covered = token.getBoundingClientRect().bottom + 8 - $("popover").getBoundingClientRect().top;
+      if (isNarrow() && covered > 0) scrollBy(0, covered);
       ($("popover-list").querySelector("button") ?? $("popover-close")).focus();
       this.onPin(story, token.node);
     }
   },
 
-  // Place the box below the token, or above it if there is more room. On a narrow screen the style places it.
+  // Place the box below the token, or above it if there is more room. On a narrow screen it is at the lower edge.
   place() {
+    if (isNarrow()) return;
     const box = $("popover"), at = this.token.getClientRects()[0];
     const edge = Math.min(innerWidth - 8, this.story.host.getBoundingClientRect().right + 16);
     const left = Math.max(8, Math.min(at.left, edge - box.offsetWidth));
