@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
+from prometheus_client.metrics_core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import lively_model
@@ -63,12 +64,16 @@ class ServeProcess:
         assert found is not None
         self.url, self.port = found[0], int(found[1])
 
-    def metrics(self) -> dict[str, float]:
-        """Return the value of each metric, summed over its labels."""
+    def samples(self) -> list[Sample]:
+        """Return the numbers of /metrics with their labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             families = text_string_to_metric_families(response.read().decode())
+        return [sample for family in families for sample in family.samples]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the value of each metric, summed over its labels."""
         values: dict[str, float] = {}
-        for sample in (sample for family in families for sample in family.samples):
+        for sample in self.samples():
             values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 

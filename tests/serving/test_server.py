@@ -22,6 +22,7 @@ from MyGPT.serving import Engine, server
 from MyGPT.serving.app import create_app
 from MyGPT.serving.models import ServedModel, Settings
 from serve_process import CONTEXT, ServeProcess, save_tiny_model
+from soak_server import SHARES, soak
 
 HOST = "127.0.0.1"
 
@@ -224,6 +225,19 @@ def test_a_client_that_sends_a_large_body_gets_its_413(calm: Running) -> None:
         assert read_status(client) == 413
         client.sendall(GET + b"Connection: close\r\n\r\n")
         assert status_of(read_all(client)) == 200
+
+
+@pytest.mark.parametrize(("header", "status"), [("X: y", 413), ("Origin: http://example.com", 403)])
+def test_an_answer_before_the_end_of_a_request_arrives(calm: Running, header: str, status: int) -> None:
+    request = post(b" " * 3_000_000, "Connection: close", header)
+    with calm.connect() as client:
+        client.sendall(request[:200])
+        time.sleep(0.05)  # the answer is sent now
+        client.sendall(request[200:])
+        answer = b""
+        while received := client.recv(65536):  # raises an error if the connection was reset
+            answer += received
+    assert status_of(answer) == status
 
 
 def test_connections_over_the_limit_are_a_503() -> None:
@@ -445,3 +459,10 @@ def test_signals_of_a_process(model: Path, tmp_path: Path, end: str) -> None:
     else:
         assert seconds < (2 if end == "Ctrl-C" else 5) and b"server_stopping" in answer and "finish=cancelled" in log
         assert status == (130 if end == "Ctrl-C" else 143)
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_get_their_answers(tmp_path: Path) -> None:
+    """A small version of `make soak`, without the clients that wait ten seconds for the deadline of their half request."""
+    shares = {kind: share for kind, share in SHARES.items() if not kind.startswith("half")}
+    assert soak(200, 1, tmp_path, shares) == []

@@ -29,6 +29,8 @@ KEEP_ALIVE_SECONDS = 20
 """Seconds after which an idle connection is closed. Clients such as httpx close theirs after 5 seconds, and thus first."""
 GRACE_SECONDS = 5.0
 """Seconds that a response has after its request's deadline, to report the deadline to the client."""
+LINGER_SECONDS = 5.0
+"""Seconds in which the rest of a request is read and dropped after the answer to it."""
 BACKLOG = 256
 """Number of connections that wait until the server accepts them."""
 STOP_SECONDS = 1
@@ -43,22 +45,30 @@ class Protocol(H11Protocol):
     uvicorn closes connections that are idle between requests, and no others. Here a connection is also closed if the headers
     of its next request are not complete in time. While a request is answered, its deadline is that of the whole request, so
     a client that does not read its response cannot keep it forever. A connection over the limit is answered with status 503.
+
+    An answer that comes before the end of its request, such as 413 for a large body, would be lost if the connection was closed
+    at once, because the system then tells the client only that its data was not read. The rest is therefore read and dropped.
     """
 
     def __init__(self, *arguments: Any, settings: Settings, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.settings = settings
+        self.is_lingering = False
         self.deadline: asyncio.TimerHandle | None = None
         self.timed_cycle: Any = None
         """The request for which the deadline was set."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.settings.max_connections:
             message = f"the server has {self.settings.max_connections} open connections already"
             self.answer_and_close(APIError(503, message, code="too_many_connections", type="server_error"))
         else:
             self.set_deadline(self.settings.body_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_lingering:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -68,7 +78,7 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         # If the client has not read the whole response yet, the deadline of the request remains.
-        if not self.transport.get_write_buffer_size():
+        if not self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self.set_deadline(self.timeout_keep_alive + self.settings.body_timeout)
         super().on_response_complete()
 
@@ -76,6 +86,16 @@ class Protocol(H11Protocol):
         if self.deadline is not None:
             self.deadline.cancel()
         super().connection_lost(exc)
+
+    def linger(self, transport: asyncio.Transport) -> bool:
+        """Close only our side if the client has not sent its whole request, and return whether that is so."""
+        if self.is_lingering or self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            return False
+        self.is_lingering = True
+        transport.write_eof()
+        self.flow.resume_reading()
+        self.set_deadline(LINGER_SECONDS)
+        return True
 
     def set_deadline(self, seconds: float) -> None:
         """Abort the connection after so many seconds, instead of at the deadline that was set before.
@@ -102,6 +122,23 @@ class Protocol(H11Protocol):
             for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class _Transport:
+    """A transport that closes a connection as its `Protocol` decides."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: Protocol) -> None:
+        self.transport, self.protocol = transport, protocol
+
+    def close(self) -> None:
+        if not self.transport.is_closing() and not self.protocol.linger(self.transport):
+            self.transport.close()
+
+    def is_closing(self) -> bool:
+        return self.protocol.is_lingering or self.transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
 
 class Server(uvicorn.Server):
