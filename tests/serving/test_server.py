@@ -319,6 +319,18 @@ def test_streams_end_with_an_error_when_the_server_stops(signals: list[int]) -> 
 
 
 @pytest.mark.slow
+def test_a_client_that_does_not_read_does_not_delay_the_stop(caplog: pytest.LogCaptureFixture) -> None:
+    with running(send_buffer=4096) as server_, server_.connect(4096) as slow:
+        slow.sendall(server_.completion(stream=True, max_tokens=2000, logprobs=5))
+        time.sleep(0.5)
+        started = time.monotonic()
+        server_.signal(signal.SIGINT)
+        server_.thread.join(10)
+        assert time.monotonic() - started < 2 and not server_.thread.is_alive()
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+@pytest.mark.slow
 def test_the_server_stops_during_a_long_step() -> None:
     with running() as server_, server_.stream() as client:
         server_.pace.is_open.clear()
@@ -418,6 +430,23 @@ def test_slots_that_never_fit_are_an_error(tmp_path: Path, capsys: pytest.Captur
     model = save_tiny_model(tmp_path / "tiny")
     assert cli.main(["serve", "--model", str(model), "--port", "0", "--slots", "100000000", "--device", "cpu"]) == 2
     assert "there is not enough memory" in (error := capsys.readouterr().err) and "--slots" in error
+
+
+@pytest.mark.slow
+def test_several_models_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    served = serve.open_models({"a": str(model), "b": str(model)}, 3, 5, "cpu", "fp32")
+    try:
+        assert list(served) == [served["a"].name, served["b"].name] == ["a", "b"]
+        assert served["a"].engine._lock is served["b"].engine._lock
+        serve.announce("http://x:1", served, Settings())
+    finally:
+        for model_ in served.values():
+            model_.engine.close()
+    out = capsys.readouterr().out
+    # 2 layers, keys and values of 16 numbers in 4 bytes, for 3 slots of 2,048 tokens
+    size = f"3 slots x 2,048 tokens: up to {2 * 2 * 16 * 4 * 3 * 2048 / 1e6:.2g} MB"
+    assert out.count(size) == 2 and "http://x:1/v1\n" in out
 
 
 @pytest.fixture(scope="module")
