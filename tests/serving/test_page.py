@@ -22,6 +22,7 @@ import torch
 
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, SamplingConfig, generate, get_tokenizer
+from MyGPT.acceleration.step import accelerate
 from MyGPT.data.templates import Template
 from MyGPT.inside.page import MAX_TOKENS, page_data
 from MyGPT.sampling import filter_logits
@@ -154,15 +155,30 @@ def test_distribution_of_the_next_token_is_that_of_the_filtered_logits(
 def test_new_settings_need_no_forward_pass_and_a_longer_text_only_its_new_tokens(
     models: dict[str, ServedModel],
 ) -> None:
-    inspector, computed = Inspector(models["first"]), []
-    inspector.gpt.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
-    ids = TOKENIZER.encode("a longer text, and then another")
+    inspector = Inspector(models["first"])
+    hook = inspector.model.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
+    ids, computed = TOKENIZER.encode("a longer text, and then another"), list[int]()
     first = inspector.distribution(ids[:10], SamplingConfig(1.0))
     second = inspector.distribution(ids[:10], SamplingConfig(0.5, top_k=3))
     assert first != second and computed == [10]
     assert [inspector.next_logits(ids[:n]).shape for n in (12, 11, 12, 31)] == [(97,)] * 4
     assert computed == [10, 2, 1, 20]  # 11 tokens begin like 12, whose last key is computed again
+    hook.remove()
     torch.testing.assert_close(inspector.next_logits(ids), logits_after(models["first"], ids), atol=1e-4, rtol=0)
+
+
+def test_distribution_is_that_of_the_model_that_generates(models: dict[str, ServedModel]) -> None:
+    """In int8, the engine's model has other probabilities than the model whose weights were quantized."""
+    gpt, ids = models["first"].gpt, TOKENIZER.encode(TEXT)
+    with Engine(accelerate(gpt, "int8", compiled=False), TOKENIZER, slots=1) as engine:
+        found = Inspector(ServedModel("int8", engine, TOKENIZER, gpt)).distribution(ids, SamplingConfig(1.0))
+        (token,) = engine.submit(ids, max_new_tokens=1, logprobs=10)
+    shown = [(id_, p) for id_, _, p, _, _ in found["tokens"][:10]]
+    assert [id_ for id_, _ in shown] == [id_ for id_, _ in token.top]
+    of_engine = [math.exp(logprob) for _, logprob in token.top]
+    assert [p for _, p in shown] == pytest.approx(of_engine, abs=1e-5)
+    of_gpt = logits_after(models["first"], ids).softmax(-1)[[id_ for id_, _ in shown]].tolist()
+    assert max(abs(one - other) for one, other in zip(of_engine, of_gpt, strict=True)) > 1e-4
 
 
 def test_distribution_of_a_text_beyond_the_context_is_that_of_its_last_tokens(
@@ -377,6 +393,12 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     assert browser.get_log("browser") == []
 
 
+def run_curl(page: Page, before: str = "") -> Any:
+    """Run the curl command that the page shows, and return the server's answer."""
+    command = f"{before}{page.text('#curl')} -s --noproxy '*'"
+    return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout)
+
+
 @pytest.mark.slow
 def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[str, ServedModel]) -> None:
     page.run(
@@ -428,6 +450,12 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     page.one("#go").click()
     page.settle()
     assert page.text("#status") == "The text now fills the context of 240 tokens, so it cannot be continued."
+    assert run_curl(page)["choices"][0]["text"] == page.story().removeprefix(TEXT + new + " and")
+    page.set("temperature", 1)
+    assert (
+        page.text("#request-hint").startswith("The text is longer than the context")
+        and not page.one("#curl").is_displayed()
+    )
     page.one("#go").click()
     page.settle()
     assert page.text("#error") == "The text has 241 tokens, but this model reads at most 240 tokens. Shorten the text."
@@ -520,8 +548,7 @@ def test_sliders_redraw_the_distribution_at_the_cursor(page: Page, models: dict[
 def test_curl_and_python_lines_give_the_text_on_the_page(page: Page, prompt: str) -> None:
     new = page.write(prompt, temperature=1.1, top_k=30, top_p=0.9, min_p=0.01, max_tokens=15, seed=11)
     assert page.text("#request-hint") == "This request wrote the last 15 tokens. It gives the same text again."
-    answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
-    assert json.loads(answer.stdout)["choices"][0]["text"] == new
+    assert run_curl(page)["choices"][0]["text"] == new
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(page.text("#python"), {})
@@ -601,11 +628,16 @@ def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any
         top_p=0.95,
     )
     assert page.texts(".message p") == ["<i>Hi</i>", expected["choices"][0]["message"]["content"]]
-    answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
-    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
+    assert run_curl(page)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
     assert page.text("#request-hint") == "This request wrote the last answer. It gives the same text again."
     page.one("#chat-undo").click()
     assert page.texts(".message p") == []
+    page.set("message", "x" * 70)
+    page.one("#send").click()
+    page.settle()
+    assert page.text("#error").startswith("The conversation is longer than the context of 60 tokens.")
+    assert page.texts(".message p") == [] and page.one("#message").get_attribute("value") == "x" * 70
+    page.browser.get_log("browser")  # Chromium logs the status 400
 
 
 @pytest.mark.slow
@@ -779,9 +811,7 @@ def test_key_is_asked_for_and_kept_in_the_session_only(browser: Any, models: dic
             ["secret-1"],
         ]
         assert "secret" not in page.text("#curl") + page.text("#python")
-        command = "MYGPT_API_KEY=secret-1\n" + page.text("#curl") + " -s --noproxy '*'"
-        answer = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
-        assert json.loads(answer.stdout)["choices"][0]["text"] == new
+        assert run_curl(page, "MYGPT_API_KEY=secret-1\n")["choices"][0]["text"] == new
         page.run("sessionStorage.clear()")
         refused = [entry for entry in browser.get_log("browser") if "401" not in entry["message"]]
         assert refused == []

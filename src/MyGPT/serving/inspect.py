@@ -86,22 +86,21 @@ async def page(request: HTTPRequest) -> Response:
 class Inspector:
     """A model that computes the logits after a text. It keeps those of the last texts, and the keys and values of one.
 
-    Its weights are those of the served model. Its modules are copies, because the hooks that look inside a model would
-    otherwise also see what the engine computes with the same modules in another thread.
+    The logits are those that the engine samples from, because the engine's model computes them. Looks inside need the hooks of
+    a GPTModel. They use copies of the modules with the same weights, because hooks would otherwise also see what the engine
+    computes with the same modules in another thread.
     """
 
     def __init__(self, served: ServedModel) -> None:
         tensors: Any = {id(tensor): tensor for tensor in chain(served.gpt.parameters(), served.gpt.buffers())}
         self.gpt = copy.deepcopy(served.gpt, tensors)
-        self.tokenizer = served.tokenizer
+        self.model, self.tokenizer = served.engine.model, served.tokenizer
         self._logits: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._cached: list[int] = []
         with torch.inference_mode():
-            self._cache = self.gpt.new_cache(1)
-        ends, excluded = (
-            end_ids(self.gpt, self.tokenizer),
-            ids_without_token(self.tokenizer, self.gpt.config.vocab_size),
-        )
+            self._cache = self.model.new_cache(1)
+        excluded = ids_without_token(self.tokenizer, self.gpt.config.vocab_size)
+        ends = end_ids(self.gpt, self.tokenizer)
         self._excluded = torch.tensor([id_ for id_ in excluded if id_ not in ends], dtype=torch.int64)
 
     @torch.inference_mode()
@@ -123,9 +122,9 @@ class Inspector:
         pairs = enumerate(zip(ids[:-1], self._cached, strict=False))
         n = next((i for i, (new, old) in pairs if new != old), min(len(ids) - 1, len(self._cached)))
         self._cached, self._cache.length = [], n  # nothing is cached if the model fails
-        with evaluation_mode(self.gpt):
+        with evaluation_mode(self.model):
             new = torch.tensor([ids[n:]], device=self._cache.storage.device)
-            logits = self.gpt(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
+            logits = self.model(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
         require_finite("a logit of the model", logits)
         self._cached = list(ids)
         return logits

@@ -110,10 +110,12 @@ async function generate(text, start, first, settings, signal, place) {
   if (n > context)
     throw new ServerError(`The text has ${n} tokens, but this model reads at most ${context} tokens. Shorten the text.`);
   place.textContent = "Writing …";
-  const finish = await text.write(start, first, settings, signal, piece => heard.add(piece)).catch(error => {
+  const asked = { ...settings, max_tokens: Math.min(settings.max_tokens, context - n + 1) }; // the last token need not be read
+  const finish = await text.write(start, first, asked, signal, piece => heard.add(piece)).catch(error => {
     place.textContent = "";
     throw error;
   });
+  text.run.wanted = settings;
   const { nodes, seconds } = text.run, count = nodes.length === 1 ? "1 token" : `${nodes.length} tokens`;
   place.textContent = {
     stop: `The model ended the text after ${count}.`,
@@ -314,9 +316,14 @@ function drawNext() {
   ].join(" ");
 }
 
+// Return the number of tokens of the text, or null while it is not known.
+function countTokens() {
+  if (!isEditing) return story().ids().length;
+  return next?.asked.text === $("text").value && next.model === model() ? next.n_tokens : null;
+}
+
 function showMeter() {
-  const { context } = about(model());
-  const n = isEditing ? (next?.asked.text === $("text").value ? next.n_tokens : null) : story().ids().length;
+  const { context } = about(model()), n = countTokens();
   const over = n > context && isEditing ? " The model cannot read so many: shorten the text." : "";
   $("meter").textContent = (n ? `${n} tokens of at most ${context}.` : `At most ${context} tokens.`) + over;
 }
@@ -333,12 +340,14 @@ function textRequest() {
   if (run?.nodes.length && !isEditing && text.leaf === run.nodes.at(-1)) {
     // Whoever stopped the request has the text of a shorter one.
     const max_tokens = run.finish === "stopped" ? run.nodes.length : run.settings.max_tokens;
-    if (running || isSame(run.settings, settings()))
+    if (running || isSame(run.wanted, settings()))
       return { path, body: { model: model(), prompt: run.prompt, ...run.settings, max_tokens }, wrote: `the last ${run.nodes.length} tokens` };
   }
   const isKnown = next && !isEditing && next.model === model() && isSame(next.asked.ids, text.ids());
   const prompt = isEditing ? $("text").value : isKnown ? next.prompt : text.text();
-  return { path, body: { model: model(), prompt, ...settings() }, isEmpty: !prompt.length };
+  const body = { model: model(), prompt, ...settings() }, n = countTokens(), { context } = about(model());
+  if (n) body.max_tokens = Math.min(body.max_tokens, context - n + 1);
+  return { path, body, isEmpty: !prompt.length, isTooLong: n > context };
 }
 
 function chatRequest() {
@@ -378,11 +387,12 @@ function pythonProgram(path, body) {
 }
 
 function showRequest() {
-  const { path, body, wrote, isEmpty } = currentRequest();
+  const { path, body, wrote, isEmpty, isTooLong } = currentRequest();
   const button = tab === "chat" ? "Send" : "Continue", seed = isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : "";
-  $("request").hidden = isEmpty;
+  $("request").hidden = isEmpty || isTooLong;
   $("request-hint").textContent = isEmpty
     ? `Write a ${tab === "chat" ? "message" : "text"} to see the request as a curl command and as a Python program.`
+    : isTooLong ? "The text is longer than the context of the model, so no request can continue it."
     : wrote ? `This request wrote ${wrote}. It gives the same text again.`
     : wrote === "" ? "This request began the last answer, which was stopped."
     : `${button} sends this request${seed}.`;
@@ -440,6 +450,10 @@ const send = () => run($("send"), async signal => {
       lastChat = null;
       $("message").value = asked;
       $("chat-status").textContent = "";
+      if (error.code === "context_length_exceeded") {
+        const { context } = about(model());
+        throw new ServerError(`The conversation is longer than the context of ${context} tokens. Ask for fewer tokens, undo, or start over.`);
+      }
       throw error;
     }
   } finally {
@@ -629,7 +643,6 @@ async function start() {
     pair[i].draw();
   };
   lastModel = model();
-  $("main").dataset.tab = tab;
   changeModel();
   $("text").focus();
 }
