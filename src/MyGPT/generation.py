@@ -206,8 +206,8 @@ class TextStream:
     """A decoder for token ids that arrive one by one. `add` returns the new text after each id, and `end` returns the rest.
 
     Only whole characters are returned, without the text of the prompt and without any of the `stop` texts. Every call decodes
-    the whole text again, because the text of a token can depend on the tokens before it. Decoding takes almost no time compared with
-    the model's forward pass.
+    the whole text again, because the text of a token can depend on the tokens before it. Decoding takes almost
+    no time compared with the model's forward pass.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
