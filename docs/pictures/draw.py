@@ -2,8 +2,8 @@
 
 architecture.svg, and flowchart.png in the root directory, show architecture.dot and need Graphviz. The other pictures show
 one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png and
-serve.png are screenshots of the pages of `mygpt explain` and `mygpt serve`, and need Chromium. serve.png shows a model with a
-BPE tokenizer, so that its tokens are words and parts of words; serve.png also needs chromedriver and selenium.
+serve.png are screenshots of the pages of `mygpt explain` and `mygpt serve`, and need Chromium. serve.png also needs chromedriver
+and selenium, and shows a second model, whose tokens are words and parts of words.
 """
 
 from __future__ import annotations
