@@ -162,7 +162,8 @@ class ChoiceText:
         self._n_echoed = 0 if echo else len(self._text.prompt)
         self._places = TokenPlaces(request.tokenizer)
         self._has_tokens = request.logprobs is not None
-        self._prompt_places = [self._places.add(id_) for id_ in request.prompt_ids] if self._has_tokens else []
+        places = [self._places.add(id_) for id_ in request.prompt_ids] if self._has_tokens else []
+        self._prompt_places = places if echo else []
         self._held: list[tuple[int, Token]] = []
 
     def add(self, token: Token) -> Piece:
