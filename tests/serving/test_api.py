@@ -291,10 +291,10 @@ def post(client: httpx.Client, path: str, body: dict[str, Any], status: int = 20
         ),
         (
             {"max_tokens": 63}, 400, "prompt", "context_length_exceeded",
-            "prompt has 3 tokens and the model's context is 64, so at most 62 tokens can follow, but 63 were asked for",
+            "prompt takes 3 of the 64 tokens of the model's context, so at most 62 can follow, but 63 were asked for",
         ),
-        ({"n": 9}, 400, "n", "too_many_texts", "the request asks for 9 texts (1 prompts, 9 for each), but at most 8"),
-        ({"prompt": ["the"] * 9}, 400, "prompt", "too_many_texts", "the request asks for 9 texts (9 prompts, 1 for each)"),
+        ({"n": 9}, 400, "n", "too_many_texts", "the request asks for 9 texts (9 per prompt), but at most 8"),
+        ({"prompt": ["the"] * 9}, 400, "prompt", "too_many_texts", "the request asks for 9 texts (1 per prompt)"),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_refused(
