@@ -98,8 +98,8 @@ def open_ctranslate2(directory: Path, kind: str) -> Run:
     return run
 
 
-def write_gguf(model: GPTModel, path: Path, kind: str) -> None:
-    """Write the model as a GGUF file for llama.cpp, without a vocabulary, because only ids are passed."""
+def write_gguf(model: GPTModel, path: Path, kind: str, tokenizer: Path | None = None) -> None:
+    """Write the model as a GGUF file for llama.cpp. Without a `tokenizer.json`, llama.cpp accepts ids only."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -112,8 +112,25 @@ def write_gguf(model: GPTModel, path: Path, kind: str) -> None:
     writer.add_feed_forward_length(4 * config.emb_dim)
     writer.add_head_count(config.n_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        bpe = content["model"]
+        ids = bpe["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        tokens = sorted(ids, key=ids.__getitem__)
+        end = tokens.index("<|endoftext|>")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        kinds_of_tokens = [gguf.TokenType.NORMAL] * len(tokens)
+        kinds_of_tokens[end] = gguf.TokenType.CONTROL
+        writer.add_token_types(kinds_of_tokens)
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]])
+        writer.add_bos_token_id(end)
+        writer.add_eos_token_id(end)
+        writer.add_add_bos_token(False)
     names = {
         "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
         "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",

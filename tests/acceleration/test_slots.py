@@ -123,6 +123,16 @@ def test_only_wanted_logits_are_returned_in_the_order_of_the_pieces(tiny_model64
     assert tiny_model64.forward_slots([Piece(2, [1], 0)], cache).shape == (0, 67)
 
 
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_no_logits_may_be_wanted(precision: Any, compiled: bool) -> None:
+    """The first pieces of a long prompt need none."""
+    model = accelerate(make_model(**{**SIZES, "emb_dim": 96}), precision, compiled=compiled)
+    cache = model.new_slot_cache(2)
+    assert model.forward_slots([Piece(0, [1, 2], 0), Piece(1, [3], 0)], cache).shape == (0, 67)
+    assert cache.lengths == [2, 1]
+
+
 def test_autocast_stores_the_keys_in_the_dtype_of_the_weights(tiny_model: GPTModel) -> None:
     """bf16 has 8 bits, so two orders of summation may differ by a few hundredths of the largest logit."""
     cache = tiny_model.new_slot_cache(2)

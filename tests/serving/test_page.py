@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -21,7 +22,9 @@ import torch
 
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, SamplingConfig, generate, get_tokenizer
+from MyGPT.acceleration.step import accelerate
 from MyGPT.data.templates import Template
+from MyGPT.generation import TextStream
 from MyGPT.inside.page import MAX_TOKENS, page_data
 from MyGPT.sampling import filter_logits
 from oracles_model import transformers_twin
@@ -153,15 +156,30 @@ def test_distribution_of_the_next_token_is_that_of_the_filtered_logits(
 def test_new_settings_need_no_forward_pass_and_a_longer_text_only_its_new_tokens(
     models: dict[str, ServedModel],
 ) -> None:
-    inspector, computed = Inspector(models["first"]), []
-    inspector.gpt.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
-    ids = TOKENIZER.encode("a longer text, and then another")
+    inspector = Inspector(models["first"])
+    hook = inspector.model.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
+    ids, computed = TOKENIZER.encode("a longer text, and then another"), list[int]()
     first = inspector.distribution(ids[:10], SamplingConfig(1.0))
     second = inspector.distribution(ids[:10], SamplingConfig(0.5, top_k=3))
     assert first != second and computed == [10]
     assert [inspector.next_logits(ids[:n]).shape for n in (12, 11, 12, 31)] == [(97,)] * 4
     assert computed == [10, 2, 1, 20]  # 11 tokens begin like 12, whose last key is computed again
+    hook.remove()
     torch.testing.assert_close(inspector.next_logits(ids), logits_after(models["first"], ids), atol=1e-4, rtol=0)
+
+
+def test_distribution_is_that_of_the_model_that_generates(models: dict[str, ServedModel]) -> None:
+    """In int8, the engine's model has other probabilities than the model whose weights were quantized."""
+    gpt, ids = models["first"].gpt, TOKENIZER.encode(TEXT)
+    with Engine(accelerate(gpt, "int8", compiled=False), TOKENIZER, slots=1) as engine:
+        found = Inspector(ServedModel("int8", engine, TOKENIZER, gpt)).distribution(ids, SamplingConfig(1.0))
+        (token,) = engine.submit(ids, max_new_tokens=1, logprobs=10)
+    shown = [(id_, p) for id_, _, p, _, _ in found["tokens"][:10]]
+    assert [id_ for id_, _ in shown] == [id_ for id_, _ in token.top]
+    of_engine = [math.exp(logprob) for _, logprob in token.top]
+    assert [p for _, p in shown] == pytest.approx(of_engine, abs=1e-5)
+    of_gpt = logits_after(models["first"], ids).softmax(-1)[[id_ for id_, _ in shown]].tolist()
+    assert max(abs(one - other) for one, other in zip(of_engine, of_gpt, strict=True)) > 1e-4
 
 
 def test_distribution_of_a_text_beyond_the_context_is_that_of_its_last_tokens(
@@ -210,6 +228,9 @@ def test_texts_of_tokens_keep_incomplete_characters_back() -> None:
     pieces = token_pieces(tokenizer, ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text and "" in pieces
     assert token_pieces(tokenizer, ids[:-1])[-1] == ""  # a part of 本
+    # A continuation after a part of a character begins with the whole character.
+    stream = TextStream(tokenizer, ids[:-2])
+    assert [stream.add(id_) for id_ in ids[-2:]] == pieces[-2:]
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:4], ids=str)
@@ -247,6 +268,7 @@ def test_look_inside_shows_the_last_tokens(post: Callable[..., Any], models: dic
         ("next", {"text": "a", "model": 3}, 400, "model must be the name of a model, got 3"),
         ("read", {"text": "日"}, 400, "'日'"),
         ("read", {"ids": [1, 97]}, 400, "ids must be a list of token ids from 0 to 96"),
+        ("read", {"text": "a" * 961}, 400, "the text has 961 tokens, but the page shows at most 960: shorten the text"),
         ("read", {"ids": "12"}, 400, "ids must be a list of token ids"),
         ("generate", {"ids": []}, 400, "the prompt is empty"),
         ("generate", {"ids": [1], "max_tokens": "many"}, 400, "max_tokens must be a whole number, got 'many'"),
@@ -275,6 +297,8 @@ def test_page_is_one_document_that_allows_only_its_own_code(address: str) -> Non
     assert not re.search(
         r"<link[^>]+stylesheet|<script[^>]+src|@import|url\(|\{\{|innerHTML|insertAdjacent", page_html()
     )
+    ids = re.findall(r'\bid="([^"]+)"', page_html())
+    assert len(ids) == len(set(ids)) > 50
     addresses = re.findall(r"https?://[^\s'\"`$]*", page_html())
     assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace in the icon
 
@@ -374,9 +398,20 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     assert browser.get_log("browser") == []
 
 
+def run_curl(page: Page, before: str = "") -> Any:
+    """Run the curl command that the page shows, and return the server's answer."""
+    command = f"{before}{page.text('#curl')} -s --noproxy '*'"
+    return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout)
+
+
 @pytest.mark.slow
 def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[str, ServedModel]) -> None:
+    page.run(
+        "window.said = []; new MutationObserver(() => said.push($('live').textContent)).observe($('live'), {childList: true})"
+    )
     new = page.write(TEXT, temperature=0.9, max_tokens=12, seed=7)
+    # A screen reader hears the text in portions, not token by token.
+    assert "".join(page.run("return said")) == f"{new} {page.text('#status')}" and len(page.run("return said")) <= 2
     ids = TOKENIZER.encode(TEXT)
     expected = generate(
         models["first"].gpt, torch.tensor([ids]), 12, seed=7, temperature=0.9, top_p=0.95, tokenizer=TOKENIZER
@@ -402,6 +437,9 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     assert page.story() == TEXT + new
     page.one("#undo").click()
     assert page.story() == TEXT
+    page.one("#undo").click()
+    assert page.story() == "" and page.one("#text").is_displayed()
+    page.one("#redo").click()
     page.one("#redo").click()
     assert page.story() == TEXT + new
     page.one("#edit").click()
@@ -417,6 +455,12 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     page.one("#go").click()
     page.settle()
     assert page.text("#status") == "The text now fills the context of 240 tokens, so it cannot be continued."
+    assert run_curl(page)["choices"][0]["text"] == page.story().removeprefix(TEXT + new + " and")
+    page.set("temperature", 1)
+    assert (
+        page.text("#request-hint").startswith("The text is longer than the context")
+        and not page.one("#curl").is_displayed()
+    )
     page.one("#go").click()
     page.settle()
     assert page.text("#error") == "The text has 241 tokens, but this model reads at most 240 tokens. Shorten the text."
@@ -426,7 +470,15 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
 def test_another_token_starts_a_branch_and_the_tree_can_be_walked(page: Page, models: dict[str, ServedModel]) -> None:
     first = TEXT + page.write(TEXT, temperature=0, max_tokens=10)
     at = len(TEXT) + 4
+    # The mouse shows the alternatives while it is over the token, and a click keeps them.
+    move = importlib.import_module("selenium.webdriver").ActionChains(page.browser)
+    move.move_to_element(page.all("#story .token")[at]).perform()
+    until(lambda: page.one("#popover").is_displayed(), "the alternatives being shown")
+    assert len(page.all("#popover-list button")) == 10 and not page.one("#popover-close").is_displayed()
+    move.move_to_element(page.one("h1")).perform()
+    until(lambda: not page.one("#popover").is_displayed(), "the alternatives being hidden")
     page.all("#story .token")[at].click()
+    assert page.one("#popover-close").is_displayed()
     top = logits_after(models["first"], TOKENIZER.encode(first[:at])).softmax(-1).topk(10)
     labels = [TOKENIZER.decode([i]).replace(" ", "·").replace("\n", "↵") for i in top.indices.tolist()]
     assert page.texts("#popover-list .mono") == labels
@@ -501,15 +553,14 @@ def test_sliders_redraw_the_distribution_at_the_cursor(page: Page, models: dict[
 def test_curl_and_python_lines_give_the_text_on_the_page(page: Page, prompt: str) -> None:
     new = page.write(prompt, temperature=1.1, top_k=30, top_p=0.9, min_p=0.01, max_tokens=15, seed=11)
     assert page.text("#request-hint") == "This request wrote the last 15 tokens. It gives the same text again."
-    answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
-    assert json.loads(answer.stdout)["choices"][0]["text"] == new
+    assert run_curl(page)["choices"][0]["text"] == new
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(page.text("#python"), {})
     assert printed.getvalue() == new + "\n"
     page.set("temperature", 0.3)
     assert '"temperature": 0.3' in page.text("#curl") and "temperature=0.3" in page.text("#python")
-    assert page.text("#request-hint").startswith("Continue uses this request")
+    assert page.text("#request-hint") == "The next continuation uses this request, with a new seed."
     page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
     for name in ("curl", "python"):
         page.one(f"[data-copy={name}]").click()
@@ -563,11 +614,11 @@ def test_two_models_continue_the_same_text_side_by_side(page: Page, models: dict
 @pytest.mark.slow
 def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any]) -> None:
     page.one("#tab-chat").click()
-    assert "has no chat template" in page.text("#chat-hint") and not page.one("#question").is_displayed()
+    assert "has no chat template" in page.text("#chat-hint") and not page.one("#message").is_displayed()
     page.set("model", "second")
     for name, value in {"max_tokens": 6, "seed": 3, "temperature": 1}.items():
         page.set(name, value)
-    page.one("#question").send_keys("<i>Hi</i>")
+    page.one("#message").send_keys("<i>Hi</i>")
     page.chord("\ue009", "\ue007")  # Control and Enter
     until(lambda: len(page.texts(".message.assistant p")) == 1, "an answer")
     page.settle()
@@ -582,10 +633,16 @@ def test_chat_uses_the_template_of_the_model(page: Page, post: Callable[..., Any
         top_p=0.95,
     )
     assert page.texts(".message p") == ["<i>Hi</i>", expected["choices"][0]["message"]["content"]]
-    answer = subprocess.run(["bash", "-c", page.text("#curl") + " -s --noproxy '*'"], capture_output=True, check=True)
-    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
+    assert run_curl(page)["choices"][0]["message"]["content"] == page.texts(".message p")[1]
+    assert page.text("#request-hint") == "This request wrote the last answer. It gives the same text again."
     page.one("#chat-undo").click()
     assert page.texts(".message p") == []
+    page.set("message", "x" * 70)
+    page.one("#send").click()
+    page.settle()
+    assert page.text("#error").startswith("The conversation is longer than the context of 60 tokens.")
+    assert page.texts(".message p") == [] and page.one("#message").get_attribute("value") == "x" * 70
+    page.browser.get_log("browser")  # Chromium logs the status 400
 
 
 @pytest.mark.slow
@@ -600,6 +657,10 @@ def test_look_inside_shows_the_text_on_the_page(page: Page, models: dict[str, Se
     data = page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids]))
     assert page.texts("#tokens .mono") == [token["label"] for token in data["tokens"]]
     assert page.texts("#lens tr:first-child td") == [top[0][0] for top in data["lens"][-1]]
+    assert (
+        page.text("#question")
+        == f"The probability of each token to follow {data['tokens'][-1]['label']}. The text ends here."
+    )
     page.one("#lens .chosen").click()
     page.press("\ue012")  # the left arrow
     assert page.texts("#tokens .chosen .mono") == [data["tokens"][-2]["label"]]
@@ -655,6 +716,7 @@ def test_everything_works_with_the_keyboard(page: Page) -> None:
 @pytest.mark.slow
 def test_every_control_has_a_name_and_texts_have_contrast(page: Page) -> None:
     """Chromium computes the names, as a screen reader would hear them."""
+    page.set("model", "second")
     page.write(TEXT, temperature=1.5, max_tokens=30)
     page.all("#story .token")[20].click()
     for dark in (False, True):
@@ -754,9 +816,7 @@ def test_key_is_asked_for_and_kept_in_the_session_only(browser: Any, models: dic
             ["secret-1"],
         ]
         assert "secret" not in page.text("#curl") + page.text("#python")
-        command = "MYGPT_API_KEY=secret-1\n" + page.text("#curl") + " -s --noproxy '*'"
-        answer = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
-        assert json.loads(answer.stdout)["choices"][0]["text"] == new
+        assert run_curl(page, "MYGPT_API_KEY=secret-1\n")["choices"][0]["text"] == new
         page.run("sessionStorage.clear()")
         refused = [entry for entry in browser.get_log("browser") if "401" not in entry["message"]]
         assert refused == []

@@ -136,7 +136,7 @@ class PlainLinear:
         elif self.scale is None:
             y = F.linear(x.bfloat16(), self.weight).float()
         else:
-            y = int8_linear(x.reshape(-1, K), self.weight).view(*x.shape[:-1], -1)
+            y = int8_linear(x.reshape(-1, K), self.weight).view(*x.shape[:-1], len(self.weight))
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias

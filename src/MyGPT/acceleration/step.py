@@ -153,11 +153,15 @@ class FastModel(nn.Module):
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
-        return KVCache(self.config, batch_size, length, like=self.wpe)
+        cache = KVCache(self.config, batch_size, length, like=_NO_MEMORY)
+        cache.storage = _in_huge_pages(cache.storage)
+        return cache
 
     def new_slot_cache(self, slots: int, length: int | None = None) -> SlotCache:
         """Return an empty cache with `slots` slots of up to `length` tokens each (default: the model's context length)."""
-        return SlotCache(self.config, slots, length, like=self.wpe)
+        cache = SlotCache(self.config, slots, length, like=_NO_MEMORY)
+        cache.storage = _in_huge_pages(cache.storage)
+        return cache
 
     @torch.no_grad()
     def forward(
@@ -242,6 +246,14 @@ class FastModel(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.ln_f(x)
+
+
+_NO_MEMORY = torch.empty(0, device="meta")
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """Return a float32 tensor of zeros with the shape of `tensor`, which is read faster if it is large (see HugePages)."""
+    return HugePages(4 * tensor.numel()).take(tuple(tensor.shape), torch.float32)
 
 
 def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:

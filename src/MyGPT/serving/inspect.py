@@ -6,6 +6,7 @@ with another one. These endpoints exchange token ids.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import hashlib
@@ -49,6 +50,8 @@ N_ALTERNATIVES = 10
 """Number of most likely tokens that are sent with each token."""
 N_SHOWN = 20
 """Number of most likely tokens in a next-token distribution."""
+MAX_CONTEXTS = 4
+"""Longest text whose tokens are shown, in multiples of the model's context. Decoding takes quadratic time."""
 N_KEPT_LOGITS = 32
 """Number of texts per model whose logits are kept, so that new sampling options need no forward pass."""
 
@@ -86,22 +89,21 @@ async def page(request: HTTPRequest) -> Response:
 class Inspector:
     """A model that computes the logits after a text. It keeps those of the last texts, and the keys and values of one.
 
-    Its weights are those of the served model. Its modules are copies, because the hooks that look inside a model would
-    otherwise also see what the engine computes with the same modules in another thread.
+    The logits are those that the engine samples from, because the engine's model computes them. Looks inside need the hooks of
+    a GPTModel. They use copies of the modules with the same weights, because hooks would otherwise also see what the engine
+    computes with the same modules in another thread.
     """
 
     def __init__(self, served: ServedModel) -> None:
         tensors: Any = {id(tensor): tensor for tensor in chain(served.gpt.parameters(), served.gpt.buffers())}
         self.gpt = copy.deepcopy(served.gpt, tensors)
-        self.tokenizer = served.tokenizer
+        self.model, self.tokenizer = served.engine.model, served.tokenizer
         self._logits: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._cached: list[int] = []
         with torch.inference_mode():
-            self._cache = self.gpt.new_cache(1)
-        ends, excluded = (
-            end_ids(self.gpt, self.tokenizer),
-            ids_without_token(self.tokenizer, self.gpt.config.vocab_size),
-        )
+            self._cache = self.model.new_cache(1)
+        excluded = ids_without_token(self.tokenizer, self.gpt.config.vocab_size)
+        ends = end_ids(self.gpt, self.tokenizer)
         self._excluded = torch.tensor([id_ for id_ in excluded if id_ not in ends], dtype=torch.int64)
 
     @torch.inference_mode()
@@ -123,9 +125,9 @@ class Inspector:
         pairs = enumerate(zip(ids[:-1], self._cached, strict=False))
         n = next((i for i, (new, old) in pairs if new != old), min(len(ids) - 1, len(self._cached)))
         self._cached, self._cache.length = [], n  # nothing is cached if the model fails
-        with evaluation_mode(self.gpt):
+        with evaluation_mode(self.model):
             new = torch.tensor([ids[n:]], device=self._cache.storage.device)
-            logits = self.gpt(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
+            logits = self.model(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
         require_finite("a logit of the model", logits)
         self._cached = list(ids)
         return logits
@@ -188,17 +190,26 @@ async def read_text(request: HTTPRequest) -> Response:
     """
     body = await read_json(request)
     served = find_model(request, _name(body))
-    ids = await _ids(served, body)
-    texts = token_pieces(served.tokenizer, ids)
+    ids, context = await _ids(served, body), served.gpt.config.context_length
+    if len(ids) > MAX_CONTEXTS * context:
+        message = (
+            f"the text has {len(ids)} tokens, but the page shows at most {MAX_CONTEXTS * context}: shorten the text"
+        )
+        raise APIError(400, message, "text", "context_length_exceeded")
     tokens = [Token(id_) for id_ in ids]
-    if 0 < len(ids) <= served.gpt.config.context_length:
+    if 0 < len(ids) <= context:
         options: dict[str, Any] = {"logprobs": N_ALTERNATIVES, "prompt_logprobs": True}
         generation = await submit(request, served, ids, None, 0, **options)
         await while_connected(request, generation.wait())
         require_finished(generation)
         tokens = generation.prompt_tokens
-    described = [_described(served, token, text) for token, text in zip(tokens, texts, strict=True)]
-    return _json({"tokens": described, "prompt": _as_prompt(served.tokenizer, ids)})
+
+    def answer() -> dict[str, Any]:
+        texts = token_pieces(served.tokenizer, ids)
+        described = [_described(served, token, text) for token, text in zip(tokens, texts, strict=True)]
+        return {"tokens": described, "prompt": _as_prompt(served.tokenizer, ids)}
+
+    return _json(await asyncio.to_thread(answer))
 
 
 async def next_token(request: HTTPRequest) -> Response:
@@ -208,8 +219,12 @@ async def next_token(request: HTTPRequest) -> Response:
     sampling, ids = _sampling(body), await _ids(served, body)
     if not ids:
         raise APIError(400, "the text is empty; it must have at least one token", "text")
-    found = await _compute(request, served, lambda inspector: inspector.distribution(ids, sampling))
-    return _json({**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)})
+
+    def answer(inspector: Inspector) -> dict[str, Any]:
+        found = inspector.distribution(ids, sampling)
+        return {**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)}
+
+    return _json(await _compute(request, served, answer))
 
 
 async def generate(request: HTTPRequest) -> Response:
@@ -220,8 +235,8 @@ async def generate(request: HTTPRequest) -> Response:
     generation = await submit(
         request, served, ids, _sampling(body), _whole(body, "max_tokens", 16), seed=seed, logprobs=N_ALTERNATIVES
     )
-    stream = TextStream(served.tokenizer, ids)
-    last_text = token_pieces(served.tokenizer, ids)[-1]  # the page knows only the label of an alternative
+    stream = TextStream(served.tokenizer, ids[:-1])
+    last_text = stream.add(ids[-1])  # the page knows only the label of an alternative
 
     async def events() -> AsyncGenerator[str]:
         yield json_text({"prompt": _as_prompt(served.tokenizer, ids), "last_text": last_text})

@@ -80,10 +80,12 @@ def _operation(
     path: str, summary: str, request: type[BaseModel] | None, answer: type[BaseModel], chunk: type[BaseModel] | None
 ) -> dict[str, Any]:
     """Return the description of one operation."""
-    content = {"application/json": {"schema": _ref(answer)}}
+    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
     if chunk is not None:
-        words = f"Server-sent events: the data of each is a {chunk.__name__} as JSON, and of the last one [DONE]."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": words}}
+        chunks = {"anyOf": [_ref(chunk), _ref(Error)]}
+        data = {"anyOf": [{"const": "[DONE]"}, {"contentMediaType": "application/json", "contentSchema": chunks}]}
+        words = "Server-sent events. The data of each is JSON, and of the last one [DONE]."
+        content["text/event-stream"] = {"schema": {"description": words, "properties": {"data": data}}}
     success: dict[str, Any] = {"description": "The answer", "content": content}
     operation: dict[str, Any] = {"summary": summary}
     if "{model}" in path:

@@ -326,6 +326,6 @@ def ignored_fields(request: RequestModel) -> list[str]:
 
 def ignored_header(request: RequestModel) -> dict[str, str]:
     """Return the header that lists the ignored fields of a request, percent-encoded and of limited length."""
-    names = [quote(name[:100], safe="[].") for name in ignored_fields(request)]
+    names = [quote(name[:100], safe="[].") or '""' for name in ignored_fields(request)]
     shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
     return {IGNORED_FIELDS: shown} if names else {}

@@ -29,10 +29,14 @@ KEEP_ALIVE_SECONDS = 20
 """Seconds after which an idle connection is closed. Clients such as httpx close theirs after 5 seconds, and thus first."""
 GRACE_SECONDS = 5.0
 """Seconds that a response has after its request's deadline, to report the deadline to the client."""
+LINGER_SECONDS = 5.0
+"""Seconds in which the rest of a request is read and dropped after the answer to it."""
 BACKLOG = 256
 """Number of connections that wait until the server accepts them."""
 STOP_SECONDS = 1
-"""Seconds that open streams have for their last event when the server stops, and then the engines for their last step."""
+"""Seconds that the requests have to end when the server stops. Their connections are aborted after half of this time."""
+ENGINE_SECONDS = 1.5
+"""Seconds that the engines have for their last step when the server stops. A process can end during a step."""
 
 
 class Protocol(H11Protocol):
@@ -41,22 +45,30 @@ class Protocol(H11Protocol):
     uvicorn closes connections that are idle between requests, and no others. Here a connection is also closed if the headers
     of its next request are not complete in time. While a request is answered, its deadline is that of the whole request, so
     a client that does not read its response cannot keep it forever. A connection over the limit is answered with status 503.
+
+    An answer that comes before the end of its request, such as 413 for a large body, would be lost if the connection was closed
+    at once, because the system then tells the client only that its data was not read. The rest is therefore read and dropped.
     """
 
     def __init__(self, *arguments: Any, settings: Settings, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.settings = settings
+        self.is_lingering = False
         self.deadline: asyncio.TimerHandle | None = None
         self.timed_cycle: Any = None
         """The request for which the deadline was set."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.settings.max_connections:
             message = f"the server has {self.settings.max_connections} open connections already"
             self.answer_and_close(APIError(503, message, code="too_many_connections", type="server_error"))
         else:
             self.set_deadline(self.settings.body_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_lingering:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -66,7 +78,7 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         # If the client has not read the whole response yet, the deadline of the request remains.
-        if not self.transport.get_write_buffer_size():
+        if not self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self.set_deadline(self.timeout_keep_alive + self.settings.body_timeout)
         super().on_response_complete()
 
@@ -74,6 +86,16 @@ class Protocol(H11Protocol):
         if self.deadline is not None:
             self.deadline.cancel()
         super().connection_lost(exc)
+
+    def linger(self, transport: asyncio.Transport) -> bool:
+        """Close only our side if the client has not sent its whole request, and return whether that is so."""
+        if self.is_lingering or self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            return False
+        self.is_lingering = True
+        transport.write_eof()
+        self.flow.resume_reading()
+        self.set_deadline(LINGER_SECONDS)
+        return True
 
     def set_deadline(self, seconds: float) -> None:
         """Abort the connection after so many seconds, instead of at the deadline that was set before.
@@ -100,6 +122,23 @@ class Protocol(H11Protocol):
             for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class _Transport:
+    """A transport that closes a connection as its `Protocol` decides."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: Protocol) -> None:
+        self.transport, self.protocol = transport, protocol
+
+    def close(self) -> None:
+        if not self.transport.is_closing() and not self.protocol.linger(self.transport):
+            self.transport.close()
+
+    def is_closing(self) -> bool:
+        return self.protocol.is_lingering or self.transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
 
 class Server(uvicorn.Server):
@@ -166,16 +205,22 @@ class Server(uvicorn.Server):
         """End the engines and with them the open streams, then the connections."""
         if self.status.active:
             logger.info("stopping: %d requests end unfinished", self.status.active)
+        end = time.monotonic() + ENGINE_SECONDS
         # Engine.close waits for the engine's present step, which may be long. The streams must not wait for it.
         closing = [threading.Thread(target=engine.close, daemon=True) for engine in self.engines]
         for thread in closing:
             thread.start()
+        # The clients of streams that are still open then do not read. uvicorn would cancel their tasks, with a traceback.
+        abort = asyncio.get_running_loop().call_later(STOP_SECONDS / 2, self.abort_connections)
         await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-        end = time.monotonic() + STOP_SECONDS
+        abort.cancel()
         for thread in closing:
             await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
+
+    def abort_connections(self) -> None:
+        """Close all connections without waiting for their clients."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:

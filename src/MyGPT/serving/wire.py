@@ -206,7 +206,9 @@ def require_finished(generation: Request) -> None:
     if generation.finish_reason == "timeout":
         n = len(generation.tokens)
         message = f"the request reached its deadline after {n} tokens; ask for fewer with max_tokens"
-        raise APIError(504, message, code="timeout", type="server_error")
+        # The openai client would try again, and would wait as long for nothing.
+        headers = {"x-should-retry": "false"}
+        raise APIError(504, message, code="timeout", type="server_error", headers=headers)
     if generation.finish_reason == "cancelled":
         raise stopping()
 

@@ -1,6 +1,11 @@
 // Requests to the server: JSON, streams of events, errors as sentences, and the API key.
 
-class ServerError extends Error {}
+class ServerError extends Error {
+  constructor(message, code = null) {
+    super(message);
+    this.code = code;
+  }
+}
 
 const KEY = "MyGPT API key";
 const apiKey = () => sessionStorage.getItem(KEY) ?? "";
@@ -25,16 +30,17 @@ async function call(path, body, signal) {
     await askForKey();
     return call(path, body, signal);
   }
-  if (!response.ok) throw new ServerError(await errorText(response));
+  if (!response.ok) throw await serverError(response);
   return response;
 }
 
-async function errorText(response) {
+async function serverError(response) {
   const text = await response.text();
   try {
-    return sentence(JSON.parse(text).error.message);
+    const { message, code } = JSON.parse(text).error;
+    return new ServerError(sentence(message), code);
   } catch {
-    return `The server answered with status ${response.status}.`;
+    return new ServerError(`The server answered with status ${response.status}.`);
   }
 }
 

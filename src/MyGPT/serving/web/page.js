@@ -8,6 +8,7 @@ let running = null; // what is being generated: an AbortController, with the pro
 let isEditing = true; // the text is a field, not a row of tokens
 let isSeedUsed = false;
 let selected = null; // the token whose alternatives are open
+let lastChat = null; // the last request of the conversation: its body, its settings, and why the answer ended
 let next = null; // the last answer of /page/next, and what was asked
 let tab = "write";
 
@@ -109,10 +110,12 @@ async function generate(text, start, first, settings, signal, place) {
   if (n > context)
     throw new ServerError(`The text has ${n} tokens, but this model reads at most ${context} tokens. Shorten the text.`);
   place.textContent = "Writing …";
-  const finish = await text.write(start, first, settings, signal, piece => heard.add(piece)).catch(error => {
+  const asked = { ...settings, max_tokens: Math.min(settings.max_tokens, context - n + 1) }; // the last token need not be read
+  const finish = await text.write(start, first, asked, signal, piece => heard.add(piece)).catch(error => {
     place.textContent = "";
     throw error;
   });
+  text.run.wanted = settings;
   const { nodes, seconds } = text.run, count = nodes.length === 1 ? "1 token" : `${nodes.length} tokens`;
   place.textContent = {
     stop: `The model ended the text after ${count}.`,
@@ -181,7 +184,8 @@ const toggleEditing = () => attempt(async () => {
 function travel(direction) {
   if (isEditing) setEditing(false);
   story()[direction]();
-  $("status").textContent = direction === "undo" ? "Undone." : "Done again.";
+  if (story().leaf === story().root) setEditing(true);
+  $("status").textContent = direction === "undo" ? "Undone." : "Redone.";
   heard.say($("status").textContent);
 }
 
@@ -312,33 +316,49 @@ function drawNext() {
   ].join(" ");
 }
 
+// Return the number of tokens of the text, or null while it is not known.
+function countTokens() {
+  if (!isEditing) return story().ids().length;
+  return next?.asked.text === $("text").value && next.model === model() ? next.n_tokens : null;
+}
+
 function showMeter() {
-  const { context } = about(model());
-  const n = isEditing ? (next?.asked.text === $("text").value ? next.n_tokens : null) : story().ids().length;
+  const { context } = about(model()), n = countTokens();
   const over = n > context && isEditing ? " The model cannot read so many: shorten the text." : "";
   $("meter").textContent = (n ? `${n} tokens of at most ${context}.` : `At most ${context} tokens.`) + over;
 }
 
 // The request as a curl command and as a Python program
 
+// Return the path and the body of the request that wrote what is on the screen, or else of the next one.
 function currentRequest() {
-  if (tab === "chat") {
-    const { max_tokens, ...rest } = settings();
-    const last = messages.at(-1)?.role === "assistant" ? messages.slice(0, -1) : messages;
-    const asked = $("question").value ? [...messages, { role: "user", content: $("question").value }] : last;
-    return { path: "chat/completions", body: { model: model(), messages: asked, max_completion_tokens: max_tokens, ...rest } };
-  }
-  const text = story(), { run } = text;
-  if (run && !isEditing && text.leaf === (run.nodes.at(-1) ?? text.leaf) && run.nodes.length) {
-    // Whoever stopped the request has the text of a shorter one.
-    const wrote = { ...run.settings, max_tokens: run.finish === "stopped" ? run.nodes.length : run.settings.max_tokens };
-    if (running || JSON.stringify(run.settings) === JSON.stringify(settings()))
-      return { path: "completions", body: { model: model(), prompt: run.prompt, ...wrote }, wrote: run.nodes.length };
-  }
-  const isKnown = next && !isEditing && next.model === model() && next.asked.ids?.join() === text.ids().join();
-  const prompt = isEditing ? $("text").value : isKnown ? next.prompt : text.text();
-  return { path: "completions", body: { model: model(), prompt, ...settings() } };
+  return tab === "chat" ? chatRequest() : textRequest();
 }
+
+function textRequest() {
+  const text = story(), { run } = text, path = "completions";
+  if (run?.nodes.length && !isEditing && text.leaf === run.nodes.at(-1)) {
+    // Whoever stopped the request has the text of a shorter one.
+    const max_tokens = run.finish === "stopped" ? run.nodes.length : run.settings.max_tokens;
+    if (running || isSame(run.wanted, settings()))
+      return { path, body: { model: model(), prompt: run.prompt, ...run.settings, max_tokens }, wrote: `the last ${run.nodes.length} tokens` };
+  }
+  const isKnown = next && !isEditing && next.model === model() && isSame(next.asked.ids, text.ids());
+  const prompt = isEditing ? $("text").value : isKnown ? next.prompt : text.text();
+  const body = { model: model(), prompt, ...settings() }, n = countTokens(), { context } = about(model());
+  if (n) body.max_tokens = Math.min(body.max_tokens, context - n + 1);
+  return { path, body, isEmpty: !prompt.length, isTooLong: n > context };
+}
+
+function chatRequest() {
+  const { max_tokens, ...rest } = settings(), asked = $("message").value, path = "chat/completions";
+  if (lastChat && !asked && (running || isSame(lastChat.settings, settings())))
+    return { path, body: lastChat.body, wrote: lastChat.finish === "stopped" ? "" : "the last answer" };
+  const all = asked ? [...messages, { role: "user", content: asked }] : messages;
+  return { path, body: { model: model(), messages: all, max_completion_tokens: max_tokens, ...rest }, isEmpty: !asked };
+}
+
+const isSame = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 function curlCommand(path, body) {
   const lines = [`curl ${location.origin}/v1/${path}`, `-H 'Content-Type: application/json'`];
@@ -367,10 +387,15 @@ function pythonProgram(path, body) {
 }
 
 function showRequest() {
-  const { path, body, wrote } = currentRequest();
-  $("request-hint").textContent = wrote
-    ? `This request wrote the last ${wrote} tokens. It gives the same text again.`
-    : `${tab === "chat" ? "The conversation" : "Continue"} uses this request${isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : ""}.`;
+  const { path, body, wrote, isEmpty, isTooLong } = currentRequest();
+  const seed = isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : "";
+  $("request").hidden = isEmpty || isTooLong;
+  $("request-hint").textContent = isEmpty
+    ? `Write a ${tab === "chat" ? "message" : "text"} to see the request as a curl command and as a Python program.`
+    : isTooLong ? "The text is longer than the context of the model, so no request can continue it."
+    : wrote ? `This request wrote ${wrote}. It gives the same text again.`
+    : wrote === "" ? "This request began the last answer, which was stopped."
+    : `The next ${tab === "chat" ? "answer" : "continuation"} uses this request${seed}.`;
   $("curl").textContent = curlCommand(path, body);
   $("python").textContent = pythonProgram(path, body);
 }
@@ -398,19 +423,20 @@ function drawMessages() {
 }
 
 const send = () => run($("send"), async signal => {
-  const asked = $("question").value;
+  const asked = $("message").value;
   if (!asked.trim()) throw new ServerError("Write a message first.");
   messages.push({ role: "user", content: asked });
   const answer = { role: "assistant", content: "" };
-  const { max_tokens, ...rest } = takeSettings();
-  const body = { model: model(), messages: [...messages], max_completion_tokens: max_tokens, ...rest, stream: true };
+  const used = takeSettings(), { max_tokens, ...rest } = used;
+  const body = { model: model(), messages: [...messages], max_completion_tokens: max_tokens, ...rest };
+  lastChat = { body, settings: used };
   messages.push(answer);
-  $("question").value = "";
+  $("message").value = "";
   $("chat-status").textContent = "Writing …";
   drawMessages();
   let finish = "stopped";
   try {
-    for await (const { choices } of events("/v1/chat/completions", body, signal)) {
+    for await (const { choices } of events("/v1/chat/completions", { ...body, stream: true }, signal)) {
       const piece = choices[0]?.delta?.content ?? "";
       finish = choices[0]?.finish_reason ?? "stopped";
       answer.content += piece;
@@ -421,13 +447,19 @@ const send = () => run($("send"), async signal => {
   } catch (error) {
     if (error.name !== "AbortError") {
       messages.splice(-2);
-      $("question").value = asked;
+      lastChat = null;
+      $("message").value = asked;
       $("chat-status").textContent = "";
+      if (error.code === "context_length_exceeded") {
+        const { context } = about(model());
+        throw new ServerError(`The conversation is longer than the context of ${context} tokens. Ask for fewer tokens, undo, or start over.`);
+      }
       throw error;
     }
   } finally {
     drawMessages();
   }
+  lastChat.finish = finish;
   $("chat-status").textContent = {
     stop: "", length: `The answer reached the limit of ${max_tokens} tokens.`, stopped: "Stopped.",
   }[finish] ?? "";
@@ -436,6 +468,7 @@ const send = () => run($("send"), async signal => {
 
 function chatBack(n) {
   messages.splice(-n);
+  lastChat = null;
   drawMessages();
   $("chat-status").textContent = "";
   refresh();
@@ -513,7 +546,7 @@ function chooseTab(name) {
     button.tabIndex = isChosen ? 0 : -1;
     $(button.getAttribute("aria-controls")).hidden = !isChosen;
   }
-  $("columns").dataset.tab = name;
+  $("main").dataset.tab = name;
   alternatives.close();
   if (name === "compare" && !$("compare-text").value) $("compare-text").value = isEditing ? $("text").value : story().text();
   $("error").textContent = "";
@@ -539,13 +572,14 @@ function changeModel() {
   $("about").textContent = `${parameters.toLocaleString("en")} parameters, ${layers} layers of ${heads} heads, ` +
     `context ${context.toLocaleString("en")}, vocabulary ${vocab_size.toLocaleString("en")}`;
   $("chat-hint").textContent = has_template
-    ? "The model answers with the template with which it was tuned."
+    ? "Messages are written in the model's own template."
     : "This model has no chat template, so it cannot hold a conversation. Tune one with mygpt finetune.";
-  $("chat-hint").parentElement.classList.toggle("without-template", !has_template);
+  $("main").classList.toggle("without-template", !has_template);
   setEditing(true);
   $("text").value = text;
   next = selected = null;
   messages.length = 0;
+  lastChat = null;
   drawMessages();
   $("status").textContent = "";
   refresh();
@@ -566,7 +600,7 @@ async function start() {
   $("legend").replaceChildren(...PROBABILITIES.map(({ name }, i) =>
     element("li", {}, element("span", { className: `token p${i}`, textContent: name }))));
   for (const id of Object.keys(SLIDERS)) $(id).oninput = () => { showSettings(); showRequest(); refreshNext(); };
-  for (const id of ["max_tokens", "keep-seed", "question"]) $(id).oninput = showRequest;
+  for (const id of ["max_tokens", "keep-seed", "message"]) $(id).oninput = showRequest;
   $("seed").oninput = () => { isSeedUsed = false; showRequest(); };
   $("draw-seed").onclick = () => { drawSeed(); showRequest(); };
   // A disabled button would lose the keyboard focus, so the buttons stay enabled and their clicks are ignored.
@@ -609,7 +643,6 @@ async function start() {
     pair[i].draw();
   };
   lastModel = model();
-  $("columns").dataset.tab = tab;
   changeModel();
   $("text").focus();
 }
