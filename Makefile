@@ -37,6 +37,7 @@ bench: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py
 	$(BIN)/python tests/soak_ranks.py
+	$(BIN)/python tests/soak_server.py
 
 # Every reader of files with a hundred times as many damaged ones as `make test` tries, counted.
 fuzz: $(VENV)/.dev

@@ -16,6 +16,7 @@ CONTENTS = {
         "guide/scale",
         "guide/weights",
         "guide/generation",
+        "guide/serving",
         "guide/finetuning",
         "evaluation",
         "guide/inside",

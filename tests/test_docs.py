@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +30,26 @@ PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS /
 INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
+@contextlib.contextmanager
+def running_server(arguments: list[str], port: int) -> Iterator[None]:
+    """Run `mygpt serve` on a port, and end it with SIGTERM."""
+    process = subprocess.Popen([sys.executable, "-m", "MyGPT", *arguments, "--port", str(port)])
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.05)
+        yield
+        process.terminate()
+        assert process.wait(20) in (0, 1)  # 1 on Windows, where processes end without a signal
+    finally:
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:
@@ -33,22 +58,31 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
     records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in spelled]
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
-    for not_run, language, code in FENCES.findall(page.read_text(encoding="utf-8")):
-        if not_run:
-            continue
-        assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
-        if language == "python":
-            exec(compile(code, page.name, "exec"), names)
-        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
-            words = shlex.split(line, comments=True)
-            if not words:  # a comment
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = page.read_text(encoding="utf-8").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    with contextlib.ExitStack() as servers:
+        for not_run, language, code in FENCES.findall(text):
+            if not_run:
                 continue
-            command, *arguments = words
-            # test_doctor.py tests mygpt doctor, which takes half a minute.
-            if command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
-                assert main(arguments) == 0, line
-            else:
-                assert command in ("mygpt", "make"), f"not run: {line}"
+            assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
+            if language == "python":
+                exec(compile(code, page.name, "exec"), names)
+            for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
+                words = shlex.split(line, comments=True)
+                if not words:  # a comment
+                    continue
+                command, *arguments = words
+                if command == "curl":
+                    subprocess.run(["curl", "--fail", *arguments], check=True, timeout=60)
+                elif arguments[:1] == ["serve"]:
+                    servers.enter_context(running_server(arguments, port))
+                # test_doctor.py tests mygpt doctor, which takes half a minute.
+                elif command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
+                    assert main(arguments) == 0, line
+                else:
+                    assert command in ("mygpt", "make"), f"not run: {line}"
 
 
 def test_the_table_of_commands_is_complete() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
+import inspect
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +18,8 @@ import yaml
 
 from MyGPT import GPTModel, get_tokenizer
 from MyGPT.cli import main
+from MyGPT.commands.serve import serve
+from MyGPT.serving.models import Settings
 from places import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -90,3 +95,42 @@ def test_the_kubernetes_job_is_one_that_the_operator_accepts(capsys: pytest.Capt
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     arguments = [argument for argument in container["args"] if not argument.startswith("--config")]
     assert options_of_train(arguments, capsys)["resume"] == "auto"
+
+
+def options_of_serve(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """Return the options of `mygpt serve`, as the command's own parser reads them."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", *arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_service_has_options_that_exist_and_enough_time_to_drain(capsys: pytest.CaptureFixture[str]) -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "examples/mygpt.service", encoding="utf-8")
+    service = unit["Service"]
+    program, command, *arguments = shlex.split(service["ExecStart"])
+    options = options_of_serve(arguments, capsys)
+    assert (Path(program).name, command, options["host"]) == ("mygpt", "serve", "127.0.0.1")
+    assert float(service["TimeoutStopSec"]) > options["drain_timeout"]
+    assert service["Environment"] == f"MYGPT_CACHE=/var/cache/{service['CacheDirectory']}"
+
+
+def test_the_image_copies_files_that_exist_and_starts_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "examples/Containerfile").read_text(encoding="utf-8")
+    for copied in re.findall(r"^COPY (.*) \S+$", text, re.M):
+        assert all((ROOT / name).exists() for name in copied.split())
+    (entry,), (rest,) = (re.findall(rf"^{name} (.*)$", text, re.M) for name in ("ENTRYPOINT", "CMD"))
+    program, command, *arguments = [*json.loads(entry), *json.loads(rest)]
+    assert (program, command) == ("mygpt", "serve")
+    assert options_of_serve(arguments, capsys)["host"] == "0.0.0.0"
+
+
+def test_the_proxy_sends_tokens_at_once_and_has_the_limits_of_the_server() -> None:
+    text = (ROOT / "examples/nginx.conf").read_text(encoding="utf-8")
+    values = dict(re.findall(r"^ *(\w+) ([^;]+);", text, re.M))
+    assert values["proxy_buffering"] == "off"
+    assert "proxy_set_header Host $host;" in text
+    assert int(values["client_max_body_size"].removesuffix("m")) << 20 == Settings().max_body_bytes
+    longest = inspect.signature(serve).parameters["request_timeout"].default
+    assert int(values["proxy_read_timeout"].removesuffix("s")) > longest

@@ -206,14 +206,15 @@ class TextStream:
     """A decoder for token ids that arrive one by one. `add` returns the new text after each id, and `end` returns the rest.
 
     Only whole characters are returned, without the text of the prompt and without any of the `stop` texts. Every call decodes
-    all ids again, because the text of a token can depend on the tokens before it. Decoding takes almost no time compared with
-    the model's forward pass.
+    the whole text again, because the text of a token can depend on the tokens before it. Decoding takes almost
+    no time compared with the model's forward pass.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.ids, self.stop = list(prompt_ids), list(stop)
-        self.prompt = tokenizer.decode(self.ids)
+        self._bytes, self._n_decoded = bytearray(), 0
+        self.prompt = self._decoded()
         self.start = len(self.prompt)
         """The position of the new text in the text of all ids."""
         self.shown = 0
@@ -235,7 +236,7 @@ class TextStream:
 
     def _text(self) -> str:
         """Decode all ids and return the text after the prompt, up to the first stop text."""
-        text: str = self.tokenizer.decode(self.ids)
+        text = self._decoded()
         self.start = len(self.prompt)
         if not text.startswith(self.prompt):
             # New bytes complete the last character of the prompt, so the new text begins at the first difference.
@@ -244,6 +245,15 @@ class TextStream:
         text = text[self.start :]
         places = [place for place in map(text.find, self.stop) if place >= 0]
         return text[: min(places, default=len(text))]
+
+    def _decoded(self) -> str:
+        """Return the text of all ids. Bytes of earlier ids are kept, because looking up the tokens takes most of the time."""
+        if not hasattr(self.tokenizer, "decode_tokens_bytes"):
+            text: str = self.tokenizer.decode(self.ids)
+            return text
+        self._bytes += b"".join(self.tokenizer.decode_tokens_bytes(self.ids[self._n_decoded :]))
+        self._n_decoded = len(self.ids)
+        return self._bytes.decode(errors="replace")
 
     def _show(self, text: str) -> str:
         """Return the part of `text` that earlier calls did not return."""

@@ -205,7 +205,7 @@ def finished(tokenizer: Any, prompt: list[int], new: list[int], stop: list[str],
 
 
 @given(st.lists(st.integers(0, 276), max_size=20), st.lists(st.integers(0, 276), max_size=20), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_pieces_of_any_bytes_add_up_to_the_text_with_its_tokens(prompt: list[int], new: list[int], echo: bool) -> None:
     request = finished(BPE, prompt, new, [], "length")
     running = ChoiceText(request, echo)
@@ -224,7 +224,7 @@ def test_pieces_of_any_bytes_add_up_to_the_text_with_its_tokens(prompt: list[int
 
 
 @given(st.lists(st.integers(0, 276), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_a_token_begins_where_its_bytes_begin(ids: list[int]) -> None:
     places, text = TokenPlaces(BPE), BPE.decode(ids)
     found = [places.add(id_) for id_ in ids]
@@ -291,10 +291,10 @@ def post(client: httpx.Client, path: str, body: dict[str, Any], status: int = 20
         ),
         (
             {"max_tokens": 63}, 400, "prompt", "context_length_exceeded",
-            "prompt has 3 tokens and the model's context is 64, so at most 62 tokens can follow, but 63 were asked for",
+            "prompt takes 3 of the 64 tokens of the model's context, so at most 62 can follow, but 63 were asked for",
         ),
-        ({"n": 9}, 400, "n", "too_many_texts", "the request asks for 9 texts (1 prompts, 9 for each), but at most 8"),
-        ({"prompt": ["the"] * 9}, 400, "prompt", "too_many_texts", "the request asks for 9 texts (9 prompts, 1 for each)"),
+        ({"n": 9}, 400, "n", "too_many_texts", "the request asks for 9 texts (9 per prompt), but at most 8"),
+        ({"prompt": ["the"] * 9}, 400, "prompt", "too_many_texts", "the request asks for 9 texts (1 per prompt)"),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_refused(

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -342,11 +342,8 @@ def test_a_closed_engine_is_503(served: ServedModel) -> None:
     assert (response.status_code, code_of(response)) == (503, "server_stopping")
 
 
-@pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_leaves_cancels_its_requests(served: ServedModel, streams: bool) -> None:
-    """The application runs against a hand-made client: it disconnects as soon as the first piece is sent, or at once."""
-    app = create_app({"book": served}, Settings())
-    body = json.dumps({"model": "book", "prompt": "a", "max_tokens": 60, "n": 3, "stream": streams}).encode()
+def leave_early(app: Any, path: str, body: bytes, at_once: bool, after: Callable[[], object] = bool) -> None:
+    """Call the application as a client that leaves at once, or while it is sent the first piece of the answer."""
 
     async def run() -> None:
         pieces, left = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
@@ -354,7 +351,7 @@ def test_a_client_that_leaves_cancels_its_requests(served: ServedModel, streams:
         async def receive() -> Any:
             if pieces:
                 return pieces.pop()
-            if streams:
+            if not at_once:
                 await left.wait()
             return {"type": "http.disconnect"}
 
@@ -364,14 +361,42 @@ def test_a_client_that_leaves_cancels_its_requests(served: ServedModel, streams:
                 await asyncio.sleep(60)  # a client that has left reads nothing, so sending waits
 
         headers = [(b"host", b"127.0.0.1")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
         await asyncio.wait_for(app(scope, receive, send), 10)
+        after()
 
-    before = served.engine.stats()["generated_tokens"]
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_leaves_cancels_its_requests(served: ServedModel, streams: bool) -> None:
+    app = create_app({"book": served}, Settings())
+    body = json.dumps({"model": "book", "prompt": "a", "max_tokens": 60, "n": 3, "stream": streams}).encode()
+    before = served.engine.stats()["generated_tokens"]
+    leave_early(app, "/v1/completions", body, at_once=not streams)
     wait_until_idle(served)
     assert served.engine.stats()["generated_tokens"] - before < 180
     assert app.state.status.active == 0
+
+
+def test_the_events_of_a_client_that_leaves_are_closed(served: ServedModel) -> None:
+    steps = []
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "1"
+        finally:
+            steps.append("closed")
+
+    kept = events()  # a reference, so that the garbage collector does not close it
+
+    async def stream(request: HTTPRequest) -> Response:
+        return event_stream(request, kept)
+
+    app = client_of(served, Route("/stream", stream, methods=["POST"])).app
+    leave_early(app, "/stream", b"", False, after=lambda: steps.append("answered"))
+    assert steps == ["closed", "answered"]
 
 
 def test_requests_that_were_submitted_end_with_the_response(served: ServedModel) -> None:

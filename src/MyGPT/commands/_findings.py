@@ -47,6 +47,7 @@ OPTIONAL = {
     "gigatoken": ("fast encoding with mygpt prepare", "data"),
     "pyarrow": ("Parquet files", "data"),
     "zstandard": ("files compressed as .zst", "data"),
+    "uvicorn": ("mygpt serve", "serve"),
 }
 """For each optional package: what needs the package, and the extra of MyGPT that installs it, as in mygpt[plots]."""
 ALL_REDUCE_BYTES = 64_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -230,7 +231,7 @@ class Observer:
         state.status.active += counts
         try:
             await self.app(scope, receive, observed_send)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):  # uvicorn cancels what is left when the server stops
             pass
         except Exception as error:
             exchange.error = internal_error(error, exchange)

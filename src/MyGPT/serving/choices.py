@@ -77,7 +77,7 @@ def require_few_texts(n_prompts: int, n_texts: int, largest: int) -> None:
     """Raise APIError if a request asks for more than `largest` texts: n_texts for each of n_prompts prompts."""
     n = n_prompts * n_texts
     if n > largest:
-        message = f"the request asks for {n} texts ({n_prompts} prompts, {n_texts} for each), but at most {largest} are allowed"
+        message = f"the request asks for {n} texts ({n_texts} per prompt), but at most {largest} are allowed"
         raise APIError(400, message, "prompt" if n_prompts > 1 else "n", "too_many_texts")
 
 
@@ -119,8 +119,8 @@ def _require_room(ids: list[int], served: ServedModel, max_tokens: int | None, p
         message = f"{param} has {len(ids)} tokens, but the model's context is {context}: shorten the text"
     elif max_tokens is not None and max_tokens > room:
         message = (
-            f"{param} has {len(ids)} tokens and the model's context is {context}, "
-            f"so at most {room} tokens can follow, but {max_tokens} were asked for"
+            f"{param} takes {len(ids)} of the {context} tokens of the model's context, "
+            f"so at most {room} can follow, but {max_tokens} were asked for"
         )
     else:
         return

@@ -34,7 +34,7 @@ LINGER_SECONDS = 5.0
 BACKLOG = 256
 """Number of connections that wait until the server accepts them."""
 STOP_SECONDS = 1
-"""Seconds that open streams have for their last event when the server stops."""
+"""Seconds that the requests have to end when the server stops. Their connections are aborted after half of this time."""
 ENGINE_SECONDS = 1.5
 """Seconds that the engines have for their last step when the server stops. A process can end during a step."""
 
@@ -210,11 +210,17 @@ class Server(uvicorn.Server):
         closing = [threading.Thread(target=engine.close, daemon=True) for engine in self.engines]
         for thread in closing:
             thread.start()
+        # The clients of streams that are still open then do not read. uvicorn would cancel their tasks, with a traceback.
+        abort = asyncio.get_running_loop().call_later(STOP_SECONDS / 2, self.abort_connections)
         await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        abort.cancel()
         for thread in closing:
             await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
+
+    def abort_connections(self) -> None:
+        """Close all connections without waiting for their clients."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
