@@ -1,18 +1,21 @@
 """Draw the pictures of the README and the documentation: `python docs/pictures/draw.py [--only NAME]`.
 
 architecture.svg, and flowchart.png in the root directory, show architecture.dot and need Graphviz. The other pictures show
-one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png is a
-screenshot of the page that `mygpt explain` writes and needs Chromium.
+one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png and
+serve.png are screenshots of the pages of `mygpt explain` and `mygpt serve`, and need Chromium. serve.png also needs chromedriver
+and selenium, and shows a second model, whose tokens are words and parts of words.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,10 @@ ROOT = HERE.parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
 BROWSER = "chromium"
 EXPLAINED = "Alice was"
+WRITTEN = "Alice was beginning to get very tired of"
+SERVED_RECIPE = (
+    "--tokenizer bpe --tokenizer_size 1024 --context_length 128 --batch_size 8 --emb_dim 160 --max_steps 1600".split()
+)
 PAGE_SIZE = (1100, 1224)
 """Width and height of the screenshot in pixels: the tokens, the attention maps and the logit lens."""
 
@@ -37,9 +44,9 @@ def mygpt(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "MyGPT", *arguments], check=True)
 
 
-def train(run: Path) -> None:
+def train(run: Path, *options: str) -> None:
     if not (run / "model").is_dir():
-        mygpt("train", "--config", str(RECIPE), "--out", str(run))
+        mygpt("train", "--config", str(RECIPE), *options, "--out", str(run))
 
 
 def draw_architecture(_: Path) -> None:
@@ -112,11 +119,56 @@ def draw_explain(run: Path) -> None:
         subprocess.run([BROWSER, *options, page.as_uri()], check=True)
 
 
+def draw_serve(run: Path) -> None:
+    """Take a screenshot of the page of `mygpt serve`: a text with two branches, and the alternatives to one of its tokens."""
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    run = run.with_name(run.name + "-bpe")
+    train(run, *SERVED_RECIPE, "--eval_every", "1600")  # one evaluation, so that the model is that of the last step
+    command = [sys.executable, "-m", "MyGPT", "serve", "--model", f"wonderland={run}", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which(BROWSER) or BROWSER
+    for argument in "--headless=new --no-sandbox --disable-gpu --hide-scrollbars".split():
+        options.add_argument(argument)
+    try:
+        assert server.stdout is not None
+        address = next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+        service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+        with webdriver.Chrome(options=options, service=service) as browser:
+            size = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(address)
+
+            def do(script: str) -> None:
+                browser.execute_script(script)
+                is_idle = "return models.size > 0 && !running && !isAsking"
+                WebDriverWait(browser, 60).until(lambda _: browser.execute_script(is_idle))
+
+            def choose(token: int, alternative: int) -> None:
+                do(f"story().host.children[{token}].click()")
+                do(f"$('popover-list').children[{alternative}].firstChild.click()")
+
+            do("for (const [id, value] of [['max_tokens', 40], ['seed', 42], ['temperature', 0.7], ['top_k', 40]]) "
+               "{ $(id).value = value; $(id).dispatchEvent(new Event('input')); } $('keep-seed').checked = true")  # fmt: skip
+            do(f"$('text').value = {WRITTEN!r}; $('go').click()")
+            choose(14, 1)
+            choose(30, 1)
+            do("story().host.children[40].click()")
+            time.sleep(0.5)  # bars move to their new lengths
+            browser.save_screenshot(str(HERE / "serve.png"))
+    finally:
+        server.terminate()
+        server.wait()
+
+
 PICTURES = {
     "architecture": draw_architecture,
     "training": draw_training,
     "sampling": draw_sampling,
     "explain": draw_explain,
+    "serve": draw_serve,
 }
 
 

@@ -205,7 +205,7 @@ def finished(tokenizer: Any, prompt: list[int], new: list[int], stop: list[str],
 
 
 @given(st.lists(st.integers(0, 276), max_size=20), st.lists(st.integers(0, 276), max_size=20), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_pieces_of_any_bytes_add_up_to_the_text_with_its_tokens(prompt: list[int], new: list[int], echo: bool) -> None:
     request = finished(BPE, prompt, new, [], "length")
     running = ChoiceText(request, echo)
@@ -224,7 +224,7 @@ def test_pieces_of_any_bytes_add_up_to_the_text_with_its_tokens(prompt: list[int
 
 
 @given(st.lists(st.integers(0, 276), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_a_token_begins_where_its_bytes_begin(ids: list[int]) -> None:
     places, text = TokenPlaces(BPE), BPE.decode(ids)
     found = [places.add(id_) for id_ in ids]

@@ -24,6 +24,7 @@ from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, SamplingConfig, generate, get_tokenizer
 from MyGPT.acceleration.step import accelerate
 from MyGPT.data.templates import Template
+from MyGPT.generation import TextStream
 from MyGPT.inside.page import MAX_TOKENS, page_data
 from MyGPT.sampling import filter_logits
 from oracles_model import transformers_twin
@@ -227,6 +228,9 @@ def test_texts_of_tokens_keep_incomplete_characters_back() -> None:
     pieces = token_pieces(tokenizer, ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text and "" in pieces
     assert token_pieces(tokenizer, ids[:-1])[-1] == ""  # a part of 本
+    # A continuation after a part of a character begins with the whole character.
+    stream = TextStream(tokenizer, ids[:-2])
+    assert [stream.add(id_) for id_ in ids[-2:]] == pieces[-2:]
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:4], ids=str)
@@ -264,6 +268,7 @@ def test_look_inside_shows_the_last_tokens(post: Callable[..., Any], models: dic
         ("next", {"text": "a", "model": 3}, 400, "model must be the name of a model, got 3"),
         ("read", {"text": "日"}, 400, "'日'"),
         ("read", {"ids": [1, 97]}, 400, "ids must be a list of token ids from 0 to 96"),
+        ("read", {"text": "a" * 961}, 400, "the text has 961 tokens, but the page shows at most 960: shorten the text"),
         ("read", {"ids": "12"}, 400, "ids must be a list of token ids"),
         ("generate", {"ids": []}, 400, "the prompt is empty"),
         ("generate", {"ids": [1], "max_tokens": "many"}, 400, "max_tokens must be a whole number, got 'many'"),
@@ -555,7 +560,7 @@ def test_curl_and_python_lines_give_the_text_on_the_page(page: Page, prompt: str
     assert printed.getvalue() == new + "\n"
     page.set("temperature", 0.3)
     assert '"temperature": 0.3' in page.text("#curl") and "temperature=0.3" in page.text("#python")
-    assert page.text("#request-hint") == "Continue sends this request, with a new seed."
+    assert page.text("#request-hint") == "The next continuation uses this request, with a new seed."
     page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
     for name in ("curl", "python"):
         page.one(f"[data-copy={name}]").click()

@@ -6,6 +6,7 @@ with another one. These endpoints exchange token ids.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import hashlib
@@ -49,6 +50,8 @@ N_ALTERNATIVES = 10
 """Number of most likely tokens that are sent with each token."""
 N_SHOWN = 20
 """Number of most likely tokens in a next-token distribution."""
+MAX_CONTEXTS = 4
+"""Longest text whose tokens are shown, in multiples of the model's context. Decoding takes quadratic time."""
 N_KEPT_LOGITS = 32
 """Number of texts per model whose logits are kept, so that new sampling options need no forward pass."""
 
@@ -187,17 +190,26 @@ async def read_text(request: HTTPRequest) -> Response:
     """
     body = await read_json(request)
     served = find_model(request, _name(body))
-    ids = await _ids(served, body)
-    texts = token_pieces(served.tokenizer, ids)
+    ids, context = await _ids(served, body), served.gpt.config.context_length
+    if len(ids) > MAX_CONTEXTS * context:
+        message = (
+            f"the text has {len(ids)} tokens, but the page shows at most {MAX_CONTEXTS * context}: shorten the text"
+        )
+        raise APIError(400, message, "text", "context_length_exceeded")
     tokens = [Token(id_) for id_ in ids]
-    if 0 < len(ids) <= served.gpt.config.context_length:
+    if 0 < len(ids) <= context:
         options: dict[str, Any] = {"logprobs": N_ALTERNATIVES, "prompt_logprobs": True}
         generation = await submit(request, served, ids, None, 0, **options)
         await while_connected(request, generation.wait())
         require_finished(generation)
         tokens = generation.prompt_tokens
-    described = [_described(served, token, text) for token, text in zip(tokens, texts, strict=True)]
-    return _json({"tokens": described, "prompt": _as_prompt(served.tokenizer, ids)})
+
+    def answer() -> dict[str, Any]:
+        texts = token_pieces(served.tokenizer, ids)
+        described = [_described(served, token, text) for token, text in zip(tokens, texts, strict=True)]
+        return {"tokens": described, "prompt": _as_prompt(served.tokenizer, ids)}
+
+    return _json(await asyncio.to_thread(answer))
 
 
 async def next_token(request: HTTPRequest) -> Response:
@@ -207,8 +219,12 @@ async def next_token(request: HTTPRequest) -> Response:
     sampling, ids = _sampling(body), await _ids(served, body)
     if not ids:
         raise APIError(400, "the text is empty; it must have at least one token", "text")
-    found = await _compute(request, served, lambda inspector: inspector.distribution(ids, sampling))
-    return _json({**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)})
+
+    def answer(inspector: Inspector) -> dict[str, Any]:
+        found = inspector.distribution(ids, sampling)
+        return {**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)}
+
+    return _json(await _compute(request, served, answer))
 
 
 async def generate(request: HTTPRequest) -> Response:
@@ -219,8 +235,8 @@ async def generate(request: HTTPRequest) -> Response:
     generation = await submit(
         request, served, ids, _sampling(body), _whole(body, "max_tokens", 16), seed=seed, logprobs=N_ALTERNATIVES
     )
-    stream = TextStream(served.tokenizer, ids)
-    last_text = token_pieces(served.tokenizer, ids)[-1]  # the page knows only the label of an alternative
+    stream = TextStream(served.tokenizer, ids[:-1])
+    last_text = stream.add(ids[-1])  # the page knows only the label of an alternative
 
     async def events() -> AsyncGenerator[str]:
         yield json_text({"prompt": _as_prompt(served.tokenizer, ids), "last_text": last_text})

@@ -185,7 +185,7 @@ function travel(direction) {
   if (isEditing) setEditing(false);
   story()[direction]();
   if (story().leaf === story().root) setEditing(true);
-  $("status").textContent = direction === "undo" ? "Undone." : "Done again.";
+  $("status").textContent = direction === "undo" ? "Undone." : "Redone.";
   heard.say($("status").textContent);
 }
 
@@ -388,14 +388,14 @@ function pythonProgram(path, body) {
 
 function showRequest() {
   const { path, body, wrote, isEmpty, isTooLong } = currentRequest();
-  const button = tab === "chat" ? "Send" : "Continue", seed = isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : "";
+  const seed = isSeedUsed && !$("keep-seed").checked ? ", with a new seed" : "";
   $("request").hidden = isEmpty || isTooLong;
   $("request-hint").textContent = isEmpty
     ? `Write a ${tab === "chat" ? "message" : "text"} to see the request as a curl command and as a Python program.`
     : isTooLong ? "The text is longer than the context of the model, so no request can continue it."
     : wrote ? `This request wrote ${wrote}. It gives the same text again.`
     : wrote === "" ? "This request began the last answer, which was stopped."
-    : `${button} sends this request${seed}.`;
+    : `The next ${tab === "chat" ? "answer" : "continuation"} uses this request${seed}.`;
   $("curl").textContent = curlCommand(path, body);
   $("python").textContent = pythonProgram(path, body);
 }
@@ -572,7 +572,7 @@ function changeModel() {
   $("about").textContent = `${parameters.toLocaleString("en")} parameters, ${layers} layers of ${heads} heads, ` +
     `context ${context.toLocaleString("en")}, vocabulary ${vocab_size.toLocaleString("en")}`;
   $("chat-hint").textContent = has_template
-    ? "The model answers with the template with which it was tuned."
+    ? "Messages are written in the model's own template."
     : "This model has no chat template, so it cannot hold a conversation. Tune one with mygpt finetune.";
   $("main").classList.toggle("without-template", !has_template);
   setEditing(true);
