@@ -20,6 +20,7 @@ from torch import Tensor
 from conftest import lively_model, same_weights
 from MyGPT import GPTConfig, GPTModel, PromptLookup, TrainConfig, Trainer, generate
 from MyGPT.acceleration.captured import CapturedModel
+from MyGPT.cache import Piece
 from MyGPT.generation import generate_stream
 from MyGPT.loss import head_loss
 from MyGPT.training.optim import make_optimizers
@@ -235,6 +236,21 @@ def test_prompt_lookup_over_a_captured_model_gives_the_models_ids(device: torch.
     ids = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
     found = generate(PromptLookup(CapturedModel(model), n_match=2), ids, 60)
     assert torch.equal(found, generate(model, ids, 60))
+
+
+def test_slots_of_different_lengths_have_the_logits_of_each_sequence_alone(device: torch.device) -> None:
+    """In float64, sums in another order differ by 1e-15 each."""
+    model, ids = lively_model(CONFIG).to(device, torch.float64), random_ids(3, 40).tolist()
+    cache = model.new_slot_cache(4)
+    model.forward_slots([Piece(2, ids[0][:20], 0), Piece(0, ids[1][:1], 0), Piece(3, ids[2][:3], 0)], cache)
+    cache.copy_prefix(2, 1, 7)
+    pieces = [Piece(slot, row[n : n + 1], 1) for slot, n, row in ((2, 20, ids[0]), (0, 1, ids[1]), (3, 3, ids[2]))]
+    logits = model.forward_slots([*pieces, Piece(1, ids[0][7:12], 5)], cache)
+    with torch.no_grad():
+        alone = model(torch.tensor(ids, device=device))
+    expected = torch.cat([alone[0, 20:21], alone[1, 1:2], alone[2, 3:4], alone[0, 7:12]])
+    assert (logits - expected).abs().max() < 1e-12
+    assert cache.lengths == [2, 12, 21, 4] and cache.storage.device == logits.device
 
 
 def test_greedy_ids_are_those_of_the_cpu(device: torch.device) -> None:

@@ -422,8 +422,8 @@ def test_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_options_can_be_repeated() -> None:
-    arguments = ["--model", "a", "--port", "1", "--model=b=c", "--allowed_hosts", "x", "--slots", "2"]
-    expected = ['--model=["a", "b=c"]', "--port", "1", "--allowed_hosts=x", "--slots", "2"]
+    arguments = ["--model", "a", "--api_key", "model", "--model=b=c", "--allowed_hosts", "x", "--slots", "2"]
+    expected = ['--model=["a", "b=c"]', "--api_key", "model", "--allowed_hosts=x", "--slots", "2"]
     assert serve.EXPAND(arguments, "serve") == expected
     assert serve.EXPAND(["--model"], "serve") == ["--model"]
 

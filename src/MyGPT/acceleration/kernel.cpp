@@ -402,8 +402,9 @@ inline float maximum(const float* x, int n) {
 void attend(const float* q, int n, int S, int C, int D, const float* keys, const float* values, float* y) {
     struct alignas(64) Line { float numbers[16]; };
     static thread_local std::vector<Line> memory;
-    const int longest = S + n - 1, size = (D + 31) / 16 * 16;  // one line more: rows whose distance is a power of two
-    const int stride = (longest + 31) / 16 * 16;               // would share few places in the L1 cache
+    // An odd number of lines, because rows at distances of powers of two would share few places in the L1 cache.
+    auto line_up = [](int n) { return ((n + 15) / 16 | 1) * 16; };
+    const int longest = S + n - 1, size = line_up(D), stride = line_up(longest);
     memory.resize(std::max<size_t>(memory.size(), n * (2 * size + stride) / 16));
     float *queries = memory[0].numbers, *sums = queries + n * size, *weights = sums + n * size, totals[QUERIES];
     for (int i = 0; i < n; i++) std::copy_n(q + (int64_t)i * 3 * C, D, queries + i * size);

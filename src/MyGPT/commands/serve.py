@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from MyGPT.serving.models import ServedModel, Settings
 
 COMMON = "model host port api_key slots request_timeout device precision".split()
-_LISTS = ("model", "allowed_hosts", "cors_origins")
+_LISTS = ("--model", "--allowed_hosts", "--cors_origins")
 """The options that can be given several times."""
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "pydantic")
 
@@ -88,24 +89,23 @@ def EXPAND(arguments: Sequence[str], command: str) -> list[str]:
     """Join the values of an option that is given several times to one list, as the parser expects them."""
     import json
 
-    result: list[str] = []
-    values: dict[str, list[str]] = {name: [] for name in _LISTS}
-    arguments = list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
+    joined: list[list[str]] = []
+    """Arguments, and for each option in _LISTS its name and all values."""
+    lists: dict[str, list[str]] = {}
+    left = iter(arguments)
+    for argument in left:
         option, equals, value = argument.partition("=")
-        name = option.removeprefix("--")
-        if name not in values or not option.startswith("--") or not (equals or arguments):
-            result.append(argument)
-            continue
-        if not values[name]:
-            result.append(option)
-        values[name].append(value if equals else arguments.pop(0))
+        values = [] if option not in _LISTS else [value] if equals else list(itertools.islice(left, 1))
+        if not values:
+            joined.append([argument])
+        elif option in lists:
+            lists[option] += values
+        else:
+            lists[option] = [option, *values]
+            joined.append(lists[option])
     return [
-        f"{argument}={values[name][0] if len(values[name]) == 1 else json.dumps(values[name])}"
-        if argument.startswith("--") and values.get(name := argument[2:])
-        else argument
-        for argument in result
+        one if not values else f"{one}={values[0] if len(values) == 1 else json.dumps(values)}"
+        for one, *values in joined
     ]
 
 
@@ -143,7 +143,14 @@ def check_settings(
         if name != "*" and not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", name):
             raise ValueError(f"allowed_hosts must be names such as gpt.example.com, without a port, got {name!r}")
     hosts = (*Settings().allowed_hosts, *allowed_hosts)
-    return Settings(host, api_key, hosts, tuple(cors_origins), request_timeout, log_prompts=log_prompts)
+    return Settings(
+        host=host,
+        api_key=api_key,
+        allowed_hosts=hosts,
+        cors_origins=tuple(cors_origins),
+        request_timeout=request_timeout,
+        log_prompts=log_prompts,
+    )
 
 
 def list_models(given: list[str]) -> dict[str, str]:

@@ -40,7 +40,7 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": 
 
 @dataclass
 class Status:
-    """What the server is doing now."""
+    """The present state of the server."""
 
     active: int = 0
     """Number of requests that are being answered, without those that watch the server."""
@@ -249,7 +249,7 @@ class Observer:
 
 
 def log_line(scope: Scope, status: int, started: float, duration: float, exchange: Exchange) -> str:
-    """Return what the log says of a request: its method and path, and then names and values."""
+    """Return the log line of a request: its method, path and status, and then names and values."""
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
     parts = [scope["method"], path, str(status)]
     if exchange.model is not None:

@@ -210,7 +210,7 @@ class Server(uvicorn.Server):
         closing = [threading.Thread(target=engine.close, daemon=True) for engine in self.engines]
         for thread in closing:
             thread.start()
-        # The clients of streams that are still open then do not read. uvicorn would cancel their tasks, with a traceback.
+        # A stream that is still open after this time has a client that does not read.
         abort = asyncio.get_running_loop().call_later(STOP_SECONDS / 2, self.abort_connections)
         await super().shutdown(sockets)
         abort.cancel()

@@ -1,4 +1,4 @@
-"""What every HTTP handler needs: reading JSON, errors in OpenAI's format, submitting requests, and streams of events."""
+"""Helpers for all HTTP handlers: reading JSON, errors in OpenAI's format, submitting requests, and streams of events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("MyGPT.serving")
 RETRY_AFTER = {"Retry-After": "1"}
 """The header that asks a client to wait a second before it tries again."""
 MAX_CHARACTERS_IN_LOOP = 10_000
-"""Longest text that is encoded in the event loop itself. Longer ones use another thread, so that other clients go on."""
+"""Longest text that is encoded in the event loop itself. Longer ones use another thread, so that they delay no other client."""
 
 
 class APIError(Exception):
@@ -64,7 +64,7 @@ class APIError(Exception):
 
 @dataclass
 class Exchange:
-    """What the log and the metrics record about one HTTP request."""
+    """The facts about one HTTP request that the log and the metrics record."""
 
     model: str | None = None
     """The name of the model that answers."""
