@@ -338,13 +338,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cases = [("mix", n) for n in options.clients] + [("short", n) for n in options.clients if n in (1, 16)]
     programs: dict[str, dict[str, list[Any]]] = {}
     machine: dict[str, Any] = {"processor": processor(), "threads": options.threads, "bandwidth": []}
-    result = {
-        "size": options.size,
-        "tokens": options.tokens,
-        "machine": machine,
-        "versions": versions(),
-        "programs": programs,
-    }
+    used = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
+    result: dict[str, Any] = {"size": options.size, "tokens": options.tokens}
+    result |= {"machine": machine, "versions": used, "programs": programs}
+    if options.llama_server is not None:
+        with contextlib.suppress(OSError):
+            said = subprocess.run([options.llama_server, "--version"], capture_output=True, text=True)
+            result["versions"]["llama.cpp"] = (said.stdout + said.stderr).splitlines()[0].removeprefix("version: ")
     left_out = set()
     with contextlib.closing(open_program("the client alone", 1, options)) as server:
         alone = server.run(["word " * 200] * 2000, 16, options.tokens, options.limit)
