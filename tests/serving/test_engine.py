@@ -123,7 +123,7 @@ def test_a_request_has_the_same_bits_alone_and_among_others(model: GPTModel, pre
     with Engine(fast, TOKENIZER, slots=1) as engine:
         alone = []
         for one in options:
-            engine._cached[0] = []  # nothing is reused
+            engine._slots.clear(0)  # nothing is reused
             alone.append(engine.submit(**one))
             ids_of(alone[-1])
     for slots in (2, 5, 32):
