@@ -8,6 +8,7 @@ results. A prompt that starts like one that is still in the cache takes over its
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import secrets
@@ -24,7 +25,7 @@ from torch import Tensor
 from MyGPT.cache import Piece, VocabularyError
 from MyGPT.config import check_seed, require_positive
 from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
-from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
+from MyGPT.sampling import SamplingConfig, largest, pick_next, require_finite, seeded_generators
 from MyGPT.serving.prefixes import PrefixCache, n_common
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
 from MyGPT.tokenizers.base import ids_without_token
@@ -97,6 +98,7 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "requests"), 0)
         self._thread = threading.Thread(target=self._serve, name="MyGPT engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that still computes while Python exits can crash the process
 
     @property
     def cache_bytes(self) -> int:
@@ -228,8 +230,8 @@ class Engine:
                 for request in [*self._waiting, *(run.request for run in self._running)]:
                     request.cancel()
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -448,7 +450,7 @@ class Engine:
         """Return the tokens with these n ids and their log-probabilities, given the logits (n, V) at their positions."""
         if not ids:
             return []
-        require_finite("a logit of the model", logits.amax(-1))
+        require_finite("a logit of the model", largest(logits))
         logprobs = logits.float().log_softmax(-1)  # (n, V)
         own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
         tops: list[list[tuple[int, float]]] = [[] for _ in ids]
