@@ -32,6 +32,7 @@ from MyGPT.inside.page import MAX_TOKENS, fill_template, page_data
 from MyGPT.messages import error_message
 from MyGPT.sampling import SamplingConfig, filter_logits, require_finite
 from MyGPT.serving.models import ServedModel
+from MyGPT.serving.prefixes import n_common
 from MyGPT.serving.request import Token
 from MyGPT.serving.wire import (
     APIError,
@@ -122,8 +123,7 @@ class Inspector:
 
     def _computed(self, ids: Sequence[int]) -> Tensor:
         """Compute the logits (V,) after the ids. Only the ids that differ from those of the last call are computed."""
-        pairs = enumerate(zip(ids[:-1], self._cached, strict=False))
-        n = next((i for i, (new, old) in pairs if new != old), min(len(ids) - 1, len(self._cached)))
+        n = min(n_common(list(ids), self._cached), len(ids) - 1)
         self._cached, self._cache.length = [], n  # nothing is cached if the model fails
         with evaluation_mode(self.model):
             new = torch.tensor([ids[n:]], device=self._cache.storage.device)
