@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,7 +126,7 @@ def test_a_request_has_the_same_bits_alone_and_among_others(model: GPTModel, pre
     with Engine(fast, TOKENIZER, slots=1) as engine:
         alone = []
         for one in options:
-            engine._cached[0] = []  # nothing is reused
+            engine._slots.clear(0)  # nothing is reused
             alone.append(engine.submit(**one))
             ids_of(alone[-1])
     for slots in (2, 5, 32):
@@ -460,3 +463,18 @@ def test_a_closed_event_loop_does_not_disturb_the_engine(model: GPTModel) -> Non
         asyncio.run(wait_briefly())
         steps.release()
         assert len(ids_of(request)) == 3
+
+
+def test_a_program_may_end_without_closing_its_engine(tmp_path: Path) -> None:
+    lively_model(CONFIG).save_pretrained(tmp_path / "model")
+    code = (
+        "import sys\n"
+        "from MyGPT import Engine, GPTModel, accelerate\n"
+        "engine = Engine(accelerate(GPTModel.from_pretrained(sys.argv[1])), None)\n"
+        "request = engine.submit([1], slide=True, max_new_tokens=10**6)\n"
+        "print(next(iter(request)).id)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout.strip().isdigit()

@@ -8,6 +8,7 @@ results. A prompt that starts like one that is still in the cache takes over its
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import secrets
@@ -21,10 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from MyGPT.cache import Piece, SlotCache, VocabularyError
+from MyGPT.cache import Piece, VocabularyError
 from MyGPT.config import check_seed, require_positive
 from MyGPT.generation import Stop, as_stops, checked_ends, end_ids, evaluation_mode, stop_check
-from MyGPT.sampling import SamplingConfig, pick_next, require_finite, seeded_generators
+from MyGPT.sampling import SamplingConfig, largest, pick_next, require_finite, seeded_generators
+from MyGPT.serving.prefixes import PrefixCache, n_common
 from MyGPT.serving.request import EngineClosed, FinishReason, QueueFull, Request, Token
 from MyGPT.tokenizers.base import ids_without_token
 
@@ -86,10 +88,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.context: int = model.config.context_length
         self._lock = lock or contextlib.nullcontext()
-        self._cache: SlotCache = model.new_slot_cache(slots)
-        self._cached: list[list[int]] = [[] for _ in range(slots)]
-        """The ids whose keys and values each slot holds."""
-        self._last_use = [0.0] * slots
+        self._slots = PrefixCache(model.new_slot_cache(slots))
         excluded = ids_without_token(tokenizer, model.config.vocab_size)
         self._without_token = torch.tensor(excluded, dtype=torch.int64, device=self._device)
         self._waiting: deque[Request] = deque()
@@ -99,15 +98,16 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "requests"), 0)
         self._thread = threading.Thread(target=self._serve, name="MyGPT engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that still computes while Python exits can crash the process
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of memory for the keys and values of all slots."""
-        return self._cache.n_bytes
+        return self._slots.cache.n_bytes
 
     @property
     def _device(self) -> torch.device:
-        return self._cache.storage.device
+        return self._slots.cache.storage.device
 
     def submit(
         self,
@@ -217,9 +217,9 @@ class Engine:
                 **self._counts,
                 "running": len(self._running),
                 "waiting": len(self._waiting),
-                "slots": len(self._cached),
-                "cache_tokens": sum(map(len, self._cached)),
-                "cache_capacity": len(self._cached) * self._cache.capacity,
+                "slots": len(self._slots),
+                "cache_tokens": sum(map(len, self._slots.ids)),
+                "cache_capacity": len(self._slots) * self._slots.cache.capacity,
             }
 
     def close(self, drain: bool = False) -> None:
@@ -230,8 +230,8 @@ class Engine:
                 for request in [*self._waiting, *(run.request for run in self._running)]:
                     request.cancel()
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -273,6 +273,9 @@ class Engine:
             if pieces:
                 self._step(pieces)
 
+    def _n_cached(self, slot: int) -> int:
+        return len(self._slots.ids[slot])
+
     def _end_overdue(self) -> None:
         """End the requests that were cancelled or whose deadline has passed."""
         now = time.monotonic()
@@ -290,7 +293,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to the requests that have waited longest."""
-        while self._waiting and len(self._running) < len(self._cached):
+        while self._waiting and len(self._running) < len(self._slots):
             request = self._waiting.popleft()
             try:
                 self._running.append(self._start(request))
@@ -300,9 +303,9 @@ class Engine:
     def _start(self, request: Request) -> _Run:
         """Choose a slot for the request, and return the run in it."""
         ids = request.prompt_ids[-self.context :]
-        slot, n_shared = self._take_slot(ids, 0 if request.prompt_logprobs else len(ids) - 1)
-        request.n_reused = n_shared
-        self._cached[slot] = ids[:n_shared]
+        limit = 0 if request.prompt_logprobs else len(ids) - 1  # at least the last token gives logits
+        slot = self._slots.take(ids, limit, {run.slot for run in self._running})
+        request.n_reused = self._n_cached(slot)
         V = self.model.config.vocab_size
         bias = seen = None
         if request.logit_bias:
@@ -319,30 +322,11 @@ class Engine:
             self._find_source(run)
         return run
 
-    def _take_slot(self, ids: list[int], limit: int) -> tuple[int, int]:
-        """Return a free slot, and how many of the ids it holds, which are at most `limit`.
-
-        These are copied from another slot if that holds more of them.
-        """
-        busy = {run.slot for run in self._running}
-        free = [slot for slot in range(len(self._cached)) if slot not in busy]
-        shared = [min(limit, _n_common(ids, cached)) for cached in self._cached]
-        best = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
-        # Taking a slot discards the rest of what it holds, so a slot of which little is needed is copied instead.
-        if best in free and 2 * shared[best] >= len(self._cached[best]):
-            slot = best
-        else:
-            slot = min(free, key=lambda slot: self._last_use[slot] if self._cached[slot] else -1.0)
-        if slot != best:
-            self._cache.copy_prefix(best, slot, shared[best])
-        self._cache.truncate(slot, shared[best])
-        return slot, shared[best]
-
     def _find_source(self, run: _Run) -> None:
         """Let the run wait for another one if that is computing the beginning that both prompts have in common."""
-        n_shared, n_mine = 0, len(self._cached[run.slot])
+        n_shared, n_mine = 0, self._n_cached(run.slot)
         for other in self._running:
-            n = min(_n_common(run.ids, other.ids), len(run.ids) - 1)
+            n = min(n_common(run.ids, other.ids), len(run.ids) - 1)
             if n > max(n_shared, n_mine):
                 run.source, run.n_shared, n_shared = other, n, n
 
@@ -350,7 +334,7 @@ class Engine:
         """Return the tokens that the next step computes: the newest of each generating request, and pieces of prompts."""
         pieces, prompts = [], []
         for run in self._running:
-            n_left = len(run.ids) - len(self._cached[run.slot])
+            n_left = len(run.ids) - self._n_cached(run.slot)
             if n_left == 1 and run.new_ids:
                 pieces.append(Piece(run.slot, run.ids[-1:], 1))
             else:
@@ -361,7 +345,7 @@ class Engine:
                 break
             if self._is_waiting_for_source(run):
                 continue
-            n_cached = len(self._cached[run.slot])
+            n_cached = self._n_cached(run.slot)
             new = run.ids[n_cached : n_cached + room]
             is_last = n_cached + len(new) == len(run.ids)
             wants_all = run.request.prompt_logprobs and not run.new_ids
@@ -374,14 +358,13 @@ class Engine:
         source = run.source
         if source is None:
             return False
-        n_cached = len(self._cached[source.slot])
+        n_cached = self._n_cached(source.slot)
         if source in self._running and n_cached < run.n_shared and n_cached < len(source.ids) and not source.new_ids:
             return True
         run.source = None
-        n = min(_n_common(run.ids, self._cached[source.slot]), len(run.ids) - 1)
-        if n > len(self._cached[run.slot]):
-            self._cache.copy_prefix(source.slot, run.slot, n)
-            self._cached[run.slot] = run.ids[:n]
+        n = min(n_common(run.ids, self._slots.ids[source.slot]), len(run.ids) - 1)
+        if n > self._n_cached(run.slot):
+            self._slots.copy(source.slot, run.slot, run.ids[:n])
             run.request.n_reused = n
         return False
 
@@ -390,18 +373,17 @@ class Engine:
         runs = {run.slot: run for run in self._running}
         try:
             with self._lock, evaluation_mode(self.model):
-                logits = self.model.forward_slots(pieces, self._cache)
+                logits = self.model.forward_slots(pieces, self._slots.cache)
         except Exception as error:  # the requests of this step fail, and the engine goes on with the others
             for piece in pieces:
-                self._cached[piece.slot] = []
-                self._cache.truncate(piece.slot, 0)
+                self._slots.clear(piece.slot)
                 self._finish(runs[piece.slot], error=error)
             return
         self._counts["steps"] += 1
         rows = logits.split([piece.n_logits for piece in pieces])
         for piece, row in zip(pieces, rows, strict=True):
             run = runs[piece.slot]
-            self._cached[piece.slot] = run.ids[: len(self._cached[piece.slot]) + len(piece.ids)]
+            self._slots.extend(piece.slot, piece.ids)
             if not run.new_ids:
                 self._counts["prompt_tokens"] += len(piece.ids)
             try:
@@ -411,7 +393,7 @@ class Engine:
 
     def _use(self, run: _Run, logits: Tensor) -> None:
         """Use the logits (n, V) of a piece: those of the last token to pick the next, and those of a prompt as asked."""
-        request, n_cached = run.request, len(self._cached[run.slot])
+        request, n_cached = run.request, self._n_cached(run.slot)
         if request.prompt_logprobs and not run.new_ids:
             self._add_prompt_tokens(run, n_cached - len(logits), logits)
         if n_cached < len(run.ids):
@@ -455,8 +437,7 @@ class Engine:
         elif len(run.ids) > self.context:
             # Learned positions shift with the window, so nothing cached stays valid.
             run.ids = run.ids[-self.context :]
-            self._cached[run.slot] = []
-            self._cache.truncate(run.slot, 0)
+            self._slots.clear(run.slot)
 
     def _add_prompt_tokens(self, run: _Run, start: int, logits: Tensor) -> None:
         """Append the prompt's tokens after position `start`, given the logits (n, V) of the positions from there on."""
@@ -469,7 +450,7 @@ class Engine:
         """Return the tokens with these n ids and their log-probabilities, given the logits (n, V) at their positions."""
         if not ids:
             return []
-        require_finite("a logit of the model", logits.amax(-1))
+        require_finite("a logit of the model", largest(logits))
         logprobs = logits.float().log_softmax(-1)  # (n, V)
         own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
         tops: list[list[tuple[int, float]]] = [[] for _ in ids]
@@ -482,13 +463,5 @@ class Engine:
     def _finish(self, run: _Run, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
         """End a request and free its slot. The slot keeps its keys and values for prompts that begin in the same way."""
         self._running.remove(run)
-        self._last_use[run.slot] = time.monotonic()
+        self._slots.release(run.slot)
         run.request.end(reason, error)
-
-
-def _n_common(a: list[int], b: list[int]) -> int:
-    """Return the number of ids that two lists have in common at their beginning."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:  # compares much faster than a loop
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
