@@ -82,7 +82,7 @@ class Piece(NamedTuple):
 
 
 class SlotCache:
-    """A key-value cache whose sequences, one per slot, have different numbers of tokens and can be replaced one by one."""
+    """A key-value cache with one sequence per slot. The sequences can differ in length, and each can be replaced alone."""
 
     def __init__(self, config: GPTConfig, slots: int, length: int | None, like: Tensor) -> None:
         """Allocate memory for sequences of up to `length` tokens (None: the model's context length) in `slots` slots.
@@ -92,7 +92,7 @@ class SlotCache:
         """
         if type(slots) is not int or slots < 1:
             raise ValueError(f"the number of slots must be a whole number of at least 1, got {slots!r}")
-        # Zeros, because hidden entries are multiplied by 0, and 0 times NaN would be NaN.
+        # Zeros, because attention multiplies masked entries by 0, and 0 times NaN would be NaN.
         self.storage = torch.zeros(_storage_shape(config, slots, length), dtype=like.dtype, device=like.device)
         self.vocab_size = config.vocab_size
         self.lengths = [0] * slots
@@ -105,7 +105,7 @@ class SlotCache:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the keys and values in bytes, whether or not the slots are in use."""
+        """Bytes of memory for the keys and values of all slots, whether or not the slots are in use."""
         return self.storage.nbytes
 
     def truncate(self, slot: int, n: int) -> None:
@@ -127,7 +127,7 @@ class SlotCache:
         self.truncate(target, n)
 
     def check(self, pieces: Sequence[Piece]) -> None:
-        """Raise ValueError unless the pieces fit into their slots, which must differ, or VocabularyError for a wrong id."""
+        """Raise ValueError if a piece does not fit into its slot or a slot has two pieces, or VocabularyError for a wrong id."""
         if not pieces:
             raise ValueError("there are no pieces: give at least one")
         seen = set()
@@ -161,8 +161,8 @@ class SlotCache:
 class SlotView(KVCache):
     """A range of slots of a `SlotCache` as the cache of one forward pass, in which all pieces have the same number of tokens.
 
-    The slots between those of the pieces are computed too, with id 0, because views of the memory need no copies. Their
-    results are dropped, and their keys and values are left unchanged.
+    The view is a range, so that keys and values need not be copied. Slots in the range without a piece are computed with id 0.
+    Their results are dropped, and their stored keys and values are left unchanged.
     """
 
     def __init__(self, cache: SlotCache, pieces: Sequence[Piece]) -> None:
@@ -193,7 +193,8 @@ class SlotView(KVCache):
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys k and values v of the new tokens, each (B, H, T, D), to those of the pieces' slots in a layer.
 
-        Return the first S keys and values of all slots of the view, each (B, H, S, D). S is the length of the longest.
+        Return the first S keys and values of all slots of the view, each (B, H, S, D). S is the number of tokens, cached and
+        new, of the longest sequence.
         """
         keys, values = self.storage[layer]
         for stored, new in ((keys, k), (values, v)):
@@ -208,7 +209,7 @@ class SlotView(KVCache):
 
 
 def slot_hidden_states(transformer: Callable[..., Tensor], pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
-    """Compute the pieces and return the last hidden states of each, (sum of n_logits, C), in the order of the pieces.
+    """Compute the pieces, and return the last n_logits hidden states of each piece, (sum of n_logits, C), in their order.
 
     `transformer` maps ids (B, T), given with a KVCache, to hidden states (B, T, C). It computes all pieces of one token
     together, and each longer piece alone.

@@ -191,10 +191,10 @@ class FastModel(nn.Module):
 
     @torch.no_grad()
     def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
-        """Return the float32 logits of GPTModel.forward_slots.
+        """Compute new tokens of several sequences, and return the wanted logits in float32 (see GPTModel.forward_slots).
 
-        If the model uses kernel.cpp, the logits of a piece do not depend on the other pieces at all, nor on the way in which
-        its sequence was cut into pieces.
+        If the model uses kernel.cpp, the logits of a piece are bit-identical for any other pieces, and for any way of cutting
+        its sequence into pieces.
         """
         cache.check(pieces)
         if self.kernel is None:
@@ -252,7 +252,7 @@ _NO_MEMORY = torch.empty(0, device="meta")
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """Return a float32 tensor of zeros with the shape of `tensor`, which is read faster if it is large (see HugePages)."""
+    """Return a float32 tensor of zeros with the shape of `tensor`. It is faster to read if it is large (see HugePages)."""
     return HugePages(4 * tensor.numel()).take(tuple(tensor.shape), torch.float32)
 
 

@@ -41,7 +41,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP, with OpenAI's API under /v1 and a page for the browser at /.
 
-    SIGTERM finishes the requests that were sent before, and a second SIGTERM or Ctrl-C stops at once.
+    After SIGTERM, the server finishes its requests and exits. A second SIGTERM, or Ctrl-C, stops it at once.
 
     Examples:
         mygpt serve --model runs/book
@@ -50,15 +50,15 @@ def serve(
     Args:
         model: A released model such as gpt2, or the path of a run, a model directory or a checkpoint file. Repeat the option
             for several models. NAME=MODEL chooses the name that clients use.
-        host: The address to listen on. Any address that other machines can reach needs --api_key.
+        host: The address to listen on. An address that other machines can reach requires --api_key.
         port: The port to listen on; 0 chooses a free one.
         api_key: The key that clients must send. Other users of this machine can see command lines, so the environment variable
             MYGPT_API_KEY is safer.
-        slots: Number of texts that are generated at the same time. Each slot needs memory for one context.
-        max_queue: Number of texts that may wait for a slot. Requests beyond are refused with status 429.
-        request_timeout: Seconds after which a request ends.
+        slots: Number of texts that are generated at the same time. Each slot needs memory for the keys and values of one context.
+        max_queue: Number of texts that may wait for a slot. Further requests are refused with status 429.
+        request_timeout: Seconds after which an unfinished request ends with an error.
         drain_timeout: Seconds that requests may take to finish after SIGTERM.
-        allowed_hosts: Further names in URLs under which clients may reach this server, or "*" for any name.
+        allowed_hosts: Additional host names that clients may use in the URL of this server, or "*" for any name.
         cors_origins: Other web pages that may use this server, such as https://example.com, or "*" for all.
         log_prompts: Write prompts into the log.
     """
@@ -86,11 +86,11 @@ def serve(
 
 
 def EXPAND(arguments: Sequence[str], command: str) -> list[str]:
-    """Join the values of an option that is given several times to one list, as the parser expects them."""
+    """Join the values of an option that is given several times into one list, which is what the parser expects."""
     import json
 
     joined: list[list[str]] = []
-    """Arguments, and for each option in _LISTS its name and all values."""
+    """One list per argument. For an option in _LISTS: its name and all of its values."""
     lists: dict[str, list[str]] = {}
     left = iter(arguments)
     for argument in left:
@@ -117,7 +117,7 @@ def check_settings(
     cors_origins: list[str],
     log_prompts: bool,
 ) -> Settings:
-    """Return the settings of the server. Raises ValueError for a wrong or dangerous one, before a model is opened."""
+    """Return the settings of the server. Raises ValueError for a wrong or unsafe setting, before a model is opened."""
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(f"mygpt serve needs {' and '.join(missing)}: pip install 'mygpt[serve]'")
@@ -154,9 +154,10 @@ def check_settings(
 
 
 def list_models(given: list[str]) -> dict[str, str]:
-    """Return the name or path of each model, by the name that clients use. Raises ValueError if two have the same name.
+    """Return a dict from the name that clients use to the path or released name of each model.
 
-    The name of runs/book is "book", and that of a file is its name without the ending. NAME=MODEL chooses another one.
+    The name of runs/book is "book". The name of a file has no suffix. NAME=MODEL chooses another name. Raises ValueError if
+    two models have the same name.
     """
     models: dict[str, str] = {}
     for text in given:
@@ -205,7 +206,7 @@ def open_models(
 
 
 def require_memory_for_slots(name: str, n_bytes: int, device: Any) -> None:
-    """Print a note if the slots of a model need more memory than is free, and raise MemoryError if they can never fit."""
+    """Raise MemoryError if the slots of a model can never fit into memory, and print a note if they do not fit now."""
     from MyGPT.commands._findings import free_memory
     from MyGPT.commands._memory import require_memory
 

@@ -34,12 +34,12 @@ from MyGPT.serving.wire import require_finished
 
 
 class GeneratedAnswer(ABC):
-    """The answer to a request of a client, made from the requests of the engine.
+    """The answer to a client's HTTP request, made from one or several requests of the engine.
 
     Args:
         served: the model.
-        requests: the engine's requests: those of the first prompt, then those of the second, and so on.
-        body: the client's request.
+        requests: the engine's requests, in the order of the prompts, with n_per_prompt requests for each prompt.
+        body: the fields of the client's request.
         n_per_prompt: number of texts that are generated for each prompt.
     """
 
@@ -66,19 +66,19 @@ class GeneratedAnswer(ABC):
 
     @abstractmethod
     def text(self, request: Request) -> ChoiceText:
-        """Return the text of a choice, without any of its tokens yet."""
+        """Return an empty ChoiceText, which the tokens of a choice can be added to."""
 
     @abstractmethod
     def opening(self, index: int) -> list[Any]:
-        """Return what the stream says of a choice before its first token."""
+        """Return the objects that the stream sends about a choice before its first token."""
 
     @abstractmethod
     def part(self, index: int, piece: Piece) -> Any:
-        """Return what the stream says of a piece of a choice."""
+        """Return the object that the stream sends for a piece of a choice."""
 
     @abstractmethod
     def closing(self, index: int, piece: Piece, reason: FinishReason) -> list[Any]:
-        """Return what the stream says of the last piece of a choice, and why the choice ended."""
+        """Return the objects that the stream sends for the last piece of a choice and for the reason why it ended."""
 
     async def events(self) -> AsyncGenerator[str]:
         """Yield the chunks of the stream as JSON, and then [DONE]. Choices are generated at the same time and alternate."""
@@ -107,13 +107,13 @@ class GeneratedAnswer(ABC):
         yield "[DONE]"
 
     def shown(self) -> list[Request]:
-        """Return the requests that become choices: the best n of each prompt."""
+        """Return the requests that become choices: the n best ones of each prompt."""
         n = self.n_per_prompt
         groups = (self.requests[i : i + n] for i in range(0, len(self.requests), n))
         return [request for group in groups for request in (group if n == self.n else best_choices(group, self.n))]
 
     def usage(self) -> Usage:
-        """Return the numbers of tokens."""
+        """Return the token counts of the answer."""
         first_of_prompt = self.requests[:: self.n_per_prompt]
         n_prompt = sum(len(request.prompt_ids) for request in first_of_prompt)
         n_new = sum(len(generated(request)) for request in self.requests)
@@ -198,12 +198,12 @@ class ChatAnswer(GeneratedAnswer):
 
 
 def reason_of(request: Request) -> FinishReason:
-    """Return why a text ended, after `require_finished` has checked that it is complete."""
+    """Return why a text ended. Call `require_finished` first, which checks that the text is complete."""
     return "length" if request.finish_reason == "length" else "stop"
 
 
 async def interleaved(requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Token | None]]:
-    """Yield the tokens of all requests as they come, each with the index of its request, and None when a request ends.
+    """Yield pairs (index of a request, new token) as the tokens come, and (index, None) when a request ends.
 
     Raises the error of a request if the model failed.
     """

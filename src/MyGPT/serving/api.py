@@ -1,7 +1,7 @@
 """The handlers of OpenAI's API: models, text completions and chat completions, and vLLM's /tokenize and /detokenize.
 
 A handler reads and checks a request (schema.py), submits it to the engine (choices.py), and sends the answer (answers.py),
-complete or as a stream. wire.py has the errors, and what happens if a client leaves.
+complete or as a stream. wire.py defines the errors and handles clients that leave.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def chat_completions(request: HTTPRequest) -> Response:
 
 
 async def tokenize(request: HTTPRequest) -> Response:
-    """Return the token ids of a text, or those of the prompt of a conversation."""
+    """Return the token ids of a text, or of the prompt that the chat template makes from a conversation."""
     body = parse(TokenizeRequest, await read_json(request))
     served = find_model(request, body.model)
     if body.messages is None:
@@ -117,7 +117,7 @@ async def _respond(request: HTTPRequest, body: GenerationRequest, answer: Genera
 
 
 async def _ended(answer: GeneratedAnswer) -> None:
-    """Wait until all requests of an answer have ended. Raises APIError if one of them is not complete."""
+    """Wait until all requests of an answer have ended. Raises APIError if a request ended before its text was complete."""
     for generation in answer.requests:
         await generation.wait()
         require_finished(generation)
@@ -138,7 +138,7 @@ async def _prompt_ids(served: ServedModel, prompt: str | list[int]) -> list[int]
 
 
 async def _encode(served: ServedModel, text: str) -> list[int]:
-    """Return the token ids of the field "prompt"."""
+    """Return the token ids of the text in the field "prompt". Raises APIError that names this field."""
     try:
         return await encode(served, text)
     except APIError as error:

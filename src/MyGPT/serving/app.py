@@ -31,9 +31,9 @@ from MyGPT.serving.models import ServedModel, Settings
 from MyGPT.serving.wire import APIError, Exchange, error_response, exchange_of, internal_error, logger, stopping
 
 PROBES = ("/health", "/ready")
-"""Paths for the programs that watch the server. They need no key and may use any Host header, because they reveal nothing."""
+"""Paths of health checks. They need no key and accept any Host header, because they reveal nothing."""
 CLIENT_LEFT = 499
-"""The status in the log and in the metrics of a request whose client has left before the response began (as in nginx)."""
+"""The status in the log and the metrics for a request whose client left before the response began (as in nginx)."""
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
 """Headers of every response: browsers must not guess its type, and other pages must not embed it."""
 
@@ -43,13 +43,13 @@ class Status:
     """The present state of the server."""
 
     active: int = 0
-    """Number of requests that are being answered, without those that watch the server."""
+    """Number of requests that are being answered, not counting health checks."""
     is_draining: bool = False
     """True after SIGTERM: running requests are finished, and new ones are refused."""
 
 
 def create_app(models: dict[str, ServedModel], settings: Settings | None = None) -> Starlette:
-    """Return the application that serves these models, by the names that clients use. The first model is the default."""
+    """Return the application that serves these models. The keys are the names for clients. The first model is the default."""
     settings = settings or Settings()
     middleware = [Middleware(Observer), Middleware(Guard, settings=settings)]
     if settings.cors_origins:
@@ -71,12 +71,12 @@ def create_app(models: dict[str, ServedModel], settings: Settings | None = None)
 
 
 async def health(request: HTTPRequest) -> Response:
-    """Answer that the process is alive."""
+    """Return status 200 while the process is alive."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(request: HTTPRequest) -> Response:
-    """Answer whether new requests are accepted: status 503 while the server drains."""
+    """Return status 200 if new requests are accepted, and 503 while the server drains."""
     if request.app.state.status.is_draining:
         raise stopping()
     return JSONResponse({"status": "ready"})
@@ -107,11 +107,11 @@ async def _http_error(request: HTTPRequest, error: Exception) -> Response:
 
 
 class Guard:
-    """Middleware that refuses requests of other web pages, requests without the key, and new requests while draining.
+    """Middleware that refuses requests from other web pages, requests without the key, and new requests while draining.
 
-    A web page can send requests to a server on the visitor's computer. Its requests have an Origin header with another
-    address than the Host header. If the page's owner points the name of the page to 127.0.0.1 afterwards (DNS rebinding),
-    both headers agree, but they have the name of the page, which is not among the allowed hosts.
+    A web page can send requests to a server on the visitor's computer. Then the Origin header names the page, and the Host
+    header names the server. If the page's owner points the domain name of the page to 127.0.0.1 afterwards (DNS rebinding),
+    both headers name the page, and the page is not among the allowed hosts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -129,7 +129,7 @@ class Guard:
 
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the error for a request that is refused, or None for one that is accepted."""
-        # uvicorn's limit is for headers that are not complete yet.
+        # uvicorn limits only headers that are not complete yet.
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self.settings.max_header_bytes:
             return headers_too_large(self.settings)
         if scope["path"] in PROBES:
@@ -142,7 +142,7 @@ class Guard:
             return APIError(
                 403, f"the Host header {host!r:.200} is not allowed; {way_out:.200}", code="host_not_allowed"
             )
-        # "null" is the origin of files and of pages in a sandbox.
+        # The origin of local files and of sandboxed pages is "null".
         if origin is not None and not self.allows_origin(origin, host):
             way_out = f"start the server with --cors_origins {origin} to allow it"
             message = f"requests of pages from {origin!r:.200} are not allowed; {way_out:.200}"
@@ -161,7 +161,8 @@ class Guard:
     def allows_host(self, name: str) -> bool:
         """Return whether the name in a Host header is allowed.
 
-        If the server listens on all addresses of the machine, every IP address is. Rebinding needs a name.
+        If the server listens on all addresses of the machine, every IP address is allowed, because DNS rebinding needs a domain
+        name.
         """
         if "*" in self.hosts or name in self.hosts:
             return True
@@ -190,7 +191,7 @@ def host_name(host: str) -> str:
 
 
 def url_host(host: str) -> str:
-    """Return an address as it is written in URLs, which is in brackets for IPv6."""
+    """Return an address as it is written in URLs. IPv6 addresses are put in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -204,7 +205,7 @@ def is_address(host: str) -> bool:
 
 
 class Observer:
-    """Middleware that cancels what a request leaves behind, reports internal errors, and records each request."""
+    """Middleware that records each request, reports internal errors, and cancels the generation when the request ends."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -249,7 +250,7 @@ class Observer:
 
 
 def log_line(scope: Scope, status: int, started: float, duration: float, exchange: Exchange) -> str:
-    """Return the log line of a request: its method, path and status, and then names and values."""
+    """Return the log line of a request: its method, path and status, followed by pairs NAME=VALUE."""
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
     parts = [scope["method"], path, str(status)]
     if exchange.model is not None:
@@ -282,7 +283,7 @@ def _route_of(scope: Scope) -> str:
 
 
 def _digest(key: str) -> bytes:
-    """Return a hash, whose comparison reveals not even the length of the key."""
+    """Return a hash of the key. A comparison of hashes does not reveal the length of the key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -1,6 +1,6 @@
-"""From requests of the HTTP API to the engine's requests, and from their tokens to text with log-probabilities.
+"""Functions that turn requests of the HTTP API into requests of the engine, and new tokens into text with log-probabilities.
 
-No function here waits for the engine or knows HTTP; api.py does both.
+No function here waits for the engine or reads HTTP requests; api.py does both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from MyGPT.serving.schema import ChatRequest, CompletionRequest, GenerationReque
 from MyGPT.serving.wire import APIError
 
 DEFAULT_MAX_TOKENS = 16
-"""Maximum number of new tokens of a text completion that does not name another."""
+"""Maximum number of new tokens of a text completion without max_tokens."""
 SMALLEST_LOGPROB = -9999.0
-"""Log-probabilities below this number, as of a token that cannot occur, are reported as this number, as OpenAI does."""
+"""Lower log-probabilities, such as minus infinity, are reported as this number. OpenAI does the same."""
 
 # ---- requests
 
@@ -32,7 +32,7 @@ SMALLEST_LOGPROB = -9999.0
 def completion_submissions(
     body: CompletionRequest, prompts: Sequence[list[int]], served: ServedModel
 ) -> list[dict[str, Any]]:
-    """Return the arguments of `Engine.submit` for each text to generate: best_of or else n texts per prompt, in order."""
+    """Return the arguments of `Engine.submit` for each text to generate: `body.n_texts` texts per prompt, in order."""
     logprobs = body.logprobs
     if body.n_texts > body.n and logprobs is None:
         logprobs = 0  # to find the best
@@ -53,7 +53,7 @@ def chat_submissions(body: ChatRequest, ids: list[int], served: ServedModel) -> 
 
 
 def chat_prompt(messages: Sequence[Message], served: ServedModel) -> list[int]:
-    """Return the token ids after which the model writes the next message, which are the same as in `mygpt chat`."""
+    """Return the token ids of a conversation as a prompt for the next message. `mygpt chat` makes the same prompt."""
     template = template_of(served)
     try:
         return encode_question(
@@ -64,7 +64,7 @@ def chat_prompt(messages: Sequence[Message], served: ServedModel) -> list[int]:
 
 
 def template_of(served: ServedModel) -> Template:
-    """Return the model's template of conversations. Raises APIError if it has none."""
+    """Return the model's chat template. Raises APIError if it has none."""
     if served.template is None:
         message = (
             f"the model {served.name} has no chat template: use /v1/completions, or fine-tune it with mygpt finetune"
@@ -99,7 +99,7 @@ def _common(body: GenerationRequest, served: ServedModel, logprobs: int | None) 
         "sampling": SamplingConfig(
             temperature=body.temperature,
             top_k=body.top_k if body.top_k > 0 else None,
-            # SamplingConfig allows no 0, which means the most likely token alone.
+            # 0 means only the most likely token. SamplingConfig does not allow 0, so a tiny number stands for it.
             top_p=None if body.top_p == 1 else max(body.top_p, 1e-9),
             min_p=body.min_p or None,
             repetition_penalty=None if body.repetition_penalty == 1 else body.repetition_penalty,
@@ -112,7 +112,7 @@ def _common(body: GenerationRequest, served: ServedModel, logprobs: int | None) 
 
 
 def _require_room(ids: list[int], served: ServedModel, max_tokens: int | None, param: str) -> None:
-    """Raise APIError if a prompt and its continuation are longer than the model's context."""
+    """Raise APIError if a prompt, or a prompt with max_tokens new tokens, does not fit into the model's context."""
     context = served.engine.context
     room = context - len(ids) + 1  # the last new token need not be in the context
     if room < 1:
@@ -128,7 +128,7 @@ def _require_room(ids: list[int], served: ServedModel, max_tokens: int | None, p
 
 
 def _seeded(body: GenerationRequest, submissions: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return n copies of each submission; the i-th of all has the seed of the request plus i, as in `generate`."""
+    """Return n copies of each submission. Copy i, counted over all prompts, has the request's seed plus i, as in `generate`."""
     copies = [submission for submission in submissions for _ in range(n)]
     return [{**copy, "seed": None if body.seed is None else body.seed + i} for i, copy in enumerate(copies)]
 
@@ -137,22 +137,21 @@ def _seeded(body: GenerationRequest, submissions: list[dict[str, Any]], n: int) 
 
 
 class Piece(NamedTuple):
-    """New text of a choice, and the tokens that begin in it, each with its place in the text of prompt and answer."""
+    """New text of a choice, and the tokens that begin in it, as pairs (offset in the text of prompt and answer, token)."""
 
     text: str
     tokens: list[tuple[int, Token]] = []  # noqa: RUF012 (nothing appends to it)
 
 
 class ChoiceText:
-    """The text of an engine's request in the pieces in which a client receives it.
+    """The text of an engine's request, cut into the pieces that a client receives.
 
-    Tokens come with the text in which they begin. The tokens of a stop text, which is left out, are therefore left out too,
-    except for a token that begins before the stop text.
+    Each piece has the tokens that begin in its text. A stop text is left out, and so are the tokens that begin in it.
 
     Args:
         request: the engine's request.
         echo: begin with the prompt.
-        keep_end: let the end-of-text token be the last token, although its text is left out.
+        keep_end: return the end-of-text token as the last token, although its text is left out.
     """
 
     def __init__(self, request: Request, echo: bool = False, keep_end: bool = False) -> None:
@@ -167,12 +166,12 @@ class ChoiceText:
         self._held: list[tuple[int, Token]] = []
 
     def add(self, token: Token) -> Piece:
-        """Return what a client can see of the text after one more token."""
+        """Add a token, and return the text and the tokens that can be sent now. The piece may be empty."""
         self._hold([token])
         return self._piece(self._text.add(token.id))
 
     def end(self, tokens: Sequence[Token] = ()) -> Piece:
-        """Return the rest of the text of a request that has ended, after these last tokens."""
+        """Add the last tokens of a request that has ended, and return the rest of its text."""
         self._hold(tokens)
         self._text.ids += [token.id for token in tokens]
         piece = self._piece(self._text.end())
@@ -191,7 +190,7 @@ class ChoiceText:
             self._held += [(self._places.add(token.id), token) for token in tokens]
 
     def _piece(self, text: str) -> Piece:
-        """Return new text and the held tokens that begin in it, after what was not yet echoed of the prompt."""
+        """Return a piece: the rest of the prompt if it is echoed, the new text, and the held tokens that begin in it."""
         stream = self._text
         is_last = self.request.finished is not None
         # New tokens can complete the last character of the prompt.
@@ -207,9 +206,9 @@ class ChoiceText:
 
 
 class TokenPlaces:
-    """The places at which tokens begin in the text of all tokens so far, in characters.
+    """The offsets at which tokens begin in the text of all tokens so far, in characters.
 
-    A token that continues a character begins where the character begins.
+    A token that continues a character has the offset of that character.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -219,7 +218,7 @@ class TokenPlaces:
         self._n = 0
 
     def add(self, id_: int) -> int:
-        """Return the place of one more token."""
+        """Add a token, and return its offset."""
         place = self._n
         if hasattr(self._tokenizer, "decode_tokens_bytes"):
             raw = self._tokenizer.decode_tokens_bytes([id_])[0]
@@ -229,7 +228,7 @@ class TokenPlaces:
                 place += 1  # the token does not complete the character before it, which therefore became U+FFFD
             self._n += len(first) + len(self._decoder.decode(raw[1:]))
         elif self._tokenizer.decode([id_]):
-            # A word can add a space, so the text of a token depends on the token before it.
+            # Some tokenizers put spaces between tokens, so the text of a token depends on the token before it.
             self._n += len(self._tokenizer.decode([*self._last, id_])) - len(self._tokenizer.decode(self._last))
             self._last = [id_]
         return place
@@ -243,7 +242,7 @@ def token_bytes(tokenizer: Any, id_: int) -> bytes:
 
 
 def token_text(tokenizer: Any, id_: int) -> str:
-    """Return the text of a token, with escapes such as \\xe2 for bytes that are not a whole character, as in chats."""
+    """Return the text of a token, with escapes such as \\xe2 for incomplete characters, as in chat completions."""
     return token_bytes(tokenizer, id_).decode(errors="backslashreplace")
 
 
@@ -256,7 +255,7 @@ def legacy_token_text(tokenizer: Any, id_: int) -> str:
 
 
 def completion_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, Token]]) -> Logprobs:
-    """Return tokens with their places in the format of text completions."""
+    """Return tokens with their offsets in the format of text completions."""
     tops: list[dict[str, float] | None] = []
     for _, token in tokens:
         if token.logprob is None:  # the first token of a prompt
@@ -275,7 +274,7 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, Token]]) -> 
 
 
 def chat_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, Token]]) -> ChatLogprobs:
-    """Return tokens in the format of chat completions."""
+    """Return tokens in the format of chat completions, which has no offsets."""
 
     def fields(id_: int, logprob: float | None) -> dict[str, Any]:
         raw = list(token_bytes(tokenizer, id_))
@@ -304,12 +303,12 @@ def best_choices(requests: Sequence[Request], n: int) -> list[Request]:
 
 
 def generated(request: Request) -> list[Token]:
-    """Return all tokens that were generated, with the end-of-text token."""
+    """Return all tokens that were generated, including the end-of-text token."""
     return [*request.tokens, *([] if request.end_token is None else [request.end_token])]
 
 
 def _possible(top: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the alternatives without those that have no probability, such as ids without a token."""
+    """Return the alternatives whose probability is not 0. Ids without a token have probability 0."""
     return [pair for pair in top if pair[1] > -math.inf]
 
 

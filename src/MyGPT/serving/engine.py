@@ -1,9 +1,10 @@
 """The scheduler for many requests: one thread owns the model and generates for all of them at the same time.
 
 Each request has a slot, which is a row of one key-value cache. A step computes one new token for every request that is
-generating, together with a piece of the prompts that are not yet in the cache (continuous batching; Yu et al., 2022, and
-chunked prefill; Agrawal et al., 2023). Requests join and leave between steps. `generate` has the same sampling and the same
-results. A prompt that starts like one that is still in the cache takes over its keys and values.
+generating, and pieces of the prompts that are not yet in the cache (continuous batching; Yu et al., 2022, and chunked
+prefill; Agrawal et al., 2023). Requests join and leave between steps. With the same options and seed, a request gets the
+same tokens as from `generate`, up to rounding. A prompt that starts like an earlier prompt reuses its keys and values while
+they are still in the cache.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from MyGPT.tokenizers.base import ids_without_token
 MAX_PROMPT_TOKENS = 256
 """Largest number of prompt tokens that one step computes."""
 MAX_PROMPT_TOKENS_WHILE_GENERATING = 64
-"""The same limit while at least one request generates: a longer step would delay the next token of each of them."""
+"""The same limit while at least one request generates. A longer step would delay the next token of these requests."""
 MAX_LOGPROBS = 20
-"""Largest number of alternatives of a token."""
+"""Largest number of most likely alternatives that can be returned with a token."""
 
 
 @dataclass(eq=False)
@@ -45,17 +46,17 @@ class _Run:
     request: Request
     slot: int
     ids: list[int]
-    """The prompt and the new tokens, or the last of them if the window slides."""
+    """The prompt and the new tokens. If the window slides, only the last tokens, which fit into the context."""
     has_stopped: Any
-    """A function that returns True if the new ids have reached a stop, or None."""
+    """A function that takes the new ids and returns True if they have reached a stop. None if the request has no stops."""
     generators: list[torch.Generator]
     bias: Tensor | None
     seen: Tensor | None
     """True for the tokens that already occurred, (1, V). None without a repetition penalty."""
     source: _Run | None = None
-    """A request whose prompt has the same beginning and is being computed, so that this one waits for it."""
+    """A run whose prompt has the same beginning. This run waits until the source has computed it. None: no need to wait."""
     n_shared: int = 0
-    """Number of tokens that this request and its source have in common at the beginning."""
+    """Number of tokens that this run and its source have in common at the beginning."""
     new_ids: list[int] = field(default_factory=list)
 
 
@@ -68,7 +69,7 @@ class Engine:
 
     Args:
         model: a GPTModel or an accelerated model. Nothing else may change it while the engine is open.
-        tokenizer: encodes prompts that are texts and decodes new tokens to find stop texts. None: prompts are token ids.
+        tokenizer: encodes prompts and decodes new tokens. None: prompts must be token ids, and stops must not be texts.
         slots: number of requests that run at the same time. Each slot holds the keys and values of one context; `cache_bytes`
             is the memory for all of them.
         max_queue: number of requests that may wait for a slot.
@@ -129,19 +130,21 @@ class Engine:
         Args:
             prompt: the text or the token ids to continue.
             sampling: the sampling options (default: greedy).
-            max_new_tokens: the maximum number of new tokens. Default, and the limit unless `slide` is true: as many as the
-                model's context has room for.
+            max_new_tokens: the maximum number of new tokens (default: as many as the model's context has room for). A larger
+                number is lowered to this default, unless `slide` is true.
             stop: one or several texts or sequences of ids that end the request (see `generate`).
-            seed: makes the sampled tokens reproducible: they are those of `generate` with this seed, up to rounding.
-            eos_id: the tokens that end the request. "model" stands for those of the model's files, None for none.
+            seed: makes the sampled tokens reproducible. `generate` with this seed returns the same tokens, up to rounding.
+                Default: a random seed.
+            eos_id: the ids that end the request. "model" means the ids that the model's files name, or else the tokenizer's
+                end-of-text token. None: no id ends the request.
             logprobs: number of most likely alternatives to return with each token, up to 20. 0 returns only the
-                log-probability of the token itself, and None nothing.
-            prompt_logprobs: compute the log-probabilities of the prompt's tokens too. The whole prompt is then computed, even if
-                a part of it is in the cache.
+                log-probability of the token itself, and None returns no log-probabilities.
+            prompt_logprobs: compute the log-probabilities of the prompt's tokens too. Then the whole prompt is computed, even if
+                a part of it is in the cache, and it must fit into the context.
             logit_bias: numbers that are added to the logits of some token ids before sampling.
             slide: allow the prompt and its continuation to exceed the context. The model then sees the last tokens, as in
-                `generate`. From there on every new token takes as long as a prompt, because positions shift.
-            timeout: seconds after which the request ends with the reason "timeout".
+                `generate`. Once the context is full, every new token takes as long as a whole prompt, because positions shift.
+            timeout: seconds after this call at which the request ends with the reason "timeout" (default: no limit).
 
         Raises:
             ValueError: an argument out of range, an empty prompt, or a prompt beyond the context without `slide`.
@@ -196,9 +199,10 @@ class Engine:
         seed: int | None = None,
         slide: bool = False,
     ) -> Iterator[str]:
-        """Submit a prompt, and return an iterator over the pieces of its continuation. Closing the iterator cancels the request.
+        """Submit a prompt, and return an iterator over pieces of new text. Closing the iterator cancels the request.
 
-        This is `generation.stream_text` for several prompts at the same time. The arguments are those of `submit`.
+        This method replaces `generation.stream_text` when several texts are generated at the same time. The arguments are
+        those of `submit`.
         """
         request = self.submit(ids, sampling, max_new_tokens, stop=stop or None, seed=seed, slide=slide, logprobs=None)
 
@@ -211,7 +215,7 @@ class Engine:
         return texts()
 
     def stats(self) -> dict[str, int]:
-        """Return the numbers of requests, slots and tokens now, and the numbers of steps and tokens since the start."""
+        """Return the present numbers of requests, slots and cached tokens, and the totals of requests, steps and tokens."""
         with self._changed:
             return {
                 **self._counts,
@@ -323,7 +327,7 @@ class Engine:
         return run
 
     def _find_source(self, run: _Run) -> None:
-        """Let the run wait for another one if that is computing the beginning that both prompts have in common."""
+        """Let a run wait for the one with the longest common beginning, if the run's own slot holds less of this beginning."""
         n_shared, n_mine = 0, self._n_cached(run.slot)
         for other in self._running:
             n = min(n_common(run.ids, other.ids), len(run.ids) - 1)
@@ -354,7 +358,7 @@ class Engine:
         return pieces
 
     def _is_waiting_for_source(self, run: _Run) -> bool:
-        """Return True while the run's source computes their common beginning. Then copy the beginning, and return False."""
+        """Return True while the run's source computes their common beginning. Afterwards, copy it and return False."""
         source = run.source
         if source is None:
             return False
@@ -369,12 +373,12 @@ class Engine:
         return False
 
     def _step(self, pieces: list[Piece]) -> None:
-        """Compute the pieces, and give each request whose ids are all computed its next token."""
+        """Compute the pieces, and pick the next token of each request whose ids are all computed."""
         runs = {run.slot: run for run in self._running}
         try:
             with self._lock, evaluation_mode(self.model):
                 logits = self.model.forward_slots(pieces, self._slots.cache)
-        except Exception as error:  # the requests of this step fail, and the engine goes on with the others
+        except Exception as error:  # the requests of this step fail, and the engine continues with the others
             for piece in pieces:
                 self._slots.clear(piece.slot)
                 self._finish(runs[piece.slot], error=error)
@@ -392,7 +396,7 @@ class Engine:
                 self._finish(run, error=error)
 
     def _use(self, run: _Run, logits: Tensor) -> None:
-        """Use the logits (n, V) of a piece: those of the last token to pick the next, and those of a prompt as asked."""
+        """Use the logits (n, V) of a piece: store the prompt's log-probabilities if requested, and pick the next token."""
         request, n_cached = run.request, self._n_cached(run.slot)
         if request.prompt_logprobs and not run.new_ids:
             self._add_prompt_tokens(run, n_cached - len(logits), logits)
@@ -413,7 +417,7 @@ class Engine:
             adjusted = adjusted + run.bias
         excluded = self._without_token
         if len(excluded):
-            # An end of text may be an id without a token, and may then be generated.
+            # Ids without a token are never generated, except for those that end the request.
             ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
             adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
         new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
@@ -440,7 +444,7 @@ class Engine:
             self._slots.clear(run.slot)
 
     def _add_prompt_tokens(self, run: _Run, start: int, logits: Tensor) -> None:
-        """Append the prompt's tokens after position `start`, given the logits (n, V) of the positions from there on."""
+        """Append the prompt's tokens after position `start`, given the logits (n, V) of the positions from `start` on."""
         if start == 0:
             run.request.prompt_tokens.append(Token(run.ids[0]))
         next_ids = run.ids[start + 1 : start + 1 + len(logits)]

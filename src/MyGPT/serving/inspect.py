@@ -1,7 +1,7 @@
-"""The page at / and its endpoints: the probabilities of a text, its continuation with alternatives, and looks inside a model.
+"""The page at / and its endpoints: the probabilities of a text, its continuation with alternatives, and a view inside the model.
 
-OpenAI's format has the texts of tokens but not their ids, which the page needs to cut a text at a token and to continue it
-with another one. These endpoints exchange token ids.
+OpenAI's format has the texts of tokens but not their ids. The page needs the ids to cut a text at a token and to continue it
+with another token. These endpoints exchange token ids.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ N_SHOWN = 20
 MAX_CONTEXTS = 4
 """Longest text whose tokens are shown, in multiples of the model's context. Decoding takes quadratic time."""
 N_KEPT_LOGITS = 32
-"""Number of texts per model whose logits are kept, so that new sampling options need no forward pass."""
+"""Number of texts per model whose logits are kept, so that a change of the sampling options needs no forward pass."""
 
 T = TypeVar("T")
 
@@ -88,11 +88,12 @@ async def page(request: HTTPRequest) -> Response:
 
 
 class Inspector:
-    """A model that computes the logits after a text. It keeps those of the last texts, and the keys and values of one.
+    """A model that computes next-token logits, attention weights and the predictions after each layer for the page.
 
-    The logits are those that the engine samples from, because the engine's model computes them. Looks inside need the hooks of
-    a GPTModel. They use copies of the modules with the same weights, because hooks would otherwise also see what the engine
-    computes with the same modules in another thread.
+    The engine's model computes the logits, so they are those that the engine samples from. The inspector keeps the logits of
+    the last texts, and the keys and values of the last one. Attention and predictions come from hooks on a GPTModel. The
+    inspector copies the modules but shares their weights, because hooks on the original modules would also see the
+    computations of the engine in another thread.
     """
 
     def __init__(self, served: ServedModel) -> None:
@@ -109,9 +110,10 @@ class Inspector:
 
     @torch.inference_mode()
     def next_logits(self, ids: Sequence[int]) -> Tensor:
-        """Return the logits (V,) of the token that follows `ids`, in float32 on the CPU. The model sees the last ids that fit.
+        """Return the logits (V,) of the token that follows `ids`, in float32 on the CPU.
 
-        Ids without a token are never generated, unless they are ends. Their logits are minus infinity.
+        If there are more ids than the context has room for, the model sees only the last ones. The logits of ids without a
+        token are minus infinity, because such ids are never generated, unless they end a text.
         """
         key = tuple(ids[-self.gpt.config.context_length :])
         if key not in self._logits:
@@ -122,7 +124,7 @@ class Inspector:
         return self._logits[key]
 
     def _computed(self, ids: Sequence[int]) -> Tensor:
-        """Compute the logits (V,) after the ids. Only the ids that differ from those of the last call are computed."""
+        """Compute the logits (V,) after the ids. The beginning that they share with the last call's ids is reused."""
         n = min(n_common(list(ids), self._cached), len(ids) - 1)
         self._cached, self._cache.length = [], n  # nothing is cached if the model fails
         with evaluation_mode(self.model):
@@ -139,7 +141,7 @@ class Inspector:
         """
         logits = self.next_logits(ids)
         V, of_model = len(logits), logits.softmax(-1)
-        if sampling.temperature == 0:  # the first of the largest logits is taken
+        if sampling.temperature == 0:  # greedy: of equal logits, the first is taken
             filtered = torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
         else:
             filtered = filter_logits(logits[None], sampling)[0]
@@ -159,12 +161,12 @@ class Inspector:
         }
 
     def look(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return `page_data` of the ids."""
+        """Return the attention weights and the predictions after each layer for the ids (see `page_data`)."""
         return page_data(self.gpt, self.tokenizer, torch.tensor([ids], device=self._cache.storage.device))
 
 
 async def list_models(request: HTTPRequest) -> Response:
-    """Send what the page needs to know about each model."""
+    """Send the name, the size and other facts about each model for the page."""
     models: dict[str, ServedModel] = request.app.state.models
     described = []
     for served in models.values():
@@ -228,7 +230,7 @@ async def next_token(request: HTTPRequest) -> Response:
 
 
 async def generate(request: HTTPRequest) -> Response:
-    """Stream the tokens that continue token ids: those of /v1/completions with the same options and the same seed."""
+    """Stream the tokens that continue token ids. /v1/completions gives the same tokens for the same options and seed."""
     body = await read_json(request)
     served = find_model(request, _name(body))
     ids, seed = await _ids(served, body), _whole(body, "seed", None)
@@ -236,7 +238,7 @@ async def generate(request: HTTPRequest) -> Response:
         request, served, ids, _sampling(body), _whole(body, "max_tokens", 16), seed=seed, logprobs=N_ALTERNATIVES
     )
     stream = TextStream(served.tokenizer, ids[:-1])
-    last_text = stream.add(ids[-1])  # the page knows only the label of an alternative
+    last_text = stream.add(ids[-1])  # if the last token is an alternative, the page knows only its label
 
     async def events() -> AsyncGenerator[str]:
         yield json_text({"prompt": _as_prompt(served.tokenizer, ids), "last_text": last_text})
@@ -271,14 +273,14 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _as_prompt(tokenizer: Any, ids: list[int]) -> str | list[int]:
-    """Return the prompt that stands for the ids in a request to /v1/completions: their text, if it is encoded as these ids.
+    """Return a prompt that means these ids in a request to /v1/completions.
 
-    Otherwise return the ids.
+    This is the text of the ids if the tokenizer encodes it as the same ids, and otherwise the ids themselves.
     """
     text: str = tokenizer.decode(ids)
     try:
         return text if tokenizer.encode(text) == ids else ids
-    except ValueError:  # for example the character � of an incomplete one
+    except ValueError:  # the tokenizer may not know the character �, which stands for an incomplete one
         return ids
 
 
@@ -290,9 +292,9 @@ def _described(served: ServedModel, token: Token, text: str) -> dict[str, Any]:
 
 
 async def _compute(request: HTTPRequest, served: ServedModel, function: Callable[[Inspector], T]) -> T:
-    """Return what `function` computes with the model in another thread. Only one such thread runs at a time.
+    """Call `function` with the inspector of the model in another thread, and return the result. Calls run one at a time.
 
-    If the client leaves while it waits for its turn, nothing is computed.
+    If the client leaves while its call waits for its turn, nothing is computed.
     """
     state = request.app.state
     if not hasattr(state, "inspectors"):
@@ -318,7 +320,7 @@ def _name(body: dict[str, Any]) -> str | None:
 
 
 async def _ids(served: ServedModel, body: dict[str, Any]) -> list[int]:
-    """Return the token ids of a request: its ids, or those of its text."""
+    """Return the field "ids" of a request, or else the token ids of its field "text"."""
     if "ids" not in body:
         text = body.get("text")
         if not isinstance(text, str):

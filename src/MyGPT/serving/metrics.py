@@ -21,7 +21,7 @@ _ENGINE = {
     "slots": (GaugeMetricFamily, "mygpt_slots", "Texts that can be generated at the same time"),
     "cache_tokens": (GaugeMetricFamily, "mygpt_cache_tokens", "Tokens in the key-value cache"),
     "cache_capacity": (GaugeMetricFamily, "mygpt_cache_capacity_tokens", "Tokens that fit into the key-value cache"),
-    "requests": (CounterMetricFamily, "mygpt_texts", "Texts that were asked for"),
+    "requests": (CounterMetricFamily, "mygpt_texts", "Texts that were requested"),
     "prompt_tokens": (CounterMetricFamily, "mygpt_prompt_tokens", "Prompt tokens that were computed"),
     "reused_tokens": (
         CounterMetricFamily,
@@ -31,7 +31,7 @@ _ENGINE = {
     "generated_tokens": (CounterMetricFamily, "mygpt_generated_tokens", "New tokens"),
     "steps": (CounterMetricFamily, "mygpt_engine_steps", "Steps of the engine"),
 }
-"""For each number of Engine.stats: the kind, the name and the description of its metric."""
+"""For each key of Engine.stats: the kind, the name and the description of its metric."""
 
 
 class Metrics:
@@ -58,7 +58,7 @@ class Metrics:
         )  # fmt: skip
 
     def record(self, route: str, status: int, duration: float, exchange: Exchange) -> None:
-        """Record a request that has ended. `route` is the path of its route: any path would be a series of numbers of its own."""
+        """Record an HTTP request that has ended. `route` is the pattern of its path: every distinct label is a time series."""
         self.requests.labels(route, str(status)).inc()
         self.durations.labels(route).observe(duration)
         now = time.monotonic()
@@ -71,7 +71,7 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """Reads the numbers of the engines whenever the metrics are asked for."""
+    """A collector that reads Engine.stats of all models whenever the metrics are requested."""
 
     def __init__(self, models: list[ServedModel]) -> None:
         self.models = models

@@ -1,4 +1,4 @@
-"""What the HTTP server knows about each model that it serves, and the settings of the server."""
+"""The models that the HTTP server serves, and the settings of the server."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class ServedModel:
     engine: Engine
     tokenizer: Tokenizer
     gpt: GPTModel
-    """The model itself, for looks inside. On a CPU the engine generates with an accelerated copy."""
+    """The model itself, which the page inspects. On a CPU, the engine generates with an accelerated copy."""
     template: Template | None = None
-    """The template of conversations, or None if the model has none."""
+    """The chat template, or None if the model has none."""
     created: int = field(default_factory=lambda: int(time.time()))
     """The Unix time at which the model was opened."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash that changes if the weights, their precision or the version of MyGPT change, and with them the answers.
+        """A short hash that changes when the weights, their precision or the version of MyGPT change, which can change answers.
 
-        Training changes all rows of a matrix, so the first row of each parameter is enough.
+        Training changes all rows of a matrix, so the hash contains only the first row of each parameter.
         """
         precision = getattr(self.engine.model, "precision", "")
         digest = hashlib.sha256(f"{__version__} {precision} {self.gpt.config}".encode())
@@ -46,7 +46,7 @@ class Settings:
     """The limits and the protections of the server."""
 
     host: str = "127.0.0.1"
-    """The address that the server listens on, which is also accepted in the Host header."""
+    """The address that the server listens on. It is also accepted in the Host header."""
     api_key: str | None = None
     """The key that every request must have in its Authorization header. None: no key is needed."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
@@ -54,9 +54,9 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     """The origins of other web pages that may use the server."""
     request_timeout: float = 600.0
-    """Seconds after which a request ends."""
+    """Seconds after which an unfinished request ends with an error."""
     body_timeout: float = 10.0
-    """Seconds in which a client must have sent the headers of a request, and then its body."""
+    """Seconds that a client has to send the headers of a request, and again to send its body."""
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
     max_connections: int = 512

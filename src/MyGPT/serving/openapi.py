@@ -1,4 +1,4 @@
-"""The OpenAPI description of the HTTP API, made from the models of its requests and responses."""
+"""The OpenAPI description of the HTTP API, made from the pydantic models of its requests and responses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ERRORS = {
     408: "The body was not complete in time.",
     413: "The body is too large.",
     429: "Too many requests are waiting. Try again after the time in the header Retry-After.",
-    500: "The server failed. `message` names the id of the error in the server's log.",
+    500: "The server failed. `message` has the id under which the server's log describes the error.",
     503: "The server is stopping.",
     504: "The answer was not complete in time.",
 }
-"""The statuses of errors and what they mean."""
+"""The statuses of errors and their descriptions."""
 _GET_ERRORS, _POST_ERRORS = (400, 401, 403, 404, 503), tuple(ERRORS)
 _REF = "#/components/schemas/{model}"
 
@@ -53,7 +53,7 @@ OPERATIONS: list[Operation] = [
     ("post", "/tokenize", "Return the tokens of a text or conversation", TokenizeRequest, Tokens, None),
     ("post", "/detokenize", "Return the text of tokens", DetokenizeRequest, Detokenized, None),
 ]
-"""The method, path and summary of each operation, and the models of its request, of its response and of a stream's chunks."""
+"""The method, path and summary of each operation, and the pydantic models of its request, response and stream chunks."""
 
 
 @cache

@@ -25,14 +25,14 @@ class PrefixCache:
         return len(self.ids)
 
     def take(self, ids: list[int], limit: int, busy: set[int]) -> int:
-        """Return a slot outside of `busy` that holds the beginning of `ids`, as far as any slot holds it, and nothing else.
+        """Choose a slot that is not in `busy`, let it hold only the longest cached beginning of `ids`, and return the slot.
 
-        The beginning has at most `limit` tokens. It is copied if another slot holds more of it.
+        The beginning has at most `limit` tokens. If another slot holds it, it is copied from there.
         """
         free = [slot for slot in range(len(self)) if slot not in busy]
         shared = [min(limit, n_common(ids, held)) for held in self.ids]
         best = max(range(len(self)), key=lambda slot: (shared[slot], slot in free))
-        # Taking a slot discards the rest of what it holds, so a slot of which little is needed is copied instead.
+        # Taking a slot discards the rest of its tokens. If less than half of them are needed, they are copied instead.
         if best in free and 2 * shared[best] >= len(self.ids[best]):
             slot = best
         else:
@@ -41,7 +41,7 @@ class PrefixCache:
         return slot
 
     def copy(self, source: int, target: int, ids: list[int]) -> None:
-        """Replace what the slot `target` holds by `ids`, with which the slot `source` begins."""
+        """Replace the tokens of the slot `target` by `ids`, which must be the first tokens of the slot `source`."""
         self.cache.copy_prefix(source, target, len(ids))
         self.ids[target] = list(ids)
 
@@ -50,18 +50,18 @@ class PrefixCache:
         self.ids[slot] += ids
 
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Remove all tokens from a slot."""
         self.cache.truncate(slot, 0)
         self.ids[slot] = []
 
     def release(self, slot: int) -> None:
-        """Record that a request has left the slot. The slot that was left first is the first to be overwritten."""
+        """Record that a request has left the slot. The slot that has been free for the longest time is overwritten first."""
         self._last_use[slot] = time.monotonic()
 
 
 def n_common(a: list[int], b: list[int]) -> int:
     """Return the number of ids that two lists have in common at their beginning."""
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:  # compares much faster than a loop
+    if a[:n] == b[:n]:  # much faster than a loop
         return n
     return next(i for i in range(n) if a[i] != b[i])

@@ -1,4 +1,4 @@
-"""A request to an `Engine`: what was asked, the tokens so far, and iterators that wait for more.
+"""A request to an `Engine`: its options, the new tokens so far, and iterators that wait for more tokens.
 
 The engine's thread appends tokens. Any other thread, or any coroutine of any event loop, can read them.
 """
@@ -29,10 +29,10 @@ class EngineClosed(RuntimeError):
 
 
 class Token(NamedTuple):
-    """A token, its log-probability, and its most likely alternatives.
+    """A token, its log-probability, and the most likely tokens at its position.
 
-    Log-probabilities are natural logarithms of the probabilities that the model gives, before the sampling options change
-    them. They are None if the request did not ask for them, and for the first token of a prompt.
+    Log-probabilities are natural logarithms of the model's own probabilities, before the sampling options change them.
+    They are None if the request did not ask for them, and for the first token of a prompt.
     """
 
     id: int
@@ -52,7 +52,7 @@ class Request:
     sampling: SamplingConfig
     max_new_tokens: int
     seed: int
-    """The seed of the random numbers: the one that was given, or else one that was drawn."""
+    """The seed of the random numbers: the seed that was given, or else a random one."""
     end_ids: list[int]
     """The tokens that end the request. They are not among its tokens."""
     stop: Sequence[Stop] = ()
@@ -78,7 +78,7 @@ class Request:
     error: BaseException | None = None
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-    """The value of time.monotonic() when the first new token was there. `submitted` and `finished` are other such times."""
+    """The value of time.monotonic() when the first new token was generated. `submitted` and `finished` are such times too."""
     finished: float | None = None
     is_cancelled: bool = False
 
@@ -87,7 +87,7 @@ class Request:
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def cancel(self) -> None:
-        """End the request before the engine's next step. A request that has ended already stays as it is."""
+        """End the request before the engine's next step. This has no effect on a request that has already ended."""
         self.is_cancelled = True
 
     def __iter__(self) -> Iterator[Token]:

@@ -1,6 +1,6 @@
 """The responses of the HTTP API, in OpenAI's formats; those of /tokenize and /detokenize are vLLM's.
 
-A field that was not set is left out of the JSON (`as_json`), and a field that was set to None is null.
+`as_json` leaves out a field that was not set. A field that was set to None is null.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CachedTokens(ResponseModel):
 
 
 class Usage(ResponseModel):
-    """Numbers of tokens. Each prompt counts once, and every generated text counts, also those that best_of discards."""
+    """The token counts. Each prompt counts once. Every generated text counts, including texts that best_of discards."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -50,7 +50,7 @@ class Logprobs(ResponseModel):
     token_logprobs: list[float | None]
     """The log-probability of each token; null for the first token of a prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """The most likely tokens at each position, and the token itself."""
+    """The most likely tokens at each position, and the token itself, with their log-probabilities."""
     text_offset: list[int]
     """Where each token begins, in characters from the start of the prompt."""
 
@@ -71,7 +71,7 @@ class Answer(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
-    """A hash that changes if the weights or the version of MyGPT change, and with them perhaps the answers."""
+    """A hash that changes when the weights, their precision or the version of MyGPT change, which can change answers."""
 
 
 class Completion(Answer):
@@ -115,7 +115,7 @@ class ChatCompletion(Answer):
 
 
 class Delta(ResponseModel):
-    """What a chunk adds to a message. The first chunk of a choice has the role, and the last one is empty."""
+    """The part of a message in one chunk. The first chunk of a choice has the role, and the last one is empty."""
 
     role: Literal["assistant"] = "assistant"
     content: str = ""

@@ -1,7 +1,8 @@
 """The requests of the HTTP API: which values are valid, and the errors for others.
 
 The formats are OpenAI's; those of /tokenize and /detokenize are vLLM's. Unknown fields are accepted. A field whose value is
-null has its default. The OpenAPI description (openapi.py) is made from these models. responses.py has those of the answers.
+null has its default. The OpenAPI description (openapi.py) is made from these pydantic models, and from those of the responses
+(responses.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from MyGPT.serving.engine import MAX_LOGPROBS
 from MyGPT.serving.wire import APIError
 
 IGNORED_FIELDS = "X-MyGPT-Ignored-Fields"
-"""The response header with the names of the request's fields that have no effect."""
+"""The response header that lists the fields of the request that have no effect."""
 MAX_STOPS = 16
 """Largest number of stop texts. OpenAI allows 4, but some tasks of lm_eval have more."""
 
@@ -71,7 +72,7 @@ Biases = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, 
 
 
 class StreamOptions(RequestModel):
-    include_usage: Flag = Field(False, description="Send the numbers of tokens in a last chunk without choices.")
+    include_usage: Flag = Field(False, description="Send the token counts in a last chunk without choices.")
 
 
 class GenerationRequest(RequestModel):
@@ -106,14 +107,14 @@ class GenerationRequest(RequestModel):
     seed: (
         Annotated[int, Field(ge=-(2**63), lt=2**63), Allowed("a whole number of 64 bits, from -2**63 to 2**63 - 1")]
         | None
-    ) = Field(None, description="Makes the answer reproducible. Choice i has the seed of the request plus i.")
+    ) = Field(None, description="Makes the answer reproducible. Choice i uses seed + i.")
     stop: Annotated[
         StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)],
         Allowed(f"a text or a list of at most {MAX_STOPS} texts, none of them empty"),
     ] = Field([], description="Texts that end a choice. They are not part of the answer.")
     stream: Flag = Field(False, description="Send the answer as server-sent events while it is generated.")
     stream_options: Annotated[StreamOptions, Allowed('an object, such as {"include_usage": true}')] | None = None
-    ignore_eos: Flag = Field(False, description="Go on after an end-of-text token.")
+    ignore_eos: Flag = Field(False, description="Continue after an end-of-text token.")
     user: Text = Field("", description="A name for the user. It has no effect.")
 
     def check(self) -> None:
@@ -128,7 +129,7 @@ class GenerationRequest(RequestModel):
 
     @property
     def include_usage(self) -> bool:
-        """True if a stream ends with the numbers of tokens."""
+        """True if a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -140,12 +141,15 @@ class CompletionRequest(GenerationRequest):
     )
     best_of: Annotated[int, Field(ge=1, le=128), Allowed("a whole number from 1 to 128")] | None = Field(
         None,
-        description="Generate so many texts per prompt, and return the n with the highest log-probability per token.",
+        description="Generate this number of texts per prompt, and return the n with the highest mean log-probability per token.",
     )
     echo: Flag = Field(False, description="Return the prompt before its continuation.")
     logprobs: (
         Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Allowed(f"a whole number from 0 to {MAX_LOGPROBS}")] | None
-    ) = Field(None, description="Return the log-probability of each token and of so many most likely tokens.")
+    ) = Field(
+        None,
+        description="Return the log-probability of each token, and this number of most likely tokens at its position.",
+    )
     suffix: Annotated[
         str, Field(max_length=0), Allowed("empty, because these models only write from left to right")
     ] = ""
@@ -188,7 +192,7 @@ class Message(RequestModel):
     ]
 
     def as_record(self) -> dict[str, str]:
-        """Return the message as in training data: a developer is the system, and the parts of a text are joined."""
+        """Return the message as in training data: the role "developer" becomes "system", and the parts of a text are joined."""
         parts = self.content
         content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
@@ -210,12 +214,12 @@ class ChatRequest(GenerationRequest):
         None, description="Maximum number of new tokens per choice. Default: as many as the context has room for."
     )
     max_tokens: Annotated[int, Field(ge=1), Allowed("a whole number of at least 1")] | None = Field(
-        None, description="The older name of max_completion_tokens, which counts if both are given."
+        None, description="The older name of max_completion_tokens. If both are given, max_completion_tokens is used."
     )
     logprobs: Flag = Field(False, description="Return the log-probability of each token.")
     top_logprobs: (
         Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Allowed(f"a whole number from 0 to {MAX_LOGPROBS}")] | None
-    ) = Field(None, description="Return so many most likely tokens at each position. Needs logprobs=true.")
+    ) = Field(None, description="Return this number of most likely tokens at each position. Needs logprobs=true.")
     response_format: Annotated[ResponseFormat, Allowed('{"type": "text"}')] | None = None
     tools: NoTools = []
     functions: NoTools = []
@@ -227,7 +231,7 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(RequestModel):
-    """A text, or the messages of a conversation, of which exactly one must be given."""
+    """A text or the messages of a conversation. Exactly one of the two must be given."""
 
     model: ModelName | None = Field(None, description="Default: the first model.")
     prompt: Text | None = None
@@ -253,14 +257,14 @@ R = TypeVar("R", bound=RequestModel)
 
 
 def parse(kind: type[R], body: dict[str, Any]) -> R:
-    """Return the request in the body. Raises APIError that names the first field with a wrong value."""
+    """Return the request in the body. Raises an APIError that names the first field with a wrong value."""
     try:
         parsed = kind.model_validate(body)
     except ValidationError as error:
         places = [
             problem["loc"] for problem in error.errors(include_url=False, include_context=False, include_input=False)
         ]
-        # A field with alternatives has an error for each of them. The longest place is the most precise one.
+        # A field with alternative types has one error per alternative. The longest location is the most precise one.
         raise _error(kind, body, max((place for place in places if place[0] == places[0][0]), key=len)) from None
     check = getattr(parsed, "check", None)
     if check is not None:
@@ -269,12 +273,12 @@ def parse(kind: type[R], body: dict[str, Any]) -> R:
 
 
 def _error(kind: type[RequestModel], body: Any, place: tuple[int | str, ...]) -> APIError:
-    """Return the error about the value at a place such as ("messages", 0, "role") of a request of this kind."""
+    """Return the error about the value at a location, such as ("messages", 0, "role"), in a request of this kind."""
     model: type[RequestModel] | None = kind
     param, allowed, value = "", "", body
     for step in place:
         if isinstance(step, int):
-            if model is None or not isinstance(value, list):  # pydantic's name of an alternative comes before
+            if model is None or not isinstance(value, list):  # the error is about the whole field, not about one item
                 break
             param, value = f"{param}[{step}]", value[step]
             allowed = "a JSON object"
@@ -312,7 +316,7 @@ def _model_in(annotation: Any) -> type[RequestModel] | None:
 
 
 def ignored_fields(request: RequestModel) -> list[str]:
-    """Return the names of the fields that a request has and that are not in its schema, such as "messages[0].name"."""
+    """Return the names of a request's fields that are not in its schema, such as "messages[0].name"."""
     names = list(request.model_extra or ())
     for name in type(request).model_fields:
         value = getattr(request, name)

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn in this process, with deadlines for connections, draining, and an end within two seconds."""
+"""The HTTP server: uvicorn with deadlines for connections, draining, and a shutdown within two seconds."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ KEEP_ALIVE_SECONDS = 20
 GRACE_SECONDS = 5.0
 """Seconds that a response has after its request's deadline, to report the deadline to the client."""
 LINGER_SECONDS = 5.0
-"""Seconds in which the rest of a request is read and dropped after the answer to it."""
+"""Seconds for which the rest of a request is read and dropped after it has been answered."""
 BACKLOG = 256
 """Number of connections that wait until the server accepts them."""
 STOP_SECONDS = 1
 """Seconds that the requests have to end when the server stops. Their connections are aborted after half of this time."""
 ENGINE_SECONDS = 1.5
-"""Seconds that the engines have for their last step when the server stops. A process can end during a step."""
+"""Seconds that the engines have for their last step when the server stops. The process may end during a step."""
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol of a connection, with deadlines.
+    """uvicorn's protocol for one connection, with deadlines.
 
-    uvicorn closes connections that are idle between requests, and no others. Here a connection is also closed if the headers
-    of its next request are not complete in time. While a request is answered, its deadline is that of the whole request, so
-    a client that does not read its response cannot keep it forever. A connection over the limit is answered with status 503.
+    uvicorn itself only closes connections that are idle between requests. This class also closes a connection if the headers of
+    its next request are not complete in time, or if its client has not read the whole response at the deadline of the request.
+    If too many connections are open, a new one is answered with status 503.
 
-    An answer that comes before the end of its request, such as 413 for a large body, would be lost if the connection was closed
-    at once, because the system then tells the client only that its data was not read. The rest is therefore read and dropped.
+    The server may answer before it has read the whole request, for example with status 413 for a large body. If it closed the
+    connection at once, the operating system would reset the connection, and the answer would be lost. So the rest of the
+    request is read and dropped.
     """
 
     def __init__(self, *arguments: Any, settings: Settings, **options: Any) -> None:
@@ -88,7 +89,10 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def linger(self, transport: asyncio.Transport) -> bool:
-        """Close only our side if the client has not sent its whole request, and return whether that is so."""
+        """If the client has not sent its whole request, close only our side and return True.
+
+        Otherwise return False, as for a connection that lingers already.
+        """
         if self.is_lingering or self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
             return False
         self.is_lingering = True
@@ -98,16 +102,16 @@ class Protocol(H11Protocol):
         return True
 
     def set_deadline(self, seconds: float) -> None:
-        """Abort the connection after so many seconds, instead of at the deadline that was set before.
+        """Abort the connection after this number of seconds. The new deadline replaces the previous one.
 
-        `transport.close` would wait until the client has read everything.
+        The connection is aborted, because `transport.close` would wait until the client has read everything.
         """
         if self.deadline is not None:
             self.deadline.cancel()
         self.deadline = self.loop.call_later(seconds, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that is no valid HTTP, or whose headers are too large. uvicorn calls this method for both."""
+        """Answer a request that is not valid HTTP, or whose headers are too large. uvicorn calls this method for both."""
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         invalid = APIError(status, "the request is not valid HTTP")
         self.answer_and_close(headers_too_large(self.settings) if status == 431 else invalid)
@@ -125,7 +129,7 @@ class Protocol(H11Protocol):
 
 
 class _Transport:
-    """A transport that closes a connection as its `Protocol` decides."""
+    """A transport that lets its `Protocol` linger before it closes the connection."""
 
     def __init__(self, transport: asyncio.Transport, protocol: Protocol) -> None:
         self.transport, self.protocol = transport, protocol
@@ -142,11 +146,11 @@ class _Transport:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with other signals: SIGTERM drains, and a second SIGTERM, or Ctrl-C, stops at once.
+    """uvicorn's server with different signal handling: SIGTERM drains, and a second SIGTERM, or Ctrl-C, stops at once.
 
     Args:
         app: the application of `create_app`.
-        drain_timeout: seconds that running and waiting requests have after SIGTERM.
+        drain_timeout: seconds that running and waiting requests have to finish after SIGTERM.
         announce: a function that is called when the server accepts requests.
     """
 
@@ -187,13 +191,13 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and announce that."""
+        """Start to listen, and then call `announce`."""
         await super().startup(sockets)
         if self.announce is not None:
             self.announce()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether the server ends now. uvicorn calls this method ten times per second."""
+        """Return True if the server should end now. uvicorn calls this method ten times per second."""
         if self.status.is_draining and not self.should_exit:
             if not self.status.active:
                 self.should_exit = True
@@ -202,11 +206,11 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the engines and with them the open streams, then the connections."""
+        """Close the engines, which ends the open streams, and then close the connections."""
         if self.status.active:
             logger.info("stopping: %d requests end unfinished", self.status.active)
         end = time.monotonic() + ENGINE_SECONDS
-        # Engine.close waits for the engine's present step, which may be long. The streams must not wait for it.
+        # Engine.close waits for the engine's current step, which may be long. The streams must not wait for it.
         closing = [threading.Thread(target=engine.close, daemon=True) for engine in self.engines]
         for thread in closing:
             thread.start()
@@ -226,9 +230,8 @@ class Server(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address. Port 0 stands for any free port.
 
-    Clients that connect before the server runs wait until it does.
-
-    Raises ValueError if the port is in use, or if it is not allowed.
+    Clients that connect before the server runs wait until it runs. Raises ValueError if `host` is not an address of this
+    machine, or if the port is in use or not allowed.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -27,7 +27,7 @@ logger = logging.getLogger("MyGPT.serving")
 RETRY_AFTER = {"Retry-After": "1"}
 """The header that asks a client to wait a second before it tries again."""
 MAX_CHARACTERS_IN_LOOP = 10_000
-"""Longest text that is encoded in the event loop itself. Longer ones use another thread, so that they delay no other client."""
+"""Longest text that is encoded in the event loop itself. Longer texts use another thread, so that other clients need not wait."""
 
 
 class APIError(Exception):
@@ -69,14 +69,14 @@ class Exchange:
     model: str | None = None
     """The name of the model that answers."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    """A random name of the request, which the client receives too."""
+    """A random id of the request, which the client receives in the header X-Request-ID."""
     generations: list[Request] = field(default_factory=list)
     """The engine's requests. All of them are cancelled when the HTTP request ends."""
     error: APIError | None = None
     """An internal error, or the error that ended a stream of events after its status was sent."""
 
     def n_prompt_tokens(self) -> int:
-        """Return the number of tokens of the prompts. Several texts for the same prompt count it once."""
+        """Return the number of tokens of the prompts. Equal prompts count once."""
         return sum(map(len, {tuple(generation.prompt_ids) for generation in self.generations}))
 
     def n_new_tokens(self) -> int:
@@ -84,7 +84,7 @@ class Exchange:
         return sum(len(generation.tokens) for generation in self.generations)
 
     def first_token(self) -> float | None:
-        """Return the value of time.monotonic() when the first new token was there, or None."""
+        """Return the value of time.monotonic() when the first new token was generated, or None."""
         return min((g.first_token for g in self.generations if g.first_token is not None), default=None)
 
 
@@ -106,7 +106,7 @@ def error_response(error: APIError) -> JSONResponse:
 
 
 def internal_error(error: BaseException, exchange: Exchange) -> APIError:
-    """Log the traceback of an unexpected error with the request's id, and return the error that tells the client this id."""
+    """Log the traceback of an unexpected error with the request's id, and return an error that names this id."""
     logger.error("internal error id=%s", exchange.id, exc_info=error)
     message = f"the server failed to answer; its log describes the error under the id {exchange.id}"
     return APIError(500, message, code="internal_error", type="server_error")
@@ -115,8 +115,8 @@ def internal_error(error: BaseException, exchange: Exchange) -> APIError:
 async def read_json(request: HTTPRequest) -> dict[str, Any]:
     """Return the JSON object in the body of a request.
 
-    Raises APIError if the body is too large, which is noticed while it is read, if it is not complete in time, or if it is
-    not a JSON object. Raises ClientDisconnect if the client leaves.
+    Raises APIError if the body is too large, is not complete in time, or is not a JSON object, and ClientDisconnect if the
+    client leaves. A body that is too large is not read to its end.
     """
     settings = settings_of(request)
     too_large = APIError(413, f"the body must have at most {settings.max_body_bytes:,} bytes", code="request_too_large")
@@ -147,7 +147,7 @@ async def read_json(request: HTTPRequest) -> dict[str, Any]:
 
 
 def find_model(request: HTTPRequest, name: str | None = None) -> ServedModel:
-    """Return the model with this name, or the first model for None. Raises APIError if there is none with this name."""
+    """Return the model with this name, or the first model for None. Raises APIError for an unknown name."""
     models: dict[str, ServedModel] = request.app.state.models
     name = next(iter(models)) if name is None else name
     if name not in models:
@@ -177,8 +177,8 @@ async def submit(
 ) -> Request:
     """Submit a request to the engine of a model, with the arguments of `Engine.submit`, and return it.
 
-    The request has the server's deadline and ends at the latest with the HTTP request. Raises APIError with status 400 for a
-    wrong argument, 429 if the queue is full, and 503 if the server is stopping.
+    The engine's request has the server's timeout, and is cancelled when the HTTP request ends. Raises APIError with status 400
+    for a wrong argument, 429 if the queue is full, and 503 if the server is stopping.
     """
     ids = await encode(served, prompt) if isinstance(prompt, str) else prompt
     options.setdefault("timeout", settings_of(request).request_timeout)
@@ -197,16 +197,16 @@ async def submit(
 
 
 def stopping() -> APIError:
-    """Return the error for a request that the server does not answer because it stops."""
+    """Return the error for a request that is refused or ended because the server is stopping."""
     return APIError(503, "the server is stopping", code="server_stopping", type="server_error", headers=RETRY_AFTER)
 
 
 def require_finished(generation: Request) -> None:
-    """Raise APIError if a request has ended before its text was complete: at its deadline, or because the server stops."""
+    """Raise APIError if a request ended before its text was complete: at its deadline, or because the server is stopping."""
     if generation.finish_reason == "timeout":
         n = len(generation.tokens)
         message = f"the request reached its deadline after {n} tokens; ask for fewer with max_tokens"
-        # The openai client would try again, and would wait as long for nothing.
+        # Without this header, the openai client would retry, and reach the deadline again.
         headers = {"x-should-retry": "false"}
         raise APIError(504, message, code="timeout", type="server_error", headers=headers)
     if generation.finish_reason == "cancelled":
@@ -214,9 +214,9 @@ def require_finished(generation: Request) -> None:
 
 
 async def while_connected(request: HTTPRequest, awaitable: Awaitable[T]) -> T:
-    """Return what `awaitable` returns. If the client leaves first, cancel it and raise ClientDisconnect.
+    """Return the result of `awaitable`. If the client leaves first, cancel `awaitable` and raise ClientDisconnect.
 
-    The body of the request must have been read.
+    Read the body of the request before, because this function discards it.
     """
     result = asyncio.ensure_future(awaitable)
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -236,7 +236,7 @@ def event_stream(
 ) -> StreamingResponse:
     """Return a response that sends the texts of `events` as server-sent events.
 
-    Each text is the data of one event: a line of JSON, or [DONE]. If `events` raises an error, it is sent as the last event.
+    Each text is the data of one event: a line of JSON, or [DONE]. If `events` raises an error, the last event describes it.
     If the client leaves, `events` is closed and the requests that `submit` made are cancelled.
     """
     all_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
@@ -253,7 +253,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _framed(events: AsyncGenerator[str], exchange: Exchange) -> AsyncGenerator[str]:
-    """Yield the events in the format of the wire, and an error as the last one."""
+    """Yield the events in the format of server-sent events. If there is an error, the last event describes it."""
     try:
         async with contextlib.aclosing(events):
             async for event in events:
