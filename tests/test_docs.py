@@ -7,12 +7,8 @@ import importlib.util
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +16,7 @@ import pytest
 import MyGPT
 from MyGPT.cli import COMMANDS, main
 from places import ROOT
+from served import free_port, running_server
 
 DOCS = ROOT / "docs"
 # A block after an HTML comment that says so is not run.
@@ -30,26 +27,6 @@ PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS /
 INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
-@contextlib.contextmanager
-def running_server(arguments: list[str], port: int) -> Iterator[None]:
-    """Run `mygpt serve` on a port, and end it with SIGTERM."""
-    process = subprocess.Popen([sys.executable, "-m", "MyGPT", *arguments, "--port", str(port)])
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
-                time.sleep(0.05)
-        yield
-        process.terminate()
-        assert process.wait(20) in (0, 1)  # 1 on Windows, where processes end without a signal
-    finally:
-        process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:
@@ -58,9 +35,7 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
     records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in spelled]
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = page.read_text(encoding="utf-8").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     with contextlib.ExitStack() as servers:
         for not_run, language, code in FENCES.findall(text):

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from MyGPT import GPT2_CONFIGS
 from MyGPT.cli import main
 from MyGPT.weights.layout import openai_shapes
 from places import ROOT
+from served import free_port, running_server
 from texts import OPENAI_FILES
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -61,7 +63,11 @@ def test_every_block_runs(
             for line in code.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 # test_doctor.py tests mygpt doctor, which takes half a minute.
-                if words[:1] == ["mygpt"] and words[1] not in ("doctor", "--help"):
+                if words[:2] == ["mygpt", "serve"]:
+                    port = free_port()
+                    with running_server(words[1:], port), urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+                        assert "<title>MyGPT" in page.read().decode()
+                elif words[:1] == ["mygpt"] and words[1] not in ("doctor", "--help"):
                     short = SHORT if words[1] == "train" else ["--epochs", "0.5"] if words[1] == "finetune" else []
                     assert main([*words[1:], *short]) == 0, (line, capsys.readouterr().err)
                 else:
