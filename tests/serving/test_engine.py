@@ -206,8 +206,8 @@ def test_a_repeated_prompt_computes_only_its_last_token(model: GPTModel) -> None
 def test_equal_prompts_at_the_same_time_are_computed_once(model: GPTModel) -> None:
     steps = Steps(model, is_held=True)
     with Engine(steps, TOKENIZER, slots=4) as engine:
-        requests = [engine.submit([*range(30), i], max_new_tokens=2) for i in range(4)]
-        until(lambda: engine.stats()["waiting"] == 0)
+        with engine._changed:  # the engine admits all of them together
+            requests = [engine.submit([*range(30), i], max_new_tokens=2) for i in range(4)]
         steps.release()
         results = [ids_of(request) for request in requests]
     n_computed = sum(len(piece.ids) for pieces in steps.pieces for piece in pieces)
@@ -219,8 +219,9 @@ def test_equal_prompts_at_the_same_time_are_computed_once(model: GPTModel) -> No
 def test_a_request_whose_source_is_cancelled_computes_its_prompt_itself(model: GPTModel) -> None:
     steps = Steps(model, is_held=True)
     with Engine(steps, TOKENIZER, slots=2) as engine:
-        first = engine.submit(list(range(30)), max_new_tokens=2)
-        second = engine.submit(list(range(30)), max_new_tokens=2)
+        with engine._changed:
+            first, second = (engine.submit(list(range(30)), max_new_tokens=2) for _ in range(2))
+        until(lambda: engine.stats()["running"] == 2)
         first.cancel()
         steps.release()
         assert ids_of(second) == generate(model, torch.tensor([list(range(30))]), 2)[0, 30:].tolist()
