@@ -250,9 +250,9 @@ def serve(name: str, directory: Path, n: int) -> None:
 
 
 class Child:
-    def __init__(self, name: str, directory: Path, n: int) -> None:
-        command = [sys.executable, __file__, "--child", name, "--directory", str(directory), "--tokens", str(n)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """A process that measures a program. It writes one line of JSON when it is ready, and one for each line that it reads."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -297,9 +297,11 @@ def main() -> None:
     if options.optimum:
         export_openvino(options.optimum, options.directory)
     children = {}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in options.programs:
         try:
-            children[name] = Child(name, options.directory, options.tokens)
+            command = ["--child", name, "--directory", str(options.directory), "--tokens", str(options.tokens)]
+            children[name] = Child([sys.executable, __file__, *command], environment)
         except RuntimeError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not options.convert_only:

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import processor, versions, write_gguf
+from decode import Child, processor, versions, write_gguf
 
 from MyGPT import GPT2_CONFIGS, GPTModel, accelerate, generate, get_tokenizer
 from MyGPT.commands.bench import read_bandwidth
@@ -74,7 +74,7 @@ TARGETS = (
 """Two programs, a case, and the smallest ratio of their speeds that we want."""
 
 Answer = list[float]
-"""What a client saw of one request: when it sent it, when the first and the last token came, and the number of tokens.
+"""The measurement of one request: the times of sending it, of its first token and of its last token, and the number of tokens.
 Times are seconds since the start of the measurement."""
 Ask = Callable[[str, Answer], Any]
 """A coroutine function that sends one prompt and fills in the answer."""
@@ -209,27 +209,11 @@ async def events(reader: asyncio.StreamReader, is_chunked: bool) -> AsyncIterato
             yield event
 
 
-class Child:
-    """A process that measures MyGPT without HTTP. It reads and writes lines of JSON."""
-
-    def __init__(self, name: str, slots: int, directory: Path, environment: dict[str, str]) -> None:
-        command = [sys.executable, __file__, "--child", name, "--slots", str(slots), "--directory", str(directory)]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.read()
-
-    def read(self) -> Any:
-        assert self.process.stdout is not None and self.process.stderr is not None
-        while line := self.process.stdout.readline():
-            with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(line)
-        raise RuntimeError((self.process.stderr.read().strip().splitlines() or ["no message"])[-1])
+class Limit(Child):
+    """A process that measures MyGPT without HTTP."""
 
     def run(self, prompts: list[str], clients: int, tokens: int, limit: float) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        print(json.dumps([prompts, clients, tokens, limit]), file=self.process.stdin, flush=True)
-        result: dict[str, Any] = self.read()
+        result: dict[str, Any] = self.ask(json.dumps([prompts, clients, tokens, limit]))
         return result
 
     def close(self) -> None:
@@ -298,7 +282,7 @@ async def send_at_once(port: int, tokens: int) -> None:
         await server.serve_forever()
 
 
-def open_program(name: str, slots: int, options: argparse.Namespace) -> Server | Child:
+def open_program(name: str, slots: int, options: argparse.Namespace) -> Server | Limit:
     directory: Path = options.directory
     model = str(directory / "model")
     threads = str(options.threads)
@@ -310,7 +294,8 @@ def open_program(name: str, slots: int, options: argparse.Namespace) -> Server |
         command = [sys.executable, __file__, "--child", name, "--slots", "PORT", "--tokens", str(options.tokens)]
         return Server(command, {}, "/", environment, log)
     if program == "MyGPT" and " " in kind:
-        return Child(name, slots, directory, environment)
+        command = [sys.executable, __file__, "--child", name, "--slots", str(slots), "--directory", str(directory)]
+        return Limit(command, environment)
     if program == "MyGPT":
         command = [sys.executable, "-m", "MyGPT", "serve", "--model", model, "--port", "PORT", "--precision", kind]
         fields = {"model": "model", "ignore_eos": True, **usage}

@@ -15,9 +15,9 @@ from MyGPT.serving.models import ServedModel, Settings
 
 
 @contextlib.contextmanager
-def serving(*models: ServedModel, settings: Settings | None = None) -> Iterator[str]:
-    """Serve models and yield the server's address, such as http://127.0.0.1:40001. The engines are closed at the end."""
-    app = create_app({served.name: served for served in models}, settings)
+def running(models: dict[str, ServedModel], settings: Settings | None = None) -> Iterator[str]:
+    """Serve models and yield the server's address, such as http://127.0.0.1:40001. The engines stay open."""
+    app = create_app(models, settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -31,5 +31,14 @@ def serving(*models: ServedModel, settings: Settings | None = None) -> Iterator[
         finally:
             server.should_exit = True
             thread.join(10)
-            for served in models:
-                served.engine.close()
+
+
+@contextlib.contextmanager
+def serving(*models: ServedModel, settings: Settings | None = None) -> Iterator[str]:
+    """Serve models and yield the server's address. The engines are closed at the end."""
+    try:
+        with running({served.name: served for served in models}, settings) as address:
+            yield address
+    finally:
+        for served in models:
+            served.engine.close()

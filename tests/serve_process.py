@@ -1,4 +1,4 @@
-"""A process of `mygpt serve` with a tiny model, for tests of signals and for the soak."""
+"""A process of `mygpt serve`, for tests of signals and of documentation, and for the soak."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ class ServeProcess:
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.announcement)
         assert found is not None
         self.url, self.port = found[0], int(found[1])
+
+    @classmethod
+    def of_command(cls, words: list[str], log: Path) -> ServeProcess:
+        """Run a command of the documentation, given as words such as ["serve", "--model", "runs/book"], on a free port."""
+        assert words[:2] == ["serve", "--model"], words
+        return cls(Path(words[2]), log, *words[3:])
 
     def samples(self) -> list[Sample]:
         """Return the numbers of /metrics with their labels."""

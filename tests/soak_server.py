@@ -56,7 +56,7 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
 
     async def client(self, kind: str, rng: random.Random) -> None:
-        """Send one request, and check what comes back."""
+        """Send one request, and check the answer."""
         fields, text = rng.choice(self.expected)
         actions: dict[str, Callable[[], Awaitable[str | None]]] = {
             "whole": lambda: self.complete(fields, text),

@@ -16,7 +16,7 @@ import pytest
 import MyGPT
 from MyGPT.cli import COMMANDS, main
 from places import ROOT
-from served import free_port, running_server
+from serve_process import ServeProcess
 
 DOCS = ROOT / "docs"
 # A block after an HTML comment that says so is not run.
@@ -35,12 +35,13 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
     records = [{"instruction": f"Spell {word}.", "output": " ".join(word)} for word in spelled]
     Path("records.json").write_text(json.dumps(records))
     names: dict[str, object] = {"__name__": page.stem}
-    port = free_port()
-    text = page.read_text(encoding="utf-8").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    with contextlib.ExitStack() as servers:
-        for not_run, language, code in FENCES.findall(text):
+    servers: list[ServeProcess] = []
+    with contextlib.ExitStack() as stack:
+        for not_run, language, code in FENCES.findall(page.read_text(encoding="utf-8")):
             if not_run:
                 continue
+            if servers:
+                code = code.replace("http://127.0.0.1:8000", servers[-1].url)
             assert language in ("python", "bash", "text"), f"{language or 'a block without a language'} is not run"
             if language == "python":
                 exec(compile(code, page.name, "exec"), names)
@@ -52,12 +53,14 @@ def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -
                 if command == "curl":
                     subprocess.run(["curl", "--fail", *arguments], check=True, timeout=60)
                 elif arguments[:1] == ["serve"]:
-                    servers.enter_context(running_server(arguments, port))
+                    servers.append(stack.enter_context(ServeProcess.of_command(arguments, Path("serve.log"))))
                 # test_doctor.py tests mygpt doctor, which takes half a minute.
                 elif command == "mygpt" and arguments != ["doctor"] and arguments != ["--help"]:
                     assert main(arguments) == 0, line
                 else:
                     assert command in ("mygpt", "make"), f"not run: {line}"
+        for server in servers:
+            assert server.stop() in (0, 1)  # 1 on Windows, where processes end without a signal
 
 
 def test_the_table_of_commands_is_complete() -> None:

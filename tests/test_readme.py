@@ -18,7 +18,7 @@ from MyGPT import GPT2_CONFIGS
 from MyGPT.cli import main
 from MyGPT.weights.layout import openai_shapes
 from places import ROOT
-from served import free_port, running_server
+from serve_process import ServeProcess
 from texts import OPENAI_FILES
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -64,9 +64,10 @@ def test_every_block_runs(
                 words = shlex.split(line, comments=True)
                 # test_doctor.py tests mygpt doctor, which takes half a minute.
                 if words[:2] == ["mygpt", "serve"]:
-                    port = free_port()
-                    with running_server(words[1:], port), urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
-                        assert "<title>MyGPT" in page.read().decode()
+                    with ServeProcess.of_command(words[1:], Path("serve.log")) as server:
+                        with urllib.request.urlopen(server.url) as page:
+                            assert "<title>MyGPT" in page.read().decode()
+                        assert server.stop() in (0, 1)  # 1 on Windows, where processes end without a signal
                 elif words[:1] == ["mygpt"] and words[1] not in ("doctor", "--help"):
                     short = SHORT if words[1] == "train" else ["--epochs", "0.5"] if words[1] == "finetune" else []
                     assert main([*words[1:], *short]) == 0, (line, capsys.readouterr().err)

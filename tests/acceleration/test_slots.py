@@ -181,7 +181,7 @@ def test_a_prompt_in_pieces_of_any_length_has_bit_identical_logits(n: int, preci
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_left_padded_prompts_have_the_logits_of_slots(precision: Any) -> None:
-    """So `generate` continues a prompt exactly as a server does."""
+    """Therefore `generate` and a server continue a prompt with the same tokens."""
     model = accelerate(make_model(**ODD), precision, compiled=True)
     n_padding = torch.tensor([0, 1, 37, 69, 2])
     ids, mask = torch.randint(67, (5, 70)), (torch.arange(70) >= n_padding[:, None]).long()

@@ -6,7 +6,6 @@ import base64
 import copy
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from browser import open_browser
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import main
@@ -135,19 +135,8 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Yield a headless Chromium, controlled by chromedriver."""
-    chromium, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield opened
-    opened.quit()
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.mark.slow

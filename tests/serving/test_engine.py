@@ -466,8 +466,9 @@ def test_a_closed_event_loop_does_not_disturb_the_engine(model: GPTModel) -> Non
         assert len(ids_of(request)) == 3
 
 
-def test_a_program_may_end_without_closing_its_engine(tmp_path: Path) -> None:
-    lively_model(CONFIG).save_pretrained(tmp_path / "model")
+def test_a_program_may_end_without_closing_its_engine(model: GPTModel, tmp_path: Path) -> None:
+    accelerate(model, compiled=True)  # the program finds the compiled kernel, and prints nothing about it
+    model.save_pretrained(tmp_path / "model")
     code = (
         "import sys\n"
         "from MyGPT import Engine, GPTModel, accelerate\n"

@@ -8,10 +8,7 @@ import io
 import json
 import math
 import re
-import shutil
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +17,7 @@ import httpx
 import pytest
 import torch
 
+from browser import open_browser
 from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, SamplingConfig, generate, get_tokenizer
 from MyGPT.acceleration.step import accelerate
@@ -31,10 +29,8 @@ from oracles_model import transformers_twin
 
 pytest.importorskip("uvicorn")
 
-import uvicorn
-
+from api_server import running
 from MyGPT.serving import Engine
-from MyGPT.serving.app import create_app
 from MyGPT.serving.inspect import Inspector, page_headers, page_html, token_pieces
 from MyGPT.serving.models import ServedModel, Settings
 
@@ -59,23 +55,6 @@ def models() -> Iterator[dict[str, ServedModel]]:
     yield found
     for one in found.values():
         one.engine.close()
-
-
-@contextlib.contextmanager
-def running(models: dict[str, ServedModel], settings: Settings) -> Iterator[str]:
-    """Serve the models in a thread, and yield the address."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        server = uvicorn.Server(uvicorn.Config(create_app(models, settings), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        until(lambda: server.started)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -308,25 +287,8 @@ def test_page_is_one_document_that_allows_only_its_own_code(address: str) -> Non
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Yield a headless Chromium, controlled by chromedriver."""
-    chromium, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1280,900",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield opened
-    opened.quit()
+    with open_browser("--window-size=1280,900", logs=("browser", "performance")) as opened:
+        yield opened
 
 
 class Page:

@@ -186,6 +186,7 @@ def open_models(
 ) -> dict[str, ServedModel]:
     """Open models and start their engines. Raises MemoryError if the machine has too little memory for the slots."""
     from MyGPT.commands._model import make_fast, report_tokenizer, start_build
+    from MyGPT.costs import cache_bytes
     from MyGPT.opening import find_model_files, open_model
     from MyGPT.serving.engine import Engine
     from MyGPT.serving.models import ServedModel
@@ -199,7 +200,10 @@ def open_models(
         report_tokenizer(tokenizer)
         template = find_model_files(path).template()
         fast: Any = make_fast(gpt, precision, False, build)
-        require_memory_for_slots(name, slots * fast.new_cache(1).storage.nbytes, gpt.transformer.wte.weight.device)
+        weight = gpt.transformer.wte.weight
+        itemsize = 4 if weight.device.type == "cpu" else weight.itemsize  # an accelerated model's cache is in float32
+        n_bytes = slots * gpt.config.context_length * cache_bytes(gpt.config, itemsize)
+        require_memory_for_slots(name, n_bytes, weight.device)
         engine = Engine(fast, tokenizer, slots, max_queue=max_queue, lock=lock)
         served[name] = ServedModel(name, engine, tokenizer, gpt, template)
     return served

@@ -232,7 +232,7 @@ class Observer:
         state.status.active += counts
         try:
             await self.app(scope, receive, observed_send)
-        except (ClientDisconnect, asyncio.CancelledError):  # uvicorn cancels what is left when the server stops
+        except (ClientDisconnect, asyncio.CancelledError):  # uvicorn cancels unfinished requests when the server stops
             pass
         except Exception as error:
             exchange.error = internal_error(error, exchange)

@@ -34,7 +34,7 @@ from MyGPT.tokenizers.base import ids_without_token
 MAX_PROMPT_TOKENS = 256
 """Largest number of prompt tokens that one step computes."""
 MAX_PROMPT_TOKENS_WHILE_GENERATING = 64
-"""The same limit while at least one request generates. A longer step would delay the next token of these requests."""
+"""Largest number of prompt tokens per step while other requests generate. A longer step would delay their next tokens."""
 MAX_LOGPROBS = 20
 """Largest number of most likely alternatives that can be returned with a token."""
 
@@ -50,6 +50,8 @@ class _Run:
     has_stopped: Any
     """A function that takes the new ids and returns True if they have reached a stop. None if the request has no stops."""
     generators: list[torch.Generator]
+    excluded: Tensor
+    """The ids that are never generated: those without a token, except for those that end the request."""
     bias: Tensor | None
     seen: Tensor | None
     """True for the tokens that already occurred, (1, V). None without a repetition penalty."""
@@ -311,6 +313,8 @@ class Engine:
         slot = self._slots.take(ids, limit, {run.slot for run in self._running})
         request.n_reused = self._n_cached(slot)
         V = self.model.config.vocab_size
+        ends = self._without_token.new_tensor(request.end_ids)
+        excluded = self._without_token[~torch.isin(self._without_token, ends)]
         bias = seen = None
         if request.logit_bias:
             bias = torch.zeros(1, V, device=self._device)
@@ -320,7 +324,7 @@ class Engine:
             seen[0, request.prompt_ids] = True
         run = _Run(
             request, slot, ids, stop_check(request.stop or None, self.tokenizer),
-            seeded_generators(request.seed, 1, self._device), bias, seen,
+            seeded_generators(request.seed, 1, self._device), excluded, bias, seen,
         )  # fmt: skip
         if not request.prompt_logprobs:
             self._find_source(run)
@@ -415,11 +419,8 @@ class Engine:
         adjusted = logits.float() if logits.dtype.itemsize < 4 else logits
         if run.bias is not None:
             adjusted = adjusted + run.bias
-        excluded = self._without_token
-        if len(excluded):
-            # Ids without a token are never generated, except for those that end the request.
-            ends = torch.tensor(request.end_ids, dtype=torch.int64, device=self._device)
-            adjusted = adjusted.index_fill(1, excluded[~torch.isin(excluded, ends)], -math.inf)
+        if len(run.excluded):
+            adjusted = adjusted.index_fill(1, run.excluded, -math.inf)
         new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
         token = Token(new)
         if request.logprobs is not None:

@@ -25,7 +25,7 @@ ERRORS = {
     400: "The request is not JSON, or a field has a wrong value. `param` names the field.",
     401: "The server needs an API key.",
     403: "The Host header or the Origin header is not allowed.",
-    404: "There is no such model or path.",
+    404: "The model or the path does not exist.",
     408: "The body was not complete in time.",
     413: "The body is too large.",
     429: "Too many requests are waiting. Try again after the time in the header Retry-After.",

@@ -52,7 +52,7 @@ class Logprobs(ResponseModel):
     top_logprobs: list[dict[str, float] | None]
     """The most likely tokens at each position, and the token itself, with their log-probabilities."""
     text_offset: list[int]
-    """Where each token begins, in characters from the start of the prompt."""
+    """The position of each token, in characters from the start of the prompt."""
 
 
 class CompletionChoice(ResponseModel):
