@@ -1,4 +1,4 @@
-"""Measure and test MyGPT on a machine with a GPU, in under eight minutes.
+"""Measure and test MyGPT on a machine with a GPU, in about nine minutes.
 
     python benchmarks/gpu.py --out benchmarks/results            # all parts
     python benchmarks/gpu.py --out benchmarks/results --parts training decoding
@@ -46,9 +46,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "ROW "  # begins a line of a part's output that is a row in JSON
-TOTAL_SECONDS = 470
+TOTAL_SECONDS = 540
 LIMITS = {  # seconds
-    "environment": 40, "tests": 120, "training": 150, "decoding": 120, "loss": 40, "kernel": 60, "sharding": 40,
+    "environment": 40, "tests": 120, "training": 210, "decoding": 120, "loss": 40, "kernel": 60, "sharding": 40,
 }  # fmt: skip
 PACKAGES = (
     "torch triton numpy transformers tokenizers tiktoken safetensors pytest hypothesis regex filelock tqdm jsonargparse"
