@@ -27,7 +27,7 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
 from MyGPT.tokenizers.nanogpt import META
-from MyGPT.weights.formats import find_format
+from MyGPT.weights.formats import find_format, gguf
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
 from MyGPT.weights.pretrained import find_downloaded, find_model, is_name
@@ -87,6 +87,9 @@ class ModelFiles:
 
         Raises ValueError if the tokenizer is missing, damaged or not supported.
         """
+        inside = gguf.read_tokenizer(self.path) if self.adapter is None and gguf.matches(self.path) else None
+        if inside is not None:
+            return _fit(inside, vocab_size)
         found = next((place for place in self._tokenizer_directories() if find_files(place)), None)
         if found is not None:
             return _fit(load_tokenizer(found), vocab_size)
