@@ -6,8 +6,9 @@ batches, then divide once. B batch size, T tokens, N = B * T positions, C embedd
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,9 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     and the backward pass changes them in place, so a second backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+    if _is_compiled and torch.is_grad_enabled():
+        result: tuple[Tensor, Tensor] = _compiled(_whole_loss)(hidden, weight, flat_targets)
+        return result
     # On a GPU the number of counted targets is not known without waiting for the GPU.
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != IGNORED
@@ -143,6 +147,36 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, torch.is_grad_enabled())
     return total, (targets != IGNORED).sum()
+
+
+@contextmanager
+def compiled_loss() -> Iterator[None]:
+    """Compute `linear_token_loss` with compiled code for all positions at once, where gradients are enabled.
+
+    On a GPU this is twice as fast as `_ChunkedLinearLoss`, because softmax, sums and conversions are one kernel. It keeps the
+    logits in the dtype of the matrix product, which takes 3 GB for 32,768 positions of GPT-2 in bfloat16.
+    """
+    global _is_compiled
+    before, _is_compiled = _is_compiled, True
+    try:
+        yield
+    finally:
+        _is_compiled = before
+
+
+_is_compiled = False
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _whole_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result of `linear_token_loss` for hidden (N, C) and targets (N,), from all logits at once."""
+    V = len(weight)
+    # Products with unaligned rows take up to 50% longer, so 50,257 outputs are computed as 50,304.
+    return token_loss(F.linear(hidden, F.pad(weight, (0, 0, 0, -V % 64)))[:, :V], targets)
 
 
 def chunk_sizes(device: str) -> tuple[int | None, int]:
