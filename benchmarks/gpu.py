@@ -377,7 +377,12 @@ def training(toy: bool) -> None:
     compiled = device.type == "cuda"
     programs: dict[str, Callable[[], Callable[[], Any]]] = {
         "MyGPT": lambda: our_step(config, B, device, compiled),
-        "MyGPT, only blocks compiled": lambda: our_step(config, B, device, compiled, is_loss_compiled=False),
+        "MyGPT, only blocks compiled": lambda: our_step(
+            config, B, device, compiled, lambda model: [block.compile() for block in model.transformer.h], loss=False
+        ),
+        "MyGPT, all layers compiled together": lambda: our_step(
+            config, B, device, compiled, lambda model: model.transformer.compile()
+        ),
         "MyGPT, not compiled": lambda: our_step(config, B, device, False),
         f"loop like nanoGPT's, {rounded.vocab_size:,} tokens": lambda: plain_step(rounded, False, B, device, compiled),
     }
@@ -397,23 +402,37 @@ def training(toy: bool) -> None:
         emit(**row)
 
 
-def our_step(config: Any, B: int, device: Any, compiled: bool, is_loss_compiled: bool = True) -> Callable[[], Any]:
-    """Return a step of MyGPT's Trainer, which also reads its batch."""
+def our_step(
+    config: Any,
+    B: int,
+    device: Any,
+    compiled: bool,
+    compile_parts: Callable[[Any], Any] | None = None,
+    loss: bool = True,
+) -> Callable[[], Any]:
+    """Return a step of MyGPT's Trainer, which also reads its batch.
+
+    If `compile_parts` is given, it compiles parts of the model in place of the Trainer, and `loss` chooses a compiled loss.
+    """
     import numpy as np
 
-    import MyGPT.training.arithmetic as arithmetic
     from MyGPT import GPTModel, TrainConfig, Trainer
+    from MyGPT.loss import compiled_loss
 
     n = 100 * B * config.context_length + 1
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n).astype(np.uint16)
-    settings = TrainConfig(max_steps=10**6, batch_size=B, precision="bf16", compile=compiled, learning_rate=6e-4)
+    is_usual = compile_parts is None
+    settings = TrainConfig(
+        max_steps=10**6, batch_size=B, precision="bf16", compile=compiled and is_usual, learning_rate=6e-4
+    )
     trainer = Trainer(GPTModel(config), settings, ids, device=device, progress=False)
     trainer.setup()
-    usual = arithmetic.compiled_loss
+    if compile_parts is not None and compiled:
+        compile_parts(trainer.model)
 
     def step() -> None:
-        arithmetic.compiled_loss = usual if is_loss_compiled else contextlib.nullcontext
-        trainer.step()
+        with contextlib.nullcontext() if is_usual or not (loss and compiled) else compiled_loss():
+            trainer.step()
 
     return step
 
