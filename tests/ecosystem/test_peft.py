@@ -40,7 +40,6 @@ ON_CONV1D: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA with bias": ("LoraConfig", {"target_modules": ALL, "lora_bias": True}),
     "LoRA, all-linear": ("LoraConfig", {"target_modules": "all-linear", "exclude_modules": ["lm_head"]}),
     "LoRA and modules_to_save": ("LoraConfig", {"target_modules": ALL, "modules_to_save": ["ln_f"]}),
-    "AdaLoRA": ("AdaLoraConfig", {"target_modules": ALL, "total_step": 10}),
     "IA3": ("IA3Config", {}),
     "LNTuning": ("LNTuningConfig", {}),
     "VeRA": ("VeraConfig", {"target_modules": DOWN}),
@@ -76,8 +75,8 @@ ON_LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "Supertuning": ("SupertuningConfig", {"target_modules": ALL, "sparsity": 0.5}),
     "Poly": ("PolyConfig", {"target_modules": ALL, "r": 2, "n_tasks": 2, "n_skills": 2, "n_splits": 1}),
 }
-# These methods need the interface of transformers, so they get `as_transformers(model)`.
-ON_PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
+# These methods need `as_transformers(model)`: virtual tokens need its interface, and AdaLoRA adds to the loss of the output.
+NEEDS_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
     "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
     "prefix tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
@@ -88,10 +87,11 @@ ON_PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "multitask prompt tuning": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 3, "num_tasks": 2}),
     "CPT": ("CPTConfig", {"cpt_token_ids": [1, 2, 3], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]}),
     "Cartridge": ("CartridgeConfig", {"num_virtual_tokens": 3}),
+    "AdaLoRA": ("AdaLoraConfig", {"target_modules": ALL, "total_step": 10}),
     "TrainableTokens": ("TrainableTokensConfig", {"token_indices": [1, 11]}),
     "LoRA and trainable_token_indices": ("LoraConfig", {"target_modules": ALL, "trainable_token_indices": [1, 11]}),
 }
-METHODS = {**ON_CONV1D, **ON_LINEAR, **ON_PROMPTS}
+METHODS = {**ON_CONV1D, **ON_LINEAR, **NEEDS_TRANSFORMERS}
 TIED_AND_UNTIED = [
     # The methods of the first two groups do not touch the output head.
     pytest.param(
@@ -99,7 +99,7 @@ TIED_AND_UNTIED = [
     )
     for method in METHODS
     for tied in (True, False)
-    for quick in [method == "LoRA" or method in ON_PROMPTS]
+    for quick in [method == "LoRA" or method in NEEDS_TRANSFORMERS]
 ]
 
 
@@ -135,16 +135,18 @@ def inputs_of(method: str) -> dict[str, Tensor]:
     return {"input_ids": IDS, "labels": IDS, **more.get(method, {})}
 
 
+def trained(model: PeftModel) -> list[nn.Parameter]:
+    """Return the trained parameters, without the ranks of AdaLoRA's layers, which PEFT does not save."""
+    return [weight for name, weight in model.named_parameters() if weight.requires_grad and "ranknum" not in name]
+
+
 def adapted(base_model: nn.Module, method: str) -> PeftModel:
     """Return the model with an adapter that changes the logits, as most new adapters do not."""
     torch.manual_seed(3)
     model = get_peft_model(base_model, config_of(method))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ranknum" in name:
-                parameter.requires_grad = False  # AdaLoRA does not save it
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        for parameter in trained(model):
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
@@ -158,7 +160,7 @@ def logits_of(model: PeftModel, method: str, with_labels: bool = True) -> Tensor
 def two_steps(model: PeftModel, method: str) -> list[float]:
     """Return the losses of two training steps and the loss after them."""
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD(trained(model), lr=0.05)
     losses = []
     for _ in range(3):
         logits = logits_of(model, method)[:, -IDS.shape[1] :]  # without those of virtual tokens
@@ -178,7 +180,7 @@ def test_a_method_trains_as_on_transformers_and_its_adapters_load_on_both(
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # takes most of the time
 
     def ours() -> Any:
-        return as_transformers(base(tie_weights)) if method in ON_PROMPTS else base(tie_weights)
+        return as_transformers(base(tie_weights)) if method in NEEDS_TRANSFORMERS else base(tie_weights)
 
     model = adapted(ours(), method)
     model.eval().save_pretrained(tmp_path / "ours")
