@@ -366,7 +366,7 @@ def tests(toy: bool) -> None:
 
 
 def training(toy: bool) -> None:
-    """Measure an AdamW step under bf16 autocast. nanoGPT rounds the vocabulary up to 50,304, so that variant is measured too."""
+    """Measure an AdamW step under bf16 autocast. nanoGPT rounds the vocabulary up to 50,304, as its variant does here."""
     import torch
 
     device = the_device(toy)
@@ -377,8 +377,12 @@ def training(toy: bool) -> None:
     compiled = device.type == "cuda"
     programs: dict[str, Callable[[], Callable[[], Any]]] = {
         "MyGPT": lambda: our_step(config, B, device, compiled),
-        f"MyGPT, {rounded.vocab_size:,} tokens": lambda: our_step(rounded, B, device, compiled),
-        "MyGPT, loss in small chunks": lambda: our_step(config, B, device, compiled, max_logits=1 << 24),
+        "MyGPT, only blocks compiled": lambda: our_step(
+            config, B, device, compiled, lambda model: [block.compile() for block in model.transformer.h], loss=False
+        ),
+        "MyGPT, all layers compiled together": lambda: our_step(
+            config, B, device, compiled, lambda model: model.transformer.compile()
+        ),
         "MyGPT, not compiled": lambda: our_step(config, B, device, False),
         f"loop like nanoGPT's, {rounded.vocab_size:,} tokens": lambda: plain_step(rounded, False, B, device, compiled),
     }
@@ -398,23 +402,37 @@ def training(toy: bool) -> None:
         emit(**row)
 
 
-def our_step(config: Any, B: int, device: Any, compiled: bool, max_logits: int | None = None) -> Callable[[], Any]:
-    """Return a step of MyGPT's Trainer, which also reads its batch."""
+def our_step(
+    config: Any,
+    B: int,
+    device: Any,
+    compiled: bool,
+    compile_parts: Callable[[Any], Any] | None = None,
+    loss: bool = True,
+) -> Callable[[], Any]:
+    """Return a step of MyGPT's Trainer, which also reads its batch.
+
+    If `compile_parts` is given, it compiles parts of the model in place of the Trainer, and `loss` chooses a compiled loss.
+    """
     import numpy as np
 
-    import MyGPT.loss as losses
     from MyGPT import GPTModel, TrainConfig, Trainer
+    from MyGPT.loss import compiled_loss
 
     n = 100 * B * config.context_length + 1
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n).astype(np.uint16)
-    settings = TrainConfig(max_steps=10**6, batch_size=B, precision="bf16", compile=compiled, learning_rate=6e-4)
+    is_usual = compile_parts is None
+    settings = TrainConfig(
+        max_steps=10**6, batch_size=B, precision="bf16", compile=compiled and is_usual, learning_rate=6e-4
+    )
     trainer = Trainer(GPTModel(config), settings, ids, device=device, progress=False)
     trainer.setup()
-    usual = losses.MAX_GPU_LOGITS
+    if compile_parts is not None and compiled:
+        compile_parts(trainer.model)
 
     def step() -> None:
-        losses.MAX_GPU_LOGITS = max_logits or usual
-        trainer.step()
+        with contextlib.nullcontext() if is_usual or not (loss and compiled) else compiled_loss():
+            trainer.step()
 
     return step
 
@@ -517,14 +535,24 @@ def decoding(toy: bool) -> None:
     weight_bytes = 2 * (model.num_parameters(exclude_embeddings=True) + model.transformer.wte.weight.numel())
     entry_bytes = 2 * 2 * config.n_layers * config.emb_dim  # keys and values of one token
 
-    def captured(backend: Any = None, compiled: bool = False) -> Callable[[Any], Any]:
+    def captured(backend: Any = None) -> Callable[[Any], Any]:
         fast = CapturedModel(model)
-        if compiled:
-            fast._compute = torch.compile(fast._compute, dynamic=False)  # type: ignore[method-assign]
 
         def run(ids: Any) -> Any:
             with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
                 return generate(fast, ids, n_new)
+
+        return run
+
+    def replayed(B: int) -> Callable[[Any], Any]:
+        """Replay the graph of the middle of the text, without choosing tokens: what the GPU itself needs for the passes."""
+        fast = CapturedModel(model)
+        generate(fast, torch.zeros(B, 32, dtype=torch.int64, device=device), n_new)
+        graphs = list(fast._idle.graphs.values()) if fast._idle else []
+
+        def run(ids: Any) -> None:
+            for _ in range(n_new):
+                graphs[len(graphs) // 2].replay()
 
         return run
 
@@ -541,15 +569,14 @@ def decoding(toy: bool) -> None:
         "MyGPT, eager": lambda: lambda ids: generate(model, ids, n_new),
         "MyGPT, captured, math attention": lambda: captured(SDPBackend.MATH),
     }
-    if device.type == "cuda":
-        runs["MyGPT, captured, cuDNN attention"] = lambda: captured(SDPBackend.CUDNN_ATTENTION)
-        runs["MyGPT, captured and compiled"] = lambda: captured(compiled=True)
     if theirs is not None:
         runs["transformers"] = lambda: transformers
     static = {"transformers, static cache": lambda: functools.partial(transformers, cache_implementation="static")}
     # With a static cache transformers compiles its model, which takes a minute, so everything else is measured first.
     for programs in (runs, static if theirs is not None else {}):
         for B in (1, 64):
+            if device.type == "cuda" and programs is runs:
+                programs["graph replay alone"] = functools.partial(replayed, B)
             ids = torch.randint(0, config.vocab_size, (B, 32), device=device)
             expected = generate(model, ids, n_new)
             equal: dict[str, float] = {}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # "import X as X" marks X as public for type checkers.
     from MyGPT.data.templates import format_input as format_input
     from MyGPT.data.windows import GPTDataset as GPTDataset
     from MyGPT.data.windows import create_dataloader as create_dataloader
+    from MyGPT.ecosystem import as_transformers as as_transformers
     from MyGPT.generation import generate as generate
     from MyGPT.generation import generate_stream as generate_stream
     from MyGPT.model import GPTModel as GPTModel

@@ -6,15 +6,16 @@ batches, then divide once. B batch size, T tokens, N = B * T positions, C embedd
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 IGNORED = -100
 """Target value of positions that the losses ignore, as in torch and transformers."""
@@ -82,18 +83,35 @@ def _are_tied(embedding: nn.Embedding, head: nn.Module) -> bool:
     return own is not None and own is getattr(embedding, "weight", None)
 
 
-@dataclass
-class CausalLMOutput:
-    """The result of GPTModel.forward with labels: the loss and the logits."""
+class CausalLMOutput(NamedTuple):
+    """The result of GPTModel.forward with labels: the loss and the logits.
+
+    Each is an attribute, a position and a key: `output.loss`, `output[0]` and `output["loss"]`. `loss, logits = output` and
+    `dict(output)` also work. As a tuple, the result is known to pytree, DistributedDataParallel and Accelerate.
+    """
 
     loss: Tensor
     """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
     logits: Tensor
     """Logits of the next token at every position, (B, T, V)."""
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
 
-# DistributedDataParallel and fully_shard find the tensors of a result only in classes that torch knows.
-torch.export.register_dataclass(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
+    def __contains__(self, key: object) -> bool:
+        return key in self._fields
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the fields."""
+        return self._fields
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the names of the fields with their values."""
+        return zip(self._fields, self, strict=True)
+
+
+# Without this name, torch.export cannot save a program that returns the class.
+pytree._register_namedtuple(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +148,9 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     and the backward pass changes them in place, so a second backward pass raises an error.
     """
     hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+    if _is_compiled and torch.is_grad_enabled():
+        result: tuple[Tensor, Tensor] = _compiled(_whole_loss)(hidden, weight, flat_targets)
+        return result
     # On a GPU the number of counted targets is not known without waiting for the GPU.
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != IGNORED
@@ -143,6 +164,36 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = _ChunkedLinearLoss.apply(hidden, weight, flat_targets, torch.is_grad_enabled())
     return total, (targets != IGNORED).sum()
+
+
+@contextmanager
+def compiled_loss() -> Iterator[None]:
+    """Compute `linear_token_loss` with compiled code for all positions at once, where gradients are enabled.
+
+    On a GPU this is twice as fast as `_ChunkedLinearLoss`, because softmax, sums and conversions are one kernel. It keeps the
+    logits in the dtype of the matrix product, which takes 3 GB for 32,768 positions of GPT-2 in bfloat16.
+    """
+    global _is_compiled
+    before, _is_compiled = _is_compiled, True
+    try:
+        yield
+    finally:
+        _is_compiled = before
+
+
+_is_compiled = False
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _whole_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result of `linear_token_loss` for hidden (N, C) and targets (N,), from all logits at once."""
+    V = len(weight)
+    # Products with unaligned rows take up to 50% longer, so 50,257 outputs are computed as 50,304.
+    return token_loss(F.linear(hidden, F.pad(weight, (0, 0, 0, -V % 64)))[:, :V], targets)
 
 
 def chunk_sizes(device: str) -> tuple[int | None, int]:

@@ -10,6 +10,7 @@ import torch
 
 from MyGPT.acceleration.linear import fast_linear
 from MyGPT.config import TrainingPrecision
+from MyGPT.loss import compiled_loss
 from MyGPT.training.config import TrainConfig
 
 
@@ -50,11 +51,12 @@ def forward_pass(config: TrainConfig, device: torch.device, dtype: torch.dtype |
     """Run the `with` block in autocast to `dtype`, or without autocast if `dtype` is None.
 
     On a CPU, linear layers use the kernels of `fast_linear`, unless `config` turns on compile or gradient_checkpointing,
-    which cannot use these kernels.
+    which cannot use these kernels. If `config` turns on compile, a GPU also computes the loss with compiled code.
     """
     # Neither compiled code nor the second forward pass of gradient checkpointing would use the kernels of fast_linear.
     is_plain = device.type == "cpu" and not config.compile and not config.gradient_checkpointing
-    kernels = fast_linear() if is_plain else nullcontext()
+    is_compiled = device.type == "cuda" and config.compile
+    kernels = fast_linear() if is_plain else compiled_loss() if is_compiled else nullcontext()
     with kernels, torch.autocast(device.type, dtype, enabled=dtype is not None):
         yield
 

@@ -296,6 +296,21 @@ def _to_save(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, L
     return ours
 
 
+def in_our_layout(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return the matrices of a state dict that are in Hugging Face's layout, (in, out), transposed to (out, in).
+
+    Return an empty dict if the matrices are in MyGPT's layout. `prefix` is that of the model's names.
+    """
+    matrices = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(f"{prefix}transformer.") and _MATRIX.search(name)
+    }
+    widening = [tensor.shape for name, tensor in matrices.items() if _WIDENING.search(name)]
+    is_transposed = bool(widening) and widening[0][0] < widening[0][1]
+    return {name: tensor.T for name, tensor in matrices.items()} if is_transposed else {}
+
+
 def _qkv_biases(config: GPTConfig) -> list[str]:
     """Return the names of the query, key and value biases (one tensor per block) for the config's number of layers."""
     return [f"transformer.h.{i}.attn.c_attn.bias" for i in range(config.n_layers)]

@@ -18,6 +18,8 @@ from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.layout import BLOCK, WPE, WTE, shapes
 from MyGPT.weights.lazy import LazyTensor, MappedFile
 
+GPT2_VOCABULARY = "gpt2_tokenizer.bin"
+"""The file in which llm.c stores GPT-2's vocabulary, beside the models. It lacks the merges, so MyGPT uses its own copy."""
 _MAGIC = 20240326
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 """Maps the version in the header to the dtype of all weights."""
