@@ -16,7 +16,8 @@ from MyGPT.files import atomic_write, check_output_directory, present_directory,
 from MyGPT.training.checkpoint import CHECKPOINTS
 from MyGPT.training.snapshot import LOGS
 
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
+_TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS)
 _LOCK, _PROCESS = ".lock", ".process"
 
 
