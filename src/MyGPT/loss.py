@@ -10,12 +10,12 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 IGNORED = -100
 """Target value of positions that the losses ignore, as in torch and transformers."""
@@ -83,18 +83,35 @@ def _are_tied(embedding: nn.Embedding, head: nn.Module) -> bool:
     return own is not None and own is getattr(embedding, "weight", None)
 
 
-@dataclass
-class CausalLMOutput:
-    """The result of GPTModel.forward with labels: the loss and the logits."""
+class CausalLMOutput(NamedTuple):
+    """The result of GPTModel.forward with labels: the loss and the logits.
+
+    Each is an attribute, a position and a key: `output.loss`, `output[0]` and `output["loss"]`. `loss, logits = output` and
+    `dict(output)` also work. As a tuple, the result is known to pytree, DistributedDataParallel and Accelerate.
+    """
 
     loss: Tensor
     """Mean cross-entropy in nats over the labels that are not -100; NaN if all labels are -100."""
     logits: Tensor
     """Logits of the next token at every position, (B, T, V)."""
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
 
-# DistributedDataParallel and fully_shard find the tensors of a result only in classes that torch knows.
-torch.export.register_dataclass(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
+    def __contains__(self, key: object) -> bool:
+        return key in self._fields
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the fields."""
+        return self._fields
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the names of the fields with their values."""
+        return zip(self._fields, self, strict=True)
+
+
+# Without this name, torch.export cannot save a program that returns the class.
+pytree._register_namedtuple(CausalLMOutput, serialized_type_name="MyGPT.CausalLMOutput")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
+from MyGPT.training.checkpoint import CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.directory import (
@@ -35,6 +35,7 @@ from MyGPT.training.directory import (
     remove_unfinished,
 )
 from MyGPT.training.metrics import AppendedFile, MetricsLog, read_evaluations
+from MyGPT.training.names import CHECKPOINTS
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
@@ -317,10 +318,14 @@ class Run:
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
-        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine."""
+        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine.
+
+        The number of planned steps is added for `mygpt runs`, because a recipe may set the number of epochs instead.
+        """
         self._flush_logs()
         lengths = {} if self.directory is None else log_lengths(self.directory)
-        return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
+        plan = {"max_steps": self.config.max_steps}
+        return {"lengths": lengths, "recipe": self.recipe, "plan": plan, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
         """Write a checkpoint before the first step of a new run, so that a full disk raises an error early.
