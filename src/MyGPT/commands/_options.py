@@ -5,6 +5,7 @@ The parameters of the function are the options of the command. A command's modul
     DEFAULTS  default values that differ from those of the function and its dataclasses
     HIDDEN    fields of dataclasses that are not options
     NESTED    dataclass parameters whose fields become options with a prefix, such as --lora.r
+    OPTIONAL  names of *parameters that need no value
     KINDS     functions that the command's first argument selects, such as mygpt plot attention
     EXPAND    a function that changes the arguments before they are parsed; it also receives the command's name
 """
@@ -127,7 +128,8 @@ def make_parser(name: str, command: Command) -> CommandParser:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = sys.modules[command.__module__]
-    common, nested, hidden = (getattr(module, setting, ()) for setting in ("COMMON", "NESTED", "HIDDEN"))
+    settings = ("COMMON", "NESTED", "HIDDEN", "OPTIONAL")
+    common, nested, hidden, optional = (getattr(module, setting, ()) for setting in settings)
     description = inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0]
     described = {entry.arg_name: entry.description for entry in docstring_parser.parse(command.__doc__ or "").params}
     parameters = inspect.signature(command).parameters.values()
@@ -139,7 +141,9 @@ def make_parser(name: str, command: Command) -> CommandParser:
     example = re.search(r"^ +(mygpt .*)", description, re.M)
     parser.example = example[1] if example else f"{parser.prog} --help"
     for parameter in listed:
-        parser.add_argument(parameter, nargs="+", type=str, help=described.get(parameter))
+        parser.add_argument(
+            parameter, nargs="*" if parameter in optional else "+", type=str, help=described.get(parameter)
+        )
     parser.add_function_arguments(command, as_group=False, skip={*listed, *groups})
     for parameter, kind in groups.items():
         parser.add_class_arguments(kind, parameter if parameter in nested else None, skip=set(hidden))
@@ -160,7 +164,8 @@ def make_parser(name: str, command: Command) -> CommandParser:
         if action.dest == "print_config":
             action.help = "Print all options as YAML and exit."
     required = [f"--{a.dest} {value_name(a)}" for a in parser._actions if a.required and a.option_strings]
-    parser.usage = " ".join([parser.prog, *(f"{name.upper()}..." for name in listed), *required, "[options]"])
+    values = [f"[{name.upper()}...]" if name in optional else f"{name.upper()}..." for name in listed]
+    parser.usage = " ".join([parser.prog, *values, *required, "[options]"])
     show_options(parser, common)
     return parser
 
@@ -174,6 +179,15 @@ def underscored(argument: str, parser: CommandParser) -> str:
 
 def call(command: Command, options: Any) -> None:
     """Call the function `command` with the parsed options, after building its dataclass arguments from their fields."""
+    positional, keywords = build_arguments(command, options)
+    command(*positional, **keywords)
+
+
+def build_arguments(command: Command, options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional and the keyword arguments with which `call` calls `command`.
+
+    Raises ValueError if a value is not allowed, unless only `command` itself can know this.
+    """
     values = {name: value for name, value in options.as_dict().items() if name != "config"}
     groups = _dataclasses_of(command)
     positional: list[Any] = []
@@ -182,7 +196,7 @@ def call(command: Command, options: Any) -> None:
     _refuse_null({name: value for name, value in values.items() if name not in groups}, typing.get_type_hints(command))
     for name, parameter in inspect.signature(command).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional = values[name]
+            positional = values[name] or []
         elif name not in groups:
             keywords[name] = values[name]
         else:
@@ -194,7 +208,7 @@ def call(command: Command, options: Any) -> None:
             }
             _refuse_null(fields, typing.get_type_hints(groups[name]), f"{name}." if name in values else "")
             keywords[name] = groups[name](**fields)
-    command(*positional, **keywords)
+    return positional, keywords
 
 
 def _refuse_null(values: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> None:

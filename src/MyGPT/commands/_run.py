@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 from MyGPT.config import GPTConfig, require_positive
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean, quote
 from MyGPT.training.config import TrainConfig
+
+RUNS = "runs"
+"""The directory in which commands put runs without the option --out."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,12 @@ class RunOptions:
     def for_trainer(self, training: TrainConfig) -> dict[str, Any]:
         """Join the other ranks, if there are any, and return the keyword arguments of Trainer for these options.
 
-        Raises an error if the device or the directory cannot be used, or if training.tensorboard is True and it is not
-        installed.
+        Raises an error if the device or the directory cannot be used, or if a tracker in training.log_to is not installed.
         """
         from MyGPT import ranks
-        from MyGPT.training.metrics import require_tensorboard
+        from MyGPT.training.trackers import require_trackers
 
-        if training.tensorboard:
-            require_tensorboard()
+        require_trackers(training.trackers())
         ranks.join(training.timeout_minutes)
         training.shard_size_on(ranks.world_size())  # checks the options before anything is read or written
         return ranks.on_first_rank(self._keywords)
@@ -62,7 +63,7 @@ class RunOptions:
         if resumed is not None:
             self._check_allowed(resumed)
             return {**options, "run_dir": resumed, "resume": True}
-        run = Path(self.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        run = Path(self.out or time.strftime(f"{RUNS}/%Y%m%d-%H%M%S"))
         overwrite = self.overwrite or (self.resume == "auto" and is_empty_run(run))
         check_run_directory(run, overwrite)
         return {**options, "run_dir": run, "overwrite": overwrite}
@@ -101,9 +102,15 @@ def command_of_run(config: Path) -> str:
     """Return the name of the command that wrote the config.yaml of a run."""
     from MyGPT.commands._recipe import read_recipe
 
-    recipe = read_recipe(config)
+    return command_of_recipe(read_recipe(config))
+
+
+def command_of_recipe(recipe: Iterable[str]) -> str:
+    """Return the name of the training command to which these options belong."""
+    names = {name.partition(".")[0] for name in recipe}
     typical = {"classify": "train_only", "dpo": "beta", "finetune": "lora"}
-    return next((command for command, option in typical.items() if option in recipe), "train")
+    command = next((command for command, option in typical.items() if option in names), None)
+    return command or ("finetune" if "model" in names else "train")
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:

@@ -75,7 +75,7 @@ def prepare(
     coder = make_tokenizer(tokenizer, read_documents(paths, text_key), tokenizer_size)
     if workers is None:
         workers = os.cpu_count() or 1
-    with _dask_executor(scheduler) as executor:
+    with dask_executor(scheduler) as executor:
         described = prepare_files(
             paths, out, coder, text_key, workers, overwrite, executor=executor, shard_bytes=shard_bytes
         )
@@ -87,7 +87,7 @@ def prepare(
 
 
 @contextmanager
-def _dask_executor(scheduler: str | None) -> Iterator[Executor | None]:
+def dask_executor(scheduler: str | None) -> Iterator[Executor | None]:
     """Yield an executor for the workers of a dask scheduler, or None if `scheduler` is None.
 
     Raises ValueError if dask is missing, and OSError if there is no scheduler at the address or its workers fail.

@@ -292,7 +292,7 @@ def _write_shards(
     total = sum(task.n_bytes for task in tasks)
     done = total - sum(task.n_bytes for task in missing)
     with (
-        _executor(executor, min(workers, len(missing))) as (pool, shares_memory),
+        open_executor(executor, min(workers, len(missing))) as (pool, shares_memory),
         progress_bar(progress, total=total, initial=done, unit="B", unit_scale=True) as bar,
     ):
         coder = tokenizer if shares_memory else pickle.dumps(tokenizer)
@@ -341,16 +341,19 @@ def _first_error(futures: Iterable[Future[Any]], error: BaseException) -> BaseEx
 
 
 @contextmanager
-def _executor(executor: Executor | None, workers: int) -> Iterator[tuple[Executor, bool]]:
+def open_executor(
+    executor: Executor | None, workers: int, only_threads: bool = False
+) -> Iterator[tuple[Executor, bool]]:
     """Yield an executor, and whether its tasks run in this process.
 
-    This is `executor` itself if it is given. Otherwise it is a thread if `workers` is 1, and else `workers` new processes.
+    This is `executor` itself if it is given. Otherwise it is a thread if `workers` is 1, and else `workers` new processes,
+    or threads if `only_threads` is True.
     """
     if executor is not None:
         yield executor, False
-    elif workers == 1:
-        with ThreadPoolExecutor(1) as thread:
-            yield thread, True
+    elif workers == 1 or only_threads:
+        with ThreadPoolExecutor(workers) as threads:
+            yield threads, True
     else:
         # A forked copy of a process that has used torch's threads can hang, so processes are spawned.
         context = multiprocessing.get_context("spawn")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from MyGPT.training.config import TrainConfig
 
 __all__ = [
-    "plot_attention", "plot_layers", "plot_logit_lens", "plot_losses", "plot_neighbours", "plot_sampling",
+    "plot_attention", "plot_layers", "plot_logit_lens", "plot_losses", "plot_mean_losses", "plot_neighbours", "plot_sampling",
     "plot_schedule", "save_figure", "token_labels", "tokens_to_html", "tokens_to_terminal",
 ]  # fmt: skip
 
@@ -45,9 +45,10 @@ _FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
     """Draw the training loss (smoothed line) and the validation loss (dots) of one or several run directories."""
     figure, axes = _line_figure(4.2, "loss (nats per token)")
-    for i, run in enumerate(runs):
+    names = distinct_names(runs) if len(runs) > 1 else [""]
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         records, colour = read_metrics(run), COLOURS[i % len(COLOURS)]
-        name = f"{Path(run).resolve().name} " if len(runs) > 1 else ""
+        name = f"{name} " if name else ""
         steps = [record["step"] for record in records if "loss" in record]
         losses = smooth([record["loss"] for record in records if "loss" in record])
         axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.6, label=f"{name}training")
@@ -56,6 +57,44 @@ def plot_losses(runs: Sequence[str | os.PathLike[str]]) -> Figure:
             axes.plot(*zip(*evaluated, strict=True), "o-", color=colour, markersize=4, label=f"{name}validation")
     axes.legend(frameon=False)
     return figure
+
+
+def plot_mean_losses(settings: Mapping[str, Sequence[str | os.PathLike[str]]]) -> Figure:
+    """Draw the mean validation loss of several groups of runs, with a band of one standard deviation on each side.
+
+    `settings` maps the label of each group to its run directories. A curve has the steps at which all runs of its group were
+    evaluated.
+    """
+    import numpy as np
+
+    figure, axes = _line_figure(4.2, "validation loss (nats per token)")
+    for i, (label, runs) in enumerate(settings.items()):
+        losses = [{it["step"]: it["val_loss"] for it in read_metrics(run) if "val_loss" in it} for run in runs]
+        steps = sorted(set.intersection(*map(set, losses))) if losses else []
+        values = np.array([[run[step] for step in steps] for run in losses], dtype=np.float64)  # (runs, steps)
+        if not steps:
+            continue
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[i // len(COLOURS) % 4]}
+        mean = values.mean(axis=0)
+        axes.plot(
+            steps, mean, marker="o", markersize=3, label=f"{label} (n = {len(losses)})" if label else None, **style
+        )
+        if len(losses) > 1:
+            deviation = values.std(axis=0, ddof=1)
+            axes.fill_between(steps, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set_title("mean over the seeds, with a band of one standard deviation", fontsize=9)
+    if len(settings) > 1:
+        legend = axes.legend(frameon=False, fontsize=9)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the name of each path, with as many of its parent directories as all paths need to differ."""
+    parts = [Path(path).resolve().parts for path in paths]
+    n = next((n for n in range(1, max(map(len, parts)) + 1) if len({it[-n:] for it in parts}) == len({*parts})), 1)
+    return ["/".join(it[-n:]) for it in parts]
 
 
 def smooth(values: Sequence[float]) -> list[float]:

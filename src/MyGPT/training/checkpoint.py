@@ -31,6 +31,7 @@ from torch import Tensor
 
 from MyGPT.files import atomic_directory, atomic_write, json_text, read_json, sha256_of
 from MyGPT.messages import error_message
+from MyGPT.training.names import CHECKPOINTS, LATEST, MANIFEST, STATE
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import StoredTensor, read_parts, write_safetensors
@@ -40,10 +41,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHECKPOINTS = "checkpoints"
-_FILES = _OPTIMIZER, _STATE, _WEIGHTS = "optimizer.safetensors", "state.json", "weights.safetensors"
+_FILES = _OPTIMIZER, _STATE, _WEIGHTS = "optimizer.safetensors", STATE, "weights.safetensors"
 _SHARD = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
-_MANIFEST, _LATEST = "manifest.json", "latest"
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
@@ -71,9 +70,9 @@ def write_snapshot(directory: Path, snapshot: Snapshot, group: ProcessGroup | No
         def finish(files: dict[str, Any], temporary: Path) -> None:
             _write_json(temporary / _STATE, {**snapshot.state.to_json(), **snapshot.context})
             files = {**files, **_make_manifest(temporary, [_STATE])}
-            _write_json(temporary / _MANIFEST, dict(sorted(files.items())))
+            _write_json(temporary / MANIFEST, dict(sorted(files.items())))
             unfinished.close()
-            with atomic_write(directory / _LATEST) as file:
+            with atomic_write(directory / LATEST) as file:
                 file.write(path.name + "\n")
 
         if group is None:
@@ -135,11 +134,11 @@ def read_snapshot(path: Path, group: ProcessGroup | None = None) -> Snapshot:
 
 def _read_snapshot(path: Path, group: ProcessGroup | None) -> Snapshot:
     """Read a checkpoint as `read_snapshot` does. Of several ranks, each checks some of the files."""
-    manifest = read_json(path / _MANIFEST)
+    manifest = read_json(path / MANIFEST)
     names = sorted(manifest) if isinstance(manifest, dict) else []
     shards = [name for name in names if _SHARD.fullmatch(name)]
     if names != list(_FILES) and (not shards or names != [*shards, _STATE]):
-        raise ValueError(f"{path / _MANIFEST} does not list the files of a checkpoint")
+        raise ValueError(f"{path / MANIFEST} does not list the files of a checkpoint")
     rank, n_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     for name, found in _make_manifest(path, names[rank::n_ranks]).items():
         if found != manifest[name]:
@@ -330,7 +329,7 @@ def _by_step(directory: Path) -> dict[int, Path]:
 def _newest_first(directory: Path) -> list[Path]:
     """Return the paths of the checkpoints in `directory`: the one that `latest` names, and then the latest steps."""
     newest_first = list(reversed(_by_step(directory).values()))
-    latest = directory / _LATEST
+    latest = directory / LATEST
     if latest.is_file():  # In a run that returned to an earlier step, the newest one need not have the highest number.
         name = latest.read_bytes().decode("utf-8", "replace").strip()
         newest_first.sort(key=lambda path: path.name != name)

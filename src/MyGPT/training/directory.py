@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
 from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers, target_of
-from MyGPT.training.checkpoint import CHECKPOINTS
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES
+from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
-_LOCK, _PROCESS = ".lock", ".process"
+_TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS)
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
@@ -26,7 +27,7 @@ def check_run_directory(run: Path, overwrite: bool) -> None:
     A directory that contains only the lock and the first files of a killed process counts as empty.
     """
     check_output_directory(run)
-    first = (_LOCK, _PROCESS, "config.yaml")
+    first = (LOCK, PROCESS, "config.yaml")
     names = [entry.name for entry in run.iterdir()] if run.exists() else []
     if all(name in first[:2] or target_of(name) in first for name in names):
         return
@@ -49,20 +50,20 @@ def lock_directory(run: Path) -> FileLock:
     """
     _check_entries(run)
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / _LOCK, thread_local=False)  # A Trainer may be closed by another thread.
+    lock = FileLock(run / LOCK, thread_local=False)  # A Trainer may be closed by another thread.
     this_process = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         lock.acquire(timeout=0)
     except Timeout:
         holder = ""
         with contextlib.suppress(OSError):
-            holder = (run / _PROCESS).read_text(encoding="utf-8").strip()
+            holder = (run / PROCESS).read_text(encoding="utf-8").strip()
         if holder == this_process:
             way_out = "close the Trainer that uses it, or choose another run_dir"
             raise ValueError(f"this process already holds the lock of {run}: {way_out}") from None
         process = f"another process ({holder})" if holder else "another process"
         raise ValueError(f"{process} is training in {run}: wait for it, or choose another --out") from None
-    with atomic_write(run / _PROCESS) as file:
+    with atomic_write(run / PROCESS) as file:
         file.write(f"{this_process}\n")
     return lock
 
@@ -74,9 +75,9 @@ def _check_entries(run: Path) -> None:
     itself may be a link.
     """
     used = {
-        run: (_LOCK, _PROCESS, *_RUN_FILES),
+        run: (LOCK, PROCESS, *_RUN_FILES),
         run / CHECKPOINTS: ("step-*", "latest"),
-        run / "model": (TEMPLATE_FILE,),
+        run / "model": (TEMPLATE_FILE, CHAT_TEMPLATES[0]),
         run / "adapter": (TEMPLATE_FILE,),
     }
     for directory, names in used.items():

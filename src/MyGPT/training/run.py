@@ -18,12 +18,13 @@ import yaml
 from torch.distributed import ProcessGroup
 
 from MyGPT import ranks
+from MyGPT.data.chat_template import save_chat_template
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
 from MyGPT.model import GPTModel
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.training.checkpoint import CHECKPOINTS, CheckpointWriter, read_newest
+from MyGPT.training.checkpoint import CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console
 from MyGPT.training.directory import (
@@ -35,9 +36,11 @@ from MyGPT.training.directory import (
     remove_unfinished,
 )
 from MyGPT.training.metrics import AppendedFile, MetricsLog, read_evaluations
+from MyGPT.training.names import CHECKPOINTS
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
+from MyGPT.training.trackers import TrackerThreads, require_trackers
 from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
@@ -74,6 +77,8 @@ class WholeModel:
         self.model.save_pretrained(self.place(run_dir), self.tokenizer)
         if self.template is not None:
             self.template.save(self.place(run_dir))
+            if self.tokenizer is not None:
+                save_chat_template(self.place(run_dir), self.template, self.tokenizer)
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
@@ -126,6 +131,8 @@ class Run:
     allow_changed: Sequence[str]
     group: ProcessGroup | None = field(init=False, default=None)
     """The process group with which several ranks read and write checkpoints."""
+    has_failed: bool = False
+    """True if an error or a signal ended the training, for the trackers."""
     writer: CheckpointWriter | None = None
     """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
@@ -140,6 +147,9 @@ class Run:
     def __post_init__(self) -> None:
         if self.resume and self.directory is None:
             raise ValueError("resume=True needs run_dir, the directory of the run to resume")
+        if self.config.trackers() and self.directory is None:
+            raise ValueError("log_to needs run_dir, the directory that stores the ids of the trackers' runs")
+        require_trackers(self.config.trackers())
         self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
     def __enter__(self) -> Snapshot | None:
@@ -182,9 +192,11 @@ class Run:
         with atomic_write(directory / "config.yaml") as file:
             yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
         after = snapshot.state.step if snapshot else None
-        self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
-        self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
-        resources.callback(self._metrics.close)
+        names, console = self.config.trackers(), self.console
+        trackers = TrackerThreads(names, directory, self.recipe, after, console.message, console.warn)
+        resources.callback(lambda: trackers.close(self.has_failed))
+        self._metrics = MetricsLog(directory, console.warn, trackers)
+        self._samples = AppendedFile(directory / "samples.txt", console.warn)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -309,10 +321,14 @@ class Run:
         return f"stopped at step {state.step}{way_out}{self._what_is_saved(state)}"
 
     def context(self) -> dict[str, dict[str, Any]]:
-        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine."""
+        """Return Snapshot.context without the random states: log sizes, recipe, hashes of the data, machine.
+
+        The number of planned steps is added for `mygpt runs`, because a recipe may set the number of epochs instead.
+        """
         self._flush_logs()
         lengths = {} if self.directory is None else log_lengths(self.directory)
-        return {"lengths": lengths, "recipe": self.recipe, **self.identify()}
+        plan = {"max_steps": self.config.max_steps}
+        return {"lengths": lengths, "recipe": self.recipe, "plan": plan, **self.identify()}
 
     def write_first_checkpoint(self, take_snapshot: TakeSnapshot) -> None:
         """Write a checkpoint before the first step of a new run, so that a full disk raises an error early.
