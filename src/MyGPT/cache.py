@@ -283,7 +283,8 @@ def check_inputs(
         ValueError: a wrong shape or dtype, or more tokens than the model or the cache can hold.
         VocabularyError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
     """
-    if torch.jit.is_tracing():  # The traced program contains no checks, and torch would warn about each of them.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # The traced program contains no checks, and torch would warn about each of them.
         return
     if input_ids is not None and inputs_embeds is None:
         B, T = _check_ids(input_ids, config.vocab_size)

@@ -43,7 +43,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token with a cache, which sees all of them.
+        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
         is_causal = mask is None and (cache is None or T > 1)
         drop_rate = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)

@@ -176,8 +176,7 @@ def _compare(file: Path, model: GPTModel, tolerance: float) -> None:
     Three texts, two of them with padding, and then one text are computed: first a prompt, then single tokens and, at the
     end, two tokens with the cache. tolerance is the largest difference as a share of the largest logit.
     """
-    import onnxruntime
-
+    onnxruntime = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
