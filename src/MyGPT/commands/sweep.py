@@ -101,9 +101,8 @@ def sweep(
     directory = Path(out)
     _check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(directory / _LOCK).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process runs a sweep in {out}: wait for it, or choose another --out") from None
     with lock:
