@@ -71,8 +71,8 @@ def sweep(
     Welch's t-test against the first setting.
 
     Examples:
-        mygpt sweep configs/quickstart.yaml --vary learning_rate=1e-3,3e-3 --seeds 5 --out runs/rates
-        mygpt sweep runs/book --vary n_layers=2,4 --vary drop_rate=0,0.1 --vary max_steps=500 --out runs/grid
+        mygpt sweep recipe.yaml --vary learning_rate=1e-3,3e-3 --seeds 5 --out s
+        mygpt sweep runs/book --vary n_layers=2,4 --vary drop_rate=0,0.1 --out grid
 
     Args:
         recipe: A YAML file with the options of a training command, or the directory of a run, whose options are used.
