@@ -27,10 +27,10 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
 from MyGPT.tokenizers.nanogpt import META
-from MyGPT.weights.formats import find_format
+from MyGPT.weights.formats import find_format, gguf, llmc
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
-from MyGPT.weights.pretrained import find_downloaded, find_model, is_name
+from MyGPT.weights.pretrained import find_downloaded, find_model, is_name, stored_name
 
 _GPT2_VOCABULARY_SIZES = (50257, 50304)  # nanoGPT rounds 50,257 up to a multiple of 64
 
@@ -58,6 +58,8 @@ def open_model(
     with reading(name_or_path):
         files = find_model_files(name_or_path, adapter)
         model = files.model()
+        if files.adapter is None:
+            model.name_or_path = stored_name(name_or_path)  # files.path is a directory of the cache for "gpt2"
         tokenizer = files.tokenizer(model.config.vocab_size)
         if files.adapter is not None:
             # The adapter was trained to end its texts with the tokenizer's token.
@@ -87,6 +89,9 @@ class ModelFiles:
 
         Raises ValueError if the tokenizer is missing, damaged or not supported.
         """
+        inside = gguf.read_tokenizer(self.path) if self.adapter is None and gguf.matches(self.path) else None
+        if inside is not None:
+            return _fit(inside, vocab_size)
         found = next((place for place in self._tokenizer_directories() if find_files(place)), None)
         if found is not None:
             return _fit(load_tokenizer(found), vocab_size)
@@ -109,7 +114,8 @@ class ModelFiles:
         """
         if self.adapter is not None:
             yield self.adapter
-        yield self._directory()
+        if not (llmc.matches(self.path) and (self.path.parent / llmc.GPT2_VOCABULARY).is_file()):
+            yield self._directory()
         dataset = read_dataset(self.path)
         if dataset is not None:
             places = [root / "data" / dataset for root in (self.path.absolute().parent.parent, Path.cwd())]

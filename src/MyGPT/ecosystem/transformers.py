@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, GPT2Config, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -35,8 +35,12 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
     def __init__(self, model: GPTModel) -> None:
         self.gpt_config = model.config
         super().__init__(GPT2Config(**model.config.to_dict(), use_cache=True))
+        self.name_or_path = self.config.name_or_path = model.name_or_path or ""
         self.transformer, self.lm_head = model.transformer, model.lm_head
         if model.config.tie_weights:
+            # PEFT trains single tokens only if the output head is a linear layer.
+            self.lm_head = nn.Linear(model.config.emb_dim, model.config.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = model.transformer.wte.weight
             self._tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
         for parameter in self.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # post_init must not draw new values
@@ -89,10 +93,10 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
         if is_main_process:
             write_directory(save_directory, self.gpt_config, state_dict or self.state_dict(keep_vars=True))
 
-    def get_input_embeddings(self) -> torch.nn.Module:
+    def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
-    def get_output_embeddings(self) -> torch.nn.Module:
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTForCausalLM:
