@@ -17,7 +17,8 @@ from MyGPT.tokenizers.settings import CHAT_TEMPLATES
 from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
+_TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS)
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
