@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -193,6 +194,7 @@ def test_a_data_set_in_memory_is_a_sequence_of_records() -> None:
 def test_sharegpts_conversations_have_trls_contents() -> None:
     """TRL keeps the names of ShareGPT's roles, which a chat template does not know."""
     record = {"conversations": SHAREGPT}
+    found = theirs.maybe_convert_to_chatml(copy.deepcopy(record))  # which changes its argument
     roles = {"human": "user", "gpt": "assistant"}
-    converted = [{**turn, "role": roles[turn["role"]]} for turn in theirs.maybe_convert_to_chatml(record)["messages"]]
+    converted = [{**turn, "role": roles[turn["role"]]} for turn in found["messages"]]
     assert check_record(record, "row")["messages"] == converted
