@@ -48,11 +48,11 @@ def test_other_tensors_beside_the_model_are_not_guessed_away() -> None:
     weights = {f"model.{name}": tensor for name, tensor in lively_model(CONFIG).state_dict().items()}
     others: Mapping[str, Tensor] = {"loss.weight": torch.ones(3)}
     with pytest.raises(
-        ValueError, match="these are not only the weights of one GPT-2 model: there is loss.weight besides model."
+        ValueError, match=r"these are not only the weights of one GPT-2 model: there is loss.weight besides model."
     ):
         load_weights_into_gpt(GPTModel(CONFIG), {**weights, **others})
     policy_and_reference = {f"{owner}.{name}": t for owner in ("a", "b") for name, t in weights.items()}
-    with pytest.raises(ValueError, match="there is b.model.transformer.wte.weight besides a.model.:"):
+    with pytest.raises(ValueError, match=r"there is b.model.transformer.wte.weight besides a.model.:"):
         load_weights_into_gpt(GPTModel(CONFIG), policy_and_reference)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import Literal
 
 
@@ -30,8 +29,8 @@ def export(
         model: Name or path of the model.
         format: File format: gguf is one file with weights and tokenizer, onnx a graph with a KV cache.
         out: File to write.
-        dtype: Type of the weights: f32 is exact, f16 needs half the memory. GGUF files
-            can also have bf16, which needs half, and q8_0, which needs a quarter.
+        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 a quarter. bf16 and q8_0 need
+            gguf.
         without_tokenizer: Leave the tokenizer out of a GGUF file, for programs that pass token ids.
         overwrite: Replace an existing file.
     """
@@ -61,8 +60,10 @@ def export(
             text = chat_template(template, tokenizer, exact=False)
             tokenizer = tokenizer.with_settings({**tokenizer.settings, "chat_template": text})
     notes: list[str] = []
-    if format == "onnx":
-        import_module("MyGPT.ecosystem.onnx").write_onnx(gpt, out, dtype=dtype)
+    if format == "onnx" and (dtype == "f32" or dtype == "f16"):
+        from MyGPT.ecosystem.onnx import write_onnx
+
+        write_onnx(gpt, out, dtype)
     else:
         notes = write_gguf(out, gpt.config, gpt.state_dict(), tokenizer, dtype)
     for note in notes:
