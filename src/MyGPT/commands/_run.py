@@ -107,10 +107,14 @@ def command_of_run(config: Path) -> str:
 
 def command_of_recipe(recipe: Iterable[str]) -> str:
     """Return the name of the training command to which these options belong."""
-    names = {name.partition(".")[0] for name in recipe}
+    names = {*recipe}
     typical = {"classify": "train_only", "dpo": "beta", "finetune": "lora"}
-    command = next((command for command, option in typical.items() if option in names), None)
-    return command or ("finetune" if "model" in names else "train")
+    found = (
+        command
+        for command, option in typical.items()
+        if option in names or any(name.startswith(f"{option}.") for name in names)
+    )
+    return next(found, "finetune" if "model" in names else "train")
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:

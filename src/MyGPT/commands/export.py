@@ -30,7 +30,7 @@ def export(
         model: Name or path of the model.
         format: File format: gguf is one file with weights and tokenizer, onnx a graph with a KV cache.
         out: File to write.
-        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 (gguf only) a quarter.
+        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 a quarter; onnx has f32 and f16.
         without_tokenizer: Leave the tokenizer out of a GGUF file, for programs that pass token ids.
         overwrite: Replace an existing file.
     """
@@ -41,8 +41,8 @@ def export(
 
     if len(model) != 1:
         raise ValueError(f"mygpt export writes one model, got {len(model)}: {', '.join(model)}")
-    if format == "onnx" and dtype == "q8_0":
-        raise ValueError("--dtype q8_0 is a type of gguf; onnx has f32, f16 and bf16")
+    if format == "onnx" and dtype not in ("f32", "f16"):
+        raise ValueError(f"--dtype {dtype} is a type of gguf; onnx has f32 and f16")
     check_output_file(out)
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite true")

@@ -53,7 +53,7 @@ def lock_directory(run: Path) -> FileLock:
     lock = FileLock(run / LOCK, thread_local=False)  # A Trainer may be closed by another thread.
     this_process = f"process {os.getpid()} on {socket.gethostname()}"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2)  # mygpt runs holds the lock for a moment, to see whether the run is in use.
     except Timeout:
         holder = ""
         with contextlib.suppress(OSError):
