@@ -35,6 +35,7 @@ def export(
         overwrite: Replace an existing file.
     """
     from MyGPT.commands._model import report_tokenizer
+    from MyGPT.data.chat_template import chat_template
     from MyGPT.files import check_output_file, reading
     from MyGPT.opening import find_model_files, open_model
     from MyGPT.weights.formats.gguf import write_gguf
@@ -53,6 +54,9 @@ def export(
     else:
         gpt, tokenizer = open_model(model[0], "cpu", adapter)
         report_tokenizer(tokenizer)
+        if (template := find_model_files(model[0], adapter).template()) is not None:
+            jinja = chat_template(template, tokenizer, exact=False)
+            tokenizer = tokenizer.with_settings({**tokenizer.settings, "chat_template": jinja})
     notes: list[str] = []
     if format == "onnx":
         import_module("MyGPT.ecosystem.onnx").write_onnx(gpt, out, dtype=dtype)
