@@ -18,6 +18,7 @@ CONTENTS = {
         "guide/weights",
         "guide/generation",
         "guide/serving",
+        "ecosystem",
         "guide/finetuning",
         "evaluation",
         "guide/inside",
