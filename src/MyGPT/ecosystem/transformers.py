@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, GPT2Config, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from MyGPT.cache import check_inputs, positions_and_mask
@@ -35,6 +36,8 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
     def __init__(self, model: GPTModel) -> None:
         self.gpt_config = model.config
         super().__init__(GPT2Config(**model.config.to_dict(), use_cache=True))
+        # As for GPT2LMHeadModel. From another value, Trainer would conclude that it must count labels in another way.
+        self.loss_type, self.loss_function = None, ForCausalLMLoss
         self.transformer, self.lm_head = model.transformer, model.lm_head
         if model.config.tie_weights:
             self._tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
