@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,11 +214,18 @@ class GPTConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> GPTConfig:
-        """Return the config of a released model, such as "gpt2", or of a model directory. The PEFT library calls this method."""
-        name = str(name_or_dir).removeprefix("openai-community/")
-        if name in GPT2_CONFIGS:
-            return GPT2_CONFIGS[name]
-        return read_config_json(Path(name_or_dir) / "config.json")
+        """Return the config of a released model, such as "gpt2", of a model directory, or of "user/model" on the hub.
+
+        The PEFT library calls this method with the name_or_path of a model.
+        """
+        name, path = str(name_or_dir), Path(name_or_dir) / "config.json"
+        if name.removeprefix("openai-community/") in GPT2_CONFIGS:
+            return GPT2_CONFIGS[name.removeprefix("openai-community/")]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
+            from huggingface_hub import hf_hub_download  # PEFT needs this library too
+
+            path = Path(hf_hub_download(name, path.name))
+        return read_config_json(path)
 
 
 def read_config_json(path: Path) -> GPTConfig:

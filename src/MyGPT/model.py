@@ -22,7 +22,7 @@ from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
 from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, one_tied_entry, token_loss, untied
 from MyGPT.weights.formats.huggingface import write_directory
-from MyGPT.weights.pretrained import read_weights
+from MyGPT.weights.pretrained import read_weights, stored_name
 
 
 class CausalSelfAttention(nn.Module):
@@ -121,6 +121,9 @@ class Transformer(nn.Module):
 
 class GPTModel(nn.Module):
     """A GPT-2 model with new random weights. `config`, a GPTConfig or a dict of its fields, sets sizes and options."""
+
+    name_or_path: str | None = None
+    """The name or path of the model's files. PEFT stores it with an adapter, as the adapter's base model."""
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -311,7 +314,9 @@ class GPTModel(nn.Module):
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
                 ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
         """
-        return model_of(*read_weights(name_or_dir, dtype))
+        model = model_of(*read_weights(name_or_dir, dtype))
+        model.name_or_path = stored_name(name_or_dir)
+        return model
 
 
 def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> GPTModel:

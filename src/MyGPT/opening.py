@@ -30,7 +30,7 @@ from MyGPT.tokenizers.nanogpt import META
 from MyGPT.weights.formats import find_format
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
-from MyGPT.weights.pretrained import find_downloaded, find_model, is_name
+from MyGPT.weights.pretrained import find_downloaded, find_model, is_name, stored_name
 
 _GPT2_VOCABULARY_SIZES = (50257, 50304)  # nanoGPT rounds 50,257 up to a multiple of 64
 
@@ -58,6 +58,8 @@ def open_model(
     with reading(name_or_path):
         files = find_model_files(name_or_path, adapter)
         model = files.model()
+        if files.adapter is None:
+            model.name_or_path = stored_name(name_or_path)  # files.path is a directory of the cache for "gpt2"
         tokenizer = files.tokenizer(model.config.vocab_size)
         if files.adapter is not None:
             # The adapter was trained to end its texts with the tokenizer's token.

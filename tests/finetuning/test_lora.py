@@ -139,7 +139,15 @@ def test_a_rank_below_one_is_refused() -> None:
         LoRALayer(5, 3, rank=0, alpha=1)
 
 
-@pytest.mark.parametrize("target_modules", [["c_attn"], ("c_attn", "mlp.c_proj"), "all-linear", r".*\.c_fc"])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_all_linear_leaves_the_head_out_as_in_transformers(tie_weights: bool) -> None:
+    model = base(tie_weights=tie_weights)
+    theirs = get_peft_model(transformers_twin(model), LoraConfig(target_modules="all-linear", fan_in_fan_out=True))
+    names = add_lora(model, target_modules="all-linear").base_model.targeted_module_names
+    assert sorted(names) == sorted(theirs.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("target_modules", [["c_attn"], ("c_attn", "mlp.c_proj"), r".*\.c_fc"])
 def test_add_lora_makes_what_get_peft_model_makes_from_the_same_seed(target_modules: Any) -> None:
     torch.manual_seed(3)
     ours = add_lora(base(), r=4, alpha=32, dropout=0.1, target_modules=target_modules, use_rslora=True)

@@ -62,11 +62,6 @@ def open_base(
     return gpt, tokenizer, files
 
 
-def base_name(model: str) -> str:
-    """Return the name under which an adapter stores its base model: an absolute path, or the name of a released model."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
-
-
 def count_steps(epochs: float, sampler: Any) -> int:
     """Return the number of optimizer steps in a number of epochs, at least 1."""
     return max(1, round(epochs * sampler.batches_per_epoch))

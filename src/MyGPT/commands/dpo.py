@@ -12,7 +12,6 @@ import torch
 from MyGPT.commands import _tuning
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands._tuning import (
-    base_name,
     count_steps,
     open_base,
     report_samples,
@@ -39,6 +38,7 @@ from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
+from MyGPT.weights.pretrained import stored_name
 
 DEFAULTS = {**_tuning.DEFAULTS, **_tuning.SAMPLE_DEFAULTS, "learning_rate": 5e-5}
 HIDDEN = (*_tuning.HIDDEN, "sample_prompt")
@@ -119,7 +119,7 @@ def dpo(
             print(f"{name}: {part.describe()}")
     sampler = ExampleSampler(train, training.batch_size, training.seed)
     max_steps = count_steps(tuning.epochs, sampler)
-    adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), base_name(model), template)
+    adapter = KeptAdapter(add_lora(gpt, **lora.for_peft()), stored_name(model), template)
     prompts = sample_prompts(parts, tokenizer, template, max_length - training.sample_tokens)
     report_samples(prompts, training)
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}

@@ -13,7 +13,6 @@ import torch
 from MyGPT.commands import _tuning
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.commands._tuning import (
-    base_name,
     count_steps,
     open_base,
     report_samples,
@@ -28,6 +27,7 @@ from MyGPT.sampling import require_finite
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.run import WholeModel
 from MyGPT.training.trainer import Trainer
+from MyGPT.weights.pretrained import stored_name
 
 DEFAULTS = {**_tuning.DEFAULTS, **_tuning.SAMPLE_DEFAULTS, "learning_rate": 2e-4}
 HIDDEN = (*_tuning.HIDDEN, "sample_prompt")
@@ -85,7 +85,7 @@ def finetune(
     max_steps = count_steps(tuning.epochs, sampler)
     best_model: Any = WholeModel(gpt, tokenizer, data.template)
     if not tuning.full:
-        best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), base_name(model), data.template)
+        best_model = KeptAdapter(add_lora(gpt, **lora.for_peft()), stored_name(model), data.template)
     prompts = data.prompts(5, training.sample_tokens)
     report_samples(prompts, training)
     shown = {name: value for name, value in vars(training).items() if name not in HIDDEN}

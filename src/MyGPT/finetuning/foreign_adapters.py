@@ -92,7 +92,8 @@ def _read_config(directory: Path) -> LoraConfig:
     try:
         entries = read_json(path)
         if entries.get("peft_type") != "LORA":
-            raise ValueError(f"its peft_type is {entries.get('peft_type')!r}, but only 'LORA' is supported")
+            way_out = "open it in Python with PeftModel.from_pretrained(as_transformers(model), directory)"
+            raise ValueError(f"its peft_type is {entries.get('peft_type')!r}, but only 'LORA' is supported: {way_out}")
         for field in dataclasses.fields(LoraConfig):
             default = field.default_factory() if callable(field.default_factory) else field.default
             if field.name not in _OPTIONS and entries.get(field.name) not in (None, False, default):

@@ -128,7 +128,7 @@ def add_lora(
         alpha: the scale of the adapter.
         dropout: the dropout probability of the adapter's input during training.
         target_modules: the layers that are adapted: a list of the last parts of their names; one text, a regular
-            expression for complete names; or "all-linear", all linear layers except a tied output head.
+            expression for complete names; or "all-linear", all linear layers except the output head.
         options: other options of PEFT's LoraConfig, such as use_rslora, use_dora and modules_to_save.
 
     Raises:
@@ -138,6 +138,8 @@ def add_lora(
     from peft import LoraConfig, TaskType, get_peft_model
 
     refuse_adapted(model)
+    if target_modules == "all-linear":
+        target_modules = TARGET_MODULES  # PEFT would include the output head, except in a model of transformers
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, **options
@@ -168,6 +170,7 @@ def merge(peft_model: PeftModel) -> GPTModel:
     tuner.merge_and_unload(safe_merge=True)
     if model.config.tie_weights and model.lm_head.weight is not model.transformer.wte.weight:
         model.config = dataclasses.replace(model.config, tie_weights=False)
+    model.name_or_path = None  # no file contains the merged model
     return model.requires_grad_(True)
 
 

@@ -17,6 +17,7 @@ from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
 from MyGPT.ranks import copy_whole, reshard
 from MyGPT.weights.formats import find_format, open_checkpoint
+from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import split_checkpoint
 from MyGPT.weights.hub import download_from_hub, is_downloaded
 from MyGPT.weights.layout import WTE, align, fit, to_ours
@@ -39,6 +40,19 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 def is_name(name: str) -> bool:
     """Return whether `name` means a model that can be downloaded (see `find_model`). It may also be a local path."""
     return name in GPT2_CONFIGS or _repository(name) is not None
+
+
+def stored_name(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name under which an adapter stores its base model. transformers opens the model by this name too.
+
+    The result is the absolute path of a local model, or the name of a repository on the Hugging Face hub. Such a name is
+    "gpt2" for OpenAI's files, and "user/model" for "hf://user/model".
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if find_format(path) is not None or not is_name(name):
+        return str((find_directory(path) or path).resolve())
+    aliases = [alias for alias in GPT2_CONFIGS if alias.startswith("gpt2")]
+    return _repository(name) or next(alias for alias in aliases if GPT2_CONFIGS[alias] == GPT2_CONFIGS[name])
 
 
 def find_downloaded(name: str) -> Path | None:
