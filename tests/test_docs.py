@@ -27,6 +27,8 @@ PAGES = sorted([*DOCS.glob("guide/*.md"), *DOCS.glob("coming_from_*.md"), DOCS /
 INTERNAL = {"MyGPT.cache.KVCache.check", "MyGPT.cache.KVCache.append"}
 
 
+# PEFT uses a name that transformers has deprecated.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, in_tmp_path: Path, alice: str) -> None:

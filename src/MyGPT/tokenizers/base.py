@@ -223,8 +223,13 @@ class Tokenizer(ABC):
         if self.eot_token is not None:
             end = self.token_of(self.eot_token)
             start = end if self.id_of(ENDOFTEXT) is None else ENDOFTEXT
-            # transformers requires an unknown token.
-            settings |= {"bos_token": start, "eos_token": end, "unk_token": unknown or start}
+            settings |= {"bos_token": start, "eos_token": end}
+            if "pad_token" not in self.settings:
+                settings["pad_token"] = end  # as TRL does, because the model has no row for a further token
+            if unknown is None:  # transformers requires an unknown token
+                settings["unk_token"] = start
+        if unknown is not None and self.id_of(unknown) is not None:  # transformers would add a token that is missing
+            settings["unk_token"] = unknown
         settings |= {key: value for key, value in self.settings.items() if value is not None}
         return settings
 

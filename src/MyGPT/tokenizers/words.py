@@ -33,6 +33,12 @@ PRE_TOKENIZER = {
         {"type": "Split", "pattern": {"Regex": _PUNCTUATION}, "behavior": "Isolated", "invert": False},
     ],
 }
+_WITHOUT_SPACE = {
+    "type": "Replace",
+    "pattern": {"Regex": _WHITE_SPACE + r"""+(?=[,.:;?!"()'])"""},
+    "content": "",
+}
+"""The decoder that removes white space before punctuation marks, as `_SPACE_BEFORE_PUNCTUATION` does."""
 
 
 class SimpleTokenizer(Tokenizer):
@@ -105,7 +111,13 @@ class SimpleTokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self._vocab, "unk_token": UNKNOWN}
-        return hugging_face_json(model, self.added_tokens, pre_tokenizer=PRE_TOKENIZER)
+        # The decoder "WordPiece" puts a space before each token that does not start with its prefix.
+        prefix = "\uffff"
+        while any(token.startswith(prefix) for token in self.str_to_int):
+            prefix += "\uffff"
+        decoders = [{"type": "WordPiece", "prefix": prefix, "cleanup": False}, {"type": "Fuse"}, _WITHOUT_SPACE]
+        decoder = {"type": "Sequence", "decoders": decoders}
+        return hugging_face_json(model, self.added_tokens, pre_tokenizer=PRE_TOKENIZER, decoder=decoder)
 
 
 def _words(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
 from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers, target_of
+from MyGPT.tokenizers.settings import CHAT_TEMPLATES
 from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
@@ -75,7 +76,7 @@ def _check_entries(run: Path) -> None:
     used = {
         run: (LOCK, PROCESS, *_RUN_FILES),
         run / CHECKPOINTS: ("step-*", "latest"),
-        run / "model": (TEMPLATE_FILE,),
+        run / "model": (TEMPLATE_FILE, CHAT_TEMPLATES[0]),
         run / "adapter": (TEMPLATE_FILE,),
     }
     for directory, names in used.items():

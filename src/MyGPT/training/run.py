@@ -18,6 +18,7 @@ import yaml
 from torch.distributed import ProcessGroup
 
 from MyGPT import ranks
+from MyGPT.data.chat_template import save_chat_template
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
@@ -75,6 +76,8 @@ class WholeModel:
         self.model.save_pretrained(self.place(run_dir), self.tokenizer)
         if self.template is not None:
             self.template.save(self.place(run_dir))
+            if self.tokenizer is not None:
+                save_chat_template(self.place(run_dir), self.template, self.tokenizer)
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:

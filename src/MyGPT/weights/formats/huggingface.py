@@ -112,6 +112,7 @@ def write_directory(
             _write_weights(Path(directory), temporary, tensors, values)
             if tokenizer is not None:
                 tokenizer.save(temporary)
+                _set_max_length(temporary / "tokenizer_config.json", config.context_length)
             card = Path(directory) / "README.md"
             if not card.is_file() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
                 (temporary / "README.md").write_text(_model_card(config, state_dict), encoding="utf-8")
@@ -130,6 +131,12 @@ def write_directory(
     if rank() > 0:
         deque(values, maxlen=0)
     on_first_rank(write_and_gather)
+
+
+def _set_max_length(path: Path, context_length: int) -> None:
+    """Write the context length to a tokenizer_config.json, if there is one, so that transformers can cut long texts."""
+    if path.is_file():
+        _write_json(path, {**read_json(path), "model_max_length": context_length})
 
 
 def _special_ids(config: GPTConfig, tokenizer: Any) -> dict[str, Any]:
