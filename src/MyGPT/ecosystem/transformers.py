@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from MyGPT.cache import check_inputs, positions_and_mask
-from MyGPT.loss import untied
+from MyGPT.loss import one_tied_entry, untied
 from MyGPT.model import GPTModel
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.layout import in_our_layout
@@ -124,6 +124,10 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
         if is_main_process:
             write_directory(save_directory, self.gpt_config, state_dict or self.state_dict(keep_vars=True))
 
+    def _get_name(self) -> str:
+        # By this name, Trainer knows that label_smoothing_factor must shift the labels.
+        return "GPT2LMHeadModel"
+
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
@@ -136,6 +140,7 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         state_dict.update(in_our_layout(state_dict, prefix))  # Trainer loads the files that save_pretrained wrote.
+        one_tied_entry(self.transformer.wte, self.lm_head, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
