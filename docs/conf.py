@@ -13,6 +13,7 @@ CONTENTS = {
         "guide/data",
         "guide/model",
         "guide/training",
+        "guide/comparing",
         "guide/scale",
         "guide/weights",
         "guide/generation",

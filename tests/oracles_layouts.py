@@ -5,8 +5,10 @@ They make the state dicts that MyGPT must recognise, and the logits that it must
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,3 +136,23 @@ class NanoGPT(nn.Module):
             "best_val_loss": torch.tensor(1.5),
             "config": {"dataset": "shakespeare_char"},
         }
+
+
+def write_llmc(path: Path, model: Any, dtype: torch.dtype, multiple: int = 128) -> None:
+    """Write a GPTModel as llm.c's train_gpt2.py does: a header of 256 int32, then one weight of all blocks after another."""
+    config, weights = model.config, model.state_dict()
+    n_rows = -(-config.vocab_size // multiple) * multiple
+    header = np.zeros(256, np.int32)
+    version = {torch.float32: 3, torch.bfloat16: 5}[dtype]
+    sizes = [config.context_length, config.vocab_size, config.n_layers, config.n_heads, config.emb_dim, n_rows]
+    header[:8] = [20240326, version, *sizes]
+    parts = ("ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias "
+             "ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias")  # fmt: skip
+    blocks = [f"transformer.h.{i}.{part}" for part in parts.split() for i in range(config.n_layers)]
+    padding = torch.zeros(n_rows - config.vocab_size, config.emb_dim)
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        for values in (weights["transformer.wte.weight"], padding, weights["transformer.wpe.weight"]):
+            file.write(values.contiguous().to(dtype).view(torch.uint8).numpy().tobytes())
+        for name in (*blocks, "transformer.ln_f.weight", "transformer.ln_f.bias"):
+            file.write(weights[name].contiguous().to(dtype).view(torch.uint8).numpy().tobytes())

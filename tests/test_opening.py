@@ -18,8 +18,9 @@ from MyGPT.data.templates import load_template
 from MyGPT.devices import pick_device
 from MyGPT.opening import find_model_files
 from MyGPT.weights.formats import FORMATS, open_checkpoint
+from MyGPT.weights.formats.gguf import write_gguf
 from MyGPT.weights.released import FILES
-from oracles_layouts import NanoGPT
+from oracles_layouts import NanoGPT, write_llmc
 from oracles_model import transformers_twin
 from oracles_openai import OPENAI
 
@@ -291,7 +292,9 @@ def test_every_format_is_tried_and_describes_itself(tmp_path: Path, model: GPTMo
     shutil.copy(tmp_path / "model/model.safetensors", tmp_path)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     found = [open_checkpoint(path).format for path in (OPENAI, tmp_path / "model", tmp_path / "model.safetensors")]
-    found.append(open_checkpoint(tmp_path / "model.pth").format)
+    write_gguf(tmp_path / "model.gguf", model.config, model.state_dict(), None)
+    write_llmc(tmp_path / "model.bin", model, torch.float32)
+    found += [open_checkpoint(tmp_path / name).format for name in ("model.pth", "model.gguf", "model.bin")]
     assert len(found) == len(set(found)) == len(FORMATS)
     with pytest.raises(FileNotFoundError, match="no model at"):
         open_checkpoint(tmp_path / "nothing")

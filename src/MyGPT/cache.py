@@ -249,7 +249,7 @@ def positions_and_mask(
     """
     if attention_mask is None:
         positions = torch.arange(S - T, S, device=device)
-        if T in (1, S):
+        if T in (S, 1):  # in this order, because torch.export would fix T at the first comparison with a number
             return positions, None
         return positions, torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
     # A token sees the earlier tokens of its own text, which are those with the same number in attention_mask.
@@ -283,6 +283,9 @@ def check_inputs(
         ValueError: a wrong shape or dtype, or more tokens than the model or the cache can hold.
         VocabularyError: an id or a label outside the vocabulary. Only ids and labels on the CPU are checked.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # The traced program contains no checks, and torch would warn about each of them.
+        return
     if input_ids is not None and inputs_embeds is None:
         B, T = _check_ids(input_ids, config.vocab_size)
     elif inputs_embeds is not None and input_ids is None:
@@ -308,9 +311,10 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[int, int]:
         raise ValueError(f"input_ids must be int64, got {input_ids.dtype}")
     # aminmax is faster than comparing every id, but fails for an empty batch.
     if _can_read(input_ids) and len(input_ids):
-        smallest, largest = map(int, input_ids.aminmax())
+        ids = torch.func.debug_unwrap(input_ids)  # torch.func.vmap hides the values
+        smallest, largest = map(int, ids.aminmax())
         if smallest < 0 or largest >= vocab_size:
-            wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+            wrong = ids[(ids < 0) | (ids >= vocab_size)]
             raise VocabularyError(f"id {int(wrong[0])} is outside the vocabulary, ids are 0 to {vocab_size - 1}")
     return input_ids.shape[0], input_ids.shape[1]
 
@@ -329,6 +333,7 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int) -> No
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if _can_read(labels):
+        labels = torch.func.debug_unwrap(labels)  # torch.func.vmap hides the values
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)]
         if len(wrong):
             allowed = f"0 to {vocab_size - 1}, or {IGNORED} for positions that the loss ignores"

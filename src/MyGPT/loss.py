@@ -151,8 +151,12 @@ def linear_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     if _is_compiled and torch.is_grad_enabled():
         result: tuple[Tensor, Tensor] = _compiled(_whole_loss)(hidden, weight, flat_targets)
         return result
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and any(torch.func.debug_unwrap(tensor) is not tensor for tensor in (hidden, weight, targets)):
+        # torch.func (vmap, grad and others) cannot transform _ChunkedLinearLoss.
+        return token_loss(F.linear(hidden, weight), flat_targets)
     # On a GPU the number of counted targets is not known without waiting for the GPU.
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    if hidden.device.type == "cpu" and not is_compiling:
         counted = flat_targets != IGNORED
         if not counted.all():  # prompts and padding need no logits
             hidden, flat_targets = hidden[counted], flat_targets[counted]

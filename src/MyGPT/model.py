@@ -39,12 +39,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = self.c_attn(x).chunk(3, dim=2)  # each (B, T, C)
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token, which sees all of them.
-        is_causal = mask is None and T > 1
+        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
+        is_causal = mask is None and (cache is None or T > 1)
         drop_rate = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side

@@ -27,7 +27,7 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
 from MyGPT.tokenizers.nanogpt import META
-from MyGPT.weights.formats import find_format
+from MyGPT.weights.formats import find_format, gguf, llmc
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
 from MyGPT.weights.pretrained import find_downloaded, find_model, is_name, stored_name
@@ -89,6 +89,9 @@ class ModelFiles:
 
         Raises ValueError if the tokenizer is missing, damaged or not supported.
         """
+        inside = gguf.read_tokenizer(self.path) if self.adapter is None and gguf.matches(self.path) else None
+        if inside is not None:
+            return _fit(inside, vocab_size)
         found = next((place for place in self._tokenizer_directories() if find_files(place)), None)
         if found is not None:
             return _fit(load_tokenizer(found), vocab_size)
@@ -111,7 +114,8 @@ class ModelFiles:
         """
         if self.adapter is not None:
             yield self.adapter
-        yield self._directory()
+        if not (llmc.matches(self.path) and (self.path.parent / llmc.GPT2_VOCABULARY).is_file()):
+            yield self._directory()
         dataset = read_dataset(self.path)
         if dataset is not None:
             places = [root / "data" / dataset for root in (self.path.absolute().parent.parent, Path.cwd())]

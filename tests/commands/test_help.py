@@ -102,6 +102,7 @@ def test_a_default_is_that_of_the_command(capsys: Any) -> None:
         ("evaluate", "--model and --data"),
         ("download", "MODELS"),
         ("prepare", "FILES and --out"),
+        ("sweep", "RECIPE and --out"),
         ("info", "MODELS"),
         ("plot", "RUNS"),
         ("plot attention", "--model and --text"),

@@ -166,7 +166,7 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         ('{"conversations": [{"from": "human"}]}', "line 3, message 1: the key 'value' is missing"),
         (
             '{"conversations": [{"from": "tool", "value": "a"}]}',
-            "line 3, message 1: 'from' must be one of system, human, user, gpt, assistant, got 'tool'",
+            "line 3, message 1: the from is 'tool', but MyGPT's models cannot call tools",
         ),
         (
             '{"conversations": [{"from": "human", "value": "a"}]}',

@@ -248,6 +248,7 @@ def test_the_state_of_another_optimizer_is_refused(run: Path) -> None:
 
 LINKS = (
     ".process .lock metrics.jsonl samples.txt config.yaml loss.png split.json model checkpoints tensorboard "
+    "wandb trackers.json "
     "checkpoints/latest checkpoints/step-000008 model/template.json .config.yaml.0123abcd .model.previous"
 ).split()
 

@@ -252,17 +252,6 @@ def test_automatic_precision_is_float32_for_narrow_models_on_a_cpu() -> None:
     assert autocast_dtype(cpu, "bf16", 128) is torch.bfloat16
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make_trainer(change(QUICK, tensorboard=True), tmp_path / "run").run()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    expected = [record["loss"] for record in records if "loss" in record]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # The compiler warns about torch's own code.
 def test_compiled_blocks_train_to_the_same_weights() -> None:

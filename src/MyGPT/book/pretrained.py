@@ -69,7 +69,7 @@ def _with_book_names(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
 
     c_attn, which holds the weights of queries, keys and values, is split into three tensors.
     """
-    top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs in TOP}
+    top: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, _, theirs, _ in TOP}
     in_block = {ours: theirs for ours, _, theirs, _ in BLOCK}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

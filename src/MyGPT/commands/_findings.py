@@ -43,7 +43,10 @@ OPTIONAL = {
     "peft": ("mygpt finetune", "finetune"),
     "matplotlib": ("pictures", "plots"),
     "huggingface_hub": ("models from the Hugging Face hub", "hub"),
-    "tensorboard": ("--tensorboard", "tensorboard"),
+    "tensorboard": ("--log_to tensorboard", "tensorboard"),
+    "wandb": ("--log_to wandb", "wandb"),
+    "mlflow": ("--log_to mlflow", "mlflow"),
+    "trackio": ("--log_to trackio", "trackio"),
     "gigatoken": ("fast encoding with mygpt prepare", "data"),
     "pyarrow": ("Parquet files", "data"),
     "zstandard": ("files compressed as .zst", "data"),
@@ -194,11 +197,19 @@ def find_weights() -> Finding:
 def find_packages() -> Iterator[Finding]:
     """Yield one line with the installed optional packages, then a line for each missing package."""
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in OPTIONAL if name not in missing]
+    versions = [f"{name} {_version_of(name)}" for name in OPTIONAL if name not in missing]
     yield Finding("packages", ", ".join(versions) or "no optional packages")
     for name in missing:
         purpose, extra = OPTIONAL[name]
         yield Finding(f"  {name}", f"not installed; needed for {purpose}", f"pip install 'mygpt[{extra}]'")
+
+
+def _version_of(package: str) -> str:
+    """Return the version of an installed package. mlflow may have been installed without its server, as mlflow-skinny."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-skinny")
 
 
 def find_disk() -> Finding:
@@ -265,7 +276,9 @@ def training_seconds(
     not included.
     """
     n = ranks.world_size()
-    plain = dataclasses.replace(training, micro_batch_size=None, warmup_steps=0, compile=False, tensorboard=False)
+    plain = dataclasses.replace(
+        training, micro_batch_size=None, warmup_steps=0, compile=False, log_to=None, tensorboard=False
+    )
 
     def measure_step(part: GPTConfig, batch_size: int) -> float:
         tried = dataclasses.replace(plain, batch_size=n * batch_size)

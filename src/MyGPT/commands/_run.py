@@ -43,14 +43,12 @@ class RunOptions:
     def for_trainer(self, training: TrainConfig) -> dict[str, Any]:
         """Join the other ranks, if there are any, and return the keyword arguments of Trainer for these options.
 
-        Raises an error if the device or the directory cannot be used, or if training.tensorboard is True and it is not
-        installed.
+        Raises an error if the device or the directory cannot be used, or if a tracker in training.log_to is not installed.
         """
         from MyGPT import ranks
-        from MyGPT.training.metrics import require_tensorboard
+        from MyGPT.training.trackers import require_trackers
 
-        if training.tensorboard:
-            require_tensorboard()
+        require_trackers(training.trackers())
         ranks.join(training.timeout_minutes)
         training.shard_size_on(ranks.world_size())  # checks the options before anything is read or written
         return ranks.on_first_rank(self._keywords)
@@ -109,10 +107,14 @@ def command_of_run(config: Path) -> str:
 
 def command_of_recipe(recipe: Iterable[str]) -> str:
     """Return the name of the training command to which these options belong."""
-    names = {name.partition(".")[0] for name in recipe}
+    names = {*recipe}
     typical = {"classify": "train_only", "dpo": "beta", "finetune": "lora"}
-    command = next((command for command, option in typical.items() if option in names), None)
-    return command or ("finetune" if "model" in names else "train")
+    found = (
+        command
+        for command, option in typical.items()
+        if option in names or any(name.startswith(f"{option}.") for name in names)
+    )
+    return next(found, "finetune" if "model" in names else "train")
 
 
 def run_to_resume(resume: str | None, out: str | None) -> Path | None:

@@ -66,7 +66,8 @@ class LabelledOptions(SplitOptions):
     """The options of `mygpt classify` for the data. Raises ValueError for a value out of range."""
 
     data: str | None = None  # type: ignore[assignment]
-    """File of labelled texts for training: CSV, tabs (.tsv), JSON or JSON Lines."""
+    """File of labelled texts for training (CSV, tabs (.tsv), JSON, JSON Lines or Parquet), or the directory of a data set
+    saved by datasets."""
     text_column: str = "text"
     """Column or key of the texts. In a table without a header, its number, counted from 1."""
     label_column: str = "label"

@@ -40,8 +40,8 @@ def prepare(
 
     Args:
         files: Text files (.txt), or files of records with a text (.jsonl, .ndjson, .json or .csv), optionally compressed
-            as .gz or .zst, Parquet files (.parquet), patterns such as 'texts/*.txt', or one of the names alice (built in)
-            and tinyshakespeare (downloaded).
+            as .gz or .zst, Parquet files (.parquet), directories of data sets saved by datasets, patterns such as
+            'texts/*.txt', or one of the names alice (built in) and tinyshakespeare (downloaded).
         out: Directory for the tokens.
         tokenizer: The tokenizer: gpt2; chars, words or bpe, which are learned from the text; or a directory with a tokenizer.
         text_key: The key of the text in each record of a JSON file, or the column of the text in a table.

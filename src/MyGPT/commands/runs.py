@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
+from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
 from MyGPT.config import GPTConfig
 from MyGPT.files import check_output_file, json_text, present_directory, read_json
 from MyGPT.messages import error_message, near_path, printable
@@ -344,7 +345,7 @@ def different_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> di
         for kind in (GPTConfig, TrainConfig)
         for field in dataclasses.fields(kind)
         if field.default is not dataclasses.MISSING
-    }
+    } | MODEL_DEFAULTS
     names = [*flat[0], *(name for name in flat[1] if name not in flat[0])]
     pairs = {name: tuple(recipe.get(name, defaults.get(name)) for recipe in flat) for name in names}
     return {name: (one, other) for name, (one, other) in pairs.items() if one != other}

@@ -31,7 +31,7 @@ from MyGPT.commands._child import SECONDS_TO_STOP
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import command_of_recipe
 from MyGPT.commands.prepare import MAX_WORKERS, dask_executor
-from MyGPT.commands.runs import is_locked, option_text, summarize, table
+from MyGPT.commands.runs import flatten, is_locked, option_text, summarize, table
 from MyGPT.config import require_positive
 from MyGPT.evaluation.welch import welch_test
 from MyGPT.files import atomic_write, check_output_directory, json_text
@@ -43,6 +43,7 @@ MAX_RUNS = 10_000
 _UNSAFE = re.compile(r"[^\w.+-]+")
 """Characters that the name of a directory does not contain."""
 _RESULTS, _PICTURE, _LOCK = "sweep.json", "sweep.png", ".sweep.lock"
+_ABSENT = "(not given)"
 _FIXED = {
     "seed": "--seeds sets the seeds",
     **dict.fromkeys(("out", "resume", "overwrite", "allow_changed"), "the sweep sets it for each run"),
@@ -70,8 +71,8 @@ def sweep(
     Welch's t-test against the first setting.
 
     Examples:
-        mygpt sweep configs/quickstart.yaml --vary learning_rate=1e-3,3e-3 --seeds 5 --out runs/rates
-        mygpt sweep runs/book --vary n_layers=2,4 --vary drop_rate=0,0.1 --vary max_steps=500 --out runs/grid
+        mygpt sweep recipe.yaml --vary learning_rate=1e-3,3e-3 --seeds 5 --out s
+        mygpt sweep runs/book --vary n_layers=2,4 --vary drop_rate=0,0.1 --out grid
 
     Args:
         recipe: A YAML file with the options of a training command, or the directory of a run, whose options are used.
@@ -100,9 +101,8 @@ def sweep(
     directory = Path(out)
     _check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(directory / _LOCK).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process runs a sweep in {out}: wait for it, or choose another --out") from None
     with lock:
@@ -274,7 +274,8 @@ def _check_directory(directory: Path) -> None:
     """Raise an error if the directory of a sweep cannot be written, or contains files but no sweep."""
     check_output_directory(directory)
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    if set(names) - {_LOCK} and _RESULTS not in names:
+    # A killed command may have left the lock, and a temporary file of sweep.json.
+    if any(not name.startswith(".") for name in names) and _RESULTS not in names:
         raise FileExistsError(f"{directory} is not empty and holds no sweep: choose another --out")
 
 
@@ -283,18 +284,17 @@ def _write_recipes(plan: Plan) -> None:
 
     Raises ValueError, before anything is written, if an earlier sweep has made one of the runs with other options.
     """
-    from MyGPT.commands.runs import different_options
-
     for run in plan.runs:
-        if run.recipe_file.is_file():
-            changed = different_options(read_recipe(run.recipe_file), run.recipe)
-            texts = [
-                f"{name} was {option_text(before)} and is {option_text(now)}" for name, (before, now) in changed.items()
-            ]
-            if texts:
-                raise ValueError(
-                    f"{run.directory} was made with other options: {'; '.join(texts)}; choose another --out"
-                )
+        if not run.recipe_file.is_file():
+            continue
+        before, now = flatten(read_recipe(run.recipe_file)), flatten(run.recipe)
+        texts = [
+            f"{name} was {_text_of(before, name)} and is {_text_of(now, name)}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+        ]
+        if texts:
+            raise ValueError(f"{run.directory} was made with other options: {'; '.join(texts)}; choose another --out")
     if not (plan.directory / _RESULTS).exists():
         _write_json(plan, {})
     for run in plan.runs:
@@ -302,6 +302,10 @@ def _write_recipes(plan: Plan) -> None:
             run.directory.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(run.recipe_file) as file:
                 yaml.safe_dump(run.recipe, file, sort_keys=False, allow_unicode=True)
+
+
+def _text_of(recipe: Mapping[str, Any], name: str) -> str:
+    return option_text(recipe[name]) if name in recipe else _ABSENT
 
 
 class _Task(NamedTuple):
@@ -315,7 +319,7 @@ class _Task(NamedTuple):
     place: str
     """The current directory, to which paths in the recipe are relative."""
     threads: int | None
-    """The number of CPU threads of torch; None keeps the default."""
+    """The number of CPU threads of torch, unless OMP_NUM_THREADS is set; None keeps the default."""
 
 
 def _train(plan: Plan, workers: int, scheduler: str | None) -> dict[str, str]:
@@ -353,6 +357,7 @@ def _train(plan: Plan, workers: int, scheduler: str | None) -> dict[str, str]:
                     bar.write(f"{run.name}: {reason or _result_text(run)}", file=sys.stderr)
             except BaseException:
                 marker.unlink(missing_ok=True)
+                _print("stopping: the runs save their checkpoints")
                 for future in futures:
                     future.cancel()
                 wait(futures, SECONDS_TO_STOP)
@@ -381,7 +386,7 @@ def _run(task: _Task) -> str:
     deadline = time.monotonic() + SECONDS_TO_STOP
     while is_locked(Path(task.directory)) and time.monotonic() < deadline:
         time.sleep(0.2)  # The run of a killed command is saving its last checkpoint.
-    environment = {**os.environ, **({} if task.threads is None else {"OMP_NUM_THREADS": str(task.threads)})}
+    environment = {**({} if task.threads is None else {"OMP_NUM_THREADS": str(task.threads)}), **os.environ}
     marker = Path(task.marker)
     if not marker.exists():
         return "not started"
@@ -426,7 +431,7 @@ def _failure(log: Path, start: int, status: int) -> str:
 
 
 def _reason(future: Future[str], run: Planned) -> str:
-    """Return why a run failed, or an empty text if it is finished and has a loss."""
+    """Return why a run failed, or an empty text if it is finished."""
     try:
         reason = future.result()
     except Exception as error:  # The log cannot be written, or a worker of the cluster was killed. Other runs go on.
@@ -436,11 +441,12 @@ def _reason(future: Future[str], run: Planned) -> str:
     summary = summarize(run.directory)
     if summary.state != "finished":
         return summary.note or f"{run.directory} is not finished, although the command ended without an error"
-    return "" if summary.final_loss is not None else "there is no validation loss to compare: set val_fraction"
+    return ""
 
 
 def _result_text(run: Planned) -> str:
-    return f"final validation loss {summarize(run.directory).final_loss:.4f}"
+    loss = summarize(run.directory).final_loss
+    return "no validation loss" if loss is None else f"final validation loss {loss:.4f}"
 
 
 def _print(text: str) -> None:
@@ -485,8 +491,10 @@ def _report(plan: Plan, reasons: Mapping[str, str]) -> None:
         for run in failed:
             _print(f"{run.name} failed: {reasons[str(run.directory)]} (see {run.log})")
         raise ChildProcessError(
-            f"{len(failed)} of {len(plan.runs)} runs failed; repeat the command to try them again, after the causes are removed"
+            f"{len(failed)} of {len(plan.runs)} runs failed; repeat the command to try them again when the cause is removed"
         )
+    if not any(row["n"] for row in rows):
+        raise ValueError(f"{plan.directory}: no run has a validation loss to compare; its recipe needs validation data")
 
 
 def _write_json(plan: Plan, reasons: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Detect the format of a data file from its name, and open files that are compressed as .gz or .zst, and Parquet files."""
+"""Detect the format of a data file from its name, and open compressed files (.gz or .zst), Parquet files and Arrow files."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import importlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from MyGPT.files import MAX_TEXT_BYTES, decode_text, read_text
+from MyGPT.files import MAX_TEXT_BYTES, decode_text, parse_json, read_json, read_text
 
 MAX_UNPACKING, FREE_BYTES = 200, 1 << 28
 """A text in an archive may have at most MAX_UNPACKING * (size of the archive) + FREE_BYTES bytes. Books compress by a
 factor of 3, logs by 50, and malicious files, which are made to fill memory or disk, by 1,000. So only malicious files
 exceed the limit."""
 
-Format = Literal["text", "json", "lines", "table", "parquet"]
-"""The format of a data file: text, JSON (an array, or one value per line), lines of JSON, a table, or Apache Parquet."""
+Format = Literal["text", "json", "lines", "table", "parquet", "arrow"]
+"""The format of a data file: text, JSON (an array, or one value per line), lines of JSON, a table, Apache Parquet or Arrow."""
 
 _FORMATS: dict[str, Format] = {
     ".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "table", ".tsv": "table", ".parquet": "parquet",
+    ".arrow": "arrow",
 }  # fmt: skip
 _ARCHIVES = (".gz", ".zst")
 _ZSTD_BLOCK, _ZSTD_WINDOW = 1 << 11, 1 << 31
@@ -162,6 +163,117 @@ def read_parquet(
         raise ValueError(
             f"{path} is a damaged Parquet file, or one that MyGPT cannot read: {_one_line(error)}"
         ) from None
+
+
+def find_arrow_files(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of a data set that `save_to_disk` of the library datasets wrote, or of a .arrow file.
+
+    The list is empty if `path` is neither. Raises ValueError for a directory with several splits, such as train and test,
+    and for a damaged one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path] if format_of(path) == "arrow" else []
+    if (path / "dataset_dict.json").is_file():
+        splits = _names(read_json(path / "dataset_dict.json"), "splits", path / "dataset_dict.json")
+        if len(splits) == 1:
+            return find_arrow_files(path / splits[0])
+        example = f", for example {path / splits[0]}" if splits else ""
+        raise ValueError(
+            f"{path} has the splits {', '.join(splits) or 'none'}: name the directory of one of them{example}"
+        )
+    state = path / "state.json"
+    if not state.is_file():
+        return []
+    content = read_json(state)
+    entries = content.get("_data_files") if isinstance(content, dict) else None
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
+    if content.get("_indices_data_files"):
+        raise ValueError(
+            f"{path} was saved with indices, by an old version of datasets: open it there and save it again"
+        )
+    return [path / name for name in _names({"files": names}, "files", state)]
+
+
+def _names(content: Any, key: str, path: Path) -> list[str]:
+    """Return the list of names of files under a key of a JSON object, which was read from `path`."""
+    names = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(
+            f"{path} does not describe a data set as save_to_disk writes it: {key} must be a list of names"
+        )
+    return names
+
+
+def read_arrow(
+    files: Iterable[Path],
+    path: str | os.PathLike[str],
+    column: str | None = None,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, record) for each row of a data set in Arrow files, with limited memory; `where` names `path` and the row.
+
+    The arguments `column` and `advance`, and the errors, are those of `read_parquet`. A class label of the library datasets
+    becomes the name of the class.
+    """
+    arrow = _import("pyarrow", path)
+    row = 0
+    for file in files:
+        position, n_bytes, size = 0, 0, os.stat(file).st_size
+        try:
+            with arrow.OSFile(os.fspath(file)) as source:
+                is_file = source.read(6) == b"ARROW1"
+                source.seek(0)
+                reader = arrow.ipc.open_file(source) if is_file else arrow.ipc.open_stream(source)
+                labels = _class_labels(reader.schema, file)
+                names = [name for name in reader.schema.names if column in (None, name)]
+                stored = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+                for stored_batch in stored:
+                    n_bytes += stored_batch.nbytes
+                    check_unpacking(n_bytes, size, file)
+                    batch = stored_batch.select(names)
+                    for start in range(0, stored_batch.num_rows, _PARQUET_ROWS):
+                        for record in batch.slice(start, _PARQUET_ROWS).to_pylist():
+                            row += 1
+                            yield (
+                                f"{path}, row {row}",
+                                {key: _label(value, labels.get(key)) for key, value in record.items()},
+                            )
+                    advance(source.tell() - position)
+                    position = source.tell()
+            advance(size - position)
+        except (
+            arrow.ArrowException,
+            OSError,
+            MemoryError,
+            UnicodeDecodeError,
+            OverflowError,
+            NotImplementedError,
+        ) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(
+                f"{file} is a damaged Arrow file, or one that MyGPT cannot read: {_one_line(error)}"
+            ) from None
+
+
+def _class_labels(schema: Any, path: Path) -> dict[str, list[str]]:
+    """Return the names of the classes of each column with class labels, as the library datasets writes them to a schema."""
+    described = (schema.metadata or {}).get(b"huggingface")
+    content = parse_json(described.decode("utf-8", "replace"), path) if described else {}
+    features = content.get("info", {}).get("features", {}) if isinstance(content, dict) else {}
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+    }
+
+
+def _label(value: Any, names: list[str] | None) -> Any:
+    """Return the name of a class if `names` are given; -1, which stands for no label, becomes None."""
+    if names is None or type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def refuse_archive(path: str | os.PathLike[str]) -> None:

@@ -158,7 +158,7 @@ def _encode_parts(parts: list[Part], tokenizer: Any) -> Example:
     """Encode the prompt and answer parts of a text, each separately, and return their token ids as one Example."""
     example = Example([], [])
     for part in parts:
-        example.add(encode_with_specials(tokenizer, part.text), part.is_answer)
+        example.add(encode_with_specials(tokenizer, part.text), part.is_answer and part.is_learned)
     return example
 
 

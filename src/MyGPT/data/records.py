@@ -3,7 +3,8 @@
 A record is a dict of one of five kinds, which differ in their keys: `instruction` and `output`, with an optional
 `input` (Alpaca's format); `messages`, a list of dicts with `role` and `content`; `conversations`, a list of dicts with
 `from` and `value` (ShareGPT's format); `prompt` and `completion`; or only `text`. Other keys are ignored. A number in the
-place of a text, as pandas writes a column of numbers, is read as its digits. A value that is null or NaN, as pandas writes
+place of a text, as pandas writes a column of numbers, is read as its digits. conversions.py turns the forms of other
+projects into these. A value that is null or NaN, as pandas writes
 missing values, means that the key is missing. A template (templates.py) turns a record into text. This module needs neither
 torch nor a tokenizer.
 """
@@ -22,17 +23,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from MyGPT.data.formats import format_of, read_data, read_parquet, refuse_archive
+from MyGPT.data.conversions import converted, converted_message, short
+from MyGPT.data.conversions import is_missing as is_missing  # "import X as X" marks X as public.
+from MyGPT.data.formats import find_arrow_files, format_of, read_arrow, read_data, read_parquet, refuse_archive
 from MyGPT.files import atomic_write, json_text, parse_json, read_json
 from MyGPT.tokenizers.base import refuse_surrogates
 
 Record = Mapping[str, Any]
 """A fine-tuning record: a dict as read from a JSON file, for example with the keys instruction and output."""
-
-ROLES = ("system", "user", "assistant")
-"""The allowed values of `role` in the messages of a conversation."""
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-"""Maps the allowed values of `from` in ShareGPT's conversations to roles."""
 
 Kind = Literal["instruction", "messages", "prompt", "text"]
 
@@ -59,15 +57,17 @@ def read_items(path: str | os.PathLike[str], has_header: bool = True) -> Iterato
 
     A file whose name ends in .csv or .tsv is a table: its first line names the columns, which are separated by commas,
     semicolons or tabs, and each record is a dict of strings. Any other file contains a JSON array, or one JSON value per
-    line. All these files may be compressed as .gz or .zst. Each row of a .parquet file is a record. A damaged file, or a
-    file without records, raises ValueError.
+    line. All these files may be compressed as .gz or .zst. Each row of a .parquet or .arrow file is a record, and of a
+    directory that `datasets.Dataset.save_to_disk` wrote. A damaged file, or a file without records, raises ValueError.
 
     If has_header is False, the file is a table without names of columns, whatever its name. The keys of a record are then
     the positions of the columns: "1", "2" and so on.
     """
     is_table, is_empty = format_of(path) == "table" or not has_header, True
     items: Iterator[tuple[str, Any]]
-    if format_of(path) == "parquet":
+    if files := find_arrow_files(path):
+        items = read_arrow(files, path)
+    elif format_of(path) == "parquet":
         refuse_archive(path)
         items = read_parquet(path)
     else:
@@ -112,7 +112,7 @@ def table_items(
             if row and not columns:
                 columns = [name.strip() for name in row]
                 if len(set(columns)) < len(columns):
-                    raise ValueError(f"{where}: each column needs a name of its own, got {_short(columns)}")
+                    raise ValueError(f"{where}: each column needs a name of its own, got {short(columns)}")
             elif len(row) > len(columns):
                 raise ValueError(f"{where}: more values than columns; put texts with a comma in quotation marks")
             elif row:
@@ -174,12 +174,6 @@ def _kind_key(record: Record) -> str | None:
     return next((key for key in present if not is_missing(record[key])), present[0] if present else None)
 
 
-def is_missing(value: object) -> bool:
-    """Return True if a value of a record means that there is none: null, or NaN or NA, as pandas writes them."""
-    # NaN differs from itself, and a comparison with pandas.NA is neither true nor false.
-    return value is None or (isinstance(value, float) and value != value) or repr(value) == "<NA>"
-
-
 def _as_text(value: Any) -> Any:
     """Return a finite number as a string of its digits, and any other value unchanged."""
     # An exact type: bool is a subclass of int. NumPy's scalars, which pandas returns, convert themselves.
@@ -196,11 +190,18 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> Record:
     False, the output, the completion or the final message of the assistant may be missing.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: a record must be a JSON object, got {_short(record)}")
+        raise ValueError(f"{where}: a record must be a JSON object, got {short(record)}")
+    record = converted(record, where)
     kind = _kind_key(record)
+    is_pair = "chosen" in record and "rejected" in record
+    if is_pair and (kind is None or (kind == "prompt" and needs_answer and is_missing(record.get("completion")))):
+        raise ValueError(f"{where}: the record is a pair of a chosen and a rejected answer, which mygpt dpo reads")
+    if kind == "prompt" and record.get("label") is False:
+        reason = "the label false says that the completion is undesirable"
+        raise ValueError(f"{where}: {reason}: remove such records before fine-tuning")
     if kind is None:
         keys = "the key 'instruction' with 'output', 'messages', 'conversations', 'prompt' with 'completion', or 'text'"
-        raise ValueError(f"{where}: a record needs {keys}, got {_short(list(record))}")
+        raise ValueError(f"{where}: a record needs {keys}, got {short(list(record))}")
     present = {key: _as_text(value) for key, value in record.items() if not is_missing(value)}
     record = {**record, **present}
     if kind in ("messages", "conversations"):
@@ -218,53 +219,44 @@ def check_record(record: Any, where: str, needs_answer: bool = True) -> Record:
     return present
 
 
-def _checked_messages(record: Record, key: str, where: str, needs_answer: bool) -> list[dict[str, str]]:
-    """Return the messages under the key "messages" or "conversations" of a record, as dicts with `role` and `content`.
+def _checked_messages(record: Record, key: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
+    """Return the messages under the key "messages" or "conversations" of a record, as `converted_message` returns them.
 
     The system prompt that a ShareGPT record may have beside its conversation becomes the first message. Invalid messages
     raise ValueError, also if needs_answer is True and the last message is not from the assistant.
     """
     messages = record[key]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {key!r} must be a list of at least one message, got {_short(messages)}")
+        raise ValueError(f"{where}: {key!r} must be a list of at least one message, got {short(messages)}")
     result = []
     if key == "conversations" and not is_missing(record.get("system")):
         _check_text(record, "system", where)
         result = [{"role": "system", "content": record["system"]}] if record["system"] else []
     for number, message in enumerate(messages, start=1):
         place = f"{where}, message {number}"
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{place}: a message must be a JSON object, got {_short(message)}")
-        is_sharegpt = key == "conversations" and "role" not in message
-        role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
-        roles = _SHAREGPT_ROLES if is_sharegpt else dict(zip(ROLES, ROLES, strict=True))
-        message = {key: _as_text(value) for key, value in message.items()}
-        for name in (role_key, content_key):
-            _check_text(message, name, place)
-        if message[role_key] not in roles:
-            raise ValueError(f"{place}: {role_key!r} must be one of {', '.join(roles)}, got {message[role_key]!r}")
-        result.append({"role": roles[message[role_key]], "content": message[content_key]})
+        found = converted_message(message, key, place)
+        found["content"] = _as_text(found["content"])
+        names = ("from", "value") if key == "conversations" and "role" not in message else ("role", "content")
+        for ours, name in zip(("role", "content"), names, strict=True):
+            _check_text({name: found[ours]}, name, place)
+        result.append(found)
     if needs_answer and result[-1]["role"] != "assistant":
-        allowed = f"the {role_key} {'gpt' if is_sharegpt else 'assistant'!r}, which is the answer to learn"
-        raise ValueError(f"{where}: the last of {key!r} must have {allowed}, got {message[role_key]!r}")
+        allowed = f"the {names[0]} {'gpt' if names[0] == 'from' else 'assistant'!r}, which is the answer to learn"
+        raise ValueError(f"{where}: the last of {key!r} must have {allowed}, got {message[names[0]]!r}")
+    if needs_answer and "weight" in result[-1]:
+        raise ValueError(f"{where}: the last of {key!r} is the answer to learn, so its 'weight' must not be 0")
     return result
 
 
 def _check_text(record: Record, key: str, where: str) -> None:
     """Raise ValueError if record[key] is missing or not valid text. The error message starts with `where`."""
     if key not in record:
-        raise ValueError(f"{where}: the key {key!r} is missing, the record has {_short(list(record))}")
+        raise ValueError(f"{where}: the key {key!r} is missing, the record has {short(list(record))}")
     if not isinstance(record[key], str):
         way_out = "; for a table of pandas, use to_json(orient='records')" if isinstance(record[key], Mapping) else ""
         way_out = "; fill in the missing value, or remove the record" if is_missing(record[key]) else way_out
-        raise ValueError(f"{where}: {key!r} must be a string, got {_short(record[key])}{way_out}")
+        raise ValueError(f"{where}: {key!r} must be a string, got {short(record[key])}{way_out}")
     refuse_surrogates(record[key], f"{where}: {key!r}: ")
-
-
-def _short(value: object) -> str:
-    """Return the repr of a value, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A text file is one document. A `.jsonl`, `.ndjson` or `.json` file has one JSON object per line, with the text of a
 document under a given key. A `.json` file may also be an array of such objects. In a table (`.csv` or `.tsv`), the key names
 a column. An array or table must fit into the memory. All files may be compressed as `.gz` or `.zst`. A `.parquet` file has
-the text of a document in each row of a column.
+the text of a document in each row of a column, and so has a directory that `save_to_disk` of the library datasets wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from MyGPT.data.formats import format_of, is_compressed, open_data, read_parquet, refuse_archive
+from MyGPT.data.formats import (
+    find_arrow_files,
+    format_of,
+    is_compressed,
+    open_data,
+    read_arrow,
+    read_parquet,
+    refuse_archive,
+)
 from MyGPT.data.records import ANSWER_KEYS, json_items, table_items
 from MyGPT.data.tokens import is_prepared
 from MyGPT.download import cache_directory, download
@@ -83,6 +91,8 @@ def find_files(names: str | Iterable[str], report: Callable[[str], object] = lam
             raise ValueError(
                 f"{name} is a directory made by mygpt prepare, which mygpt train reads: name text files here"
             )
+        elif files := find_arrow_files(name):
+            paths += files
         elif Path(name).is_dir():
             raise ValueError(f"{name} is a directory: name its files, for example {quote(os.path.join(name, '*.txt'))}")
         elif glob.has_magic(name):
@@ -123,6 +133,9 @@ def read_pieces(
     if format_of(path) == "parquet":
         refuse_archive(path)
         yield from _text_of_records(read_parquet(path, text_key, advance), path, text_key)
+        return
+    if format_of(path) == "arrow":
+        yield from _text_of_records(read_arrow([path], path, text_key, advance), path, text_key)
         return
     with open_data(path) as (file, raw):
         position = 0
@@ -322,7 +335,7 @@ def _text_of_records(items: Iterable[tuple[str, Any]], path: Path, text_key: str
     """Yield the text under `text_key` of each record in `items`, pairs of a place for error messages and a record."""
     for where, record in items:
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            is_table = format_of(path) in ("table", "parquet")
+            is_table = format_of(path) in ("table", "parquet", "arrow")
             key = f"in the column {text_key!r}" if is_table else f"under the key {text_key!r}"
             raise ValueError(f"{where}: no text {key}{_hint(record, text_key)}")
         refuse_surrogates(record[text_key], f"{where}: ")

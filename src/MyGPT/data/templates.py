@@ -27,10 +27,14 @@ Asks = Literal["instruction", "messages", "prompt"]
 
 
 class Part(NamedTuple):
-    """A part of an example's text. `is_answer` is True if the model must produce it, False if it belongs to the prompt."""
+    """A part of an example's text. `is_answer` is True if the model must produce it, False if it belongs to the prompt.
+
+    `is_learned` is False for an answer that the loss ignores.
+    """
 
     text: str
     is_answer: bool
+    is_learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,9 @@ class Template:
             if message["role"] == "assistant":
                 answer, end = content + after, self.turn_end.rstrip()
                 has_end = bool(end) and answer.rstrip().endswith(end)
-                parts += [Part(before, False), Part(answer, True), Part("" if has_end else self.turn_end, True)]
+                learned = message.get("weight", 1) != 0
+                turn_end = "" if has_end else self.turn_end
+                parts += [Part(before, False), Part(answer, True, learned), Part(turn_end, True, learned)]
             else:
                 parts.append(Part(_fill(getattr(self, message["role"]), content=content), False))
         return parts[:-1] if with_answer else [*parts, Part(before, False)]
@@ -246,5 +252,5 @@ def _merge(parts: list[Part]) -> list[Part]:
 
     The joined texts are then encoded as a whole.
     """
-    groups = groupby((part for part in parts if part.text), key=lambda part: part.is_answer)
-    return [Part("".join(part.text for part in group), is_answer) for is_answer, group in groups]
+    groups = groupby((part for part in parts if part.text), key=lambda part: part[1:])
+    return [Part("".join(part.text for part in group), *kind) for kind, group in groups]

@@ -209,10 +209,10 @@ def released_size(config: GPTConfig) -> str | None:
 def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
     """Yield each text file as one text or, if by_line is true, each of its lines that is not blank as one text.
 
-    A JSON or Parquet file always yields the text of each record.
+    A JSON, Parquet or Arrow file always yields the text of each record.
     """
     for path in paths:
-        is_json, text = format_of(path) in ("json", "lines", "parquet"), ""
+        is_json, text = format_of(path) in ("json", "lines", "parquet", "arrow"), ""
         for piece in read_pieces(path):
             text += piece.text
             if piece.ends_document:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from MyGPT.cache import check_inputs
 from MyGPT.config import GPTConfig
-from MyGPT.data.formats import format_of, read_data
+from MyGPT.data.formats import find_arrow_files, format_of, read_data
 from MyGPT.data.records import is_missing, read_items
 from MyGPT.data.tokens import fingerprint
 from MyGPT.files import read_json, reading
@@ -216,7 +216,7 @@ def read_unlabelled(path: str | os.PathLike[str], text_key: str = "text") -> lis
     If text_key is a number, the file is a table without a header, as for `read_labelled`. Empty lines are skipped. Raises
     ValueError if there are no texts.
     """
-    if format_of(path) == "text" and not text_key.isdecimal():
+    if format_of(path) == "text" and not text_key.isdecimal() and not find_arrow_files(path):
         texts = [line for line in read_data(path).split("\n") if line.strip()]
         if not texts:
             raise ValueError(f"{path} has no texts: each line must be a text")

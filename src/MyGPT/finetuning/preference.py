@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
+from MyGPT.data.conversions import converted
 from MyGPT.data.instructions import encode_prompt
 from MyGPT.data.records import Record, check_record, is_missing, read_items
 from MyGPT.data.templates import ALPACA, Template
@@ -111,7 +112,10 @@ def with_answers(record: Any, where: str, asks: str = "prompt") -> tuple[Record,
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object, got {record!r:.80}")
-    record = {key: value for key, value in record.items() if not is_missing(value)}
+    record = {key: value for key, value in converted(record, where).items() if not is_missing(value)}
+    if "completion" in record and "label" in record and not any(answer in record for answer in ANSWERS):
+        rule = "DPO needs a chosen and a rejected answer to each prompt"
+        raise ValueError(f"{where}: the record has one answer with a label (unpaired preference), but {rule}")
     for answer in ANSWERS:
         if answer not in record:
             raise ValueError(f"{where}: the key {answer!r} is missing; there are {', '.join(map(str, record))}")

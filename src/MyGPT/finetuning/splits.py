@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from MyGPT.data.formats import find_arrow_files
 from MyGPT.data.instructions import LengthGroupedSampler
 from MyGPT.data.records import Split, check_split, split_records
 from MyGPT.messages import near_path
@@ -25,7 +26,7 @@ class SplitOptions:
     """The options that name the files of records, and that split the records into training, validation and test sets."""
 
     data: str
-    """File of records: JSON, JSON Lines or CSV."""
+    """File of records: JSON, JSON Lines, CSV or Parquet, or the directory of a data set saved by datasets."""
     val_data: str | None = None
     """File of validation records. Default: a part of data."""
     test_data: str | None = None
@@ -47,8 +48,8 @@ class SplitOptions:
 
 
 def require_file(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if there is no file of records at `path`."""
-    if not Path(path).is_file():
+    """Raise FileNotFoundError if `path` is neither a file nor a data set that `datasets.Dataset.save_to_disk` wrote."""
+    if not Path(path).is_file() and not find_arrow_files(path):
         reason = "it is a directory" if Path(path).is_dir() else f"there is no such file{near_path(path)}"
         raise FileNotFoundError(f"cannot read the records in {path}: {reason}")
 

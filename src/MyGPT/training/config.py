@@ -8,10 +8,12 @@ from typing import Literal, get_args
 
 from MyGPT.config import TrainingPrecision, check_seed
 from MyGPT.data import Order
+from MyGPT.messages import did_you_mean
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
 Parallel = Literal["none", "ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 _LARGEST = 10**12
 """The largest value of options that are whole numbers, except the seed. Much larger ones overflow in torch."""
 _AT_LEAST_0 = (lambda value: 0 <= value < math.inf), "of at least 0"
@@ -105,8 +107,10 @@ class TrainConfig:
     """Stop the run if more steps than this were skipped because their loss or gradient was not finite."""
     deterministic: bool = False
     """Use only deterministic algorithms. On a GPU, some are slower, others are missing (an error). CPUs always use them."""
+    log_to: str | list[str] | None = None
+    """Trackers that also receive the entries of metrics.jsonl, separated by commas: tensorboard, wandb, mlflow, trackio."""
     tensorboard: bool = False
-    """Write TensorBoard event files beside metrics.jsonl."""
+    """The same as log_to: tensorboard."""
     seed: int = 1337
     """Seed of the initial weights, the data order, dropout and the sample texts."""
 
@@ -131,10 +135,26 @@ class TrainConfig:
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        self.trackers()  # checks their names
         if self.parallel is not None and self.parallel not in get_args(Parallel):
             raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}, got {self.parallel!r}")
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(f"shard_size={self.shard_size} needs parallel: fsdp, got parallel: {self.parallel}")
+
+    def trackers(self) -> tuple[str, ...]:
+        """Return the names of the trackers in log_to, each once, with tensorboard if that option is True.
+
+        Raises ValueError for an unknown name.
+        """
+        given = self.log_to.split(",") if isinstance(self.log_to, str) else self.log_to or []
+        if not all(isinstance(name, str) for name in given):
+            raise ValueError(f"log_to must be a list of texts, got {self.log_to!r}")
+        names = [name.strip() for name in given] + ["tensorboard"] * self.tensorboard
+        for name in names:
+            if name not in get_args(TrackerName):
+                hint = did_you_mean(name, get_args(TrackerName))
+                raise ValueError(f"log_to must name some of {', '.join(get_args(TrackerName))}, got {name!r}{hint}")
+        return tuple(dict.fromkeys(names))
 
     def shard_size_on(self, n_ranks: int) -> int | None:
         """Return the number of ranks that divide one copy of the weights, or None if the model is not distributed.

@@ -17,7 +17,8 @@ from MyGPT.tokenizers.settings import CHAT_TEMPLATES
 from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", "tensorboard", *LOGS)
+_TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
+_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS)
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:
@@ -52,7 +53,7 @@ def lock_directory(run: Path) -> FileLock:
     lock = FileLock(run / LOCK, thread_local=False)  # A Trainer may be closed by another thread.
     this_process = f"process {os.getpid()} on {socket.gethostname()}"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2)  # mygpt runs holds the lock for a moment, to see whether the run is in use.
     except Timeout:
         holder = ""
         with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from MyGPT.files import json_text, parse_json, read_text
 from MyGPT.messages import error_message
+from MyGPT.training.trackers import TrackerThreads
 
 
 class AppendedFile:
@@ -54,41 +55,23 @@ class AppendedFile:
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` in the directory `run`, and to TensorBoard event files if requested.
+    """Appends records to `metrics.jsonl` in the directory `run`, and hands them over to the trackers of the run.
 
-    `report` is called with a message about records that cannot be written (see AppendedFile). `after` is the step from
-    which the run is resumed, or None for a new run. TensorBoard ignores the events of steps after `after` that the
-    interrupted process wrote, because the resumed run writes them again.
+    `report` is called with a message about records that cannot be written (see AppendedFile).
     """
 
-    def __init__(
-        self, run: Path, report: Callable[[str], None], tensorboard: bool = False, after: int | None = None
-    ) -> None:
-        self.file, self._report = AppendedFile(run / "metrics.jsonl", report), report
-        self._writer = _summary_writer(run, after) if tensorboard else None
+    def __init__(self, run: Path, report: Callable[[str], None], trackers: TrackerThreads | None = None) -> None:
+        self.file, self._trackers = AppendedFile(run / "metrics.jsonl", report), trackers
 
     def write(self, step: int, **values: float) -> None:
         """Append `step` and the named values, which were measured after this step, to metrics.jsonl as one record.
 
-        A value that is not finite is written as the string "nan", "inf" or "-inf", because JSON has no such numbers. If
-        TensorBoard files were requested, the values are also added to them.
+        A value that is not finite is written as the string "nan", "inf" or "-inf", because JSON has no such numbers. The
+        trackers get the value itself.
         """
         self.file.write(json_text({"step": step, **values}) + "\n")
-        if self._writer is None:
-            return
-        try:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError as error:
-            self._report(
-                f"the TensorBoard files end at step {step}, because they could not be written: {error_message(error)}"
-            )
-            self._writer = None
-
-    def close(self) -> None:
-        """Close the TensorBoard event files, if there are any."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
 
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -158,20 +141,3 @@ def _parse_record(line: str | bytes, path: Path, number: int | None = None) -> A
 
 def _is_int64(value: object) -> bool:
     return type(value) is int and abs(value) < 2**63
-
-
-def require_tensorboard() -> None:
-    """Raise ValueError if tensorboard is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "tensorboard is not installed: install it with pip install 'mygpt[tensorboard]', or set tensorboard=false"
-        ) from None
-
-
-def _summary_writer(run: Path, after: int | None) -> Any:
-    require_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(log_dir=str(run / "tensorboard"), purge_step=None if after is None else after + 1)

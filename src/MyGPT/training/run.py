@@ -40,6 +40,7 @@ from MyGPT.training.names import CHECKPOINTS
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
+from MyGPT.training.trackers import TrackerThreads, require_trackers
 from MyGPT.weights.pretrained import load_weights_into_gpt, read_weights
 
 _SPIKE = 5.0
@@ -130,6 +131,8 @@ class Run:
     allow_changed: Sequence[str]
     group: ProcessGroup | None = field(init=False, default=None)
     """The process group with which several ranks read and write checkpoints."""
+    has_failed: bool = False
+    """True if an error or a signal ended the training, for the trackers."""
     writer: CheckpointWriter | None = None
     """The checkpoint writer; None before the directory is locked, or if checkpoints are turned off."""
     _metrics: MetricsLog | None = None
@@ -144,6 +147,9 @@ class Run:
     def __post_init__(self) -> None:
         if self.resume and self.directory is None:
             raise ValueError("resume=True needs run_dir, the directory of the run to resume")
+        if self.config.trackers() and self.directory is None:
+            raise ValueError("log_to needs run_dir, the directory that stores the ids of the trackers' runs")
+        require_trackers(self.config.trackers())
         self.recipe = yaml.safe_load(yaml.safe_dump(self.recipe))  # as it will be read back: tuples become lists
 
     def __enter__(self) -> Snapshot | None:
@@ -186,9 +192,11 @@ class Run:
         with atomic_write(directory / "config.yaml") as file:
             yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
         after = snapshot.state.step if snapshot else None
-        self._metrics = MetricsLog(directory, self.console.warn, self.config.tensorboard, after)
-        self._samples = AppendedFile(directory / "samples.txt", self.console.warn)
-        resources.callback(self._metrics.close)
+        names, console = self.config.trackers(), self.console
+        trackers = TrackerThreads(names, directory, self.recipe, after, console.message, console.warn)
+        resources.callback(lambda: trackers.close(self.has_failed))
+        self._metrics = MetricsLog(directory, console.warn, trackers)
+        self._samples = AppendedFile(directory / "samples.txt", console.warn)
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -37,7 +37,7 @@ _ARCHITECTURE = (
     "vocab_size context_length emb_dim n_heads n_layers qkv_bias tie_weights activation layer_norm_eps"
 ).split()
 _ABSENT = "(absent)"
-_WITHOUT_EFFECT = ("parallel", "shard_size", "timeout_minutes")
+_WITHOUT_EFFECT = ("parallel", "shard_size", "timeout_minutes", "log_to", "tensorboard")
 """Keys of a recipe that do not change the results of a run."""
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 # The library draws from generators of its own; NumPy's and Python's are saved for users' code, such as their batches.

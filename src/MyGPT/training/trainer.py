@@ -179,6 +179,7 @@ class Trainer:
     def __exit__(self, kind: object, *exception: object) -> None:
         if kind is None:
             self._gather(and_end=True)
+        self.files.has_failed = kind is not None
         self.close()
 
     def step(self) -> dict[str, float]:

@@ -18,13 +18,13 @@ from MyGPT.config import GPTConfig
 from MyGPT.weights.lazy import LazyTensor, LazyTensors
 
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
-# The names outside the blocks: MyGPT's, OpenAI's (without the prefix "model/") and the book's.
+# The names outside the blocks: MyGPT's, OpenAI's (without the prefix "model/"), the book's and GGUF's.
 TOP = (
-    (WTE, "wte", "tok_emb.weight"),
-    (WPE, "wpe", "pos_emb.weight"),
-    ("transformer.ln_f.weight", "ln_f/g", "final_norm.scale"),
-    ("transformer.ln_f.bias", "ln_f/b", "final_norm.shift"),
-    (HEAD, None, "out_head.weight"),
+    (WTE, "wte", "tok_emb.weight", "token_embd.weight"),
+    (WPE, "wpe", "pos_emb.weight", "position_embd.weight"),
+    ("transformer.ln_f.weight", "ln_f/g", "final_norm.scale", "output_norm.weight"),
+    ("transformer.ln_f.bias", "ln_f/b", "final_norm.shift", "output_norm.bias"),
+    (HEAD, None, "out_head.weight", "output.weight"),
 )
 # The names inside a block, in the same order, and the shape of MyGPT's tensor in multiples of C. The book has separate
 # matrices for queries, keys and values.
@@ -42,11 +42,23 @@ BLOCK: tuple[tuple[str, str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("mlp.c_proj.weight", "mlp/c_proj/w", ("ff.layers.2.weight",), (1, 4)),
     ("mlp.c_proj.bias", "mlp/c_proj/b", ("ff.layers.2.bias",), (1,)),
 )
+# GGUF's names of the parts of a block. The tensors are called blk.0.attn_norm.weight, and so on.
+_GGUF_PARTS = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
 _MATRIX = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _WIDENING = re.compile(r"\.(attn\.c_attn|mlp\.c_fc)\.weight$")  # out > in, so the shape shows the orientation
 # Buffers of old versions: the causal mask and the value used as minus infinity. `c_attn.bias` is a weight.
 _BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$|\.att\.mask$")
-_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # added by torch.compile and DistributedDataParallel
+# Names that torch.compile, DistributedDataParallel, FSDP and checkpointing add, before the name of the part that they wrap.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The token embedding's name. What is before it is the name of the module that contains the model, such as "model." or "m.".
+_OWNER = re.compile(r"^((?:\w+\.)*?)(?:(?:transformer\.)?wte\.weight|tok_emb\.weight)$")
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -80,9 +92,12 @@ def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
 
     The layout is detected from the tensor names and shapes. Raises ValueError if the names belong to no known layout.
     """
-    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items() if not _BUFFER.search(name)}
+    bare = {name: tensor for name, tensor in _without_wrappers(tensors).items() if not _BUFFER.search(name)}
     if "wte" in bare:
         return _from_openai(bare), "OpenAI's"
+    if "token_embd.weight" in bare:
+        name_of = {theirs: name for name, theirs in gguf_names(bare).items()}
+        return {name_of.get(name, name): tensor for name, tensor in bare.items()}, "GGUF's"
     if "tok_emb.weight" in bare:
         return _from_book(bare), "the book's"
     prefixes = ("transformer.", "lm_head.", "score.")  # a classifier has score.weight
@@ -96,6 +111,33 @@ def to_ours(tensors: LazyTensors) -> tuple[dict[str, LazyTensor], str]:
     if not any(name.endswith(".bias") for name in ours):
         return _with_zero_biases(ours), "nanoGPT's"
     return ours, "nanoGPT's or MyGPT's own"
+
+
+def _without_wrappers(tensors: LazyTensors) -> dict[str, LazyTensor]:
+    """Return the tensors under the names that they have in the model itself.
+
+    A training script saves the weights with the names of the wrappers around the model, and of the object that contains the
+    model, such as a LightningModule. This function removes them, unless the object has other tensors besides the model's.
+    """
+    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    owners = {found[1] for found in map(_OWNER.match, bare) if found}
+    prefix = owners.pop() if len(owners) == 1 else ""
+    if not all(name.startswith(prefix) for name in bare):
+        return bare
+    return {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
+
+
+def gguf_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Return a dict from MyGPT's names of all tensors to the names in GGUF files.
+
+    `tensors` are the names of a model's tensors, either MyGPT's or GGUF's, which show how many blocks there are.
+    """
+    names = {ours: theirs for ours, *_, theirs in TOP}
+    for i in _block_numbers(tensors):
+        for ours, *_ in BLOCK:
+            part, _, kind = ours.rpartition(".")
+            names[f"transformer.h.{i}.{ours}"] = f"blk.{i}.{_GGUF_PARTS[part]}.{kind}"
+    return names
 
 
 def config_of(tensors: LazyTensors, n_heads: int) -> GPTConfig:
@@ -226,6 +268,21 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 
     Matrices are transposed to (in, out), a tied output head is left out, and missing qkv biases are added as zeros.
     """
+    return {name: _transposed(name, tensor) for name, tensor in _to_save(state_dict, config).items()}
+
+
+def to_gguf(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return a model's state dict under the names of llama.cpp's GGUF files.
+
+    A tied output head is left out, and missing qkv biases are added as zeros, because llama.cpp requires them.
+    """
+    ours = _to_save(state_dict, config)
+    names = gguf_names(ours)
+    return {names[name]: tensor for name, tensor in ours.items()}
+
+
+def _to_save(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return a model's state dict without a tied output head, and with zeros for missing qkv biases."""
     # A tensor with two names becomes one lazy tensor, so that sharded weights are not gathered twice to compare them.
     lazy = {id(tensor): LazyTensor.of(tensor.detach()) for tensor in state_dict.values()}
     ours = {name: lazy[id(tensor)] for name, tensor in state_dict.items()}
@@ -236,7 +293,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
         del ours[HEAD]
     if not config.qkv_bias:
         ours |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), ours))
-    return {name: _transposed(name, tensor) for name, tensor in ours.items()}
+    return ours
 
 
 def in_our_layout(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -261,7 +318,7 @@ def _qkv_biases(config: GPTConfig) -> list[str]:
 
 def _openai_names(n_layers: int) -> dict[str, str]:
     """Return a dict from OpenAI's variable names to MyGPT's names."""
-    top = {path: ours for ours, path, _ in TOP if path is not None}
+    top = {path: ours for ours, path, *_ in TOP if path is not None}
     return top | {f"h{i}/{path}": f"transformer.h.{i}.{ours}" for i in range(n_layers) for ours, path, *_ in BLOCK}
 
 
@@ -277,7 +334,7 @@ def _from_book(tensors: LazyTensors) -> dict[str, LazyTensor]:
     The separate weights of queries, keys and values in each block are joined into one tensor.
     Tensors with unknown names are returned unchanged.
     """
-    parts_of = {ours: [theirs] for ours, _, theirs in TOP}
+    parts_of = {ours: [theirs] for ours, _, theirs, _ in TOP}
     for i in _block_numbers(tensors):
         for ours, _, theirs, _ in BLOCK:
             parts_of[f"transformer.h.{i}.{ours}"] = [f"trf_blocks.{i}.{name}" for name in theirs]
@@ -297,7 +354,7 @@ def _with_zero_biases(ours: LazyTensors) -> dict[str, LazyTensor]:
 
 def _block_numbers(names: Iterable[str]) -> list[int]:
     """Return the sorted indices of the transformer blocks that occur in these tensor names."""
-    found = map(re.compile(r"(?:^|\.)(?:h|trf_blocks)\.(\d+)\.").search, names)
+    found = map(re.compile(r"(?:^|\.)(?:h|trf_blocks|blk)\.(\d+)\.").search, names)
     return sorted({int(match[1]) for match in found if match})
 
 

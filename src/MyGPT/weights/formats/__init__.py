@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from MyGPT.weights.checkpoint import Checkpoint
-from MyGPT.weights.formats import huggingface, openai, safetensors, torch_file
+from MyGPT.weights.formats import gguf, huggingface, llmc, openai, safetensors, torch_file
 
 
 class Format(Protocol):
@@ -25,7 +25,7 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (openai, huggingface, safetensors, torch_file)
+FORMATS: tuple[Format, ...] = (openai, huggingface, safetensors, gguf, llmc, torch_file)
 """All formats, in the order in which they are tried. `torch_file` is last because it accepts any file."""
 
 
