@@ -97,10 +97,12 @@ def trainer(model: Any, directory: Path, **options: Any) -> tuple[Trainer, Losse
     ("changes", "options"),
     [
         ({}, {"eval_strategy": "steps", "eval_steps": 2}),
-        ({"tie_weights": False, "qkv_bias": False}, {"label_smoothing_factor": 0.1}),
-        ({}, {"gradient_checkpointing": True}),
-        ({"emb_dim": 4, "n_heads": 1}, {}),
-        ({}, {"bf16": True}),
+        pytest.param(
+            {"tie_weights": False, "qkv_bias": False}, {"label_smoothing_factor": 0.1}, marks=pytest.mark.slow
+        ),
+        pytest.param({}, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"emb_dim": 4, "n_heads": 1}, {}, marks=pytest.mark.slow),
+        pytest.param({}, {"bf16": True}, marks=pytest.mark.slow),
     ],
 )
 def test_trainer_takes_the_steps_of_transformers(
@@ -137,7 +139,14 @@ def test_gradient_checkpointing_of_transformers_recomputes_our_blocks() -> None:
     assert not model.gradient_checkpointing
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_weights": False}, {"emb_dim": 8, "n_heads": 1, "vocab_size": 68}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"tie_weights": False}, marks=pytest.mark.slow),
+        pytest.param({"emb_dim": 8, "n_heads": 1, "vocab_size": 68}, marks=pytest.mark.slow),
+    ],
+)
 def test_trainer_resumes_and_opens_what_it_saved(
     changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,6 +210,7 @@ def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any]) -> N
     assert ours.shape == (3, 19) and torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_assisted_generation_gives_the_tokens_of_the_model_alone() -> None:
     adapted, twin = pair()
     assistant = as_transformers(small_model(n_layers=1))
