@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from MyGPT.files import read_json
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
+from MyGPT.notebooks import html_table
 
 # Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
 # here, because the released models have equal rates.
@@ -95,6 +96,9 @@ class GPTConfig:
     and pad_token_id, if they are not null, override the fields of the same names, as in transformers."""
 
     model_type: ClassVar[str] = "gpt2"
+
+    def _repr_html_(self) -> str:
+        return html_table("GPTConfig", vars(self))
 
     def __post_init__(self) -> None:
         for name, largest in _MAX_SIZES.items():

@@ -21,6 +21,7 @@ from MyGPT.config import GPTConfig, as_config
 from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
 from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, one_tied_entry, token_loss, untied
+from MyGPT.notebooks import model_table
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights, stored_name
 
@@ -267,6 +268,9 @@ class GPTModel(nn.Module):
         The backward pass is included unless backward=False. See `costs.flops_per_token`.
         """
         return flops_per_token(self.config, n_tokens, backward, count_matrix_weights(self))
+
+    def _repr_html_(self) -> str:
+        return model_table(self)
 
     def save_pretrained(
         self,

@@ -1,8 +1,9 @@
-"""The progress of long work on stderr: a bar in a terminal, and otherwise a line every few seconds."""
+"""The progress of long work on stderr: a bar in a terminal or a notebook, and otherwise a line every few seconds."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from tqdm import tqdm
@@ -52,8 +53,24 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
             self._decr_instances(self)  # type: ignore[attr-defined]
 
 
+def is_notebook() -> bool:
+    """Return True if this process runs the cells of a Jupyter notebook."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(get_ipython()).__mro__)
+
+
+def bar_class() -> type[tqdm[Any]]:
+    """Return the class of progress bars for a terminal, or for a notebook: a widget if ipywidgets is installed, or a text."""
+    if not is_notebook():
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm warns if ipywidgets is missing.
+        from tqdm.auto import tqdm as notebook_bar
+    return notebook_bar
+
+
 def progress_bar(progress: bool, **options: Any) -> tqdm[Any]:
     """Return a progress display with tqdm's `options`, such as total and unit. If `progress` is False, it is silent."""
     if not progress or sys.stderr is None:
         return tqdm(**options, disable=True)
-    return tqdm(**options) if sys.stderr.isatty() else ProgressLines(**options)
+    return bar_class()(**options) if is_notebook() or sys.stderr.isatty() else ProgressLines(**options)

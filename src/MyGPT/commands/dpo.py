@@ -54,9 +54,8 @@ class PreferenceOptions(SplitOptions):
     """The options of `mygpt dpo` for the data. Raises ValueError for a value out of range."""
 
     data: str
-    """File of pairs (JSON, JSON Lines, CSV or Parquet), or the directory of a data set saved by datasets. Keys: prompt,
-    chosen and rejected, which are texts or lists of messages; instruction and input can replace prompt. OpenAI's pairs
-    have the keys input, preferred_output and non_preferred_output."""
+    """File of pairs, or data set saved by datasets, with the keys prompt, chosen and rejected: texts or lists of messages.
+    The keys instruction and input can replace prompt. OpenAI's keys are read too."""
     template: str | None = None
     """Prompt template: alpaca, book or a JSON file. Default: the model's own template, or prompts without added text."""
     max_length: int | None = None

@@ -30,19 +30,20 @@ def export(
         model: Name or path of the model.
         format: File format: gguf is one file with weights and tokenizer, onnx a graph with a KV cache.
         out: File to write.
-        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 (gguf only) a quarter.
+        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 a quarter; onnx has f32 and f16.
         without_tokenizer: Leave the tokenizer out of a GGUF file, for programs that pass token ids.
         overwrite: Replace an existing file.
     """
     from MyGPT.commands._model import report_tokenizer
+    from MyGPT.data.chat_template import chat_template
     from MyGPT.files import check_output_file, reading
     from MyGPT.opening import find_model_files, open_model
     from MyGPT.weights.formats.gguf import write_gguf
 
     if len(model) != 1:
         raise ValueError(f"mygpt export writes one model, got {len(model)}: {', '.join(model)}")
-    if format == "onnx" and dtype == "q8_0":
-        raise ValueError("--dtype q8_0 is a type of gguf; onnx has f32, f16 and bf16")
+    if format == "onnx" and dtype not in ("f32", "f16"):
+        raise ValueError(f"--dtype {dtype} is a type of gguf; onnx has f32 and f16")
     check_output_file(out)
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite true")
@@ -53,6 +54,9 @@ def export(
     else:
         gpt, tokenizer = open_model(model[0], "cpu", adapter)
         report_tokenizer(tokenizer)
+        if (template := find_model_files(model[0], adapter).template()) is not None:
+            jinja = chat_template(template, tokenizer, exact=False)
+            tokenizer = tokenizer.with_settings({**tokenizer.settings, "chat_template": jinja})
     notes: list[str] = []
     if format == "onnx":
         import_module("MyGPT.ecosystem.onnx").write_onnx(gpt, out, dtype=dtype)

@@ -24,6 +24,7 @@ from MyGPT.data.templates import BOOK, Part, Template
 from MyGPT.data.tokens import fingerprint
 from MyGPT.data.windows import Batch
 from MyGPT.loss import IGNORED
+from MyGPT.notebooks import Described
 from MyGPT.tokenizers.base import encode_with_specials, encode_without_end
 
 
@@ -41,7 +42,7 @@ class Example(list[int]):
         self.is_answer += [is_answer] * len(ids)
 
 
-class InstructionDataset(Dataset[Example]):
+class InstructionDataset(Described, Dataset[Example]):
     """Fine-tuning examples as token ids: each item is an `Example` with the prompt and the answer of one record.
 
     Prompt and answer are encoded separately, so that a prompt has the same ids in training and in generation.
@@ -108,6 +109,11 @@ class InstructionDataset(Dataset[Example]):
             raise IndexError(f"there is no example {index} in a data set with {len(self)} examples")
         end, length = self._ends[index], self.lengths[index]
         return Example(self._ids[end - length : end].tolist(), self._is_answer[end - length : end].tolist())
+
+    def summary(self) -> dict[str, object]:
+        """Return the numbers of examples, their tokens, and records that were left out as too long."""
+        n_tokens, longest = len(self._ids), int(self.lengths.max())
+        return {"examples": len(self), "tokens": n_tokens, "longest": longest, "too_long": self.n_too_long}
 
     def describe(self) -> str:
         """Return a one-line summary: the numbers of examples, tokens, and records that were left out as too long."""

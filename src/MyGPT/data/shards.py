@@ -17,11 +17,13 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from MyGPT.notebooks import Described
+
 MAX_OPEN_SHARDS = 32
 """Number of shards of a data set that are mapped at the same time. A process may often open only 256 files."""
 
 
-class ShardedTokens(Sequence[int]):
+class ShardedTokens(Described, Sequence[int]):
     """Token ids in several files, in the order of the files. The object can be pickled; its files are not part of the pickle.
 
     `ids[i]` is a number. `ids[a:b]` is a ShardedTokens of this part, which reads nothing yet; `np.asarray(ids[a:b])` reads
@@ -77,8 +79,9 @@ class ShardedTokens(Sequence[int]):
         array = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
         return array.astype(self.dtype if dtype is None else dtype, copy=bool(copy))
 
-    def __repr__(self) -> str:
-        return f"ShardedTokens({len(self):,} ids of type {self.dtype})"
+    def summary(self) -> dict[str, object]:
+        """Return the number and the type of the ids."""
+        return {"ids": len(self), "dtype": self.dtype}
 
     def astype(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return the ids as an array of another type in memory."""

@@ -17,6 +17,7 @@ from MyGPT.config import require_positive
 from MyGPT.data.shards import ShardedTokens
 from MyGPT.data.tokens import Tokens, compact_ids
 from MyGPT.loss import IGNORED
+from MyGPT.notebooks import Described
 from MyGPT.tokenizers import get_tokenizer
 from MyGPT.tokenizers.base import encode_with_specials
 
@@ -40,7 +41,7 @@ def gather_windows(ids: Tokens, starts: npt.NDArray[np.int64], max_length: int, 
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-class GPTDataset(Dataset[Batch]):
+class GPTDataset(Described, Dataset[Batch]):
     """Windows (sequences of T = max_length ids) of a text: each item is a pair of inputs and targets, each (T,) int64.
 
     The token ids are stored once, so overlapping windows need no more memory. Too few ids for one window raise
@@ -69,6 +70,12 @@ class GPTDataset(Dataset[Batch]):
         n_whole = max(0, -(-(n - max_length) // stride))
         covered = (n_whole - 1) * stride + max_length + 1 if n_whole else 0
         self._length = n_whole + (pad_last and covered < n and n_whole * stride < n - 1)
+
+    def summary(self) -> dict[str, object]:
+        """Return the numbers of windows and tokens, and the length and stride of a window."""
+        return {
+            "windows": len(self), "tokens": len(self.ids), "max_length": self.max_length, "stride": self.stride
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return self._length

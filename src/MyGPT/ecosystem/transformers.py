@@ -38,7 +38,8 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
         self.gpt_config = model.config
         super().__init__(GPT2Config(**model.config.to_dict(), use_cache=True))
         # As for GPT2LMHeadModel. From another value, Trainer would conclude that it must count labels in another way.
-        self.loss_type, self.loss_function = None, ForCausalLMLoss
+        self.loss_type = None  # type: ignore[assignment]
+        self.loss_function = ForCausalLMLoss
         self.name_or_path = self.config.name_or_path = model.name_or_path or ""
         self.transformer, self.lm_head = model.transformer, model.lm_head
         if model.config.tie_weights:
@@ -77,7 +78,8 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
         base = self._hidden_states(
             input_ids, attention_mask, past_key_values, inputs_embeds, position_ids, use_cache, **kwargs
         )
-        logits = self.lm_head(base.last_hidden_state[:, -logits_to_keep:])
+        hidden: Any = base.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -25,6 +25,7 @@ from MyGPT.data.tokens import Tokens, compact_ids
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.notebooks import Described
 from MyGPT.progress import progress_bar
 from MyGPT.sampling import require_finite
 
@@ -33,13 +34,17 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Described):
     """The summed loss of a model on one or several texts, and the number of predicted tokens (targets)."""
 
     total_nats: float
     """Summed negative log-likelihood of all targets, in nats."""
     n_tokens: int
     """Number of targets. The first token of a text is a target only if a beginning-of-text token (bos_id) precedes it."""
+
+    def summary(self) -> dict[str, object]:
+        """Return the loss, the perplexity and the number of targets."""
+        return {"loss (nats per token)": self.loss, "perplexity": self.perplexity, "tokens": self.n_tokens}
 
     @property
     def loss(self) -> float:

@@ -26,6 +26,7 @@ from MyGPT.data.tokens import compact_ids
 from MyGPT.evaluation.perplexity import Result, continuation_logits, documents_loss
 from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel
+from MyGPT.notebooks import Described
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import Tokenizer
 
@@ -221,7 +222,7 @@ def read_texts(paths: Iterable[Path], by_line: bool = False) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class TextMeasurement:
+class TextMeasurement(Described):
     """The loss of a model on texts, and the numbers of bytes and words by which the loss is divided."""
 
     result: Result
@@ -239,6 +240,11 @@ class TextMeasurement:
     does not predict, so the loss per word and per byte is too low."""
     n_skipped: int
     """Number of texts without a predicted token, such as a text of one token that no other token precedes."""
+
+    def summary(self) -> dict[str, object]:
+        """Return the loss per byte and per word, and the numbers of tokens, bytes and words."""
+        losses = {"bits per byte": self.bits_per_byte, "perplexity per word": self.word_perplexity}
+        return {**self.result.summary(), **losses, "bytes": self.n_bytes, "words": self.n_words}
 
     @property
     def bits_per_byte(self) -> float:
@@ -326,7 +332,7 @@ def _pieces(text: str, detokenizer: Detokenizer | None) -> Iterator[tuple[str, b
 
 
 @dataclass(frozen=True)
-class LastWordMeasurement:
+class LastWordMeasurement(Described):
     """The results of a model that predicts the last word of each passage."""
 
     n_passages: int
@@ -339,6 +345,11 @@ class LastWordMeasurement:
     """Number of correct last words if the model may not predict a stop word, such as "the", as the first token."""
     n_correct_tokens: int
     """Number of passages whose final token is predicted correctly from all tokens before it."""
+
+    def summary(self) -> dict[str, object]:
+        """Return the accuracy, the perplexity and the number of passages."""
+        accuracy = self.n_correct / self.n_passages
+        return {"accuracy": accuracy, "perplexity per word": self.word_perplexity, "passages": self.n_passages}
 
     @property
     def word_perplexity(self) -> float:

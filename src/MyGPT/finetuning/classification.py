@@ -29,6 +29,7 @@ from MyGPT.finetuning.splits import ExampleBatches
 from MyGPT.generation import evaluation_mode
 from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel, model_of
+from MyGPT.notebooks import Described
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.weights.formats import open_checkpoint
@@ -258,7 +259,7 @@ def _pad(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
-class LabelledTexts:
+class LabelledTexts(Described):
     """A data set of texts and their labels as token ids.
 
     Args:
@@ -301,6 +302,13 @@ class LabelledTexts:
         """The index of each label in `labels`, (n_examples,) int64."""
         self.lengths = np.array([len(row) for row in self._rows])
         """The number of tokens of each text, (n_examples,)."""
+        self._labels = tuple(labels)
+
+    def summary(self) -> dict[str, object]:
+        """Return the numbers of texts, of texts of each label, of tokens in the longest text, and of texts that were cut."""
+        counts = self.targets.bincount(minlength=len(self._labels)).tolist()
+        labels = ", ".join(f"{n:,} {label}" for label, n in zip(self._labels[:10], counts, strict=False))
+        return {"texts": len(self), "labels": labels, "longest": int(self.lengths.max()), "cut": self.n_cut}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -25,8 +25,8 @@ class ExampleOptions:
     """The options for fine-tuning data: file, template, split and batches. Raises ValueError for a value out of range."""
 
     data: str
-    """File of records (JSON, JSON Lines, CSV or Parquet), or the directory of a data set saved by datasets. Keys:
-    instruction, input, output (Alpaca); prompt, completion; messages; conversations (ShareGPT); or text."""
+    """File of records, or data set saved by datasets. Keys: instruction, input, output (Alpaca); prompt, completion;
+    messages; conversations (ShareGPT); or text."""
     template: str = "alpaca"
     """Prompt template: alpaca, book (Raschka's book) or a JSON file with your own. It is saved with the model."""
     mask_prompt: bool = True

@@ -30,6 +30,7 @@ from MyGPT.data.windows import Batch
 from MyGPT.generation import evaluation_mode
 from MyGPT.loss import IGNORED
 from MyGPT.model import GPTModel
+from MyGPT.notebooks import Described
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_without_end, require_end_token
 
@@ -188,7 +189,7 @@ def _last_message(answer: Any, where: str) -> str:
     return text
 
 
-class PreferencePairs:
+class PreferencePairs(Described):
     """A preference data set as token ids: prompts, each with a chosen and a rejected answer.
 
     Both answers end with the tokenizer's end-of-text token.
@@ -244,6 +245,10 @@ class PreferencePairs:
         n_prompt_parts = len(template.parts(record, with_answer=False))
         answer = template.parts(record)[n_prompt_parts:]
         return [*(id_ for part in answer for id_ in encode_without_end(tokenizer, part.text)), self.pad_id]
+
+    def summary(self) -> dict[str, object]:
+        """Return the numbers of pairs, tokens in the longest answer with its prompt, and pairs that were left out."""
+        return {"pairs": len(self), "longest": int(self.lengths.max()), "too_long": self.n_too_long}
 
     def describe(self) -> str:
         """Return a one-line summary: the numbers of pairs, of their longest tokens, and of pairs that were left out."""

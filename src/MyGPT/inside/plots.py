@@ -7,9 +7,11 @@ is imported when the first figure is drawn. Colour-blind readers can distinguish
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,7 +345,16 @@ def _figure(width: float, height: float) -> Figure:
     # pyplot is not used, because it would keep every figure in memory and choose a backend.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file, which a notebook shows. Without pyplot, IPython cannot show a figure by itself."""
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        return file.getvalue()
 
 
 def _line_figure(height: float, ylabel: str) -> tuple[Figure, Any]:

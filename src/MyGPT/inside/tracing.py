@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from MyGPT.config import require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
+from MyGPT.notebooks import Described
 from MyGPT.sampling import require_finite
 
 Edit = Callable[[Tensor], Tensor]
@@ -52,8 +53,13 @@ _INPUT_OF = {
 }
 
 
-class Trace(dict[str, Tensor]):
+class Trace(Described, dict[str, Tensor]):
     """A dict from the names of activations, such as "h.3.mlp", to their values in one forward pass (see `trace`)."""
+
+    def summary(self) -> dict[str, object]:
+        """Return the shape of each activation. Layers after the first are left out, because their shapes are the same."""
+        first = {name: tuple(value.shape) for name, value in self.items() if not re.match(r"h\.[1-9]", name)}
+        return {"activations": len(self), **first}
 
     @property
     def attention(self) -> Tensor:

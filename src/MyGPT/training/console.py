@@ -1,6 +1,6 @@
 """The text that a training run prints: messages on stdout; warnings and the progress on stderr.
 
-In a terminal, the progress is a bar. In a file or a pipe, it is one line for each entry of metrics.jsonl.
+In a terminal or a notebook, the progress is a bar. In a file or a pipe, it is one line for each entry of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from MyGPT.messages import error_message, printable
+from MyGPT.progress import bar_class, is_notebook
 
 
 class Console:
@@ -52,10 +53,10 @@ class Console:
     def start(self, step: int, max_steps: int) -> None:
         """Show the progress of a run that has taken `step` of `max_steps` steps."""
         self._first_step, self._max_steps, self._began = step, max_steps, time.monotonic()
-        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        is_terminal = sys.stderr is not None and (sys.stderr.isatty() or is_notebook())
         self._prints_lines = self._is_shown and not is_terminal
         is_hidden = not self._is_shown or not is_terminal
-        self._bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=is_hidden)
+        self._bar = bar_class()(total=max_steps, initial=step, desc="training", unit="step", disable=is_hidden)
 
     def stepped(self) -> None:
         """Advance the progress bar by one step."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from MyGPT.notebooks import Described
+
 _RENAMED = {"n_waited": "evals_since_best", "usual_norm": "mean_grad_norm"}
 """Maps the names of counters in checkpoints of version 0.1 to their current names."""
 
@@ -16,7 +18,7 @@ class IncompatibleCheckpointError(ValueError):
 
 
 @dataclass
-class RunState:
+class RunState(Described):
     """The progress of a training run: its counters, losses and moving averages, which each checkpoint stores."""
 
     step: int = 0
@@ -39,6 +41,12 @@ class RunState:
     """Exponential moving average of the gradient norm; None before the first finite gradient."""
     smoothed_loss: float | None = None
     """Exponential moving average of the training loss; None before the first finite loss."""
+
+    def summary(self) -> dict[str, object]:
+        """Return the numbers of steps and tokens, and the latest and the best losses."""
+        best = "none yet" if self.best_step is None else f"{self.best_loss:.4f} (step {self.best_step:,})"
+        losses = {"training loss (smoothed)": self.smoothed_loss, "validation loss": self.val_loss}
+        return {"steps": self.step, "tokens": self.tokens_seen, **losses, "best validation loss": best}
 
     def add_to_means(self, loss: float, grad_norm: float, limit: float) -> float:
         """Update the moving averages of loss and gradient norm with the values of a step.

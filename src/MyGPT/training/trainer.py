@@ -21,6 +21,7 @@ from torch import Tensor
 
 from MyGPT import ranks
 from MyGPT.generation import evaluation_mode
+from MyGPT.notebooks import html_table
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
 from MyGPT.training.config import TrainConfig
@@ -127,6 +128,10 @@ class Trainer:
         self._contexts, self._is_ready = ExitStack(), False
         self._whole: tuple[Any, Objective] | None = None
         self._sample_errors: set[type[Exception]] = set()
+
+    def _repr_html_(self) -> str:
+        of = f"{self.state.step:,} of {self.config.max_steps:,}"
+        return html_table("Trainer", {**self.state.summary(), "steps": of, "run_dir": self.files.directory})
 
     step_number = property(attrgetter("state.step"), doc="The number of steps so far.")
     tokens_seen = property(attrgetter("state.tokens_seen"), doc="The number of input tokens so far.")
