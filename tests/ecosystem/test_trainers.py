@@ -430,7 +430,7 @@ def trl_options(directory: Path) -> dict[str, Any]:
 
 
 def lora() -> Any:
-    """Return a LoRA whose two matrices start at fixed values, so that both models train the same ones."""
+    """Return the options of LoRA. The trainer's seed gives both models the same initial matrices."""
     return LoraConfig(r=2, target_modules=["c_attn", "mlp.c_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
