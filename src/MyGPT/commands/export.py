@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import Literal
 
 
@@ -30,7 +29,8 @@ def export(
         model: Name or path of the model.
         format: File format: gguf is one file with weights and tokenizer, onnx a graph with a KV cache.
         out: File to write.
-        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 a quarter; onnx has f32 and f16.
+        dtype: Type of the weights: f32 is exact, f16 and bf16 need half the memory, and q8_0 a quarter. bf16 and q8_0 need
+            gguf.
         without_tokenizer: Leave the tokenizer out of a GGUF file, for programs that pass token ids.
         overwrite: Replace an existing file.
     """
@@ -43,7 +43,7 @@ def export(
     if len(model) != 1:
         raise ValueError(f"mygpt export writes one model, got {len(model)}: {', '.join(model)}")
     if format == "onnx" and dtype not in ("f32", "f16"):
-        raise ValueError(f"--dtype {dtype} is a type of gguf; onnx has f32 and f16")
+        raise ValueError(f"--dtype {dtype} needs --format gguf; onnx has f32 and f16")
     check_output_file(out)
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite true")
@@ -54,12 +54,16 @@ def export(
     else:
         gpt, tokenizer = open_model(model[0], "cpu", adapter)
         report_tokenizer(tokenizer)
-        if (template := find_model_files(model[0], adapter).template()) is not None:
-            jinja = chat_template(template, tokenizer, exact=False)
-            tokenizer = tokenizer.with_settings({**tokenizer.settings, "chat_template": jinja})
+        template = find_model_files(model[0], adapter).template()
+        if template is not None:
+            # The Jinja of our own directories uses more than llama.cpp's implementation knows.
+            text = chat_template(template, tokenizer, exact=False)
+            tokenizer = tokenizer.with_settings({**tokenizer.settings, "chat_template": text})
     notes: list[str] = []
-    if format == "onnx":
-        import_module("MyGPT.ecosystem.onnx").write_onnx(gpt, out, dtype=dtype)
+    if format == "onnx" and (dtype == "f32" or dtype == "f16"):
+        from MyGPT.ecosystem.onnx import write_onnx
+
+        write_onnx(gpt, out, dtype)
     else:
         notes = write_gguf(out, gpt.config, gpt.state_dict(), tokenizer, dtype)
     for note in notes:

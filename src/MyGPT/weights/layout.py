@@ -117,13 +117,19 @@ def _without_wrappers(tensors: LazyTensors) -> dict[str, LazyTensor]:
     """Return the tensors under the names that they have in the model itself.
 
     A training script saves the weights with the names of the wrappers around the model, and of the object that contains the
-    model, such as a LightningModule. This function removes them, unless the object has other tensors besides the model's.
+    model, such as a LightningModule. Raises ValueError if the object has other tensors besides one model.
     """
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    owners = {found[1] for found in map(_OWNER.match, bare) if found}
-    prefix = owners.pop() if len(owners) == 1 else ""
-    if not all(name.startswith(prefix) for name in bare):
+    owners = {found[1] for found in map(_OWNER.match, bare) if found} - {""}
+    if not owners:
         return bare
+    prefix = min(owners)
+    other = next((name for name in bare if not name.startswith(prefix)), None)
+    if other is not None:
+        way_out = f"keep only the tensors of the model, such as those whose names begin with {prefix}"
+        raise ValueError(
+            f"these are not only the weights of one GPT-2 model: there is {other} besides {prefix}: {way_out}"
+        )
     return {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
 
 
