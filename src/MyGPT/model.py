@@ -272,14 +272,27 @@ class GPTModel(nn.Module):
     def _repr_html_(self) -> str:
         return model_table(self)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+    ) -> None:
         """Write a model directory that transformers can load too. If writing fails, an existing directory is left unchanged.
 
         The directory gets config.json, model.safetensors (several files above 5 GB), generation_config.json, a model card,
         and the files of the tokenizer if one is given. If the weights are sharded (`fully_shard`), all ranks must call this
         method: they gather one weight at a time, rank 0 writes, and all ranks return, or raise the same error, afterwards.
+
+        The keywords are those that scripts for Accelerate pass: if is_main_process is False, nothing is written; state_dict
+        has the weights to write, by default those of the model; save_function is not used.
         """
-        write_directory(directory, self.config, self.state_dict(keep_vars=True), tokenizer)
+        if is_main_process:
+            weights = self.state_dict(keep_vars=True) if state_dict is None else state_dict
+            write_directory(directory, self.config, weights, tokenizer)
 
     def train(self, mode: bool = True) -> GPTModel:
         """Set training mode if `mode` is True, otherwise evaluation mode, and return the model.
