@@ -106,7 +106,7 @@ class RunSummary:
     final_loss: float | None
     """The loss of the best model on all validation data, which a run measures at its end."""
     tokens_per_second: float | None
-    """The median of the recorded speeds."""
+    """The median of the recorded speeds, in tokens per second."""
     updated: float | None
     """The time of the last change, in seconds since 1970."""
     is_resumable: bool
@@ -216,7 +216,7 @@ def is_locked(run: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # Of somebody else's run, the lock may be unreadable. No process of this user is training there.
+    except OSError:  # The lock of another user's run may be unreadable. No process of this user is training there.
         return False
     lock.release()
     return False

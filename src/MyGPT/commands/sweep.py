@@ -434,7 +434,7 @@ def _reason(future: Future[str], run: Planned) -> str:
     """Return why a run failed, or an empty text if it is finished."""
     try:
         reason = future.result()
-    except Exception as error:  # The log cannot be written, or a worker of the cluster was killed. Other runs go on.
+    except Exception as error:  # The log cannot be written, or a worker of the cluster was killed. Other runs continue.
         return error_message(error) or type(error).__name__
     if reason:
         return reason
