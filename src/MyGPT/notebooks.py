@@ -48,7 +48,7 @@ def model_table(model: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as text: whole numbers with separators of thousands, other numbers with four decimal places."""
+    """Return a value as text: whole numbers with thousands separators, other numbers with four decimal places."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):

@@ -166,7 +166,7 @@ def read_parquet(
 
 
 def find_arrow_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Return the files of a data set that `save_to_disk` of the library datasets wrote, or of a .arrow file.
+    """Return the files of a data set that `save_to_disk` of the library datasets wrote, or [path] for a .arrow file.
 
     The list is empty if `path` is neither. Raises ValueError for a directory with several splits, such as train and test,
     and for a damaged one.

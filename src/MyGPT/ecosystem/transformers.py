@@ -127,7 +127,9 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
         Other keywords of transformers have no effect, except that push_to_hub=True raises ValueError.
         """
         if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub is not supported: save the directory, then call huggingface_hub.upload_folder")
+            raise ValueError(
+                "push_to_hub is not supported: save the directory, then call huggingface_hub.upload_folder"
+            )
         if is_main_process:
             write_directory(save_directory, self.gpt_config, state_dict or self.state_dict(keep_vars=True))
 

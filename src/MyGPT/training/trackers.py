@@ -56,7 +56,7 @@ class Tracker(Protocol):
     """A text that says where the measurements can be seen."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Store values that were measured after `step` steps."""
+        """Store values measured after `step` steps."""
 
     def close(self, has_failed: bool) -> None:
         """Store everything and end the tracker's run. `has_failed` is True if an error or a signal ended the training."""

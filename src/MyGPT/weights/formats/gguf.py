@@ -417,7 +417,7 @@ class _HeaderReader:
         self.position = 0
 
     def take(self, n_bytes: int) -> bytes:
-        """Return the next bytes. Raises ValueError if the file ends before, or the header is too large."""
+        """Return the next bytes. Raises ValueError if the file ends too early, or the header is too large."""
         if n_bytes > self._left:
             raise ValueError(f"its header has more bytes than the file, or more than {MAX_JSON_BYTES:,}")
         self._left -= n_bytes
