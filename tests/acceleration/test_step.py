@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +403,17 @@ def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(
     accelerate(make_model())
     assert "could not compile the kernel: kernel.cpp:1: error: no such flag; generating" in capsys.readouterr().err
     assert files_in(tmp_path / "cache") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs gcc on Linux")
+def test_a_c_compiler_links_the_library_of_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "gcc")
+    build = Build()
+    build.wait()
+    # This process has not loaded C++'s library, as torch does.
+    subprocess.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(build.library)!r})"], check=True)
 
 
 @pytest.mark.slow

@@ -147,7 +147,12 @@ def test_abbreviated_options_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> None:
     parser = parser_of(name)
-    required = [f"{option}=x" for option in options_of(parser) if parser._option_string_actions[option].required]
+    values = {"--format": "gguf"}
+    required = [
+        f"{option}={values.get(option, 'x')}"
+        for option in options_of(parser)
+        if parser._option_string_actions[option].required
+    ]
     listed = ["x" for action in parser._actions if not action.option_strings]
     shared: Any = parser_of("train")._option_string_actions
     wrong = ["abc", "", "1e400", "{a: 1}", "☃\u202e", "*a"]

@@ -367,7 +367,9 @@ def run_curl(page: Page, before: str = "") -> Any:
 
 
 @pytest.mark.slow
-def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[str, ServedModel]) -> None:
+def test_text_is_written_stopped_continued_and_undone(
+    page: Page, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page.run(
         "window.said = []; new MutationObserver(() => said.push($('live').textContent)).observe($('live'), {childList: true})"
     )
@@ -383,7 +385,9 @@ def test_text_is_written_stopped_continued_and_undone(page: Page, models: dict[s
     assert page.texts("#story .written") == list(TEXT)
     assert re.fullmatch(r"Wrote 12 tokens in \d+\.\d s, with the seed 7\.", page.text("#status"))
     assert page.text("#meter") == f"{len(ids) + 12} tokens of at most 240."
-    # Continue, and stop at once.
+    # Continue, and stop at once. At full speed, 200 tokens could be complete before the click.
+    step = Engine._step
+    monkeypatch.setattr(Engine, "_step", lambda *arguments: (time.sleep(0.02), step(*arguments)))
     page.set("max_tokens", 200)
     page.one("#go").click()
     until(lambda: len(page.story()) > len(TEXT + new) + 3, "the text growing")

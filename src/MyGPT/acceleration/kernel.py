@@ -48,6 +48,8 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+LIBRARIES = ("-lstdc++",) if sys.platform == "linux" else ()
+"""Needed if $CXX is gcc or cc, which compile C++ but do not link its library."""
 
 
 class LinearStruct(Structure):
@@ -98,7 +100,7 @@ class Build:
         if not _is_intact(self.library) and program is not None:
             _make_private_directory(self.library.parent)
             _remove_abandoned(self.library.parent)
-            command = [program, *FLAGS, str(SOURCE), "-o", str(self.unfinished)]
+            command = [program, *FLAGS, str(SOURCE), *LIBRARIES, "-o", str(self.unfinished)]
             self.compiler = subprocess.Popen(
                 command,
                 stdout=subprocess.DEVNULL,
@@ -254,7 +256,7 @@ def _cache_key() -> str:
     """Return the cache key of the compiled kernel: a hash of the source, the flags, the compiler and the CPU's features."""
     # Several machines with different CPUs may share one home directory.
     key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(" ".join((*FLAGS, find_compiler() or "", platform.machine(), platform.processor())).encode())
+    key.update(" ".join((*FLAGS, *LIBRARIES, find_compiler() or "", platform.machine(), platform.processor())).encode())
     with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         key.update(next((line for line in lines if line.startswith(("flags", "Features"))), "").encode())
