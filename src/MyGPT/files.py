@@ -348,6 +348,14 @@ def decode_text(data: bytes, path: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def begins_with(path: Path, magic: bytes) -> bool:
+    """Return whether `path` is a file whose first bytes are `magic`."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the value in a JSON file. Raises ValueError if the file is damaged, too large, too deeply nested, or a pipe."""
     refuse_pipe(path)

@@ -181,10 +181,7 @@ KINDS = {function.__name__: function for function in (attention, lens, sampling,
 
 def _check_output(out: str) -> None:
     """Raise an error if matplotlib is not installed, or if no picture can be written to `out`."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install 'mygpt[plots]'") from None
+    plots.require_matplotlib()
     plots.check_figure_path(out)
 
 

@@ -19,7 +19,7 @@ from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
 from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
 from MyGPT.config import GPTConfig
-from MyGPT.files import check_output_file, json_text, present_directory, read_json
+from MyGPT.files import json_text, present_directory, read_json
 from MyGPT.messages import error_message, near_path, printable
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.metrics import read_evaluations, read_metrics
@@ -305,10 +305,9 @@ def _compare(paths: Sequence[str], plot: str | None, json: bool) -> None:
         if not (path / "config.yaml").is_file():
             raise FileNotFoundError(f"there is no run {path}{near_path(path) or ': it has no config.yaml'}")
     if plot is not None:
-        from MyGPT.inside.plots import check_figure_path
+        from MyGPT.inside.plots import check_figure_path, require_matplotlib
 
         check_figure_path(plot)
-        check_output_file(plot)
         require_matplotlib()
     summaries = [summarize(path) for path in pair]
     options = different_options(*(read_recipe(path / "config.yaml") for path in pair))
@@ -323,14 +322,6 @@ def _compare(paths: Sequence[str], plot: str | None, json: bool) -> None:
 
         save_figure(plot_losses(pair), plot)
         print(plot, file=sys.stderr if json else sys.stdout)
-
-
-def require_matplotlib() -> None:
-    """Raise ValueError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install 'mygpt[plots]'") from None
 
 
 def different_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,7 @@
 """`mygpt sweep`: train with several settings and seeds, and compare the losses.
 
 Each run is an ordinary run of `mygpt train`, `finetune`, `dpo` or `classify` in a process and a directory of its own. The
-runs are the only state: a repeated command looks at their directories to decide what is left to do.
+directories of the runs are the only state. A repeated command reads them to find out which runs are not finished.
 """
 
 from __future__ import annotations
@@ -376,7 +376,7 @@ def _task(plan: Plan, run: Planned, marker: Path, threads: int | None, is_remote
     directory, recipe, log, mark = (
         str(path.absolute() if is_remote else path) for path in (run.directory, run.recipe_file, run.log, marker)
     )
-    # Without a checkpoint, --resume auto starts the run anew, and --overwrite lets it replace what is left of it.
+    # --resume auto starts a run without a checkpoint again. --overwrite allows it to replace the files of the first attempt.
     options = ("--config", recipe, f"--out={directory}", "--resume=auto", "--overwrite=true")
     return _Task((plan.command, *options), directory, log, mark, os.getcwd(), threads)
 

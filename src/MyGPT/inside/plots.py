@@ -332,6 +332,14 @@ def check_figure_path(path: str | os.PathLike[str]) -> None:
     check_output_file(path)
 
 
+def require_matplotlib() -> None:
+    """Raise ValueError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install 'mygpt[plots]'") from None
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure to the file `path`. The suffix .png, .svg or .pdf selects the format; without a suffix, it is PNG."""
     check_figure_path(path)

@@ -110,7 +110,7 @@ class TrainConfig:
     log_to: str | list[str] | None = None
     """Trackers that also receive the entries of metrics.jsonl, separated by commas: tensorboard, wandb, mlflow, trackio."""
     tensorboard: bool = False
-    """The same as log_to: tensorboard."""
+    """Also write TensorBoard event files, as log_to: tensorboard does."""
     seed: int = 1337
     """Seed of the initial weights, the data order, dropout and the sample texts."""
 

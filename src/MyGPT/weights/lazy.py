@@ -87,6 +87,13 @@ class MappedFile:
             self._mapped = weakref.ref(mapped)
         return np.frombuffer(mapped, np.uint8, size, offset)
 
+    def read_tensor(self, name: str, offset: int, size: int) -> NDArray[np.uint8]:
+        """Return the `size` bytes of the tensor called `name` that start at byte `offset`. Errors contain the name."""
+        try:
+            return self.read(offset, size)
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged: {name} cannot be read: {error}") from None
+
 
 def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Return a state dict, or the nested dict that `download_and_load_gpt2` returns, as a flat dict of lazy tensors.

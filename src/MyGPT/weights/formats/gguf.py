@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
-from MyGPT.files import MAX_JSON_BYTES, atomic_write
+from MyGPT.files import MAX_JSON_BYTES, atomic_write, begins_with
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 from MyGPT.tokenizers.added import AddedToken
 from MyGPT.tokenizers.bpe import from_visible
@@ -79,11 +79,8 @@ class _Header:
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a file that begins as a GGUF file does."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+    """Return whether `path` is a GGUF file, by its first four bytes."""
+    return begins_with(path, _MAGIC)
 
 
 def read(path: Path) -> Checkpoint:
@@ -381,10 +378,7 @@ def _lazy_tensor(file: MappedFile, start: int, n_bytes: int, name: str, entry: _
         raise ValueError(f"it is incomplete: {name} ends at byte {begin + size:,}, but the file has {n_bytes:,} bytes")
 
     def load() -> Tensor:
-        try:
-            data = file.read(begin, size)
-        except ValueError as error:  # the file was truncated after its header was checked
-            raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
+        data = file.read_tensor(name, begin, size)
         if dtype is not None:
             return torch.from_numpy(data).view(dtype).reshape(entry.shape)
         if entry.type == _Q8_0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from MyGPT.config import GPTConfig
+from MyGPT.files import begins_with
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.layout import BLOCK, WPE, WTE, shapes
 from MyGPT.weights.lazy import LazyTensor, MappedFile
@@ -28,11 +29,8 @@ _N_USED = 8
 
 
 def matches(path: Path) -> bool:
-    """Return whether `path` is a file that begins as a checkpoint of llm.c does."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == struct.pack("<i", _MAGIC)
+    """Return whether `path` is a checkpoint of llm.c, by its first four bytes."""
+    return begins_with(path, struct.pack("<i", _MAGIC))
 
 
 def read(path: Path) -> Checkpoint:
@@ -75,10 +73,7 @@ def _lazy_tensor(file: MappedFile, name: str, offset: int, shape: tuple[int, ...
     """Return the tensor called `name`, which begins at byte `offset`."""
 
     def load() -> Tensor:
-        try:
-            data = file.read(offset, math.prod(shape) * dtype.itemsize)
-        except ValueError as error:  # the file was truncated after its header was checked
-            raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
+        data = file.read_tensor(name, offset, math.prod(shape) * dtype.itemsize)
         # Training scripts overwrite their checkpoint in place, and a process that has it mapped would crash, so copy it.
         return torch.from_numpy(data).view(dtype).reshape(shape).clone()
 

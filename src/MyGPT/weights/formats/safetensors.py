@@ -160,9 +160,6 @@ def _lazy_tensor(file: MappedFile, start: int, name: str, entry: Mapping[str, An
     def load() -> Tensor:
         if dtype is None:
             raise ValueError(f"{file.path}: {name} does not hold floating-point numbers")
-        try:
-            return torch.from_numpy(file.read(start + begin, end - begin)).view(dtype).reshape(shape)
-        except ValueError as error:  # the file was truncated after its header was checked
-            raise ValueError(f"{file.path} is damaged: {name} cannot be read: {error}") from None
+        return torch.from_numpy(file.read_tensor(name, start + begin, end - begin)).view(dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, load)
