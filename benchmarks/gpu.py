@@ -605,10 +605,11 @@ def kernel(toy: bool) -> None:
 
     import MyGPT.acceleration.kernel as c
     from MyGPT import GPTModel, generate
+    from MyGPT.acceleration import compiler
     from MyGPT.acceleration.step import accelerate
     from MyGPT.commands.bench import read_bandwidth, seconds_per_token
 
-    if c.find_compiler() is None:
+    if compiler.find_compiler() is None:
         skip("there is no C++ compiler")
     flags = cpu_facts().get("flags", "").split()
     sets = {"native": "-march=native"}
@@ -640,7 +641,7 @@ def kernel(toy: bool) -> None:
         )  # fmt: skip
 
     for name, march in sets.items():
-        c.FLAGS = tuple(march if flag.startswith("-march") else flag for flag in c.FLAGS)
+        compiler.FLAGS = tuple(march if flag.startswith("-march") else flag for flag in compiler.FLAGS)
         build = c.Build()
         lanes = build.wait().panel // 3
         for precision in exact:

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from conftest import lively_model
-from MyGPT.acceleration import kernel
-from MyGPT.acceleration.kernel import Build, find_compiler
+from MyGPT.acceleration import compiler, kernel
+from MyGPT.acceleration.compiler import find_compiler
+from MyGPT.acceleration.kernel import Build
 from MyGPT.acceleration.step import accelerate
 from MyGPT.cli import main
 from MyGPT.config import GPTConfig
@@ -111,11 +112,11 @@ def test_a_damaged_or_shared_file_is_not_loaded_but_compiled_again(
     """A truncated file ended every later `generate` with a bus error."""
     path, content = library(cache), library(cache).read_bytes()
     (tmp_path / "kernel").write_bytes(content)
-    compiler = script(tmp_path, 'for last; do :; done; cp "$PLACE/kernel" "$last"')
+    copying = script(tmp_path, 'for last; do :; done; cp "$PLACE/kernel" "$last"')
     damage(path)
     monkeypatch.setenv("PLACE", str(tmp_path))
-    monkeypatch.setattr(kernel, "find_compiler", lambda: str(compiler))
-    monkeypatch.setattr(kernel, "_cache_key", lambda: path.stem.removeprefix("gpt2-"))
+    monkeypatch.setattr(compiler, "find_compiler", lambda: str(copying))
+    monkeypatch.setattr(compiler, "_cache_key", lambda source: path.stem.removeprefix("kernel-"))
     build = Build()
     assert build.compiler is not None
     assert build.wait().panel in kernel.PANELS
@@ -160,7 +161,7 @@ def test_a_directory_that_is_a_link_is_named_as_one(cache: Path) -> None:
 def test_a_cache_that_cannot_be_created_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(kernel, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(compiler, "find_compiler", lambda: "c++")
     with pytest.raises(OSError, match=r"the cache for the compiled kernel cannot be created: .*file: (File|Not a)"):
         Build()
 
@@ -177,7 +178,7 @@ def test_files_of_another_user_are_not_loaded(what: str, cache: Path, monkeypatc
         found = lstat(name, **options)
         return os.stat_result((*found[:4], found.st_uid + (Path(name) == foreign), *found[5:]))
 
-    monkeypatch.setattr(kernel.os, "lstat", owned_by_another)
+    monkeypatch.setattr(compiler.os, "lstat", owned_by_another)
     if what == "directory":
         with pytest.raises(OSError, match="another user owns it"):
             Build()
@@ -239,7 +240,7 @@ def test_a_compiler_that_fails_hangs_or_writes_something_else_costs_speed_only(
 ) -> None:
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(script(tmp_path, text)))
-    monkeypatch.setattr(kernel, "COMPILE_SECONDS", 1 if "sleep" in text else 60)
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 1 if "sleep" in text else 60)
     build, began = Build(), time.monotonic()
     for _ in range(2):  # the second call gives the same error
         with pytest.raises(OSError, match=words):
@@ -270,9 +271,9 @@ def test_a_full_disk_costs_speed_only(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernel, "_open", lambda path: "a kernel")
+    monkeypatch.setattr(Build, "_open", lambda build, path: "a kernel")
     monkeypatch.setenv("CXX", str(script(tmp_path, 'for last; do :; done; echo x > "$last"')))
-    monkeypatch.setattr(kernel.os, "fsync", full)
+    monkeypatch.setattr(compiler.os, "fsync", full)
     accelerate(tiny())
     assert "No space left on device; generating with torch's operators" in capsys.readouterr().err
     assert list((tmp_path / "kernels").iterdir()) == []
@@ -283,11 +284,11 @@ def test_the_next_compilation_removes_what_a_killed_one_left(tmp_path: Path, mon
     monkeypatch.setenv("MYGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     (tmp_path / "kernels").mkdir(mode=0o700)
-    for name, age in (("gpt2-0.so.1", 10**6), ("gpt2-0.so.2", 0)):
+    for name, age in (("kernel-0.so.1", 10**6), ("kernel-0.so.2", 0)):
         (tmp_path / "kernels" / name).write_text("half")
         os.utime(tmp_path / "kernels" / name, (time.time() - age,) * 2)
     Build()
-    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["gpt2-0.so.2"]
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["kernel-0.so.2"]
 
 
 # Where the cache is

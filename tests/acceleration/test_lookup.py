@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import lively_model
-from MyGPT.acceleration.kernel import find_compiler
+from MyGPT.acceleration.compiler import find_compiler
 from MyGPT.acceleration.lookup import PromptLookup
 from MyGPT.acceleration.step import accelerate
 from MyGPT.config import GPTConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import lively_model
 from MyGPT.acceleration.captured import CapturedModel
-from MyGPT.acceleration.kernel import find_compiler
+from MyGPT.acceleration.compiler import find_compiler
 from MyGPT.acceleration.step import FastModel, accelerate
 from MyGPT.cache import Piece, SlotCache, VocabularyError
 from MyGPT.config import GPTConfig

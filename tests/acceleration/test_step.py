@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import lively_model
-from MyGPT.acceleration.kernel import Build, Kernel, find_compiler
+from MyGPT.acceleration.compiler import find_compiler
+from MyGPT.acceleration.kernel import Build, Kernel
 from MyGPT.acceleration.packed import HugePages, PanelLinear, PlainLinear, panel_bytes
 from MyGPT.acceleration.step import FastModel, accelerate
 from MyGPT.config import GPTConfig

@@ -12,7 +12,7 @@ import torch
 
 from conftest import lively_model
 from MyGPT import BPETokenizer, GPTConfig, GPTModel, accelerate, generate, load_tokenizer
-from MyGPT.acceleration.kernel import find_compiler
+from MyGPT.acceleration.compiler import find_compiler
 from MyGPT.cli import main
 from MyGPT.commands import bench
 
