@@ -14,9 +14,11 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -326,3 +328,34 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table in Markdown."""
     head = list(head)
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows))
+
+
+def run_limited(
+    command: list[str], seconds: float, read: Callable[[str], None], environment: dict[str, str]
+) -> tuple[int, bool]:
+    """Run a command for at most so many seconds, and pass each line of its output to `read`.
+
+    At the end or at the limit, the processes that it has started are killed too.
+
+    Returns: the exit status, and whether the command was stopped at the limit.
+    """
+    is_stopped = threading.Event()
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(seconds, lambda: (is_stopped.set(), kill()))
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                read(line)
+            return process.wait(), is_stopped.is_set()
+        finally:
+            timer.cancel()
+            kill()

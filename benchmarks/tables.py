@@ -73,6 +73,17 @@ def rendered(text: str, directory: Path) -> tuple[str, list[str]]:
     return REGION.sub(replace, text), problems
 
 
+def as_markdown(directory: Path) -> str:
+    """Return every table that the results in `directory` allow, each under its name."""
+    parts = []
+    for name, wanted in TABLES.items():
+        paths = [directory / f"{needed}.json" for needed in wanted.needs]
+        if all(path.exists() for path in paths):
+            results = [Results.load(path) for path in paths]
+            parts.append(f"## {name}\n\n{wanted.make(*results)}\n{caption(results)}\n")
+    return "\n".join(parts)
+
+
 def show(results: Results) -> None:
     """Print the tables that need no other results than these."""
     for name, wanted in TABLES.items():

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measurements import Results, in_a_process, parse
+from measurements import Results, in_a_process, parse, rounds
 from tables import show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +167,9 @@ def main() -> None:
     if options.append and options.out is not None and (options.out / "time_to_quality.json").exists():
         kept = Results.load(options.out / "time_to_quality.json")
         results.rows = [row for row in kept.rows if row.about["seed"] not in options.seeds]
-    for seed in options.seeds:
+    options.rounds = len(options.seeds)
+    for turn in rounds(options):
+        seed = options.seeds[turn - 1]
         for program in (BASELINE, options.recipe):
             evaluations = in_a_process(measure, program=program, text=options.text, seed=seed)
             for key, unit in (("step", "steps"), ("seconds", "s"), ("loss", "nats")):
