@@ -141,16 +141,17 @@ class LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
         y = product(rows, weight, scale, bias, False)  # (M, N)
-        adapted = rows if z is None else z.flatten(0, -2)  # (M, K)
-        u = F.linear(adapted, A)  # (M, r)
+        u = F.linear(rows if z is None else z.flatten(0, -2), A)  # (M, r)
         y.addmm_(u, B.T, alpha=factor)
-        ctx.save_for_backward(adapted, u, weight, scale, A, B)
+        # An input itself is saved, and not a view of it, so that a second derivative finds its graph.
+        ctx.save_for_backward(x if z is None else z, u, weight, scale, A, B)
         ctx.factor, ctx.shape, ctx.is_separate = factor, x.shape, z is not None
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         adapted, u, weight, scale, A, B = ctx.saved_tensors
+        adapted = adapted.flatten(0, -2)  # (M, K)
         if torch.is_grad_enabled():  # a second derivative needs the graph of u
             u = F.linear(adapted, A)
         needs_x, needs_z, _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
@@ -253,7 +254,7 @@ def freeze(model: GPTModel, dtype: FrozenDtype) -> None:
 
     Add an adapter with `add_lora` afterwards. The weights are replaced one after the other, so only one of them is in memory
     twice. Biases, the LayerNorms and the position embedding become float32. "fp32" only freezes. A bf16 weight differs from the
-    original by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its row.
+    original by at most 2^-8 of its value, and an int8 weight by at most 1/254 of the largest weight of its row.
 
     Raises ValueError if `dtype` is unknown, or the model has adapters or layers that `freeze` cannot replace.
     """
