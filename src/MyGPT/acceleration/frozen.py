@@ -178,7 +178,7 @@ class FrozenLinear(nn.Linear):
         self.weight = weight
         self.register_buffer("scale", scale)
         self.scale: Tensor | None
-        self.bias = None if bias is None else _frozen_copy(bias)
+        self.bias = None if bias is None else _frozen_copy(bias)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
