@@ -74,6 +74,11 @@ TRACKS = {
 }
 
 
+def results_name(track: str) -> str:
+    """Return the name of the results of a track, which is also the name of its table."""
+    return f"speedrun_{track.replace('.', '')}"
+
+
 class Entry(Protocol):
     """What the function `start(text, seed)` of an entry returns.
 
@@ -213,7 +218,9 @@ TEXTS = {"tinyshakespeare": tinyshakespeare, "django": django}
 # A run
 
 
-def run(path: str, track: str, text: str | None, minutes: float, seed: int, n_steps: int | None = None) -> dict[str, Any]:
+def run(
+    path: str, track: str, text: str | None, minutes: float, seed: int, n_steps: int | None = None
+) -> dict[str, Any]:
     """Train an entry and return its training time, its number of steps and its loss.
 
     With n_steps, end after so many steps and do not evaluate: this fills the caches on the disk.
@@ -387,15 +394,14 @@ def judge(results: Results, rules: Track, name: str, best: str | None) -> tuple[
     return True, ", ".join(reasons)
 
 
-def table(results: Results) -> str:
+def session_table(results: Results) -> str:
     """Return the table of a session in Markdown."""
     rules, minutes = TRACKS[results.settings["track"]], results.settings["train_minutes"]
     rows = []
     for found in verdicts(results):
-        rows.append([
-            f"`{found.name}`", f"{statistics.median(found.steps):,.0f}", f"{len(found.losses)}",
-            interval(found.losses, 3), interval(found.seconds, 1), f"record ({found.reason})" if found.is_record else found.reason,
-        ])  # fmt: skip
+        verdict = f"record ({found.reason})" if found.is_record else found.reason
+        steps, n_runs = f"{statistics.median(found.steps):,.0f}", str(len(found.losses))
+        rows.append([f"`{found.name}`", steps, n_runs, interval(found.losses, 3), interval(found.seconds, 1), verdict])
     loss = rules.unit if rules.target or minutes == 10 else f"{rules.unit} after {minutes:g} minutes"
     return markdown(["entry", "steps", "runs", loss, "seconds", "verdict"], rows)
 
@@ -421,7 +427,7 @@ def main() -> None:
         starter(path)
     use_two_cores()
     settings = {"track": options.track, "train_minutes": options.train_minutes}
-    results = Results(f"speedrun_{options.track.replace('.', '')}", settings)
+    results = Results(results_name(options.track), settings)
     stored = None if options.out is None else options.out / f"{results.name}.json"
     if options.append and stored is not None and stored.exists():
         earlier = Results.load(stored)
@@ -429,17 +435,18 @@ def main() -> None:
             parser.error(f"{stored} is a session of another machine, or with another --train_minutes")
         results.rows = earlier.rows
     measure(options, results)
-    print(f"\n{table(results)}")
+    print(f"\n{session_table(results)}")
 
 
 def use_two_cores() -> None:
     """Let this process and its children use no more than two cores, as far as the system allows it."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(N_CORES)
+    os.environ["OMP_NUM_THREADS"] = str(N_CORES)
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < N_CORES:
             raise SystemExit(f"the contest needs {N_CORES} cores, and this machine gives {len(cores)}")
-        os.sched_setaffinity(0, cores[:N_CORES])
+        if len(cores) > N_CORES:
+            os.sched_setaffinity(0, cores[:N_CORES])
 
 
 if __name__ == "__main__":
