@@ -112,7 +112,7 @@ def about(results: Results) -> str:
     return ", ".join([*parts, *(f"{name} {version}" for name, version in results.versions.items() if name != "mygpt")])
 
 
-def times(row: Row | None, digits: int = 0, scale: float = 1.0) -> str:
+def times(row: Row | Ratio | None, digits: int = 0, scale: float = 1.0) -> str:
     """Return a cell with the median and the spread."""
     return MISSING if row is None else spread(row.values, digits, scale)
 
@@ -402,6 +402,58 @@ def bpe(*sizes: Results) -> str:
 @table("encoding")
 def encoding(results: Results) -> str:
     return markdown(["program", "MB/s"], [[name, times(row, 1)] for name, row in results.of("encoding").items()])
+
+
+# Quality, fine-tuning and checkpoints
+
+
+@table("quality")
+def quality(results: Results) -> str:
+    """Return the loss in each precision, and how often the most likely token is that of float32."""
+    rows = []
+    for name, row in results.of("loss").items():
+        same = results.row(name, "same most likely token as float32").median
+        rows.append([name, f"{row.median:.5f}", f"{same:.2%}"])
+    return markdown(["weights", "loss, nats per token", "same most likely token as float32"], rows)
+
+
+@table("finetuning")
+def finetuning(results: Results) -> str:
+    """Return five validation losses of each way of fine-tuning."""
+    losses = results.of("validation loss")
+    steps = next(iter(losses.values())).about["steps"]
+    shown = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
+    rows = [[name, *(f"{row.values[i]:.4f}" for i in shown)] for name, row in losses.items()]
+    return markdown(["steps", *(str(steps[i]) for i in shown)], rows)
+
+
+@table("packing")
+def packing(results: Results) -> str:
+    rows = []
+    for name, row in results.of("speed").items():
+        ratio, share = results.ratio(name, "padded", "speed"), results.row(name, "tokens that are no padding").median
+        rows.append([name, times(row, 1), times(ratio, 2), f"{share:.0%}"])
+    return markdown(["rows", "examples/s", "of padded", "tokens that are no padding"], rows)
+
+
+@table("checkpointing")
+def checkpointing(results: Results) -> str:
+    rows = []
+    for name, row in results.of("step").items():
+        rows.append([name, times(row, 3), times(results.get(name, "training waited per checkpoint"), 3)])
+    return markdown(["", "seconds per step", "training waited per checkpoint, s"], rows)
+
+
+@table("tinyshakespeare")
+def tinyshakespeare(results: Results) -> str:
+    """Return the last loss of each recipe over the seeds, and the time of the whole command."""
+    rows = []
+    for name, row in results.of("last loss").items():
+        mean = f"{statistics.mean(row.values):.3f}"
+        rows.append(
+            [f"`{name}`", mean, f"{row.lowest:.3f} to {row.highest:.3f}", f"{results.row(name, 'time').median:.0f} s"]
+        )
+    return markdown(["recipe", "mean loss", "lowest to highest", "time of the whole command, median"], rows)
 
 
 # Growth
