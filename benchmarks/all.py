@@ -67,7 +67,7 @@ BENCHMARKS = {
     "bpe": Benchmark("bpe.py", ("--text=TEXT",), 0.5, ("rustbpe", "tokenizers"), ("text",)),
     "bpe_x20": Benchmark("bpe.py", ("--text=TEXT", "--repeat", "20"), 1, ("rustbpe", "tokenizers"), ("text",)),
     "encoding": Benchmark("encoding.py", ("--text=TEXT", "--repeat", "20"), 1.5, ("tokenizers",), ("text",)),
-    "time_to_quality": Benchmark("time_to_quality.py", ("--text=TEXT",), 5, (), ("text",)),
+    "speedrun_188": Benchmark("two_core_speedrun.py", ("--text=TEXT",), 5, (), ("text",)),
     "growth": Benchmark("growth.py", (), 6),
 }  # fmt: skip
 
