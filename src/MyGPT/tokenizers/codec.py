@@ -57,7 +57,7 @@ _NEW_BYTES = {
     b"\xf0": re.compile(rb"\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]"),
 }
 
-# GPT2_PATTERN of bpe.py has the same matches. Possessive repeats keep the regex engine from running out of stack.
+# GPT2_PATTERN of learning.py has the same matches. Possessive repeats keep the regex engine from running out of stack.
 _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
 _WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
@@ -254,21 +254,31 @@ def _in_calls(texts: Sequence[str], inserted: Sequence[int]) -> Iterator[tuple[l
     following: list[int] = []
     size = 0
     for text, id_ in zip(texts, inserted, strict=True):
-        start = 0
-        while len(text) - start > CALL_CHARACTERS:
-            end = _TOKEN_END.search(text, start + CALL_CHARACTERS - 1)
-            if end is None:
-                break
-            yield [*some, text[start : end.end()]], [*following, -1]
-            some, following, size, start = [], [], 0, end.end()
-        some.append(text[start:])
+        pieces = cut_text(text, CALL_CHARACTERS)
+        piece = next(pieces)
+        for next_piece in pieces:
+            yield [*some, piece], [*following, -1]
+            some, following, size, piece = [], [], 0, next_piece
+        some.append(piece)
         following.append(id_)
-        size += len(text) - start
+        size += len(piece)
         if size >= CALL_CHARACTERS:
             yield some, following
             some, following, size = [], [], 0
     if some:
         yield some, following
+
+
+def cut_text(text: str, n_characters: int) -> Iterator[str]:
+    """Yield a text in pieces of about `n_characters`, cut before white space where a token always ends."""
+    start = 0
+    while len(text) - start > n_characters:
+        end = _TOKEN_END.search(text, start + n_characters - 1)
+        if end is None:
+            break
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
 
 
 def _resident_bytes() -> int | None:
