@@ -96,7 +96,9 @@ def caption(results: list[Results]) -> str:
     """Return one line that names the machine, the versions, the date and the command of the results."""
     lines = dict.fromkeys(f"{about(one)}" for one in results)
     commands = dict.fromkeys(f"`{one.command}` ({one.date})" for one in results)
-    notes = [f" {one.settings['note'].capitalize()}." for one in results if "note" in one.settings]
+    notes = [
+        f" {one.settings['note'][0].upper()}{one.settings['note'][1:]}." for one in results if "note" in one.settings
+    ]
     return f"<small>{'; '.join(lines)}. Measured with {', '.join(commands)}.{''.join(dict.fromkeys(notes))}</small>"
 
 
