@@ -11,6 +11,8 @@ A benchmark whose packages or files are missing is left out, and a missing progr
 reported. A benchmark that fails does not stop the others; the exit status is then 1. If the command is interrupted,
 repeat it with the same DIR: benchmarks that are done are not repeated. Delete DIR/all.json to repeat all of them.
 
+Only the table of the contest's track "bytes" is missing, whose runs take ten minutes each; see two_core_speedrun.py.
+
 `python benchmarks/tables.py` writes the tables of benchmarks/results into the documentation.
 """
 
@@ -67,7 +69,6 @@ BENCHMARKS = {
     "bpe": Benchmark("bpe.py", ("--text=TEXT",), 0.5, ("rustbpe", "tokenizers"), ("text",)),
     "bpe_x20": Benchmark("bpe.py", ("--text=TEXT", "--repeat", "20"), 1, ("rustbpe", "tokenizers"), ("text",)),
     "encoding": Benchmark("encoding.py", ("--text=TEXT", "--repeat", "20"), 1.5, ("tokenizers",), ("text",)),
-    "time_to_quality": Benchmark("time_to_quality.py", ("--text=TEXT",), 5, (), ("text",)),
     "quality": Benchmark("quality.py", ("--directory=MODELS",), 2),
     "finetuning": Benchmark(
         "finetuning.py", ("--data=RECORDS", "--text=TEXT", "--epochs", "0.6"), 2, ("peft", "transformers"),
@@ -76,6 +77,8 @@ BENCHMARKS = {
     "packing": Benchmark("packing.py", ("--data=RECORDS",), 2, (), ("records",)),
     "checkpointing": Benchmark("checkpointing.py", (), 2),
     "tinyshakespeare": Benchmark("tinyshakespeare.py", ("--text=TEXT",), 4, (), ("text",)),
+    "speedrun_188": Benchmark("two_core_speedrun.py", ("--text=TEXT",), 5, (), ("text",)),
+    "speedrun_170": Benchmark("two_core_speedrun.py", ("--track", "1.70", "--text=TEXT"), 5, (), ("text",)),
     "growth": Benchmark("growth.py", (), 6),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measurements import RESULTS, Ratio, Results, Row, markdown, spread
+from two_core_speedrun import TRACKS, results_name, session_table
 
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -253,40 +254,8 @@ def overheads(results: Results) -> str:
     return markdown(["recipe", *titles[:2], "predicted", *titles[2:]], rows)
 
 
-@table("time_to_quality")
-def time_to_quality(results: Results) -> str:
-    """Return for each seed when the baseline and MyGPT's recipe reached the target, and the ratio of the times."""
-    baseline, *recipes = results.names
-    seeds = sorted({row.about["seed"] for row in results.rows})
-    losses = {(row.name, row.about["seed"]): row.values for row in results.rows if row.unit == "nats"}
-    seconds = {(row.name, row.about["seed"]): row.values for row in results.rows if row.unit == "s"}
-    target = min(PUBLISHED, statistics.mean(losses[baseline, seed][-1] for seed in seeds))
-    rows, ratios = [], []
-    for seed in seeds:
-        baseline_seconds = until(losses[baseline, seed], seconds[baseline, seed], target) or seconds[baseline, seed][-1]
-        row = [str(seed), f"{losses[baseline, seed][-1]:.3f}", f"{baseline_seconds:.1f}"]
-        for recipe in recipes:
-            taken = until(losses[recipe, seed], seconds[recipe, seed], target)
-            ratios += [baseline_seconds / taken] if taken else []
-            row += [
-                f"{losses[recipe, seed][-1]:.3f}",
-                *([f"{taken:.1f}", f"{ratios[-1]:.2f}"] if taken else ["never", MISSING]),
-            ]
-        rows.append(row)
-    head = ["seed", f"{baseline}: last loss", f"seconds to {target:.2f}"]
-    head += [cell for recipe in recipes for cell in (f"`{recipe}`: last loss", f"seconds to {target:.2f}", "ratio")]
-    if ratios:
-        rows.append(["median", *[""] * (len(head) - 2), spread(ratios, 2)])
-    return markdown(head, rows)
-
-
-PUBLISHED = 1.88
-"""The validation loss that nanoGPT publishes for its recipe."""
-
-
-def until(losses: list[float], seconds: list[float], target: float) -> float | None:
-    """Return the seconds at the first evaluation at or below the target."""
-    return next((second for loss, second in zip(losses, seconds, strict=True) if loss <= target), None)
+for track in TRACKS:
+    table(results_name(track))(session_table)
 
 
 # Generation
