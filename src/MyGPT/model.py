@@ -133,7 +133,8 @@ class GPTModel(nn.Module):
         with torch.device("meta"):
             self.transformer = Transformer(config)
             self.lm_head: nn.Linear | TiedHead = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        self.to_empty(device=torch.get_default_device())
+        if torch.get_default_device().type != "meta":  # to_empty would load sympy, which takes half a second
+            self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head = TiedHead(self.transformer.wte.weight)
         self.reset_parameters()
