@@ -54,7 +54,7 @@ class OneDNNLinear(TorchFunctionMode):
     """A context manager in which `F.linear` uses oneDNN for large float32 products on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _uses_onednn(*args[:2]):
+        if func is F.linear and not kwargs and uses_onednn(*args[:2]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
@@ -64,7 +64,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
 
     Autograd does not record the product. The result is in `out` if it is given, and bias must then be None.
     """
-    if onednn_is_faster() and _uses_onednn(x, weight):
+    if onednn_is_faster() and uses_onednn(x, weight):
         y = onednn_linear(x, weight, bias)
         return y if out is None else out.copy_(y)
     if bias is not None:
@@ -72,7 +72,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
     return torch.mm(x, weight.T) if out is None else torch.mm(x, weight.T, out=out)
 
 
-def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return True for a product that oneDNN can compute in float32 and that is large enough to be worth its setup."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
