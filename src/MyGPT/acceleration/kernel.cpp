@@ -4,6 +4,7 @@
 // layer together. Each `omp for` divides a stage among them and ends with a barrier. products.h describes the packed weights.
 #include "attention.h"
 #include "products.h"
+#include "sample.h"
 
 constexpr int OWN_ROWS = 2;  // rows of which every thread computes the LayerNorm itself
 
@@ -153,4 +154,17 @@ extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* 
     Barrier barrier;
 #pragma omp parallel num_threads(n_threads)
     run(Team{barrier}, *l, x, M, y, (Then)then);
+}
+
+// Chooses the next token of each row of logits (B, V), see sample.h. Returns 0 if a row's largest logit is NaN or infinite.
+extern "C" int32_t gpt2_pick(const Sampling* options, const float* logits, const uint8_t* seen, int32_t B, int32_t V,
+                             TorchState* const* states, int32_t n_states, int64_t* tokens, int32_t n_threads) {
+    return pick(*options, logits, seen, B, V, states, n_states, tokens, n_threads);
+}
+
+// Writes n numbers with an exponential distribution to y, as torch draws them, and advances the state of the generator.
+extern "C" void gpt2_exponential(TorchState* state, int32_t n, float* y) {
+    std::vector<uint32_t> pairs(2 * n);
+    twister(*state, pairs.data(), 2 * n);
+    for (int i = 0; i < n; i++) y[i] = exponential_number(&pairs[2 * i]);
 }
