@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import lively_model
 from MyGPT import GPTConfig, SamplingConfig, accelerate, generate
 from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.sampling import pick_next
 from MyGPT.sampling import pick_next as expected_next
 from MyGPT.sampling import seeded_generators
-from conftest import lively_model
 
 OPTIONS = [
     SamplingConfig(),
@@ -98,7 +98,7 @@ def test_other_logits_and_repeated_generators_are_left_to_the_python_filters(ker
 
 
 def test_an_accelerated_model_samples_the_text_that_it_samples_without_a_compiler() -> None:
-    model = lively_model(GPTConfig(vocab_size=61, context_length=32, emb_dim=24, n_heads=2, n_layers=2, dropout=0.0))
+    model = lively_model(GPTConfig(vocab_size=61, context_length=32, emb_dim=24, n_heads=2, n_layers=2))
     ids = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}
     texts = [generate(accelerate(model, compiled=compiled), ids, 20, **options) for compiled in (True, False)]
