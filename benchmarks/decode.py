@@ -75,7 +75,7 @@ def open_program(name: str, directory: Path) -> Run:
     program, kind = name.split()
     model = str(directory / "model")
     if program == "MyGPT":
-        return open_mygpt(GPTModel.from_pretrained(model), kind)
+        return open_mygpt(GPTModel.from_pretrained(model) if kind == "plain" else model, kind)
     if program == "transformers":
         return open_transformers(model, {"fp32": "float32", "bf16": "bfloat16"}[kind])
     if program == "CTranslate2":

@@ -416,7 +416,10 @@ def bpe(*sizes: Results) -> str:
 
 @table("encoding")
 def encoding(results: Results) -> str:
-    return markdown(["program", "MB/s"], [[name, times(row, 1)] for name, row in results.of("encoding").items()])
+    """Return the speed of each program. MyGPT's rows say whether it used gigatoken."""
+    ours = "MyGPT" if results.settings["gigatoken"] == "not used" else "MyGPT with gigatoken"
+    rows = [[name.replace("MyGPT", ours), times(row, 1)] for name, row in results.of("encoding").items()]
+    return markdown(["program", "MB/s"], rows)
 
 
 # Quality, fine-tuning and checkpoints

@@ -1,9 +1,9 @@
 // GPT-2's forward pass with a cache. For a few tokens it is as fast as memory delivers the weights.
 //
 // The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
-// layer together. Each `omp for` divides a stage among them and ends with a barrier. products.h describes the packed weights.
+// layer together, and wait for each other after each stage (team.h). products.h describes the packed weights.
 #include "attention.h"
-#include "products.h"
+#include "packing.h"
 #include "sample.h"
 
 constexpr int OWN_ROWS = 2;  // rows of which every thread computes the LayerNorm itself
@@ -127,10 +127,11 @@ template <class W> void forward(const Model& model, const Sequence* sequences, i
 
 extern "C" int32_t gpt2_panel() { return P; }
 
-extern "C" void gpt2_pack(const float* weight, const Linear* l, int32_t weight_bytes) {
-    if (weight_bytes == 4) pack(weight, *l, (float*)l->weight);
-    else if (weight_bytes == 2) pack(weight, *l, (bf16*)l->weight);
-    else pack(weight, *l, (int8*)l->weight);
+// Packs n rows of a matrix, from `row` on. Returns 0 if a weight with an int8 scale is NaN or infinite, and otherwise 1.
+extern "C" int32_t gpt2_pack(const Source* source, const Linear* l, int32_t weight_bytes, int32_t row, int32_t n,
+                             int32_t n_threads) {
+    auto run = weight_bytes == 4 ? pack<float> : weight_bytes == 2 ? pack<bf16> : pack<int8>;
+    return run(*source, *l, row, n, n_threads);
 }
 
 // Writes the rows of a matrix for n ids to y (n, K).

@@ -7,7 +7,7 @@ heads, D = C // H, C embedding width, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,12 @@ class LinearStruct(Structure):
     """The ctypes declaration of `struct Linear` in kernel.cpp: weight, int8 scales, bias and sizes of a linear layer."""
 
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
+
+
+class SourceStruct(Structure):
+    """The ctypes declaration of `struct Source` in packing.h: the address, strides and number format of a matrix to pack."""
+
+    _fields_ = [("data", c_void_p), ("row_stride", c_int64), ("column_stride", c_int64), ("type", c_int32)]
 
 
 class NormStruct(Structure):
@@ -89,12 +95,28 @@ class Kernel:
         if self.panel not in PANELS:
             raise OSError(f"the library is not the compiled kernel: its panels have {self.panel} rows")
 
-    def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
-        """Copy a weight matrix (N, K) into the memory of `linear`, in the order in which the kernel reads it.
+    def pack(self, rows: Tensor, linear: LinearStruct, weight_bytes: int, first_row: int = 0) -> bool:
+        """Copy rows of a weight matrix, (n, K), into the memory of `linear`, in the order in which the kernel reads it.
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8, after division by linear's scales).
+        int8 weights are divided by their scales, which are also computed and written into the memory of `linear`.
+
+        Args:
+            rows: the rows in float32, bfloat16 or float16. They need not be contiguous.
+            linear: the weight matrix (N, K), with the memory of its panels and scales.
+            weight_bytes: the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
+            first_row: the index that the first row has in the matrix. It must be a multiple of `panel`.
+
+        Returns:
+            False if a weight that is stored in int8 is NaN or infinite, otherwise True.
         """
-        self._library.gpt2_pack(address(weight), byref(linear), weight_bytes)
+        import torch
+
+        types = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+        source = SourceStruct(address(rows), *rows.stride(), types[rows.dtype])
+        n_threads = _n_threads()
+        return bool(
+            self._library.gpt2_pack(byref(source), byref(linear), weight_bytes, first_row, len(rows), n_threads)
+        )
 
     def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
         """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K).
