@@ -109,13 +109,13 @@ def generate_stream(
     @torch.no_grad()
     def steps(ids: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         B, T = ids.shape
-        finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        ends_tensor = torch.tensor(ends, device=ids.device)
+        finished = [False] * B
         new_ids: list[list[int]] = [[] for _ in range(B)]
         seen: Tensor | None = None
         excluded: Tensor | None = None
         cache: Any = None
         new_cache = getattr(model, "new_cache", None)
+        pick = getattr(model, "pick_next", pick_next)  # an accelerated model chooses the same token in less time
         if use_cache and new_cache is not None and window is not None and window >= T:
             cache = new_cache(B, min(T + max_new_tokens, window))
         for _ in range(max_new_tokens):
@@ -129,18 +129,20 @@ def generate_stream(
                 logits = logits.index_fill(1, excluded, -math.inf)
             if sampling.repetition_penalty is not None:
                 seen = _mark_seen(seen, ids, mask, logits)
-            new = pick_next(logits, sampling, generators, seen).masked_fill(finished, fill)
-            if ends:
-                finished = finished | torch.isin(new, ends_tensor)
-                if finished.all():
+            new = pick(logits, sampling, generators, seen)
+            if any(finished):
+                new = new.masked_fill(torch.tensor(finished, device=ids.device), fill)
+            if ends or has_stopped is not None:
+                values = new.tolist()
+                finished = [is_done or id_ in ends for is_done, id_ in zip(finished, values, strict=True)]
+                if all(finished):
                     return
             yield new
             if has_stopped is not None:
-                for row, id_ in enumerate(new.tolist()):
+                for row, id_ in enumerate(values):
                     new_ids[row].append(id_)
-                    if not finished[row] and has_stopped(new_ids[row]):
-                        finished[row] = True
-                if finished.all():
+                    finished[row] = finished[row] or has_stopped(new_ids[row])
+                if all(finished):
                     return
             ids = torch.cat([ids, new[:, None]], dim=1)
             if mask is not None:

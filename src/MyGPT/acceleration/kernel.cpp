@@ -1,9 +1,12 @@
 // GPT-2's forward pass with a cache. For a few tokens it is as fast as memory delivers the weights.
 //
 // The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
-// layer together. Each `omp for` divides a stage among them and ends with a barrier. products.h describes the packed weights.
+// layer together, and wait for each other after each stage (team.h). products.h describes the packed weights.
 #include "attention.h"
 #include "packing.h"
+#include "sample.h"
+
+constexpr int OWN_ROWS = 2;  // rows of which every thread computes the LayerNorm itself
 
 struct Norm { const float *weight, *bias; };
 struct Block { Norm ln_1, ln_2; Linear c_attn, attn_proj, c_fc, mlp_proj; };
@@ -16,16 +19,26 @@ struct Model {
     float eps;
 };
 
-// LayerNorm of n rows of x, or of those with the indices `rows`: y (n, C).
-void layer_norm(const Norm& norm, const float* x, const int32_t* rows, int n, int C, float eps, float* y) {
-#pragma omp for
-    for (int row = 0; row < n; row++) {
-        const float* from = x + (int64_t)(rows ? rows[row] : row) * C;
-        const float mean = sum(from, C, [](auto v) { return v; }) / C;
-        const float variance = sum(from, C, [mean](auto v) { return (v - mean) * (v - mean); }) / C;
-        const float scale = 1 / std::sqrt(variance + eps);
-        for (int c = 0; c < C; c++) y[(int64_t)row * C + c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
-    }
+// LayerNorm of one row: y (C).
+void layer_norm(const Norm& norm, const float* x, int C, float eps, float* y) {
+    const float mean = sum(x, C, [](auto v) { return v; }) / C;
+    const float variance = sum(x, C, [mean](auto v) { return (v - mean) * (v - mean); }) / C;
+    const float scale = 1 / std::sqrt(variance + eps);
+    for (int c = 0; c < C; c++) y[c] = (x[c] - mean) * scale * norm.weight[c] + norm.bias[c];
+}
+
+// Returns LayerNorm of n rows of x, or of those with the indices `rows`, as (n, C). For few rows, every thread computes all of
+// them in memory of its own, which takes less time than waiting for the others. For more rows, the threads share the work in h.
+const float* layer_norm(const Team& team, const Norm& norm, const float* x, const int32_t* rows, int n, int C, float eps,
+                        float* h) {
+    static thread_local std::vector<float> own;
+    const bool is_shared = n > OWN_ROWS && team.size > 1;
+    if (!is_shared) own.resize(std::max<size_t>(own.size(), n * C));
+    float* y = is_shared ? h : own.data();
+    for (int row = is_shared ? team.first(n) : 0; row < (is_shared ? team.first(n, true) : n); row++)
+        layer_norm(norm, x + (int64_t)(rows ? rows[row] : row) * C, C, eps, y + (int64_t)row * C);
+    if (is_shared) team.wait();
+    return y;
 }
 
 // New tokens of one sequence: n of them after `past` earlier tokens, in a slot of the cache. `first` is the index of the
@@ -53,49 +66,62 @@ template <class W> void forward(const Model& model, const Sequence* sequences, i
     const int C = model.head.K, H = model.n_heads, D = C / H, M = tokens.size(), n_blocks = blocks.size();
     float *x = scratch, *h = x + (int64_t)M * C, *wide = h + (int64_t)M * C;  // (M, C), (M, C) and (M, 4 C)
     const int64_t head_size = (int64_t)capacity * D;       // numbers in the keys of one head, (capacity, D)
+    // Without padding and with one block per sequence, nobody but the block itself needs the keys and values of its tokens.
+    int n_seen = 0;
+    for (const auto& block : blocks) n_seen += block.second;
+    const bool is_alone = n_blocks == n_sequences && n_seen == M;
+    Barrier barrier;
 #pragma omp parallel num_threads(n_threads)
     {
-#pragma omp for
-        for (int row = 0; row < M; row++) {
+        const Team team{barrier};
+        auto copy = [&](int row, int head, float* keys, float* values) {  // keys and values of a token into the cache
+            const Token& token = tokens[row];
+            const float* k = wide + (int64_t)row * 3 * C + C + head * D;
+            const int64_t to = (token.slot * H + head) * head_size + (int64_t)token.index * D;
+            std::copy_n(k, D, keys + to);
+            std::copy_n(k + C, D, values + to);
+        };
+        for (int row = team.first(M); row < team.first(M, true); row++) {
             float* to = x + (int64_t)row * C;
             if (model.wte) std::copy_n(model.wte + ids[row] * C, C, to);
             else row_of<W>(model.head, ids[row], to);
             const float* position = model.wpe + (int64_t)std::max(0, tokens[row].index - tokens[row].first) * C;
             for (int c = 0; c < C; c++) to[c] += position[c];
         }
+        team.wait();
         for (int layer = 0; layer < model.n_layers; layer++) {
             const Block& block = model.blocks[layer];
             float *keys = cache + (int64_t)layer * 2 * slots * H * head_size, *values = keys + slots * H * head_size;
-            layer_norm(block.ln_1, x, nullptr, M, C, model.eps, h);
-            linear<W>(block.c_attn, h, M, wide, STORE);
-#pragma omp for
-            for (int row = 0; row < M; row++) {
-                const Token& token = tokens[row];
-                const float* qkv = wide + (int64_t)row * 3 * C;
-                for (int head = 0; head < H; head++) {
-                    const int64_t to = (token.slot * H + head) * head_size + (int64_t)token.index * D;
-                    std::copy_n(qkv + C + head * D, D, keys + to);
-                    std::copy_n(qkv + 2 * C + head * D, D, values + to);
+            const float* y = layer_norm(team, block.ln_1, x, nullptr, M, C, model.eps, h);
+            linear<W>(team, block.c_attn, y, M, wide, STORE);
+            if (!is_alone) {
+                for (int row = team.first(M); row < team.first(M, true); row++) {
+                    for (int head = 0; head < H; head++) copy(row, head, keys, values);
+                    // A padding token sees only itself, as in cache.py.
+                    if (tokens[row].index < tokens[row].first)
+                        std::copy_n(wide + (int64_t)row * 3 * C + 2 * C, C, h + (int64_t)row * C);
                 }
-                // A padding token sees only itself, as in cache.py.
-                if (token.index < token.first) std::copy_n(qkv + 2 * C, C, h + (int64_t)row * C);
+                team.wait();
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
             for (int unit = 0; unit < n_blocks * H; unit++) {
                 const auto [row, n] = blocks[n_blocks - 1 - unit / H];  // the last blocks of a long prompt take longest
                 const int head = unit % H, column = head * D;
                 const Token& token = tokens[row];
                 const int64_t from = (token.slot * H + head) * head_size + (int64_t)token.first * D;
+                if (is_alone)
+                    for (int i = row; i < row + n; i++) copy(i, head, keys, values);
                 attend(wide + (int64_t)row * 3 * C + column, n, token.index - token.first + 1, C, D, keys + from, values + from,
                        h + (int64_t)row * C + column);
             }
-            linear<W>(block.attn_proj, h, M, x, ADD);
-            layer_norm(block.ln_2, x, nullptr, M, C, model.eps, h);
-            linear<W>(block.c_fc, h, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
-            linear<W>(block.mlp_proj, wide, M, x, ADD);
+            team.wait();
+            linear<W>(team, block.attn_proj, h, M, x, ADD);
+            y = layer_norm(team, block.ln_2, x, nullptr, M, C, model.eps, h);
+            linear<W>(team, block.c_fc, y, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
+            linear<W>(team, block.mlp_proj, wide, M, x, ADD);
         }
-        layer_norm(model.ln_f, x, wanted, n_wanted, C, model.eps, h);
-        linear<W>(model.head, h, n_wanted, logits, STORE);
+        const float* y = layer_norm(team, model.ln_f, x, wanted, n_wanted, C, model.eps, h);
+        linear<W>(team, model.head, y, n_wanted, logits, STORE);
     }
 }
 
@@ -126,6 +152,20 @@ extern "C" void gpt2_forward(const Model* model, const Sequence* sequences, int3
 extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* x, int32_t M, float* y, int32_t then,
                             int32_t n_threads) {
     auto run = weight_bytes == 4 ? linear<float> : weight_bytes == 2 ? linear<bf16> : linear<int8>;
+    Barrier barrier;
 #pragma omp parallel num_threads(n_threads)
-    run(*l, x, M, y, (Then)then);
+    run(Team{barrier}, *l, x, M, y, (Then)then);
+}
+
+// Chooses the next token of each row of logits (B, V), see sample.h. Returns 0 if a row's largest logit is NaN or infinite.
+extern "C" int32_t gpt2_pick(const Sampling* options, const float* logits, const uint8_t* seen, int32_t B, int32_t V,
+                             TorchState* const* states, int32_t n_states, int64_t* tokens, int32_t n_threads) {
+    return pick(*options, logits, seen, B, V, states, n_states, tokens, n_threads);
+}
+
+// Writes n numbers with an exponential distribution to y, as torch draws them, and advances the state of the generator.
+extern "C" void gpt2_exponential(TorchState* state, int32_t n, float* y) {
+    std::vector<uint32_t> pairs(2 * n);
+    twister(*state, pairs.data(), 2 * n);
+    for (int i = 0; i < n; i++) y[i] = exponential_number(&pairs[2 * i]);
 }

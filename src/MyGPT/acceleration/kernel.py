@@ -6,7 +6,9 @@ heads, D = C // H, C embedding width, V vocabulary size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("kernel.cpp")
 PANELS = 12, 24, 48
 """The possible values of Kernel.panel."""
-FUNCTIONS = ("gpt2_panel", "gpt2_pack", "gpt2_rows", "gpt2_linear", "gpt2_forward")
+FUNCTIONS = ("gpt2_panel", "gpt2_pack", "gpt2_rows", "gpt2_linear", "gpt2_forward", "gpt2_pick", "gpt2_exponential")
+
+
+_STATE_BYTES = 5056
+"""Size of the state of torch's CPU generator. sample.h reads the first 5016 bytes."""
 
 
 class LinearStruct(Structure):
@@ -55,6 +61,17 @@ class ModelStruct(Structure):
         ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
         ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("weight_bytes", c_int32),
         ("exact_gelu", c_int32), ("eps", c_float),
+    ]  # fmt: skip
+
+
+class SamplingStruct(Structure):
+    """The ctypes declaration of `struct Sampling` in sample.h: the options of SamplingConfig, with 0 for an unset one.
+
+    `outside` is 1 - top_p.
+    """
+
+    _fields_ = [
+        ("temperature", c_float), ("outside", c_float), ("min_p", c_float), ("penalty", c_float), ("top_k", c_int32),
     ]  # fmt: skip
 
 
@@ -120,24 +137,54 @@ class Kernel:
     def forward(
         self,
         model: ModelStruct,
-        sequences: Tensor,
+        sequences: Sequence[tuple[int, int, int, int]],
         ids: Tensor,
         cache: Tensor,
-        wanted: Tensor,
+        wanted: Sequence[int],
         logits: Tensor,
         scratch: Tensor,
     ) -> None:
-        """Write the logits of the new tokens with the indices `wanted`, (n) int32, into `logits`, (n, V).
+        """Write the logits of the new tokens with the n indices `wanted` into `logits`, (n, V).
 
-        sequences (n_sequences, 4) int32 has, for each sequence: the number of new tokens, the number of earlier tokens, the
-        index of the first token after its left padding, and its slot. ids (M) int64 are the new tokens of all sequences, one
-        sequence after another, and must be in the vocabulary. cache (n_layers, 2, slots, H, capacity, D) holds the keys and
-        values of the earlier tokens, and those of the new tokens are written after them. scratch is memory for 6 M C numbers.
+        Each of `sequences` has the number of new tokens, the number of earlier tokens, the index of the first token after its
+        left padding, and its slot. ids (M) int64 are the new tokens of all sequences, one sequence after another, and must be
+        in the vocabulary. cache (n_layers, 2, slots, H, capacity, D) holds the keys and values of the earlier tokens, and
+        those of the new tokens are written after them. scratch is memory for 6 M C numbers.
         """
+        numbers = [number for sequence in sequences for number in sequence]
         self._library.gpt2_forward(
-            byref(model), address(sequences), len(sequences), address(ids), address(cache), cache.shape[2], cache.shape[4],
-            address(wanted), len(wanted), address(logits), address(scratch), _n_threads(),
+            byref(model), (c_int32 * len(numbers))(*numbers), len(sequences), address(ids), address(cache), cache.shape[2],
+            cache.shape[4], (c_int32 * len(wanted))(*wanted), len(wanted), address(logits), address(scratch), _n_threads(),
         )  # fmt: skip
+
+    def pick(
+        self, options: SamplingStruct, logits: Tensor, seen: Tensor | None, states: Sequence[Tensor], tokens: Tensor
+    ) -> bool:
+        """Write the next token of each row of logits (B, V) into `tokens`, (B) int64.
+
+        seen (B, V) bool is True for tokens that already occurred. `states` are states of CPU generators, which are advanced:
+        none if the temperature is 0, one for all rows, or one per row. Returns False, with undefined tokens and states, if the
+        largest logit of a row is NaN or infinite.
+        """
+        addresses = (c_void_p * len(states))(*(state.data_ptr() for state in states))
+        is_right: int = self._library.gpt2_pick(
+            byref(options), address(logits), address(seen), *logits.shape, addresses, len(states), address(tokens),
+            _n_threads(),
+        )  # fmt: skip
+        return bool(is_right)
+
+    @cached_property
+    def draws_as_torch(self) -> bool:
+        """True if `pick` draws the random numbers of this version of torch, which is tested once with 1,000 numbers."""
+        import torch
+
+        state, own = torch.Generator().manual_seed(1).get_state(), torch.empty(1000)
+        other = torch.Generator().manual_seed(1)
+        expected = torch.empty(1000).exponential_(generator=other)
+        if state.numel() != _STATE_BYTES:
+            return False
+        self._library.gpt2_exponential(address(state), 1000, address(own))
+        return torch.equal(state, other.get_state()) and torch.allclose(own, expected, rtol=1e-5, atol=0)
 
 
 def address(tensor: Tensor | None) -> c_void_p:

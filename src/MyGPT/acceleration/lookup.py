@@ -73,6 +73,8 @@ class PromptLookup(nn.Module):
         require_positive(n_guesses=n_guesses, n_match=n_match)
         self.model, self.config = model, model.config
         self.n_guesses, self.n_match = n_guesses, n_match
+        if hasattr(model, "pick_next"):
+            self.pick_next = model.pick_next
         self.train(model.training)
 
     def new_cache(self, batch_size: int, length: int | None = None) -> Any:

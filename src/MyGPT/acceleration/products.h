@@ -5,6 +5,7 @@
 // P is the width of three vector registers, so every lane sums its own output. The order of summation does not depend on M, so
 // the result of a row does not depend on the other rows.
 #pragma once
+#include "team.h"
 #include "vectors.h"
 
 #if defined(__AVX2__)
@@ -26,12 +27,14 @@ constexpr int P = 3 * LANES;
 // Products that are summed before they are added to the total: more accurate, and the weights stay in L1 for all rows.
 constexpr int K_BLOCK = 128;
 constexpr int ROW_BLOCK = 128;  // rows that stay in the L2 cache while all panels are read
-constexpr int PREFETCH = 6144;  // bytes to prefetch ahead, about what arrives within the latency of memory
 
 struct bf16 { uint16_t high; };  // the upper half of a float's bits
 struct int8 { int8_t value; };
 // Number of consecutive inputs of one output that are adjacent in a panel.
 template <class W> constexpr int K_INTERLEAVE = sizeof(W) == 4 ? 1 : 2;
+// Bytes to prefetch ahead, about what arrives within the latency of memory. int8 weights are multiplied so quickly that the
+// nearer ones are needed first.
+template <class W> constexpr int PREFETCH = sizeof(W) == 1 ? 1536 : 6144;
 
 // Vector i of the weights for element k of a row, or for element k + 1 if `after`. k is even for bf16.
 inline vec weights(const float* panel, int k, bool after, int i) { return load<vec>(panel + (k + after) * P + i * LANES); }
@@ -83,7 +86,7 @@ template <int R, int BLOCKS, class W> void multiply(const W* panel, const float*
         for (int b = 0; b < BLOCKS; b++) {
             const W* block = panel + (int64_t)b * K * P;
             vec w[3] = {weights(block, k, after, 0), weights(block, k, after, 1), weights(block, k, after, 2)};
-            const char* later = (const char*)(block + (k + after) * P) + PREFETCH;
+            const char* later = (const char*)(block + (k + after) * P) + PREFETCH<W>;
             if (sizeof(W) < 4 || R > 1) __builtin_prefetch(later);  // for one row of floats the hardware prefetches in time
             if (sizeof(W) == 4 && R > 1) __builtin_prefetch(later + 64);
             IN_REGISTERS(w[0], w[1], w[2]);
@@ -113,7 +116,7 @@ template <int R> void multiply_int(const int8* panel, const int16_t* x, int64_t 
     ints sum[R][3] = {};
     for (int k = 0; k < K; k += 2, panel += 2 * P) {
         shorts w[3] = {widen(panel), widen(panel + 2 * LANES), widen(panel + 4 * LANES)};
-        __builtin_prefetch((const char*)panel + PREFETCH);
+        __builtin_prefetch((const char*)panel + PREFETCH<int8>);
         IN_REGISTERS(w[0], w[1], w[2]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -197,7 +200,7 @@ template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* pane
                         vec w = weights(panel + k * P, j / 2 * 2, j % 2, i);
                         std::memcpy(block + j * P + i * LANES, &w, sizeof w);
                     }
-                    __builtin_prefetch((const char*)(panel + (k + j) * P) + PREFETCH);
+                    __builtin_prefetch((const char*)(panel + (k + j) * P) + PREFETCH<W>);
                 }
                 for (int r = 0; r < n; r += ROWS)
                     times<ROWS>(Rows<float>(rows.x, n, K), std::min(ROWS, n - r), r, block, k, length, sums + r * P);
@@ -210,12 +213,11 @@ template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* pane
 }
 
 // y (M, N) = x (M, K) weightᵀ + bias, followed by `then`. Each thread computes a range of consecutive panels.
-template <class W> void linear(const Linear& l, const float* x, int M, float* y, Then then) {
+template <class W> void linear(const Team& team, const Linear& l, const float* x, int M, float* y, Then then) {
     const int n_panels = (l.N + P - 1) / P, n_row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
     const int64_t panel_size = (int64_t)(l.K + K_INTERLEAVE<W> - 1) / K_INTERLEAVE<W> * K_INTERLEAVE<W> * P;
-    const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), n_units = n_panels * n_row_blocks;
-    int unit = (int64_t)n_units * thread / n_threads;
-    const int last = (int64_t)n_units * (thread + 1) / n_threads;
+    const int n_units = n_panels * n_row_blocks, last = team.first(n_units, true);
+    int unit = team.first(n_units);
     while (unit < last) {
         const int row = unit / n_panels * ROW_BLOCK, n_rows = std::min(ROW_BLOCK, M - row);
         const Rows<W> rows(x + (int64_t)row * l.K, n_rows, l.K);
@@ -236,7 +238,7 @@ template <class W> void linear(const Linear& l, const float* x, int M, float* y,
             }
         }
     }
-#pragma omp barrier
+    team.wait();
 }
 
 inline float to_float(float w) { return w; }

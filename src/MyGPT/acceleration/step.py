@@ -28,6 +28,7 @@ from MyGPT.acceleration.packed_file import (
     report_unused,
     write_packed,
 )
+from MyGPT.acceleration.sampling import pick_next
 from MyGPT.acceleration.storage import Arrays, HugePages
 from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask, slot_hidden_states
 from MyGPT.config import GPTConfig, Precision
@@ -36,7 +37,7 @@ from MyGPT.loss import TiedHead
 from MyGPT.messages import error_message
 from MyGPT.model import GPTModel
 from MyGPT.ranks import is_sharded
-from MyGPT.sampling import require_finite
+from MyGPT.sampling import SamplingConfig, require_finite
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats import open_checkpoint
 from MyGPT.weights.layout import HEAD, WPE, WTE
@@ -279,13 +280,11 @@ class FastModel(nn.Module):
         if self.kernel is None or cache is None or first is None:
             hidden = self._hidden_states(input_ids, attention_mask, cache)
             return self.head(hidden[:, -1:] if last_only else hidden)
-        sequences = torch.empty(B, 4, dtype=torch.int32)
-        sequences[:, 0], sequences[:, 1], sequences[:, 2], sequences[:, 3] = T, cache.length, first, torch.arange(B)
-        rows = torch.arange(B * T, dtype=torch.int32).view(B, T)
-        wanted = rows[:, -1:] if last_only else rows
+        sequences = [(T, cache.length, first_token, row) for row, first_token in enumerate(first)]
+        wanted = range(T - 1, B * T, T) if last_only else range(B * T)
         logits = self._kernel_forward(sequences, input_ids, cache.storage, wanted)
         cache.advance(T)
-        return logits.view(*wanted.shape, -1)
+        return logits.view(B, 1 if last_only else T, -1)
 
     @torch.no_grad()
     def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
@@ -303,20 +302,26 @@ class FastModel(nn.Module):
             sequences.append((len(new), cache.lengths[slot], 0, slot))
             ids += new
             wanted += range(len(ids) - n_logits, len(ids))
-        logits = self._kernel_forward(
-            torch.tensor(sequences, dtype=torch.int32),
-            torch.tensor(ids),
-            cache.storage,
-            torch.tensor(wanted, dtype=torch.int32),
-        )
+        logits = self._kernel_forward(sequences, torch.tensor(ids), cache.storage, wanted)
         for slot, new, _ in pieces:
             cache.lengths[slot] += len(new)
         return logits
 
-    def _kernel_forward(self, sequences: Tensor, ids: Tensor, storage: Tensor, wanted: Tensor) -> Tensor:
+    def pick_next(
+        self,
+        logits: Tensor,
+        config: SamplingConfig,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """Return the next token of each sequence, as `sampling.pick_next` does, but in less time if kernel.cpp is compiled."""
+        return pick_next(self.kernel, logits, config, generator, seen)
+
+    def _kernel_forward(
+        self, sequences: Sequence[tuple[int, int, int, int]], ids: Tensor, storage: Tensor, wanted: Sequence[int]
+    ) -> Tensor:
         """Return the logits (n, V) of the rows with the n indices `wanted`. For the arguments, see Kernel.forward."""
         assert self.kernel is not None and self.ctypes_struct is not None
-        wanted = wanted.flatten().contiguous()
         logits = torch.empty(len(wanted), self.config.vocab_size)
         scratch = torch.empty(6 * ids.numel() * self.config.emb_dim)
         self.kernel.forward(self.ctypes_struct, sequences, ids.contiguous(), storage, wanted, logits, scratch)
@@ -354,14 +359,14 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     return HugePages(4 * tensor.numel()).take(tuple(tensor.shape), torch.float32)
 
 
-def _first_tokens(attention_mask: Tensor | None, B: int) -> Tensor | None:
-    """Return the index of the first token after the left padding of each of B sequences, (B,) int64.
+def _first_tokens(attention_mask: Tensor | None, B: int) -> list[int] | None:
+    """Return the index of the first token after the left padding of each of B sequences.
 
     Without a mask, all indices are 0. If the mask is anything other than left padding, return None.
     """
     if attention_mask is None:
-        return torch.zeros(B, dtype=torch.int64)
+        return [0] * B
     mask = attention_mask.long()
     first = mask.shape[1] - mask.sum(1)
     is_left_padded = torch.equal(mask, (torch.arange(mask.shape[1]) >= first[:, None]).long())
-    return first if is_left_padded else None
+    return first.tolist() if is_left_padded else None

@@ -6,12 +6,6 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-inline int omp_get_thread_num() { return 0; }
-inline int omp_get_num_threads() { return 1; }
-#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

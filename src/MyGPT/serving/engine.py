@@ -90,6 +90,7 @@ class Engine:
         require_positive(slots=slots, max_queue=max_queue)
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.context: int = model.config.context_length
+        self._pick_next = getattr(model, "pick_next", pick_next)
         self._lock = lock or contextlib.nullcontext()
         self._slots = PrefixCache(model.new_slot_cache(slots))
         excluded = ids_without_token(tokenizer, model.config.vocab_size)
@@ -421,7 +422,7 @@ class Engine:
             adjusted = adjusted + run.bias
         if len(run.excluded):
             adjusted = adjusted.index_fill(1, run.excluded, -math.inf)
-        new = int(pick_next(adjusted, request.sampling, run.generators, run.seen))
+        new = int(self._pick_next(adjusted, request.sampling, run.generators, run.seen))
         token = Token(new)
         if request.logprobs is not None:
             token = self._tokens([new], logits, request.logprobs)[0]

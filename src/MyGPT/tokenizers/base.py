@@ -352,6 +352,8 @@ def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
     """Return the ids from 0 to vocab_size - 1 that have no token (see `has_token`), in ascending order."""
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return list(_ids_without_token_in(tokenizer, vocab_size))
+    if tokenizer is None:
+        return []
     first = 0
     if isinstance(tokenizer, Tokenizer) and len(tokenizer.ids()) == tokenizer.n_vocab:
         first = tokenizer.n_vocab  # There are no gaps.
