@@ -22,9 +22,11 @@ FUNCTIONS = ("gpt2_panel", "gpt2_pack", "gpt2_rows", "gpt2_linear", "gpt2_forwar
 
 
 class LinearStruct(Structure):
-    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, int8 scales, bias and sizes of a linear layer."""
+    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, scales, bias, sizes and type of a linear layer."""
 
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
+    _fields_ = [
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32), ("type", c_int32),
+    ]  # fmt: skip
 
 
 class NormStruct(Structure):
@@ -47,8 +49,8 @@ class ModelStruct(Structure):
 
     _fields_ = [
         ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
-        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("weight_bytes", c_int32),
-        ("exact_gelu", c_int32), ("eps", c_float),
+        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("exact_gelu", c_int32),
+        ("eps", c_float),
     ]  # fmt: skip
 
 
@@ -72,28 +74,25 @@ class Kernel:
         if self.panel not in PANELS:
             raise OSError(f"the library is not the compiled kernel: its panels have {self.panel} rows")
 
-    def pack(self, weight: Tensor, linear: LinearStruct, weight_bytes: int) -> None:
+    def pack(self, weight: Tensor, linear: LinearStruct) -> None:
         """Copy a weight matrix (N, K) into the memory of `linear`, in the order in which the kernel reads it.
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8, after division by linear's scales).
+        int8 weights are divided by linear's scales and rounded. The order of int4 weights is made by `int4.panels` instead.
         """
-        self._library.gpt2_pack(address(weight), byref(linear), weight_bytes)
+        self._library.gpt2_pack(address(weight), byref(linear))
 
-    def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
-        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K).
+    def rows(self, linear: LinearStruct, ids: Tensor, y: Tensor) -> None:
+        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K)."""
+        self._library.gpt2_rows(byref(linear), address(ids), ids.numel(), address(y))
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
-        """
-        self._library.gpt2_rows(byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
-
-    def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
+    def linear(self, linear: LinearStruct, x: Tensor, y: Tensor, then: int) -> None:
         """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8). then=0 stores the result in y, and
+        then=0 stores the result in y, and
         then=1 adds the result to y. then=2 stores the GELU of the result in the tanh approximation, and then=3 stores the
         exact GELU of the result.
         """
-        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then, _n_threads())
+        self._library.gpt2_linear(byref(linear), address(x), len(x), address(y), then, _n_threads())
 
     def forward(
         self,

@@ -1,7 +1,7 @@
-"""The linear layers of an accelerated model, with weights in float32, in bf16, or in int8 with one scale per output.
+"""The linear layers of an accelerated model, with weights in float32, bf16, int8 with one scale per output, or int4.
 
 Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
-row. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
+row. int4.py describes int4 weights, which are multiplied with activations rounded to 8 bits. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
 activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128 activations. torch's operators for
 bf16 and int8 weights round the activations to bf16. N outputs, K inputs, P rows of a weight matrix in one panel (kernel.cpp).
 """
@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from MyGPT.acceleration import int4
 from MyGPT.acceleration.kernel import Kernel, LinearStruct, address
 from MyGPT.acceleration.operators import int8_linear, onednn_linear
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-"""The dtype in which an accelerated model stores its weights, by the name of the precision."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+"""The dtype in which an accelerated model stores its weights, by the name of the precision. int4 stores bytes."""
+_TYPE_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # enum Type in products.h
 Then = Literal["store", "add", "gelu_new", "gelu"]
 """The last step of a linear layer: "store" stores the output, and "add" adds the output to a given tensor.
 "gelu_new" applies the tanh approximation of GELU before storing, and "gelu" applies the exact GELU."""
@@ -60,13 +62,15 @@ class HugePages:
         return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
 
 
-def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, int, int, int]:
+def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, ...]:
     """Return the shape in which kernel.cpp stores a weight matrix (N, K) with P = kernel.panel rows interleaved.
 
-    The shape is (N / P, K, P, 1) in float32, and (N / P, K / 2, P, 2) in bf16 and int8. If N / P or K / 2 is not a
-    whole number, it is rounded up.
+    The shape is (N / P, K, P, 1) in float32, (N / P, K / 2, P, 2) in bf16 and int8, and (N / P, K / 32, 18 P) in int4.
+    Quotients are rounded up.
     """
     N, K = weight.shape
+    if precision == "int4":
+        return -(-N // kernel.panel), -(-K // int4.GROUP), (2 + int4.GROUP // 2) * kernel.panel
     interleave = 1 if precision == "fp32" else 2
     return -(-N // kernel.panel), -(-K // interleave), kernel.panel, interleave
 
@@ -80,14 +84,29 @@ def panel_bytes(weights: list[Tensor], precision: str, kernel: Kernel) -> int:
 class PanelLinear:
     """A linear layer x Wᵀ + b that kernel.cpp computes. W (N, K) is stored in the order in which the kernel reads it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, precision: str, kernel: Kernel, memory: HugePages) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        precision: str,
+        kernel: Kernel,
+        memory: HugePages,
+        moments: Tensor | None = None,
+    ) -> None:
         self.kernel = kernel
         self.shape = N, K = weight.shape
         self.panels = memory.take(panel_shape(weight, precision, kernel), DTYPES[precision])
         self.scale = row_scales(weight.detach()) if precision == "int8" else None
         self.bias = None if bias is None else copied(bias)
-        self.ctypes_struct = LinearStruct(address(self.panels), address(self.scale), address(self.bias), N, K)
-        kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct, self.panels.element_size())
+        if precision == "int4":
+            rounded = int4.round_weight(weight, moments)
+            self.panels.copy_(rounded.panels(kernel.panel))
+            self.scale = rounded.scale
+        self.ctypes_struct = LinearStruct(
+            address(self.panels), address(self.scale), address(self.bias), N, K, _TYPE_CODES[precision]
+        )
+        if precision != "int4":
+            kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct)
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b, with shape (..., N), for x with shape (..., K).
@@ -97,21 +116,25 @@ class PanelLinear:
         """
         y = x.new_empty(*x.shape[:-1], self.shape[0]) if onto is None else onto
         rows = x.reshape(-1, self.shape[1]).contiguous()
-        itemsize = self.panels.element_size()
-        self.kernel.linear(self.ctypes_struct, itemsize, rows, y.view(-1, self.shape[0]), _THEN_CODES[then])
+        self.kernel.linear(self.ctypes_struct, rows, y.view(-1, self.shape[0]), _THEN_CODES[then])
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows of W with the indices `ids`, (B, T) int64, as a float32 tensor (B, T, K)."""
         rows = torch.empty(*ids.shape, self.shape[1])
-        self.kernel.rows(self.ctypes_struct, self.panels.element_size(), ids.contiguous(), rows)
+        self.kernel.rows(self.ctypes_struct, ids.contiguous(), rows)
         return rows
 
 
 class PlainLinear:
-    """A linear layer x Wᵀ + b that torch's operators compute. It replaces PanelLinear if there is no C++ compiler."""
+    """A linear layer x Wᵀ + b that torch's operators compute. It replaces PanelLinear if there is no C++ compiler.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, precision: str) -> None:
+    int4 weights are stored in float32 after they are rounded, because torch has no fast product for them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, precision: str, moments: Tensor | None = None) -> None:
+        if precision == "int4":
+            weight, precision = int4.round_weight(weight, moments).values(), "fp32"
         self.bias = None if bias is None else copied(bias)
         self.scale = row_scales(weight.detach()) if precision == "int8" else None
         if self.scale is not None:

@@ -48,7 +48,7 @@ def accelerate(
         OSError: compiled=True, and no C++ compiler works.
     """
     _check_model(model, precision)
-    if precision == "int8":
+    if precision in ("int8", "int4"):
         for name, parameter in model.named_parameters():
             # The norm is the largest absolute value, or NaN. It reads each weight once, without another tensor.
             require_finite(f"a weight of {name}", torch.linalg.vector_norm(parameter.detach(), torch.inf))
@@ -147,7 +147,7 @@ class FastModel(nn.Module):
             )
         return c.ModelStruct(
             c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
-            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.config.activation == "gelu",
+            self.config.n_layers, self.config.n_heads, self.config.activation == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 

@@ -29,8 +29,8 @@ def start_build(device: str, precision: Precision = "auto") -> Build | None:
     from MyGPT.devices import pick_device
 
     kind = pick_device(device).type
-    if precision == "int8" and kind != "cpu":
-        raise ValueError(f"precision int8 needs the CPU; {kind} supports fp32 and bf16")
+    if precision in ("int8", "int4") and kind != "cpu":
+        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
     if kind == "cpu":
         with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
@@ -58,8 +58,8 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
     fast: nn.Module = model
     if weight.device.type == "cpu":
         fast = accelerate(model, precision, build=build)
-    elif precision == "int8":
-        raise ValueError(f"precision int8 needs the CPU; {weight.device.type} supports fp32 and bf16")
+    elif precision in ("int8", "int4"):
+        raise ValueError(f"precision {precision} needs the CPU; {weight.device.type} supports fp32 and bf16")
     elif precision != "auto":
         fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
