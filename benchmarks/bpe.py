@@ -1,18 +1,16 @@
 """Compare byte-level BPE training: MyGPT's trainer in Python, rustbpe and Hugging Face's tokenizers, both in Rust.
 
-Usage: python benchmarks/bpe.py [--text FILE] [--vocab_size 1024] [--repeat 1] [--rounds 5] [--naive] [--out bpe.json]
+Usage: python benchmarks/bpe.py [--text FILE] [--vocab_size 1024] [--repeat 1] [--rounds 5] [--naive] [--out DIR]
 
-The programs run in turn. The table shows the median, the spread and the ratio to MyGPT. --repeat feeds the text several
-times in a row, as an iterator. --naive also times the textbook algorithm, which recounts every pair of the whole text
-for each merge, and checks that both learn the same merges. It runs once, with 512 tokens, and takes some minutes for 1
-MB.
+The programs run in turn. The script writes bpe.json to --out, or bpe_x20.json for a text that is repeated 20 times.
+--repeat feeds the text several times in a row, as an iterator. --naive also times the textbook algorithm, which recounts
+every pair of the whole text for each merge, and checks that both learn the same merges. It runs once, with 512 tokens,
+and takes some minutes for 1 MB.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,12 +19,12 @@ from pathlib import Path
 
 import regex
 import rustbpe
-from decode import processor
+from measurements import Results, parse, rounds
+from tables import show
 
 import tokenizers
 from MyGPT import BPETokenizer
 from MyGPT.data.sources import find_files
-from MyGPT.files import atomic_write
 from MyGPT.tokenizers.bpe import GPT2_PATTERN
 
 NAIVE_SIZE = 512
@@ -101,39 +99,30 @@ def main() -> None:
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--vocab_size", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=1, help="how many times the text is used in a row")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--naive", action="store_true", help=f"also time the textbook algorithm, with {NAIVE_SIZE} tokens"
     )
-    parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
-    options = parser.parse_args()
+    options = parse(parser, rounds=5)
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8")
-    seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
-    for _ in range(options.rounds):
-        for name, train in PROGRAMS.items():
+    megabytes = len(text.encode()) / 1e6
+    settings = {"megabytes": options.repeat * megabytes, "vocab_size": options.vocab_size}
+    name = "bpe" if options.repeat == 1 else f"bpe_x{options.repeat}"
+    results = Results(name, settings, ["rustbpe", "tokenizers"])
+    for other in ("rustbpe", "tokenizers"):
+        results.compare("MyGPT", other, "learning")
+    for _ in rounds(options):
+        for program, train in PROGRAMS.items():
             start = time.perf_counter()
             size = train(text, options.repeat, options.vocab_size)
-            seconds[name].append(time.perf_counter() - start)
+            results.add(program, "learning", "s", time.perf_counter() - start)
             if size != options.vocab_size:
-                raise SystemExit(f"{name} learned {size} tokens, not {options.vocab_size}")
-    megabytes = len(text.encode()) / 1e6
-    print(f"{options.repeat * megabytes:.1f} MB to {options.vocab_size} tokens, {options.rounds} rounds")
-    ours = statistics.median(seconds["MyGPT"])
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(
-            f"{name:<12} {median:7.2f} s  ({min(times):.2f} to {max(times):.2f})  MyGPT takes {ours / median:.2f} times that"
-        )
-    naive = compare_naive(text) if options.naive else {}
-    if naive:
-        print(f"{megabytes:.1f} MB to {NAIVE_SIZE} tokens, once")
-    for name, once in naive.items():
-        print(f"{name:<12} {once:7.2f} s  MyGPT takes {naive['MyGPT'] / once:.3f} times that")
-    if options.out is not None:
-        result = {"processor": processor(), "megabytes": options.repeat * megabytes, "vocab_size": options.vocab_size,
-                  "seconds": seconds, "naive_megabytes": megabytes, "naive_vocab_size": NAIVE_SIZE, "naive": naive}  # fmt: skip
-        with atomic_write(options.out) as file:
-            json.dump(result, file, indent=1)
+                raise SystemExit(f"{program} learned {size} tokens, not {options.vocab_size}")
+        results.save(options.out)
+    if options.naive:
+        for program, once in compare_naive(text).items():
+            results.add(program, f"learning {NAIVE_SIZE} tokens from {megabytes:.1f} MB", "s", once)
+        results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

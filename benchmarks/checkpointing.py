@@ -1,6 +1,6 @@
 """Measure what checkpoints cost a training run: the same steps without checkpoints and with one every few steps.
 
-    python benchmarks/checkpointing.py [--every 10] [--steps 30] [--rounds 3]
+    python benchmarks/checkpointing.py [--every 10] [--steps 30] [--rounds 3] [--out DIR]
 
 The model is GPT_CONFIG_SMALL: 30 million parameters, 360 MB of weights and optimizer state per checkpoint. A step has 4
 x 256 tokens. Training waits while the state is copied. A background thread then writes the copy and competes for the
@@ -10,13 +10,13 @@ CPU and the disk.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from measurements import Results, parse, rounds
+from tables import show
 
 from MyGPT import GPT_CONFIG_SMALL, GPTModel, TrainConfig, Trainer
 
@@ -25,13 +25,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parse(parser, rounds=3)
     ids = np.random.default_rng(0).integers(0, 50257, 200_000).astype(np.uint16)
-    seconds: dict[int, list[float]] = {0: [], options.every: []}
-    copies = []
-    for _ in range(options.rounds):
-        for every, times in seconds.items():
+    names = {0: "without checkpoints", options.every: f"one every {options.every} steps"}
+    results = Results("checkpointing", {"steps": options.steps, "every": options.every})
+    results.compare(names[options.every], names[0], "step")
+    for _ in rounds(options):
+        for every, name in names.items():
             with tempfile.TemporaryDirectory() as directory:
                 config = TrainConfig(
                     max_steps=options.steps,
@@ -50,17 +50,13 @@ def main() -> None:
                 while trainer.step_number < options.steps:
                     trainer.step()
                     trainer.files.checkpoint_if_due(trainer.state.step, trainer.snapshot)
-                times.append((time.perf_counter() - began) / (options.steps - 1))
+                results.add(name, "step", "s", (time.perf_counter() - began) / (options.steps - 1))
                 if trainer.files.writer is not None:
                     trainer.files.writer.wait()
-                    copies.append(trainer.files.writer.blocking_seconds / max(1, trainer.files.writer.n_written))
-    without, with_them = (statistics.median(times) for times in seconds.values())
-    print(f"{torch.get_num_threads()} threads, medians of {options.rounds}")
-    print(f"seconds per step: {without:.3f} without checkpoints, {with_them:.3f} with one every {options.every} steps")
-    copy = statistics.median(copies)
-    print(
-        f"ratio {with_them / without:.3f}; training waited {copy:.3f} s per checkpoint, {copy / (options.every * without):.2%}"
-    )
+                    copy = trainer.files.writer.blocking_seconds / max(1, trainer.files.writer.n_written)
+                    results.add(name, "training waited per checkpoint", "s", copy)
+        results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare the speed of generation with a random GPT-2: MyGPT, transformers, CTranslate2, llama.cpp and OpenVINO.
 
-Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out results.json]
+Usage: python benchmarks/decode.py [--size 124M] [--rounds 5] [--tokens 24] [--directory DIR] [--out DIR]
 
 Each installed program runs in its own process and opens the model once. The programs are measured in turn, so a slow
 minute of the machine affects all of them. The time per token is the time of 1 + n tokens minus the time of one token,
@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -28,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import Results, parse, rounds
 from memory import Peak
+from tables import show
 
 from MyGPT import GPT2_CONFIGS, GPTModel, get_tokenizer
 from MyGPT.commands.bench import Run, open_mygpt, open_transformers, read_bandwidth, seconds_per_token
-from MyGPT.files import atomic_write
 
 PROGRAMS = {
     "MyGPT plain": "fp32",
@@ -51,8 +49,26 @@ PROGRAMS = {
     "OpenVINO fp16": "bf16",
     "OpenVINO int8": "int8",
 }
-PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
+PACKAGES = ("transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
 PROMPT, LONG = 16, 1024
+MEASURES = {"decode 1": "one sequence", "decode 8": "eight sequences", "prefill 1": f"prompt of {LONG:,} tokens"}
+"""What each question to a program measures."""
+TARGETS = (
+    ("MyGPT fp32", "llama.cpp f32", "one sequence", 1.0),
+    ("MyGPT fp32", "transformers fp32", "one sequence", 2.2),
+    ("MyGPT bf16", "llama.cpp bf16", "one sequence", 1.0),
+    ("MyGPT int8", "llama.cpp q8_0", "one sequence", None),
+    ("MyGPT int8", "OpenVINO int8", "one sequence", 1.2),
+    ("MyGPT eager", "transformers fp32", "one sequence", 1.5),
+    ("MyGPT fp32", "CTranslate2 fp32", "eight sequences", 2.0),
+    ("MyGPT fp32", "OpenVINO fp32", "eight sequences", 1.0),
+    ("MyGPT int8", "CTranslate2 int8", "eight sequences", 2.0),
+    ("MyGPT fp32", "transformers fp32", f"prompt of {LONG:,} tokens", 2.2),
+    ("MyGPT int8", "transformers fp32", f"prompt of {LONG:,} tokens", 2.2),
+    ("MyGPT fp32", "OpenVINO fp32", f"prompt of {LONG:,} tokens", 0.9),
+    ("MyGPT int8", "OpenVINO int8", f"prompt of {LONG:,} tokens", 0.9),
+)
+"""Two programs, a measure, and the smallest ratio of their speeds that we want."""
 
 
 def open_program(name: str, directory: Path) -> Run:
@@ -275,21 +291,15 @@ class Child:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="124M")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--directory", type=Path, default=Path("bench-models"))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
     parser.add_argument("--optimum", help="the path of optimum-cli, which converts the models for OpenVINO")
     parser.add_argument("--convert_only", action="store_true", help="convert the models and measure nothing")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of a file written with --out and measure nothing")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        serve(options.child, options.directory, options.tokens)
-        return
-    if options.show is not None:
-        print_table(json.loads(options.show.read_text(encoding="utf-8")))
+    parser.add_argument("--program", help=argparse.SUPPRESS)  # in a process of its own
+    options = parse(parser, rounds=5)
+    if options.program:
+        serve(options.program, options.directory, options.tokens)
         return
     if not (options.directory / "model").exists():
         torch.manual_seed(1)
@@ -300,75 +310,38 @@ def main() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in options.programs:
         try:
-            command = ["--child", name, "--directory", str(options.directory), "--tokens", str(options.tokens)]
+            command = ["--program", name, "--directory", str(options.directory), "--tokens", str(options.tokens)]
             children[name] = Child([sys.executable, __file__, *command], environment)
         except RuntimeError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not options.convert_only:
-        print_table(measure(children, options))
+        show(measure(children, options))
     for child in children.values():
         child.process.terminate()
 
 
-def measure(children: dict[str, Child], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds of every program in every round; --out is written after each round."""
-    questions = ["decode 1", "decode 8", "prefill 1"]
-    programs: dict[str, dict[str, Any]] = {name: {question: [] for question in questions} for name in children}
-    machine: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "bandwidth": []}
-    result = {"size": options.size, "machine": machine, "versions": versions(), "programs": programs}
-    for turn in range(options.rounds + 1):  # the first round warms up
-        for question in questions:
-            for name, child in children.items():
-                seconds, programs[name]["peak"] = child.ask(question)
-                if turn:
-                    programs[name][question].append(seconds)
-            if turn:
-                machine["bandwidth"].append(next(iter(children.values())).ask("bandwidth"))
-        if options.out is not None and turn:
-            with atomic_write(options.out) as file:
-                json.dump(result, file, indent=1)
-    return result
-
-
-def print_table(result: dict[str, Any]) -> None:
-    machine, programs = result["machine"], result["programs"]
+def measure(children: dict[str, Child], options: argparse.Namespace) -> Results:
+    """Measure every program in every round, and save the results after each round."""
     with torch.device("meta"):
-        model = GPTModel(GPT2_CONFIGS[result["size"]])
+        model = GPTModel(GPT2_CONFIGS[options.size])
     n_read = model.num_parameters(exclude_embeddings=True) + model.transformer.wte.weight.numel()
-    speed = statistics.median(machine["bandwidth"])
-    n_rounds = len(next(iter(programs.values()))["decode 1"])
-    print(f"{result['size']} on {machine['processor']}, {machine['threads']} threads, medians of {n_rounds} rounds")
-    print(
-        f"memory reads {speed / 1e9:.1f} GB/s ({min(machine['bandwidth']) / 1e9:.1f} to {max(machine['bandwidth']) / 1e9:.1f})"
-    )
-    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    print(f"{'':<20}{'B=1, tokens/s':>24}{'of limit':>9}{'B=8, tokens/s':>24}{'1,024 tokens, ms':>26}{'peak GB':>9}")
-    for name, times in programs.items():
-        limit = speed / n_read / {"fp32": 4, "bf16": 2, "int8": 1}[PROGRAMS[name]]
-        one, eight = ([B / s for s in times[f"decode {B}"]] for B in (1, 8))
-        long = [1000 * s for s in times["prefill 1"]]
-        cells = "".join(
-            f"{statistics.median(c):>10.0f} ({min(c):.0f} to {max(c):.0f})".ljust(25) for c in (eight, long)
-        )
-        print(
-            f"{name:<20}{statistics.median(one):>10.1f} ({min(one):.1f} to {max(one):.1f}){statistics.median(one) / limit:>9.0%}"
-            f"{cells}{times['peak'] / 1e9:>8.2f}"
-        )
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor()
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    settings = {"size": options.size, "tokens": options.tokens, "weights_per_token": n_read}
+    results = Results(f"decode_{options.size}", settings, PACKAGES)
+    for name, other, measure, target in TARGETS:
+        results.compare(name, other, measure, target)
+    for turn in rounds(options, warm_up=True):
+        for question, measure in MEASURES.items():
+            for name, child in children.items():
+                seconds, peak = child.ask(question)
+                if turn:
+                    n = {"decode 1": 1, "decode 8": 8, "prefill 1": LONG}[question]
+                    results.add(name, measure, "tokens/s", n / seconds, precision=PROGRAMS[name])
+                    results.add(name, "memory", "bytes").values = [peak]  # the peak so far
+            if turn:
+                bandwidth = next(iter(children.values())).ask("bandwidth")
+                results.add("memory", "bandwidth", "bytes/s", bandwidth)
+        results.save(options.out)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
 """Compare encoding: MyGPT, tiktoken and Hugging Face's tokenizers, and files on all cores.
 
-    python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5] [--tokenizer gpt2] [--out encoding.json]
+    python benchmarks/encoding.py --text FILE [--repeat 20] [--rounds 5] [--tokenizer gpt2] [--out DIR]
 
 MyGPT uses gigatoken if it is installed and the text has at least two million characters; MYGPT_GIGATOKEN=0 switches it off.
 The first round, in which gigatoken fills its cache, is counted like the others, but loading gigatoken is not.
 
-The programs run in turn, each on one thread. The table shows the median, the spread and the ratio to MyGPT. All programs
-must give the same ids. `mygpt prepare` is measured with one process and with one process per core. Its time includes the
-start of the workers and the writing of the tokenizer's files, but not the imports.
+The programs run in turn, each on one thread. All programs must give the same ids. `mygpt prepare` is measured with one
+process and with one process per core. Its time includes the start of the workers and the writing of the tokenizer's
+files, but not the imports.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+from measurements import Results, parse, rounds
+from tables import show
 
 import tokenizers
 from MyGPT import get_tokenizer
 from MyGPT.data.prepare import prepare
 from MyGPT.data.sources import find_files
 from MyGPT.data.tokens import open_tokens
-from MyGPT.files import atomic_write
 from MyGPT.tokenizers.bpe import GPT2_PATTERN
 from MyGPT.tokenizers.codec import gigatoken_version
 
@@ -40,12 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--repeat", type=int, default=1, help="how many times the text is used in a row")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tokenizer", default="gpt2", help="gpt2, or the directory of a byte-level BPE trained by MyGPT"
     )
-    parser.add_argument("--out", type=Path, help="a JSON file for the measured seconds")
-    options = parser.parse_args()
+    options = parse(parser, rounds=5)
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8") * options.repeat
     ours = get_tokenizer(options.tokenizer)
     ours.encode("a " * 1_100_000)  # loads gigatoken
@@ -71,32 +68,21 @@ def main() -> None:
         for workers in sorted({1, n_cores}):
             name = f"MyGPT, file to file, {workers} process{'es' if workers > 1 else ''}"
             programs[name] = partial(file_to_file, workers)
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
         expected = np.array(programs["tiktoken"]())
-        for _ in range(options.rounds):
+        megabytes = len(text.encode()) / 1e6
+        settings = {"megabytes": megabytes, "tokens": len(expected), "gigatoken": gigatoken_version() or "not used"}
+        results = Results("encoding", settings, ["tiktoken", "tokenizers", "gigatoken"])
+        for other in ("tiktoken", "tokenizers"):
+            results.compare("MyGPT", other, "encoding")
+        for _ in rounds(options):
             for name, encode in programs.items():
                 start = time.perf_counter()
                 ids = encode()
-                seconds[name].append(time.perf_counter() - start)
+                results.add(name, "encoding", "MB/s", megabytes / (time.perf_counter() - start))
                 if not np.array_equal(np.asarray(ids), expected):
                     raise SystemExit(f"{name} gives different ids")
-    megabytes = len(text.encode()) / 1e6
-    print(
-        f"gigatoken: {gigatoken_version() or 'not used'}; {megabytes:.1f} MB to {len(expected):,} tokens, {options.rounds} rounds"
-    )
-    median = statistics.median(seconds["MyGPT"])
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        print(
-            f"{name:<34} {megabytes / middle:6.1f} MB/s  ({megabytes / max(times):.1f} to {megabytes / min(times):.1f})  "
-            f"{median / middle:.2f} times MyGPT's speed"
-        )
-    if options.out is not None:
-        from decode import processor  # imported here, because worker processes import this file and need no torch
-
-        result = {"processor": processor(), "cores": n_cores, "megabytes": megabytes, "seconds": seconds}
-        with atomic_write(options.out) as file:
-            json.dump(result, file, indent=1)
+            results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Compare instruction tuning of a small GPT, with LoRA and of all weights, with transformers and PEFT on the same batches.
 
-Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 1] [--out runs/finetuning]
+Usage: python benchmarks/finetuning.py --data alpaca.json [--text FILE] [--model DIR] [--epochs 1]
+       [--directory runs/finetuning] [--out DIR]
 
 Without --model, `mygpt train` first pretrains a GPT on --text, by default the built-in "Alice in Wonderland". MyGPT is
 measured by runs of `mygpt finetune` in float32 without dropout. They train on the first 85% of the records; the next
@@ -22,7 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.nn.functional as F
 import yaml
+from measurements import Results, parse
 from peft import LoraConfig, TaskType, get_peft_model
+from tables import show
 from transformers import AutoModelForCausalLM
 
 from MyGPT import load_tokenizer
@@ -119,23 +122,18 @@ def series(metrics: list[dict[str, Any]], key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in metrics if key in record}
 
 
-def report(untuned: float, found: dict[str, list[dict[str, Any]]]) -> None:
-    losses = {name: {0: untuned, **series(metrics, "val_loss")} for name, metrics in found.items()}
-    steps = sorted(next(iter(losses.values())))
-    shown = sorted({steps[round(i * (len(steps) - 1) / 4)] for i in range(5)})
-    print("\nvalidation loss in nats per answer token; the columns are optimizer steps")
-    print(f"{'':<28}" + "".join(f"{step:>9}" for step in shown))
-    for name, values in losses.items():
-        print(f"{name:<28}" + "".join(f"{values[step]:>9.4f}" for step in shown))
+def report(untuned: float, found: dict[str, list[dict[str, Any]]], out: Path | None) -> None:
+    results = Results("finetuning", packages=["transformers", "peft"])
+    for name, metrics in found.items():
+        losses = {0: untuned, **series(metrics, "val_loss")}
+        results.add(name, "validation loss", "nats per token", *losses.values(), steps=list(losses))
     for name in WAYS:
-        differences = {}
-        for key in ("loss", "val_loss"):
+        for key, measure in (("loss", "training loss"), ("val_loss", "validation loss")):
             ours, theirs = series(found[name], key), series(found[f"{name}, transformers"], key)
-            differences[key] = max(abs(ours[step] - theirs[step]) for step in ours)
-        print(
-            f"{name}: largest difference from transformers over {len(series(found[name], 'loss'))} steps "
-            f"{differences['loss']:.1e} in training, {differences['val_loss']:.1e} in validation"
-        )
+            most = max(abs(ours[step] - theirs[step]) for step in ours)
+            results.add(name, f"largest difference of the {measure}", "nats", most)
+    results.save(out)
+    show(results)
 
 
 def main() -> None:
@@ -144,11 +142,11 @@ def main() -> None:
     parser.add_argument("--text", default="alice", help="a text file to pretrain on, or the name of a built-in text")
     parser.add_argument("--model", help="the directory of a pretrained model")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--out", help="the directory in which the runs are kept")
-    options = parser.parse_args()
+    parser.add_argument("--directory", help="the directory in which the runs are kept")
+    options = parse(parser)
     warnings.filterwarnings("ignore", module="peft|transformers")
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(options.out or temporary)
+        out = Path(options.directory or temporary)
         model = Path(options.model) if options.model else pretrain(options.text, out / "pretrained")
         model = model / "model" if (model / "model").is_dir() else model
         examples = Examples(ExampleOptions(options.data), load_tokenizer(model), read_config(model).context_length)
@@ -160,7 +158,7 @@ def main() -> None:
             run = out / name.replace(" ", "_")
             found[name] = tune(model, options, way, run)
             found[f"{name}, transformers"] = tune_theirs(model, run, found[name], examples)
-        report(untuned, found)
+        report(untuned, found, options.out)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import importlib.util
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from measurements import cpu_facts, run_limited
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "ROW "  # begins a line of a part's output that is a row in JSON
@@ -111,34 +112,20 @@ def run_part(command: list[str], seconds: float, log: Any) -> dict[str, Any]:
         return {"status": "skipped", "message": "no time was left", "seconds": 0.0, "rows": []}
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    began, rows, others, is_stopped = time.monotonic(), [], [""], threading.Event()
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
+    began, rows, others = time.monotonic(), [], [""]
 
-        def kill() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also the compilers and tests that the part has started
+    def read(line: str) -> None:
+        log.write(line)
+        log.flush()
+        if line.startswith(MARK):
+            rows.append(json.loads(line.removeprefix(MARK)))
+            print(f"         {format_row(rows[-1])}", flush=True)
+        elif line.strip():
+            others.append(line.strip())
 
-        timer = threading.Timer(seconds, lambda: (is_stopped.set(), kill()))
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                if line.startswith(MARK):
-                    rows.append(json.loads(line.removeprefix(MARK)))
-                    print(f"         {format_row(rows[-1])}", flush=True)
-                elif line.strip():
-                    others.append(line.strip())
-            status = process.wait()
-        finally:
-            timer.cancel()
-            kill()
+    status, is_stopped = run_limited(command, seconds, read, environment)
     result = {"status": "done", "message": "", "seconds": time.monotonic() - began, "rows": rows}
-    if is_stopped.is_set():
+    if is_stopped:
         result |= {"status": "stopped", "message": f"after the limit of {seconds:.0f} seconds"}
     elif status == SKIPPED:
         result |= {"status": "skipped", "message": others[-1]}
@@ -325,12 +312,6 @@ def run_quietly(*command: str) -> str:
 
 
 @functools.cache
-def cpu_facts() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def tests(toy: bool) -> None:
     if not has("pytest"):
         skip("pytest is not installed")

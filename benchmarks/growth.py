@@ -1,6 +1,6 @@
 """Measure how time and peak memory grow with context, batch size, layers and corpus size, and where growth changes.
 
-Usage: python benchmarks/growth.py [--rounds 3] [--quick] [--out growth.json] [--plot growth.svg] [--show growth.json]
+Usage: python benchmarks/growth.py [--rounds 3] [--quick] [--out DIR] [--plot growth.svg] [--show DIR]
 
 The models are in float32 and have a vocabulary of 512 tokens, because the head of a larger one would hide the growth.
 Training and prompts use 4 layers of width 384. Generation is limited by memory bandwidth, so it uses 8 layers of width
@@ -26,17 +26,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from decode import processor
+from measurements import Results, parse, rounds
 from memory import Peak
+from tables import growth_panels, show
 
 from MyGPT import GPTConfig, GPTModel, KVCache, TrainConfig, Trainer, accelerate, get_tokenizer
 from MyGPT.acceleration.linear import fast_linear
@@ -45,7 +45,6 @@ from MyGPT.costs import cache_bytes, training_memory
 from MyGPT.data.prepare import prepare
 from MyGPT.data.sampler import WindowSampler
 from MyGPT.data.tokens import open_tokens, sampled_sha256
-from MyGPT.files import atomic_write
 from MyGPT.tokenizers import BPETokenizer
 from training import FixedBatches
 
@@ -57,8 +56,6 @@ PASSES = 11
 norm, read and scaled; seven for AdamW, which reads four and writes three."""
 HASHED = 64 << 20
 """Largest number of bytes that opening a prepared corpus reads."""
-TOLERANCE = 0.25
-"""A slope that differs more than this from the expected one is reported as a bend."""
 
 
 def config(context: int, layers: int, width: int, drop_rate: float = 0.0) -> GPTConfig:
@@ -233,13 +230,6 @@ class Line:
     warm: bool = True
 
 
-@dataclass
-class Panel:
-    axis: str
-    lines: list[tuple[str, dict[float, float], dict[float, float], float]] = field(default_factory=list)
-    """For each curve its name, the measured values, the predicted values and the expected slope."""
-
-
 @dataclass(frozen=True)
 class Sizes:
     layers: int
@@ -261,7 +251,7 @@ FULL = Sizes(
 )  # fmt: skip
 QUICK = Sizes(2, 64, 2, 64, 64, (16, 32, 64), (1, 2, 4), (1, 2, 4), (16, 64), (0.05, 0.1, 0.2), (2**12, 2**14, 2**16))
 
-AGAINST_CONTEXT, AGAINST_COUNT = "Training: a step against context", "Training: a step against batch and layers"
+AGAINST_CONTEXT, AGAINST_COUNT = "Training: a step against the context", "Training: a step against batch and layers"
 MEMORY = "{}, memory"
 """The title of a memory panel, made from the title of the time panel."""
 
@@ -295,33 +285,33 @@ def lines_of(sizes: Sizes, place: Path) -> list[Line]:
     def of_text(name: str, function: str, law_of_bytes: float | None) -> Line:
         points = {x: (function, {"text": str(place / f"{x}.txt")}) for x in sizes.megabytes}
         predicted = None if law_of_bytes is None else lambda x: x**law_of_bytes
-        panel = "Corpus: from text to tokens"
+        panel = "Data: from text to tokens, against the size of the text in MB"
         return Line(panel, name, points, 1, lambda _, x: x, law_of_bytes, predicted, MEMORY.format(panel), warm=False)
 
     def of_corpus(name: str, function: str, predicted: Callable[[float], float], **more: Any) -> Line:
         points = {x / 1e6: (function, {"corpus": str(place / str(x)), **more}) for x in sizes.corpora}
-        panel = "Corpus: opening, and a batch of 12 x 256"
+        panel = "Data: opening prepared tokens, and a batch of 12 x 256, against millions of tokens"
         return Line(panel, name, points, 0, lambda _, x: predicted(1e6 * x))
 
-    n, window, panel = sizes.tokens, sizes.contexts[1], "Generation: a token against context used"
+    n, window, panel = sizes.tokens, sizes.contexts[1], "Generation: a token against the tokens seen"
     many = {T: {"batch": n // T, "context": T} for T in sizes.contexts}
     return [
         trained(f"{n:,} tokens", AGAINST_CONTEXT, many, 0, 0),
         trained(f"{n:,} tokens, dropout", AGAINST_CONTEXT,
                 {T: {**point, "drop_rate": 0.1} for T, point in many.items()}, 0, 0),
         trained("one sequence", AGAINST_CONTEXT, {T: {"batch": 1, "context": T} for T in sizes.contexts}, 1, 1),
-        trained(f"batch, of {window} tokens", AGAINST_COUNT,
+        trained(f"batch, sequences of {window} tokens", AGAINST_COUNT,
                 {B: {"batch": B, "context": window} for B in sizes.batches}, 1, 1),
         trained(f"layers, {n // 2:,} tokens", AGAINST_COUNT,
                 {k: {"batch": n // 2 // window, "context": window, "layers": k} for k in sizes.depths}, 1, 1),
         *(decoded(kind, panel, {S: {"batch": 1, "seen": S, "precision": kind} for S in sizes.seen}, 0)
           for kind in ("fp32", "int8")),
-        *(decoded(kind, "Generation: a step against batch",
+        *(decoded(kind, "Generation: a step against the batch",
                   {B: {"batch": B, "seen": sizes.seen[1], "precision": kind} for B in sizes.batches}, 0)
           for kind in ("fp32", "int8")),
         prompted("accelerate()", fast=True),
-        prompted("the model itself", fast=False),
-        of_text("training BPE with 1,024 tokens", "learning_merges", 0.6),
+        prompted("without accelerate()", fast=False),
+        of_text("learning 1,024 BPE tokens", "learning_merges", 0.6),
         of_text("encoding", "encoding", None),
         of_text("mygpt prepare", "preparing", 0),
         of_corpus("opening", "opening", lambda x: min(2 * x, HASHED)),
@@ -370,8 +360,10 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def run(sizes: Sizes, rounds: int) -> dict[str, Any]:
+def run(sizes: Sizes, options: argparse.Namespace) -> Results:
     """Measure every point in every round."""
+    settings = {key: value for key, value in vars(sizes).items() if isinstance(value, int)}
+    results = Results("growth", {**settings, "vocab_size": VOCAB})
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         for megabytes in sizes.megabytes:
@@ -379,87 +371,29 @@ def run(sizes: Sizes, rounds: int) -> dict[str, Any]:
         for n_tokens in sizes.corpora:
             write_corpus(place / str(n_tokens), n_tokens)
         lines = lines_of(sizes, place)
-        found: list[dict[float, list[tuple[float, int]]]] = [{x: [] for x in line.points} for line in lines]
-        best = []
-        for turn in range(rounds):
-            best.append(in_a_process(ceilings, sizes.width))
-            for i, line in enumerate(lines):
+        for turn in rounds(options):
+            operations, bytes_read = in_a_process(ceilings, sizes.width)
+            results.add("matrix products", "rate", "FLOP/s", operations)
+            results.add("memory", "rate", "bytes/s", bytes_read)
+            for line in lines:
                 for x, (name, arguments) in line.points.items():
-                    found[i][x].append(in_a_process(measure, name, arguments, line.warm))
-                seconds = sum(times[-1][0] for times in found[i].values())
-                print(f"round {turn + 1}: {line.panel}, {line.name}: {seconds:.2f} s", file=sys.stderr)
-        limits = Ceilings(*(statistics.median(of_round) for of_round in zip(*best, strict=True)))
-        panels: dict[str, Any] = {}
-        for line, of_line in zip(lines, found, strict=True):
-            seconds = {x: statistics.median(time for time, _ in of_x) for x, of_x in of_line.items()}
-            predicted = {x: line.seconds(limits, x) for x in of_line}
-            panels.setdefault(line.panel, []).append(row(line.name, "ms", seconds, predicted, line.law, 1e3))
-            if line.n_bytes is not None and line.law_of_bytes is not None:
-                memory = {x: statistics.median(n_bytes for _, n_bytes in of_x) for x, of_x in of_line.items()}
-                needed = {x: line.n_bytes(x) for x in of_line}
-                panels.setdefault(line.panel_of_bytes, []).append(
-                    row(line.name, "MB", memory, needed, line.law_of_bytes, 1e-6)
-                )
-    return {
-        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": rounds,
-        "layers": sizes.layers, "width": sizes.width,
-        "decoding_layers": sizes.decoding_layers, "decoding_width": sizes.decoding_width,
-        "operations_a_second": limits.operations,
-        "bytes_a_second": limits.bytes_read, "panels": panels,
-    }  # fmt: skip
+                    store(results, line, x, *in_a_process(measure, name, arguments, line.warm))
+                print(f"round {turn}: {line.panel}, {line.name}", file=sys.stderr)
+            limits = Ceilings(*(results.row(name, "rate").median for name in ("matrix products", "memory")))
+            for line in lines:
+                for x in line.points:
+                    row = results.row(line.name, f"{line.panel}, {x:g}")
+                    row.about["predicted"] = 1e3 * line.seconds(limits, x)
+            results.save(options.out)
+    return results
 
 
-def row(
-    name: str, unit: str, measured: dict[float, float], predicted: dict[float, float], law: float, scale: float
-) -> dict[str, Any]:
-    x = list(measured)
-    return {
-        "name": name, "unit": unit, "law": law, "x": x, "measured": [scale * measured[at] for at in x],
-        "predicted": [scale * predicted[at] for at in x],
-    }  # fmt: skip
-
-
-def slopes(x: list[float], y: list[float]) -> list[float]:
-    """Return the slopes between neighbouring points on double logarithmic scales."""
-    points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
-    return [(d - b) / (c - a) for (a, b), (c, d) in pairwise(points)]
-
-
-def bends(x: list[float], y: list[float], law: float) -> str:
-    """Describe the ranges of x in which the slope is not the expected one."""
-    spans: list[list[float]] = []
-    for slope, start, end in zip(slopes(x, y), x, x[1:], strict=False):
-        if abs(slope - law) <= TOLERANCE:
-            continue
-        if spans and spans[-1][1] == start:
-            spans[-1][1] = end
-        else:
-            spans.append([start, end])
-    return ", ".join(f"{start:,g} to {end:,g}" for start, end in spans) or "nowhere"
-
-
-def print_tables(result: dict[str, Any]) -> None:
-    print(
-        f"{result['layers']} layers, width {result['width']} (generation: {result['decoding_layers']} layers, "
-        f"width {result['decoding_width']}), vocabulary {VOCAB}, float32, on {result['processor']}, "
-        f"{result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} rounds. Matrix products reach "
-        f"{result['operations_a_second'] / 1e9:.0f} GFLOP/s, memory reads {result['bytes_a_second'] / 1e9:.0f} GB/s."
-    )
-    for panel, rows in result["panels"].items():
-        every = sorted({x for line in rows for x in line["x"]})
-        print(
-            f"\n**{panel}** ({rows[0]['unit']}; below: the slope from the previous point, in brackets the predicted one)\n"
-        )
-        print("| | " + " | ".join(f"{x:,.4g}" for x in every) + " | expected slope | bends at | predicted bends |")
-        print("|---" * (len(every) + 4) + "|")
-        for line in rows:
-            x, law = line["x"], line["law"]
-            cells = dict(zip(x, (f"{y:,.0f}" if y >= 100 else f"{y:.3g}" for y in line["measured"]), strict=True))
-            pairs = zip(slopes(x, line["measured"]), slopes(x, line["predicted"]), strict=True)
-            for at, (slope, expected) in zip(x[1:], pairs, strict=True):
-                cells[at] += f"<br>{slope:.2f} ({expected:.2f})"
-            about = [f"{law:g}", bends(x, line["measured"], law), bends(x, line["predicted"], law)]
-            print(f"| {line['name']} | " + " | ".join([*(cells.get(at, "") for at in every), *about]) + " |")
+def store(results: Results, line: Line, x: float, seconds: float, n_bytes: int) -> None:
+    about = {"panel": line.panel, "x": x, "law": line.law}
+    results.add(line.name, f"{line.panel}, {x:g}", "ms", 1e3 * seconds, **about)
+    if line.n_bytes is not None:
+        about = {"panel": line.panel_of_bytes, "x": x, "law": line.law_of_bytes, "predicted": line.n_bytes(x) / 1e6}
+        results.add(line.name, f"{line.panel_of_bytes}, {x:g}", "MB", n_bytes / 1e6, **about)
 
 
 # Maps a word in a panel's title to the label of its x axis.
@@ -474,20 +408,21 @@ AXES = {
 }
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     from MyGPT.inside.plots import COLOURS, save_figure
 
-    panels = list(result["panels"].items())
+    every_panel = growth_panels(results)
+    panels = list(every_panel.items())
     figure = Figure(figsize=(9, 3.1 * math.ceil(len(panels) / 2)), layout="constrained")
     grid: Any = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, rows) in zip(grid.flat, panels, strict=False):
         # A curve has the same colour in the time panel and in the memory panel.
-        names = [line["name"] for line in result["panels"][title.removesuffix(MEMORY.format(""))]]
+        names = [line["name"] for line in every_panel[title.removesuffix(MEMORY.format(""))]]
         for line in rows:
             colour = COLOURS[names.index(line["name"])]
             x, y = line["x"], line["measured"]
@@ -516,22 +451,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="use toy sizes and one round")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--plot", type=Path, help="a file for the plot (svg, png or pdf)")
-    parser.add_argument("--show", type=Path, help="print and plot a file written with --out, and measure nothing")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--show", type=Path, metavar="DIR", help="print and plot the results in DIR, and measure nothing"
+    )
+    options = parse(parser, rounds=3)
+    if options.quick:
+        options.rounds = 1
     if options.show is not None:
-        result = json.loads(options.show.read_text(encoding="utf-8"))
+        results = Results.load(options.show / "growth.json")
     else:
-        result = run(QUICK, 1) if options.quick else run(FULL, options.rounds)
-    if options.out is not None:
-        with atomic_write(options.out) as file:
-            json.dump(result, file, indent=1)
-    print_tables(result)
+        results = run(QUICK if options.quick else FULL, options)
+    show(results)
     if options.plot is not None:
-        draw(result, options.plot)
+        draw(results, options.plot)
 
 
 if __name__ == "__main__":

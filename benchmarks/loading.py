@@ -1,6 +1,6 @@
 """Compare opening a GPT-2 checkpoint with MyGPT, transformers and, if --tensorflow names its Python, TensorFlow.
 
-Usage: python benchmarks/loading.py [--sizes 124M 1558M] [--rounds 5] [--directory DIR] [--tensorflow PYTHON]
+Usage: python benchmarks/loading.py [--sizes 124M 1558M] [--rounds 5] [--directory DIR] [--tensorflow PYTHON] [--out DIR]
 
 The script writes random checkpoints in OpenAI's format and as model directories (0.5 GB and 6.2 GB, each twice). Each
 program opens them in its own process, in turn. The time runs from the call until all weights are summed in memory
@@ -13,14 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from measurements import Results, in_a_process, parse, rounds
 from memory import Peak
+from tables import show
+
+PROGRAMS = (
+    ("MyGPT", "hf"), ("transformers", "hf"), ("MyGPT", "tf"), ("MyGPT as arrays", "tf"), ("MyGPT bf16", "hf"),
+    ("transformers bf16", "hf"), ("MyGPT bf16", "tf"),
+)  # fmt: skip
+"""Each program, and the kind of files that it opens: a model directory or OpenAI's files."""
 
 
 def measure(program: str, path: str) -> list[float]:
@@ -88,56 +95,46 @@ def write_checkpoints(size: str, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["124M", "1558M"])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--directory", default=tempfile.gettempdir(), help="a directory with enough space for the checkpoints"
     )
     parser.add_argument("--tensorflow", help="the path of a Python that has TensorFlow")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(*options.child)))
-        return
+    options = parse(parser, measure, rounds=5)
+    results = Results("loading", packages=["transformers"])
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.directory) as name:
             write_checkpoints(size, Path(name))
-            compare(size, Path(name), options.rounds, options.tensorflow)
+            compare(size, Path(name), options, results)
+    show(results)
 
 
-def compare(size: str, directory: Path, rounds: int, tensorflow: str | None) -> None:
-    programs: dict[str, list[str]] = {
-        f"{program} <- {kind}": [sys.executable, __file__, "--child", program, str(directory / kind)]
-        for program, kind in (
-            ("MyGPT", "hf"),
-            ("transformers", "hf"),
-            ("MyGPT", "tf"),
-            ("MyGPT as arrays", "tf"),
-            ("MyGPT bf16", "hf"),
-            ("transformers bf16", "hf"),
-            ("MyGPT bf16", "tf"),
-        )
-    }
-    if tensorflow:
-        programs["TensorFlow as arrays <- tf"] = [
-            tensorflow,
-            str(Path(__file__).with_name("loading_tensorflow.py")),
-            str(directory / "tf/model.ckpt"),
-        ]
-    found: dict[str, list[list[float]]] = {name: [] for name in programs}
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    for turn in range(rounds + 1):  # the first round fills the page cache
-        for name, command in programs.items():
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            if turn:
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+def compare(size: str, directory: Path, options: argparse.Namespace, results: Results) -> None:
+    """Measure all programs in turn. The first round fills the page cache."""
     n_bytes = (directory / "tf/model.ckpt.data-00000-of-00001").stat().st_size
-    print(f"\n{size}: {n_bytes / 1e9:.2f} GB in float32, {rounds} rounds, medians")
-    for name, results in found.items():
-        times, peaks = zip(*results, strict=True)
-        print(
-            f"{name:<34} {statistics.median(times):7.2f} s ({min(times):.2f} to {max(times):.2f})   "
-            f"peak {statistics.median(peaks) / 1e9:6.2f} GB, {statistics.median(peaks) / n_bytes:.2f} times the float32 size"
-        )
+    results.settings[f"bytes in float32, {size}"] = n_bytes
+    for turn in rounds(options, warm_up=True, share=1 / len(options.sizes)):
+        for program, kind in PROGRAMS:
+            found = in_a_process(measure, program=program, path=str(directory / kind))
+            if turn:
+                store(results, f"{program} <- {kind}", size, *found)
+        if options.tensorflow:
+            command = [options.tensorflow, str(Path(__file__).with_name("loading_tensorflow.py"))]
+            environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            done = subprocess.run(
+                [*command, str(directory / "tf/model.ckpt")],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            if turn:
+                store(results, "TensorFlow as arrays <- tf", size, *json.loads(done.stdout.splitlines()[-1]))
+        results.save(options.out)
+
+
+def store(results: Results, name: str, size: str, seconds: float, n_bytes: int) -> None:
+    results.add(name, f"opening, {size}", "s", seconds)
+    results.add(name, f"memory, {size}", "bytes", n_bytes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Compare a LoRA training step on a random GPT-2 124M: MyGPT and transformers, both through PEFT.
 
 Usage: python benchmarks/lora.py [--batch_size 4] [--length 256] [--steps 4] [--rounds 3] [--precision fp32 bf16] [--busy]
+       [--out DIR]
 
 Both use the same weights, adapters and batches, AdamW, no dropout and eager mode. Each program runs in its own process,
 in turn. The first step of each warms up. The losses are compared step by step. Memory is the peak minus the memory of
@@ -11,17 +12,15 @@ of wall time.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from measurements import Results, in_a_process, parse, rounds
 from memory import Peak
+from tables import show
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 
@@ -29,7 +28,7 @@ TARGETS = ["c_attn", "c_proj", "c_fc"]
 def measure(
     program: str, directory: str, batch_size: int, length: int, steps: int, precision: str, busy: bool
 ) -> dict[str, Any]:
-    """Return the losses, the median seconds per step and the peak bytes of a program in this process."""
+    """Return the losses, the seconds of each step and the peak bytes of a program in this process."""
     import torch
 
     clock = time.perf_counter
@@ -77,7 +76,7 @@ def measure(
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             seconds.append(clock() - start)
-    return {"losses": losses, "seconds": statistics.median(seconds[1:]), "bytes": whole.n_bytes}
+    return {"losses": losses, "seconds": seconds[1:], "bytes": whole.n_bytes}
 
 
 def write_model(directory: str) -> None:
@@ -96,52 +95,33 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--busy", action="store_true", help="use one thread and measure CPU time")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(**json.loads(options.child))))
-        return
+    options = parse(parser, measure, rounds=3)
+    settings = {"size": "124M", "batch_size": options.batch_size, "length": options.length, "busy": options.busy}
+    results = Results("lora", settings, ["transformers", "peft"])
     with tempfile.TemporaryDirectory() as directory:
         write_model(directory)
         for precision in options.precision:
-            compare(directory, precision, options)
+            compare(directory, precision, options, results)
+    show(results)
 
 
-def compare(directory: str, precision: str, options: argparse.Namespace) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"MyGPT": [], "transformers": []}
-    for _ in range(options.rounds):
-        for program, results in found.items():
-            arguments = {
-                "program": program, "directory": directory, "batch_size": options.batch_size,
-                "length": options.length, "steps": options.steps, "precision": precision, "busy": options.busy,
-            }  # fmt: skip
-            command = [sys.executable, str(Path(__file__)), "--child", json.dumps(arguments)]
-            done = subprocess.run(
-                command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True
-            )
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{program}: {results[-1]['seconds']:.2f} s per step", file=sys.stderr)
-    pairs = zip(found["MyGPT"][0]["losses"], found["transformers"][0]["losses"], strict=True)
-    differences = [abs(ours - theirs) for ours, theirs in pairs]
-    print(
-        f"\n{precision}, {options.batch_size} x {options.length} tokens, {options.rounds} x {options.steps} steps, medians"
-    )
-    print(f"largest difference of the losses: {max(differences):.1e}")
-    middle = {
-        program: {key: statistics.median(result[key] for result in results) for key in ("seconds", "bytes")}
-        for program, results in found.items()
-    }
-    for program, results in found.items():
-        times = [result["seconds"] for result in results]
-        print(
-            f"{program:<14} {middle[program]['seconds']:6.2f} s per step ({min(times):.2f} to {max(times):.2f})   "
-            f"peak {middle[program]['bytes'] / 1e9:5.2f} GB"
-        )
-    ratios = {key: middle["MyGPT"][key] / middle["transformers"][key] for key in ("seconds", "bytes")}
-    print(f"MyGPT / transformers: time {ratios['seconds']:.2f}, memory {ratios['bytes']:.2f}")
+def compare(directory: str, precision: str, options: argparse.Namespace, results: Results) -> None:
+    results.compare("MyGPT", "transformers", f"step, {precision}", target=0.7)
+    results.compare("MyGPT", "transformers", f"memory, {precision}", target=0.45)
+    for _ in rounds(options, share=1 / len(options.precision)):
+        for program in ("MyGPT", "transformers"):
+            run = in_a_process(
+                measure, program=program, directory=directory, batch_size=options.batch_size, length=options.length,
+                steps=options.steps, precision=precision, busy=options.busy,
+            )  # fmt: skip
+            results.add(program, f"step, {precision}", "s", *run["seconds"])
+            results.add(program, f"memory, {precision}", "bytes", run["bytes"])
+            if results.get(program, f"losses, {precision}") is None:
+                results.add(program, f"losses, {precision}", "nats", *run["losses"])
+            print(f"{program}: {statistics.median(run['seconds']):.2f} s per step", file=sys.stderr)
+        results.save(options.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure the loss of a trained model on a text with weights in float32, bf16 and int8.
 
-Usage: python benchmarks/quality.py --model runs/demo [--text alice] [--from 0.9]
+Usage: python benchmarks/quality.py [--model runs/demo] [--text alice] [--from 0.9] [--directory DIR] [--out DIR]
 
---from selects where in the text the evaluation starts, as a fraction. The text is cut into windows of the context
-length. Losses are in nats per token.
+Without --model, the recipe configs/quickstart.yaml is trained once, into --directory. --from selects where in the text
+the evaluation starts, as a fraction. The text is cut into windows of the context length.
 """
 
 from __future__ import annotations
@@ -12,19 +12,29 @@ import argparse
 from pathlib import Path
 
 import torch
+from measurements import Results, parse
+from tables import show
 
 from MyGPT import accelerate, open_model
+from MyGPT.cli import main as mygpt
 from MyGPT.data.sources import find_files
 from MyGPT.loss import token_loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="a trained model")
+    parser.add_argument("--directory", type=Path, default=Path("bench-models"), help="the directory for a new model")
     parser.add_argument("--text", default="alice", help="a file, or the name of a text")
     parser.add_argument("--from", dest="begin", type=float, default=0.9)
-    options = parser.parse_args()
-    model, tokenizer = open_model(options.model, "cpu")
+    options = parse(parser)
+    if options.model is None:
+        options.model = options.directory / "quickstart"
+        recipe = Path(__file__).parents[1] / "configs/quickstart.yaml"
+        if not options.model.exists() and mygpt(["train", "--config", str(recipe), "--out", str(options.model)]) != 0:
+            raise SystemExit("the model could not be trained")
+    model, tokenizer = open_model(str(options.model), "cpu")
+    results = Results("quality")
     text = Path(find_files(options.text)[0]).read_text(encoding="utf-8")
     ids = tokenizer.encode(text[int(options.begin * len(text)) :])
     T = model.config.context_length
@@ -42,9 +52,10 @@ def main() -> None:
             best.append(logits.argmax(-1))
         exact = best if exact is None else exact
         n_same = sum(int((ours == theirs).sum()) for ours, theirs in zip(best, exact, strict=True))
-        print(
-            f"{precision}: {total / n:.5f} nats per token, the same most likely token as float32 in {n_same / n:.2%} of {n}"
-        )
+        results.add(precision, "loss", "nats per token", total / n, positions=n)
+        results.add(precision, "same most likely token as float32", "share", n_same / n)
+    results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

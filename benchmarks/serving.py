@@ -1,7 +1,7 @@
 """Compare HTTP servers that answer many clients with a random GPT-2: MyGPT, llama.cpp and transformers.
 
 Usage: python benchmarks/serving.py [--quick] [--llama_server PATH] [--transformers PATH] [--clients 1 4 16 64] [--rounds 3]
-       [--directory DIR] [--out results.json]
+       [--directory DIR] [--minutes 10] [--out DIR]
 
 Every client sends its next request as soon as the last one has ended (a closed loop). A request streams /v1/completions at
 temperature 0 and always generates --tokens tokens. The prompts of a mix have 10 to 900 tokens of "Alice in Wonderland" in
@@ -35,7 +35,6 @@ import math
 import os
 import random
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -46,12 +45,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import Child, processor, versions, write_gguf
+from decode import Child, write_gguf
+from measurements import Results, parse, rounds
+from tables import show
 
 from MyGPT import GPT2_CONFIGS, GPTModel, accelerate, generate, get_tokenizer
 from MyGPT.commands.bench import read_bandwidth
 from MyGPT.data.sources import find_files, read_documents
-from MyGPT.files import atomic_write
 
 PROGRAMS = (
     "MyGPT fp32", "MyGPT int8", "MyGPT engine fp32", "MyGPT engine int8", "MyGPT generate fp32", "MyGPT generate int8",
@@ -291,10 +291,10 @@ def open_program(name: str, slots: int, options: argparse.Namespace) -> Server |
     log = directory / f"{name.replace(' ', '_')}.log"
     usage = {"stream_options": {"include_usage": True}}
     if name == "the client alone":
-        command = [sys.executable, __file__, "--child", name, "--slots", "PORT", "--tokens", str(options.tokens)]
+        command = [sys.executable, __file__, "--program", name, "--slots", "PORT", "--tokens", str(options.tokens)]
         return Server(command, {}, "/", environment, log)
     if program == "MyGPT" and " " in kind:
-        command = [sys.executable, __file__, "--child", name, "--slots", str(slots), "--directory", str(directory)]
+        command = [sys.executable, __file__, "--program", name, "--slots", str(slots), "--directory", str(directory)]
         return Limit(command, environment)
     if program == "MyGPT":
         command = [sys.executable, "-m", "MyGPT", "serve", "--model", model, "--port", "PORT", "--precision", kind]
@@ -316,129 +316,69 @@ def open_program(name: str, slots: int, options: argparse.Namespace) -> Server |
     return Server(command, {"ignore_eos": True, **usage}, "/health", environment, log)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the measurements of every program in every round; --out is written after each program."""
+def measure(options: argparse.Namespace) -> Results:
+    """Measure every program in every round, and save the results after each program."""
     tokenizer = get_tokenizer("gpt2")
     ids = tokenizer.encode("".join(read_documents(find_files("alice"))))
     cases = [("mix", n) for n in options.clients] + [("short", n) for n in options.clients if n in (1, 16)]
-    programs: dict[str, dict[str, list[Any]]] = {}
-    machine: dict[str, Any] = {"processor": processor(), "threads": options.threads, "bandwidth": []}
-    used = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
-    result: dict[str, Any] = {"size": options.size, "tokens": options.tokens}
-    result |= {"machine": machine, "versions": used, "programs": programs}
+    results = Results(
+        "serving", {"size": options.size, "tokens": options.tokens, "threads": options.threads}, ["transformers"]
+    )
     if options.llama_server is not None:
         with contextlib.suppress(OSError):
             said = subprocess.run([options.llama_server, "--version"], capture_output=True, text=True)
-            result["versions"]["llama.cpp"] = (said.stdout + said.stderr).splitlines()[0].removeprefix("version: ")
+            results.versions["llama.cpp"] = (said.stdout + said.stderr).splitlines()[0].removeprefix("version: ")
+    for target in TARGETS:
+        results.compare(*target)
     left_out = set()
     with contextlib.closing(open_program("the client alone", 1, options)) as server:
-        alone = server.run(["word " * 200] * 2000, 16, options.tokens, options.limit)
-        machine["client_alone"] = sum(answer[3] for answer in alone["answers"]) / alone["seconds"]
-    for turn in range(options.rounds):
-        machine["bandwidth"].append(read_bandwidth())
+        store(
+            results,
+            "the client alone",
+            server.run(["word " * 200] * 2000, 16, options.tokens, options.limit),
+            "16 clients",
+        )
+    for turn in rounds(options):
+        results.add("memory", "bandwidth", "bytes/s", read_bandwidth())
         for name in options.programs:
             mine = [case for case in cases if " generate " not in name or case[0] == "short"]
             if name in left_out or not mine:
                 continue
-            print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            print(f"round {turn} of {options.rounds}: {name}", file=sys.stderr, flush=True)
             try:
                 with contextlib.closing(open_program(name, max(options.clients), options)) as program:
                     program.run([tokenizer.decode(ids[-64 * (i + 1) :][:64]) for i in range(2)], 2, 4, options.limit)
                     for workload, clients in mine:
                         prompts = [tokenizer.decode(prompt) for prompt in prompts_of(workload, clients, ids)]
                         found = program.run(prompts, clients, options.tokens, options.limit)
-                        cell = programs.setdefault(name, {}).setdefault(case_name(workload, clients), [])
-                        cell.append(found)
+                        store(results, name, found, case_name(workload, clients))
                         if not found["complete"]:
                             left_out.add(name)
             except (ImportError, OSError, RuntimeError) as error:
                 print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
                 left_out.add(name)
-            if options.out is not None:
-                with atomic_write(options.out) as file:
-                    json.dump(result, file)
-    return result
+            results.save(options.out)
+    return results
 
 
-def speed(found: dict[str, Any]) -> float:
-    """Return the generated tokens per second of one measurement."""
-    n: float = sum(answer[3] for answer in found["answers"])
-    return n / found["seconds"]
+def store(results: Results, name: str, found: dict[str, Any], case: str) -> None:
+    """Store the speed of one measurement, the time to the first token of each answer, and the client's share of a core.
 
-
-def first_tokens(found: dict[str, Any]) -> list[float]:
-    """Return the seconds until the first token of each answer. A request without a token counts until it was stopped."""
-    return [(found["seconds"] if first is None else first) - sent for sent, first, *_ in found["answers"]]
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Return the smallest value that is not below the given share of the values."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
-def print_tables(result: dict[str, Any]) -> None:
-    """Print three tables in Markdown: speeds, times to the first token, and ratios beside their targets."""
-    machine, programs = result["machine"], result["programs"]
-    cases = list(dict.fromkeys(case for cells in programs.values() for case in cells))
-    rounds = max(len(cell) for cells in programs.values() for cell in cells.values())
-    cpu = max(found.get("client_cpu", 0) for cells in programs.values() for cell in cells.values() for found in cell)
-    print(
-        f"{result['size']} on {machine['processor']}, {machine['threads']} threads, {result['tokens']} tokens per request,"
-    )
-    bandwidth = [value / 1e9 for value in machine["bandwidth"]]
-    print(
-        f"median (lowest to highest) of {rounds} rounds; memory reads {min(bandwidth):.0f} to {max(bandwidth):.0f} GB/s;"
-    )
-    print(f"the client used up to {cpu:.0%} of a core, and alone it reads {machine['client_alone']:,.0f} tokens/s")
-    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    print("\nGenerated tokens per second:\n")
-    print_rows(
-        ["program", *cases], [[name, *(speeds(cells.get(case)) for case in cases)] for name, cells in programs.items()]
-    )
-    print("\nTime to the first token in seconds, p50 / p99 of all rounds:\n")
-    rows = [
-        [name, *(waits(cells.get(case)) for case in cases)]
-        for name, cells in programs.items()
-        if " generate " not in name
-    ]
-    print_rows(["program", *cases], rows)
-    print("\nRatios of speeds, median (lowest to highest) of the rounds:\n")
-    rows = []
-    for one, other, case, target in TARGETS:
-        pair = [programs.get(name, {}).get(case, []) for name in (one, other)]
-        ratios = [speed(a) / speed(b) for a, b in zip(*pair, strict=False)]
-        if ratios:
-            rows.append([f"{one} / {other}, {case}", f"{target}", spread(ratios, 2)])
-    print_rows(["ratio", "target", "result"], rows)
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def speeds(cell: list[Any] | None) -> str:
-    if not cell:
-        return "-"
-    return spread([speed(found) for found in cell], 0) + " *" * (not all(found["complete"] for found in cell))
-
-
-def waits(cell: list[Any] | None) -> str:
-    if not cell:
-        return "-"
-    values = [wait for found in cell for wait in first_tokens(found)]
-    return f"{percentile(values, 0.5):.2f} / {percentile(values, 0.99):.2f}"
-
-
-def print_rows(head: list[str], rows: list[list[str]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(row)} |")
+    A request without a token waited until it was stopped.
+    """
+    about = {} if found["complete"] else {"stopped": True}
+    results.add(name, case, "tokens/s", sum(answer[3] for answer in found["answers"]) / found["seconds"], **about)
+    if "client_cpu" in found:
+        results.add(name, f"{case}, the client's share of a core", "", found["client_cpu"])
+    if " generate " not in name and name != "the client alone":
+        waits = ((found["seconds"] if first is None else first) - sent for sent, first, *_ in found["answers"])
+        results.add(name, f"{case}, first token", "s", *waits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="124M")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--limit", type=float, default=40, help="seconds after which a measurement is stopped")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -447,26 +387,21 @@ def main() -> None:
     parser.add_argument("--llama_server", help="the path of llama.cpp's program llama-server")
     parser.add_argument("--transformers", default="transformers", help="the path of transformers' command")
     parser.add_argument("--directory", type=Path, default=Path("bench-models"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the tables of a file written with --out and measure nothing")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--program", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--slots", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child == "the client alone":
+    options = parse(parser, rounds=3)
+    if options.program == "the client alone":
         asyncio.run(send_at_once(options.slots, options.tokens))
         return
-    if options.child:
-        child(options.child, options.slots, options.directory)
-        return
-    if options.show is not None:
-        print_tables(json.loads(options.show.read_text(encoding="utf-8")))
+    if options.program:
+        child(options.program, options.slots, options.directory)
         return
     if options.quick:
         options.clients, options.rounds = [1, 16], 2
     if not (options.directory / "model").exists():
         torch.manual_seed(1)
         GPTModel(GPT2_CONFIGS[options.size]).save_pretrained(options.directory / "model", get_tokenizer("gpt2"))
-    print_tables(measure(options))
+    show(measure(options))
 
 
 if __name__ == "__main__":

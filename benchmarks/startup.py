@@ -1,6 +1,6 @@
 """Measure startup times: imports, --help, and the first token of a GPT-2 124M, for MyGPT, torch and transformers.
 
-Usage: python benchmarks/startup.py [--rounds 9] [--size 124M] [--directory DIR]
+Usage: python benchmarks/startup.py [--rounds 9] [--size 124M] [--directory DIR] [--out DIR]
 
 The script writes a random model (0.5 GB) once. Each measurement starts a new process; the programs run in turn, after
 one round that is not counted. The time runs from the start of the process to its end, or until the first token arrives
@@ -10,16 +10,15 @@ on the pipe. The uncounted round also brings the model's file into the page cach
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from measurements import Results, parse, rounds
+from tables import show
 
 PROMPT = "The wizard entered the room"
 TRANSFORMERS = """
@@ -59,29 +58,18 @@ def seconds(command: list[str], skipped: int | None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", default="124M")
     parser.add_argument(
         "--directory", default=tempfile.gettempdir(), help="a directory with enough space for the model"
     )
-    parser.add_argument("--out", help="a JSON file for the results")
-    options = parser.parse_args()
+    options = parse(parser, rounds=9)
+    results = Results("startup", {"size": options.size}, ["transformers", "safetensors"])
+    for ours, theirs in RATIOS:
+        results.compare(ours, theirs, "time")
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         write_model(options.size, Path(directory) / "model")
-        results = compare(str(Path(directory) / "model"), options.rounds)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    print(f"{machine}, {', '.join(f'{name} {number}' for name, number in versions.items())}")
-    print(f"{options.rounds} rounds, medians\n")
-    medians = {name: statistics.median(times) for name, times in results.items()}
-    for name, times in results.items():
-        print(f"{name:<40} {medians[name]:6.2f} s ({min(times):.2f} to {max(times):.2f})")
-    for ours, theirs in RATIOS:
-        print(f"{ours} / {theirs}: {medians[ours] / medians[theirs]:.2f}")
-    if options.out:
-        Path(options.out).write_text(
-            json.dumps({"machine": machine, "versions": versions, "seconds": results}, indent=1)
-        )
+        compare(str(Path(directory) / "model"), options, results)
+    show(results)
 
 
 RATIOS = (
@@ -90,25 +78,24 @@ RATIOS = (
 )
 
 
-def compare(model: str, rounds: int) -> dict[str, list[float]]:
-    python, mygpt = sys.executable, str(Path(sys.executable).with_name("mygpt"))
+def compare(model: str, options: argparse.Namespace, results: Results) -> None:
+    python, mygpt = sys.executable, [sys.executable, "-m", "MyGPT"]
     generate = ["generate", "--model", model, "--prompt", PROMPT, "--max_new_tokens", "1", "--device", "cpu"]
     programs: dict[str, tuple[list[str], int | None]] = {
         "import torch": ([python, "-c", "import torch"], None),
         "import MyGPT": ([python, "-c", "import MyGPT"], None),
         "import MyGPT and its model": ([python, "-c", "from MyGPT import GPTModel, generate"], None),
-        "mygpt --help": ([mygpt, "--help"], None),
-        "mygpt generate --help": ([mygpt, "generate", "--help"], None),
-        "first token, mygpt generate": ([mygpt, *generate], len(PROMPT.encode())),
+        "mygpt --help": ([*mygpt, "--help"], None),
+        "mygpt generate --help": ([*mygpt, "generate", "--help"], None),
+        "first token, mygpt generate": ([*mygpt, *generate], len(PROMPT.encode())),
         "first token, transformers": ([python, "-c", TRANSFORMERS, model, PROMPT], 0),
     }
-    found: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds + 1):
+    for turn in rounds(options, warm_up=True):
         for name, (command, skipped) in programs.items():
             taken = seconds(command, skipped)
             if turn:
-                found[name].append(taken)
-    return found
+                results.add(name, "time", "s", taken)
+        results.save(options.out)
 
 
 if __name__ == "__main__":

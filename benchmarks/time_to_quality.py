@@ -1,6 +1,6 @@
 """Measure the training time until a given loss on tinyshakespeare's characters, for nanoGPT's CPU recipe and one of MyGPT's.
 
-Usage: python benchmarks/time_to_quality.py --text FILE [--seeds 1 2 3] [--recipe shakespeare_char_quick] [--out FILE] [--append]
+Usage: python benchmarks/time_to_quality.py --text FILE [--seeds 1 2 3] [--recipe shakespeare_char_quick] [--out DIR] [--append]
 
 nanoGPT's recipe is reimplemented here without MyGPT: 4 layers, 4 heads, width 128, no biases, context 64, random
 windows, batch size 12, and 2,000 steps of AdamW with a learning rate from 1e-3 to 1e-4 along a cosine. The other recipe
@@ -9,27 +9,23 @@ is a file in configs/, trained by MyGPT's Trainer. The two run in turn, seed by 
 The time counts the steps, including making the batches. It does not count starting, reading the text, or the
 evaluations. The loss is measured on the whole validation set (the last tenth of the text) after every tenth of a run.
 The target is 1.88, which nanoGPT publishes, or the mean of the baseline's last losses if that is lower. A baseline that
-ends above the target counts as if its last step had reached it. --append adds seeds to those in FILE, so that a long
-measurement can be split.
+ends above the target counts as if its last step had reached it. --append adds seeds to the results in --out, so that a
+long measurement can be split.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training import machine
+from measurements import Results, in_a_process, parse, rounds
+from tables import show
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "time_to_quality.json"
-PUBLISHED = 1.88
 BASELINE = "nanoGPT's recipe"
 
 
@@ -144,7 +140,7 @@ def mygpt(recipe: str, train: Any, val: Any, seed: int) -> tuple[int, Callable[[
     return config.max_steps, lambda number: trainer.step() and None, lambda: trainer.evaluate(whole=True)
 
 
-def measure(program: str, text: str, seed: int) -> dict[str, Any]:
+def measure(program: str, text: str, seed: int) -> list[dict[str, Any]]:
     """Return the evaluations of a run: the step, the seconds of training so far, and the loss."""
     train, val = read_ids(text)
     n_steps, step, evaluate = nanogpt(train, val, seed) if program == BASELINE else mygpt(program, train, val, seed)
@@ -155,43 +151,7 @@ def measure(program: str, text: str, seed: int) -> dict[str, Any]:
         seconds += time.perf_counter() - start
         if (number + 1) * 10 % n_steps < 10:
             evaluations.append({"step": number + 1, "seconds": seconds, "loss": evaluate()})
-    return {"program": program, "seed": seed, "evaluations": evaluations}
-
-
-def in_a_process(program: str, text: str, seed: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__)), "--child", json.dumps([program, text, seed])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{program} of seed {seed} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def reached(run: dict[str, Any], target: float) -> dict[str, Any] | None:
-    """Return the first evaluation at or below the target."""
-    return next((evaluation for evaluation in run["evaluations"] if evaluation["loss"] <= target), None)
-
-
-def print_table(runs: list[dict[str, Any]]) -> None:
-    baselines = {run["seed"]: run for run in runs if run["program"] == BASELINE}
-    ours = {run["seed"]: run for run in runs if run["program"] != BASELINE}
-    target = min(PUBLISHED, statistics.mean(run["evaluations"][-1]["loss"] for run in baselines.values()))
-    print(f"\ntarget: {target:.4f} nats per character over the whole validation set")
-    print(f"{'program':<24} {'seed':>4} {'last loss':>9} {'reached at step':>15} {'seconds':>8} {'ratio':>6}")
-    ratios = []
-    for seed, baseline in sorted(baselines.items()):
-        until = reached(baseline, target) or baseline["evaluations"][-1]
-        for run in (baseline, ours[seed]):
-            at, last = reached(run, target), run["evaluations"][-1]
-            step, seconds, ratio = "never", last["seconds"], ""
-            if at is not None:
-                step, seconds = at["step"], at["seconds"]
-            if run is not baseline and at is not None:
-                ratios.append(until["seconds"] / seconds)
-                ratio = f"{ratios[-1]:.2f}"
-            print(f"{run['program']:<24} {seed:>4} {last['loss']:>9.4f} {step:>15} {seconds:>8.1f} {ratio:>6}")
-    if ratios:
-        n_of = f"{len(ratios)} of {len(baselines)} seeds reached it"
-        print(f"{n_of}; ratio, median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}")
+    return evaluations
 
 
 def main() -> None:
@@ -199,28 +159,25 @@ def main() -> None:
     parser.add_argument("--text", help="the file of tinyshakespeare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--recipe", default="shakespeare_char_quick", help="a file in configs/, without .yaml")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--append", action="store_true", help="keep the other seeds in --out")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(*json.loads(options.child))))
-        return
+    options = parse(parser, measure)
     if options.text is None:
         parser.error("--text is needed: the file of tinyshakespeare")
-    runs = (
-        json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.append and options.out.exists() else []
-    )
-    runs = [run for run in runs if run["seed"] not in options.seeds]
-    for seed in options.seeds:
+    results = Results("time_to_quality")
+    if options.append and options.out is not None and (options.out / "time_to_quality.json").exists():
+        kept = Results.load(options.out / "time_to_quality.json")
+        results.rows = [row for row in kept.rows if row.about["seed"] not in options.seeds]
+    options.rounds = len(options.seeds)
+    for turn in rounds(options):
+        seed = options.seeds[turn - 1]
         for program in (BASELINE, options.recipe):
-            runs.append(in_a_process(program, options.text, seed))
-            last = runs[-1]["evaluations"][-1]
-            print(f"{program}, seed {seed}: {last['loss']:.4f} after {last['seconds']:.1f} s", file=sys.stderr)
-    options.out.parent.mkdir(exist_ok=True)
-    written = json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n"
-    options.out.write_text(written, encoding="utf-8")
-    print_table(runs)
+            evaluations = in_a_process(measure, program=program, text=options.text, seed=seed)
+            for key, unit in (("step", "steps"), ("seconds", "s"), ("loss", "nats")):
+                values = [evaluation[key] for evaluation in evaluations]
+                results.add(program, f"{key} at each evaluation, seed {seed}", unit, *values, seed=seed)
+            print(f"{program}, seed {seed}: {values[-1]:.4f} after {evaluations[-1]['seconds']:.1f} s", file=sys.stderr)
+        results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare the final loss on tinyshakespeare's characters of nanoGPT's published CPU recipe and of MyGPT's fast one.
 
-Usage: python benchmarks/tinyshakespeare.py [--text tinyshakespeare] [--seeds 3] [RECIPE ...]
+Usage: python benchmarks/tinyshakespeare.py [--text tinyshakespeare] [--seeds 3] [--out DIR] [RECIPE ...]
 
 The recipes run in turn, seed by seed. Losses are in nats per character over the whole validation set, the last tenth of the text.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
+
+from measurements import Results, parse, rounds
+from tables import show
 
 from MyGPT.cli import main as mygpt
 
@@ -38,19 +40,17 @@ def main() -> None:
         "--text", default="tinyshakespeare", help="a text file, or the name of a text, which is downloaded"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    results: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in options.recipes}
+    options = parse(parser)
+    options.rounds = options.seeds
+    results = Results("tinyshakespeare")
     with tempfile.TemporaryDirectory() as directory:
-        for seed in range(1, options.seeds + 1):
+        for seed in rounds(options):
             for recipe in options.recipes:
-                results[recipe].append(train(recipe, options.text, seed, Path(directory)))
-    print(f"\n{'recipe':<24} {'loss: mean':>10} {'lowest':>8} {'highest':>8} {'seconds: median':>16}")
-    for recipe, pairs in results.items():
-        losses, seconds = [loss for loss, _ in pairs], [second for _, second in pairs]
-        print(
-            f"{recipe:<24} {statistics.mean(losses):>10.4f} {min(losses):>8.4f} {max(losses):>8.4f} "
-            f"{statistics.median(seconds):>16.1f}"
-        )
+                loss, seconds = train(recipe, options.text, seed, Path(directory))
+                results.add(recipe, "last loss", "nats per character", loss)
+                results.add(recipe, "time", "s", seconds)
+            results.save(options.out)
+    show(results)
 
 
 if __name__ == "__main__":

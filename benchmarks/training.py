@@ -1,14 +1,14 @@
 """Compare training steps of MyGPT, a loop like nanoGPT's, transformers and LitGPT: tokens per second and peak memory.
 
 Usage: python benchmarks/training.py [--models small char 124m] [--precision fp32 bf16] [--rounds 3] [--steps 3] [--compiled]
-       [--busy] [--programs MyGPT transformers] [--litgpt PYTHON] [--out DIR]
+       [--busy] [--programs MyGPT transformers] [--litgpt PYTHON] [--minutes 10] [--out DIR]
 
 All programs train random weights on the same random batches with the model's dropout, AdamW, and gradients clipped to
 norm 1. Each program runs in its own process, in turn. Its first step warms up and compiles. The limit of the machine is
 the FLOP/s of the best matrix product of the model's own sizes that torch reaches through MKL or oneDNN, measured in
 every round. Memory is the peak minus the memory of the imported libraries. bf16 is measured on CPUs with bf16
 instructions. --busy is for a machine that runs other work: it uses one thread and measures CPU time instead of wall
-time. The script writes training_MODEL.json to --out, by default benchmarks/results.
+time. The script writes training_MODEL.json to --out.
 
 A program that is not installed is left out. LitGPT's requirements conflict with MyGPT's, so it needs its own
 environment (pip install torch litgpt), whose Python --litgpt names. LitGPT has neither dropout nor learned positions,
@@ -20,22 +20,16 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
-import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from measurements import Results, in_a_process, parse, rounds
 from memory import Peak
-
-RESULTS = Path(__file__).parent / "results"
+from tables import show
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ def torch_step(forward: Any, ids: Any, precision: str, compiled: bool, model: An
     return step
 
 
-PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT's kind": nanogpt_step, "transformers": transformers_step,
+PROGRAMS = {"MyGPT": mygpt_step, "nanoGPT-style": nanogpt_step, "transformers": transformers_step,
             "LitGPT": litgpt_step}  # fmt: skip
 PACKAGES = {"transformers": "transformers", "LitGPT": "litgpt"}
 """The package that a program needs besides torch."""
@@ -248,86 +242,37 @@ def ceiling(model: str, precision: str, busy: bool) -> dict[str, float]:
     return found
 
 
-def in_a_process(function: str, python: str = sys.executable, **arguments: Any) -> Any:
-    command = [python, str(Path(__file__)), "--child", json.dumps([function, arguments])]
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{function} of {arguments} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(
-    model: str, precision: str, programs: dict[str, str], rounds: int, steps: int, busy: bool
-) -> dict[str, Any]:
-    """Measure all rounds, print a table, and return the results. `programs` maps names to the Python that runs them."""
+    model: str, precision: str, programs: dict[str, str], options: argparse.Namespace, results: Results
+) -> None:
+    """Measure all rounds of a model and store them. `programs` maps names to the Python that runs them."""
+    n_tokens = MODELS[model].batch_size * MODELS[model].context_length
+    shared: dict[str, Any] = {"model": model, "precision": precision, "busy": options.busy}
+    for peer in [program for program in programs if not program.startswith("MyGPT")]:
+        for ours in [program for program in programs if program.startswith("MyGPT")]:
+            results.compare(ours, peer, f"speed, {precision}")
+    for _ in rounds(options, share=1 / len(options.models) / len(options.precision)):
+        for way, flops in in_a_process(ceiling, **shared).items():
+            results.add(way, f"products, {precision}", "FLOP/s", flops)
+        for program, python in programs.items():
+            run = in_a_process(measure, python, program=program, steps=options.steps, **shared)
+            results.add(program, f"speed, {precision}", "tokens/s", *(n_tokens / second for second in run["seconds"]))
+            results.add(program, f"memory, {precision}", "bytes", run["bytes"])
+            results.add(program, f"first step, {precision}", "s", run["first"])
+            if results.get(program, f"losses, {precision}") is None:
+                results.add(program, f"losses, {precision}", "nats", *run["losses"])
+            print(f"{program}: {statistics.median(run['seconds']):.3f} s per step", file=sys.stderr)
+        results.save(options.out)
+
+
+def flops_per_token(size: Size) -> int:
+    import torch
+
     from MyGPT import GPTModel
 
-    size = MODELS[model]
-    runs: dict[str, list[Any]] = {program: [] for program in programs}
-    ceilings = []
-    for _ in range(rounds):
-        ceilings.append(in_a_process("ceiling", model=model, precision=precision, busy=busy))
-        for program, python in programs.items():
-            run = in_a_process(
-                "measure", python, program=program, model=model, precision=precision, steps=steps, busy=busy
-            )
-            runs[program].append(run)
-            print(f"{program}: {statistics.median(run['seconds']):.3f} s per step", file=sys.stderr)
     fields = {name: value for name, value in vars(size).items() if name != "batch_size"}
-    import torch
-
     with torch.device("meta"):
-        flops = GPTModel({**fields, "qkv_bias": True}).estimate_flops()
-    best = statistics.median(max(products.values()) for products in ceilings)
-    n_tokens = size.batch_size * size.context_length
-    table = {}
-    for program, program_runs in runs.items():
-        seconds = [second for run in program_runs for second in run["seconds"]]
-        middle = statistics.median(seconds)
-        table[program] = {
-            "tokens_per_second": n_tokens / middle,
-            "fastest": n_tokens / min(seconds),
-            "slowest": n_tokens / max(seconds),
-            "part_of_ceiling": flops * n_tokens / middle / best,
-            "peak_bytes": statistics.median(run["bytes"] for run in program_runs),
-            "first_step_seconds": statistics.median(run["first"] for run in program_runs),
-            "losses": program_runs[0]["losses"],
-        }
-    peers = [row for program, row in table.items() if not program.startswith("MyGPT")]
-    fastest = max((row["tokens_per_second"] for row in peers), default=math.nan)
-    smallest = min((row["peak_bytes"] for row in peers), default=math.nan)
-    print(
-        f"\n{model}, {precision}: {size.batch_size} x {size.context_length} tokens, {rounds} x {steps} steps, medians"
-    )
-    print("best products: " + ", ".join(f"{way} {statistics.median(c[way] for c in ceilings) / 1e9:.0f}" for way in ceilings[0])
-          + " GFLOP/s")  # fmt: skip
-    print(
-        f"{'':<24} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>6} {'of best':>10} {'peak':>9} {'ratio':>6} "
-        f"{'first step':>10}"
-    )
-    for program, row in table.items():
-        print(
-            f"{program:<24} {row['tokens_per_second']:>9,.0f} {row['slowest']:>9,.0f} {row['fastest']:>9,.0f} "
-            f"{row['tokens_per_second'] / fastest:>6.2f} {row['part_of_ceiling']:>10.0%} "
-            f"{row['peak_bytes'] / 1e9:>6.2f} GB {row['peak_bytes'] / smallest:>6.2f} "
-            f"{row['first_step_seconds']:>8.1f} s"
-        )
-    return {"model": model, "precision": precision, "size": vars(size), "rounds": rounds, "steps": steps, "busy": busy,
-            "ceilings": ceilings, "flops_per_token": flops, "programs": table}  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        about = dict(part for line in lines if len(part := [side.strip() for side in line.split(":", 1)]) == 2)
-        name = f"{about.get('model name', name)}, family {about.get('cpu family')}, model {about.get('model')}"
-    return {
-        "processor": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
+        return GPTModel({**fields, "qkv_bias": True}).estimate_flops()
 
 
 def version(package: str) -> dict[str, str | None]:
@@ -342,7 +287,7 @@ def installed(names: list[str], litgpt: str) -> tuple[dict[str, str], dict[str, 
     for name in names:
         python = litgpt if name == "LitGPT" else sys.executable
         if name in PACKAGES:
-            found = in_a_process("version", python, package=PACKAGES[name])
+            found = in_a_process(version, python, package=PACKAGES[name])
             if found[PACKAGES[name]] is None:
                 print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr)
                 continue
@@ -361,37 +306,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also measure each program with torch.compile")
     parser.add_argument("--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
     parser.add_argument("--litgpt", default=sys.executable, help="the path of a Python that has litgpt")
     parser.add_argument("--busy", action="store_true", help="use one thread and measure CPU time")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the directory for the results")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        function, arguments = json.loads(options.child)
-        print(json.dumps({"measure": measure, "ceiling": ceiling, "version": version}[function](**arguments)))
-        return
+    options = parse(parser, measure, ceiling, version, rounds=3)
+    if not has_bf16() and "bf16" in options.precision:
+        print("bf16 is not measured: this CPU has no bf16 instructions", file=sys.stderr)
+        options.precision.remove("bf16")
     programs, versions = installed(options.programs, options.litgpt)
-    about = machine() | ({"threads": 1} if options.busy else {}) | versions
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
     if options.compiled:
         programs |= {f"{program}, compiled": python for program, python in programs.items()}
     for model in options.models:
-        tables = []
+        size = MODELS[model]
+        settings = {**vars(size), "flops_per_token": flops_per_token(size), "steps": options.steps}
+        results = Results(f"training_{model}", {**settings, "busy": options.busy})
+        results.versions |= versions
         for precision in options.precision:
-            if precision == "bf16" and not has_bf16():
-                print(f"\n{model}, bf16: not measured, this CPU has no bf16 instructions")
-                continue
-            tables.append(compare(model, precision, programs, options.rounds, options.steps, options.busy))
-        from MyGPT.files import atomic_write  # imported here, because LitGPT's environment has no MyGPT
-
-        options.out.mkdir(exist_ok=True, parents=True)
-        path = options.out / f"training_{model}.json"
-        with atomic_write(path) as file:
-            file.write(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n")
+            compare(model, precision, programs, options, results)
+        show(results)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -12,16 +11,15 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu.py"
+from benchmarks_modules import load
+from places import ROOT
+
+SCRIPT = ROOT / "benchmarks/gpu.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("gpu")
 
 
 def run_python(script: Any, code: str, seconds: float = 20) -> tuple[dict[str, Any], str]:
