@@ -1,9 +1,11 @@
 """The linear layers of an accelerated model, with weights in float32, bf16, int8 with one scale per output, or int4.
 
 Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
-row. int4.py describes int4 weights, which are multiplied with activations rounded to 8 bits. kernel.cpp adds hardly any other error: sums and activations are float32, except that int8 weights are multiplied with
-activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128 activations. torch's operators for
-bf16 and int8 weights round the activations to bf16. N outputs, K inputs, P rows of a weight matrix in one panel (kernel.cpp).
+row. int4.py describes int4 weights. kernel.cpp adds hardly any other error: sums and activations are float32, except that
+int8 weights are multiplied with activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128
+activations, and int4 weights with activations rounded to 8 bits, which changes them by at most 1/254 of the largest of 32.
+torch's operators for bf16 and int8 weights round the activations to bf16. N outputs, K inputs, P rows of a weight matrix in
+one panel (kernel.cpp).
 """
 
 from __future__ import annotations
