@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-# The text of the benchmarks: downloaded, or a file of yours.
+# The text of the benchmarks: downloaded, or a file of yours. The directory of their results.
 TEXT   ?= tinyshakespeare
+RESULTS ?= bench-results
 
 # Processes that run tests, each on one thread. One that has nothing left takes tests from the other.
 JOBS   ?= 2
@@ -35,9 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bpe.py --text $(TEXT)
-	$(BIN)/python benchmarks/tinyshakespeare.py --text $(TEXT)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/all.py --out $(RESULTS) --text $(TEXT)
 
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py

@@ -11,6 +11,8 @@ A benchmark whose packages or files are missing is left out, and a missing progr
 reported. A benchmark that fails does not stop the others; the exit status is then 1. If the command is interrupted,
 repeat it with the same DIR: benchmarks that are done are not repeated. Delete DIR/all.json to repeat all of them.
 
+Only the table of the contest's track "bytes" is missing, whose runs take ten minutes each; see two_core_speedrun.py.
+
 `python benchmarks/tables.py` writes the tables of benchmarks/results into the documentation.
 """
 
@@ -67,14 +69,23 @@ BENCHMARKS = {
     "bpe": Benchmark("bpe.py", ("--text=TEXT",), 0.5, ("rustbpe", "tokenizers"), ("text",)),
     "bpe_x20": Benchmark("bpe.py", ("--text=TEXT", "--repeat", "20"), 1, ("rustbpe", "tokenizers"), ("text",)),
     "encoding": Benchmark("encoding.py", ("--text=TEXT", "--repeat", "20"), 1.5, ("tokenizers",), ("text",)),
-    "time_to_quality": Benchmark("time_to_quality.py", ("--text=TEXT",), 5, (), ("text",)),
+    "quality": Benchmark("quality.py", ("--directory=MODELS",), 2),
+    "finetuning": Benchmark(
+        "finetuning.py", ("--data=RECORDS", "--text=TEXT", "--epochs", "0.6"), 2, ("peft", "transformers"),
+        ("text", "records"),
+    ),
+    "packing": Benchmark("packing.py", ("--data=RECORDS",), 2, (), ("records",)),
+    "checkpointing": Benchmark("checkpointing.py", (), 2),
+    "tinyshakespeare": Benchmark("tinyshakespeare.py", ("--text=TEXT",), 4, (), ("text",)),
+    "speedrun_188": Benchmark("two_core_speedrun.py", ("--text=TEXT",), 5, (), ("text",)),
+    "speedrun_170": Benchmark("two_core_speedrun.py", ("--track", "1.70", "--text=TEXT"), 5, (), ("text",)),
     "growth": Benchmark("growth.py", (), 6),
 }  # fmt: skip
 
 
 def command_of(benchmark: Benchmark, options: argparse.Namespace, minutes: float) -> list[str]:
     """Return the command that measures a benchmark for about so many minutes."""
-    words = [sys.executable, str(Path(__file__).with_name(benchmark.script))]
+    words = [sys.executable, str(Path(__file__).parent / benchmark.script)]
     for argument in benchmark.arguments:
         name, _, value = argument.partition("=")
         if not value.isupper():
@@ -127,7 +138,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), metavar="NAME",
                         help=f"run these benchmarks only: {', '.join(BENCHMARKS)}")  # fmt: skip
-    parser.add_argument("--text", type=Path, help="the file of tinyshakespeare, for tokenizers and training")
+    parser.add_argument("--text", help="tinyshakespeare, which is downloaded, or its file, for tokenizers and training")
     parser.add_argument("--records", type=Path, help="a JSON file with Alpaca records, for fine-tuning")
     parser.add_argument("--litgpt", help="the path of a Python that has litgpt")
     parser.add_argument("--optimum", help="the path of optimum-cli, which converts the models for OpenVINO")
@@ -135,12 +146,23 @@ def main() -> None:
     parser.add_argument("--tensorflow", help="the path of a Python that has TensorFlow")
     parser.add_argument("--models", type=Path, default=Path("bench-models"), help="the directory for converted models")
     options = parser.parse_args()
-    for name in ("text", "records"):
-        if (path := getattr(options, name)) is not None and not path.is_file():
-            parser.error(f"--{name} {path} is not a file")
+    if options.records is not None and not options.records.is_file():
+        parser.error(f"--records {options.records} is not a file")
+    if options.text is not None:
+        options.text = text_file(parser, options.text)
     options.out.mkdir(parents=True, exist_ok=True)
     options.models.mkdir(parents=True, exist_ok=True)
     sys.exit(0 if run_all(options) else 1)
+
+
+def text_file(parser: argparse.ArgumentParser, text: str) -> str:
+    """Return the path of a text: a file, or a name that MyGPT can download."""
+    from MyGPT.data.sources import find_files
+
+    try:
+        return str(find_files(text)[0])
+    except (OSError, ValueError) as error:
+        parser.error(f"--text {text}: {error}")
 
 
 def run_all(options: argparse.Namespace) -> bool:

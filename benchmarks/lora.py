@@ -5,8 +5,8 @@ Usage: python benchmarks/lora.py [--batch_size 4] [--length 256] [--steps 4] [--
 
 Both use the same weights, adapters and batches, AdamW, no dropout and eager mode. Each program runs in its own process,
 in turn. The first step of each warms up. The losses are compared step by step. Memory is the peak minus the memory of
-the imported libraries. --busy is for a machine that runs other work: it uses one thread and measures CPU time instead
-of wall time.
+the imported libraries. In float32, MyGPT is also measured with frozen weights in int8 and bf16. --busy is for a machine that
+runs other work: it uses one thread and measures CPU time instead of wall time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from memory import Peak
 from tables import show
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
+FROZEN: Any = {"MyGPT": "fp32", "MyGPT, frozen int8": "int8", "MyGPT, frozen bf16": "bf16"}
+"""The dtypes of the frozen weights of MyGPT's variants."""
 
 
 def measure(
@@ -35,24 +37,36 @@ def measure(
     if busy:
         torch.set_num_threads(1)
         clock = time.process_time
-    from peft import LoraConfig, TaskType, get_peft_model
-
     if program == "transformers":
-        from transformers import GPT2LMHeadModel as Model
+        from peft import LoraConfig, TaskType, get_peft_model
+        from transformers import GPT2LMHeadModel
     else:
-        from MyGPT import GPTModel as Model  # type: ignore[assignment]
+        import peft  # noqa: F401  the memory of imported libraries is not counted
+
+        from MyGPT import GPTModel
+        from MyGPT.acceleration.frozen import compiled_kernel, freeze
         from MyGPT.acceleration.linear import fast_linear
+        from MyGPT.finetuning.lora import add_lora
+
+        compiled_kernel()
     with Peak() as whole:
-        base = Model.from_pretrained(directory, dtype=torch.float32)
-        for module in base.modules():
-            if hasattr(module, "drop_rate"):
-                module.drop_rate = 0.0
         is_theirs = program == "transformers"
-        lora = LoraConfig(
-            task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS,
-            fan_in_fan_out=is_theirs,
-        )  # fmt: skip
-        model = get_peft_model(base, lora).train()
+        model: Any
+        if is_theirs:
+            lora = LoraConfig(
+                task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS,
+                fan_in_fan_out=True,
+            )  # fmt: skip
+            model = get_peft_model(GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32), lora)
+        else:
+            base = GPTModel.from_pretrained(directory, dtype=torch.float32)
+            for module in base.modules():
+                if hasattr(module, "drop_rate"):
+                    module.drop_rate = 0.0
+            freeze(base, FROZEN[program])
+            model = add_lora(base, dropout=0.0)
+            del base
+        model.train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():  # both programs get the same A; B starts at zero
             for name, parameter in sorted(model.named_parameters()):
@@ -108,10 +122,12 @@ def main() -> None:
 
 
 def compare(directory: str, precision: str, options: argparse.Namespace, results: Results) -> None:
-    results.compare("MyGPT", "transformers", f"step, {precision}", target=0.7)
-    results.compare("MyGPT", "transformers", f"memory, {precision}", target=0.45)
+    programs = (*(FROZEN if precision == "fp32" else ["MyGPT"]), "transformers")
+    for program in programs[:-1]:
+        results.compare(program, "transformers", f"step, {precision}", target=0.7)
+        results.compare(program, "transformers", f"memory, {precision}", target=0.45)
     for _ in rounds(options, share=1 / len(options.precision)):
-        for program in ("MyGPT", "transformers"):
+        for program in programs:
             run = in_a_process(
                 measure, program=program, directory=directory, batch_size=options.batch_size, length=options.length,
                 steps=options.steps, precision=precision, busy=options.busy,

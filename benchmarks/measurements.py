@@ -327,7 +327,7 @@ def spread(values: Iterable[float], digits: int = 0, scale: float = 1.0) -> str:
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table in Markdown."""
     head = list(head)
-    return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows))
+    return "".join(f"| {' | '.join(row)} |\n".replace("  ", " ") for row in (head, ["---"] * len(head), *rows))
 
 
 def run_limited(

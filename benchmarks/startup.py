@@ -75,6 +75,7 @@ def main() -> None:
 RATIOS = (
     ("import MyGPT and its model", "import torch"),
     ("first token, mygpt generate", "first token, transformers"),
+    ("first token, packed int8", "first token, transformers"),
 )
 
 
@@ -88,8 +89,10 @@ def compare(model: str, options: argparse.Namespace, results: Results) -> None:
         "mygpt --help": ([*mygpt, "--help"], None),
         "mygpt generate --help": ([*mygpt, "generate", "--help"], None),
         "first token, mygpt generate": ([*mygpt, *generate], len(PROMPT.encode())),
+        "first token, packed int8": ([*mygpt, *generate, "--precision", "int8"], len(PROMPT.encode())),
         "first token, transformers": ([python, "-c", TRANSFORMERS, model, PROMPT], 0),
     }
+    subprocess.run([*mygpt, "pack", "--model", model, "--precision", "int8"], check=True, stdout=subprocess.DEVNULL)
     for turn in rounds(options, warm_up=True):
         for name, (command, skipped) in programs.items():
             taken = seconds(command, skipped)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measurements import RESULTS, Ratio, Results, Row, markdown, spread
+from two_core_speedrun import TRACKS, results_name, session_table
 
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -96,7 +97,10 @@ def caption(results: list[Results]) -> str:
     """Return one line that names the machine, the versions, the date and the command of the results."""
     lines = dict.fromkeys(f"{about(one)}" for one in results)
     commands = dict.fromkeys(f"`{one.command}` ({one.date})" for one in results)
-    return f"<small>{'; '.join(lines)}. Measured with {', '.join(commands)}.</small>"
+    notes = [
+        f" {one.settings['note'][0].upper()}{one.settings['note'][1:]}." for one in results if "note" in one.settings
+    ]
+    return f"<small>{'; '.join(lines)}. Measured with {', '.join(commands)}.{''.join(dict.fromkeys(notes))}</small>"
 
 
 def about(results: Results) -> str:
@@ -117,13 +121,14 @@ def times(row: Row | Ratio | None, digits: int = 0, scale: float = 1.0) -> str:
 
 
 def targets(results: Results) -> str:
-    """Return a table of the ratios that the results store, with their targets. A target that the median misses is marked."""
+    """Return a table of the ratios that the results store, with their targets. A missed target is marked."""
     rows = []
     for ratio in results.ratios:
         is_missed = ratio.target is not None and not is_reached(ratio, results.row(ratio.name, ratio.measure).unit)
         found = spread(ratio.values, 2) + ", missed" * is_missed
         target = MISSING if ratio.target is None else f"{ratio.target:g}"
-        rows.append([f"{ratio.name} / {ratio.other}, {ratio.measure}", target, found])
+        names = " / ".join(TITLES.get(name, name) for name in (ratio.name, ratio.other))
+        rows.append([f"{names}, {ratio.measure}", target, found])
     return markdown(["ratio", "target", "result"], rows)
 
 
@@ -132,6 +137,10 @@ def is_reached(ratio: Ratio, unit: str) -> bool:
     assert ratio.target is not None
     median = round(ratio.median, 2)  # as it is shown
     return median <= ratio.target if unit in ("s", "ms", "bytes", "MB") else median >= ratio.target
+
+
+TITLES = {"MyGPT plain": "MyGPT without `accelerate`", "MyGPT eager": "MyGPT fp32, no compiler"}
+"""The titles of programs whose names are no titles."""
 
 
 # Training
@@ -245,75 +254,50 @@ def overheads(results: Results) -> str:
     return markdown(["recipe", *titles[:2], "predicted", *titles[2:]], rows)
 
 
-@table("time_to_quality")
-def time_to_quality(results: Results) -> str:
-    """Return for each seed when the baseline and MyGPT's recipe reached the target, and the ratio of the times."""
-    baseline, *recipes = results.names
-    seeds = sorted({row.about["seed"] for row in results.rows})
-    losses = {(row.name, row.about["seed"]): row.values for row in results.rows if row.unit == "nats"}
-    seconds = {(row.name, row.about["seed"]): row.values for row in results.rows if row.unit == "s"}
-    target = min(PUBLISHED, statistics.mean(losses[baseline, seed][-1] for seed in seeds))
-    rows, ratios = [], []
-    for seed in seeds:
-        baseline_seconds = until(losses[baseline, seed], seconds[baseline, seed], target) or seconds[baseline, seed][-1]
-        row = [str(seed), f"{losses[baseline, seed][-1]:.3f}", f"{baseline_seconds:.1f}"]
-        for recipe in recipes:
-            taken = until(losses[recipe, seed], seconds[recipe, seed], target)
-            ratios += [baseline_seconds / taken] if taken else []
-            row += [
-                f"{losses[recipe, seed][-1]:.3f}",
-                *([f"{taken:.1f}", f"{ratios[-1]:.2f}"] if taken else ["never", MISSING]),
-            ]
-        rows.append(row)
-    head = ["seed", f"{baseline}: last loss", f"seconds to {target:.2f}"]
-    head += [cell for recipe in recipes for cell in (f"`{recipe}`: last loss", f"seconds to {target:.2f}", "ratio")]
-    if ratios:
-        rows.append(["median", *[""] * (len(head) - 2), spread(ratios, 2)])
-    return markdown(head, rows)
-
-
-PUBLISHED = 1.88
-"""The validation loss that nanoGPT publishes for its recipe."""
-
-
-def until(losses: list[float], seconds: list[float], target: float) -> float | None:
-    """Return the seconds at the first evaluation at or below the target."""
-    return next((second for loss, second in zip(losses, seconds, strict=True) if loss <= target), None)
+for track in TRACKS:
+    table(results_name(track))(session_table)
 
 
 # Generation
+
+
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
+"""Bytes per weight."""
+LIMITS = {"MyGPT fp32": 0.85, "MyGPT bf16": 0.9, "MyGPT int8": 0.85}
+"""The share of the bandwidth limit that we want."""
+
+
+def of_limit(results: Results, row: Row) -> float:
+    """Return the speed divided by the speed at which the memory delivers the weights."""
+    n_bytes = results.settings["weights_per_token"] * BYTES[row.about["precision"]]
+    return row.median * n_bytes / results.row("memory", "bandwidth").median
 
 
 @table("decode", "decode_124M")
 def decode(results: Results) -> str:
     """Return speeds for one and eight sequences, the share of the bandwidth limit, the prompt's time and the memory."""
     rows = []
-    bandwidth = results.row("memory", "bandwidth").median
     for name, row in results.of("one sequence").items():
-        n_bytes = (
-            results.settings["weights_per_token"]
-            * {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}[row.about["precision"]]
-        )
         prompt = results.get(name, "prompt of 1,024 tokens")
         rows.append([
-            name, times(row), f"{row.median * n_bytes / bandwidth:.0%}", times(results.get(name, "eight sequences")),
+            TITLES.get(name, name), times(row), f"{of_limit(results, row):.0%}",
+            times(results.get(name, "eight sequences")),
             MISSING if prompt is None else spread([1024e3 / value for value in prompt.values]),
             f"{results.row(name, 'memory').median / 1e9:.2f}",
         ])  # fmt: skip
-    head = [
-        "",
-        "one sequence, tokens/s",
-        "of the limit",
-        "eight sequences, tokens/s",
-        "prompt of 1,024 tokens, ms",
-        "memory, GB",
-    ]
-    return markdown(head, rows)
+    head = ["one sequence, tokens/s", "of the limit", "eight sequences, tokens/s", "prompt of 1,024 tokens, ms"]
+    bandwidth = times(results.row("memory", "bandwidth"), 1, 1e-9)
+    return markdown(["", *head, "memory, GB"], rows) + f"\nMemory bandwidth during this run: {bandwidth} GB/s.\n"
 
 
 @table("decode_targets", "decode_124M")
 def decode_targets(results: Results) -> str:
-    return targets(results)
+    rows = ""
+    for name, target in LIMITS.items():
+        if row := results.get(name, "one sequence"):
+            share = of_limit(results, row)
+            rows += f"| {name} / limit of the memory bandwidth | {target:g} | {share:.2f}{', missed' * (share < target)} |\n"
+    return targets(results) + rows
 
 
 @table("generation_summary", "decode_124M")
@@ -432,7 +416,10 @@ def bpe(*sizes: Results) -> str:
 
 @table("encoding")
 def encoding(results: Results) -> str:
-    return markdown(["program", "MB/s"], [[name, times(row, 1)] for name, row in results.of("encoding").items()])
+    """Return the speed of each program. MyGPT's rows say whether it used gigatoken."""
+    ours = "MyGPT" if results.settings["gigatoken"] == "not used" else "MyGPT with gigatoken"
+    rows = [[name.replace("MyGPT", ours), times(row, 1)] for name, row in results.of("encoding").items()]
+    return markdown(["program", "MB/s"], rows)
 
 
 # Quality, fine-tuning and checkpoints

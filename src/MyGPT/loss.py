@@ -133,6 +133,10 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
     which -100 is not counted. If the head is a linear layer without bias, this function uses `linear_token_loss`, which needs
     less memory than computing all logits.
     """
+    own_loss: Any = getattr(head, "token_loss", None)
+    if own_loss is not None:  # a head with frozen weights in bf16 or int8
+        result: tuple[Tensor, Tensor] = own_loss(hidden, targets)
+        return result
     # A head with an adapter or a bias computes more than that product.
     if type(head) is TiedHead or (type(head) is nn.Linear and getattr(head, "bias", None) is None):
         return linear_token_loss(hidden, head.weight, targets)

@@ -133,7 +133,8 @@ class GPTModel(nn.Module):
         with torch.device("meta"):
             self.transformer = Transformer(config)
             self.lm_head: nn.Linear | TiedHead = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        self.to_empty(device=torch.get_default_device())
+        if torch.get_default_device().type != "meta":  # to_empty would load sympy, which takes half a second
+            self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head = TiedHead(self.transformer.wte.weight)
         self.reset_parameters()
@@ -230,11 +231,11 @@ class GPTModel(nn.Module):
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """Return an empty KV cache for batch_size sequences of up to `length` tokens (default: the model's context length)."""
-        return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight.detach())
+        return KVCache(self.config, batch_size, length, like=self.transformer.wpe.weight.detach())
 
     def new_slot_cache(self, slots: int, length: int | None = None) -> SlotCache:
         """Return an empty cache with `slots` slots of up to `length` tokens each (default: the model's context length)."""
-        return SlotCache(self.config, slots, length, like=self.transformer.wte.weight.detach())
+        return SlotCache(self.config, slots, length, like=self.transformer.wpe.weight.detach())
 
     @torch.no_grad()
     def forward_slots(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
@@ -297,13 +298,26 @@ class GPTModel(nn.Module):
     def train(self, mode: bool = True) -> GPTModel:
         """Set training mode if `mode` is True, otherwise evaluation mode, and return the model.
 
-        Before training, weights that are not contiguous in memory are copied, because torch's fused AdamW needs this.
+        Before training, trained weights that are not contiguous in memory are copied, because torch's fused AdamW needs this.
+        Frozen weights stay as they are, so they can be memory-mapped.
         """
-        # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
-        if mode and not all(parameter.is_contiguous() for parameter in self.parameters()):
-            for parameter in self.parameters():
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if mode:
+            self._copy_trained_weights()
         return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> GPTModel:
+        """Train all weights if `requires_grad` is True, otherwise freeze them, and return the model."""
+        super().requires_grad_(requires_grad)
+        if self.training:
+            self._copy_trained_weights()
+        return self
+
+    def _copy_trained_weights(self) -> None:
+        """Make all trained weights contiguous."""
+        # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
+        for parameter in self.parameters():
+            if parameter.requires_grad and not parameter.is_contiguous():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:
         """Set all weights to new random values in place, as in a new model. Sharded weights need equal seeds on all ranks."""

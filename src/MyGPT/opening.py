@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from MyGPT.config import GPTConfig
 from MyGPT.data.templates import TEMPLATE_FILE, Template, load_template
 from MyGPT.devices import pick_device
 from MyGPT.files import present_directory, reading
@@ -27,7 +28,8 @@ from MyGPT.model import GPTModel
 from MyGPT.tokenizers import BPETokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from MyGPT.tokenizers.directory import READABLE_FILES, find_files
 from MyGPT.tokenizers.nanogpt import META
-from MyGPT.weights.formats import find_format, gguf, llmc
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.formats import find_format, gguf, llmc, open_checkpoint
 from MyGPT.weights.formats.huggingface import find_directory
 from MyGPT.weights.formats.torch_file import read_dataset
 from MyGPT.weights.pretrained import find_downloaded, find_model, is_name, stored_name
@@ -65,6 +67,25 @@ def open_model(
             # The adapter was trained to end its texts with the tokenizer's token.
             model.config = model.config.ending_with(tokenizer.eot_token)
         return model.to(place), tokenizer
+
+
+def open_lazily(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    adapter: str | os.PathLike[str] | None = None,
+) -> tuple[GPTModel | Checkpoint, GPTConfig, Tokenizer]:
+    """Open a model to generate with it, and return it with its config and tokenizer. For arguments and errors, see `open_model`.
+
+    On a CPU and without an adapter, a Checkpoint is returned instead of a model. `accelerate` reads its weights one after
+    another, or reads packed weights instead. The caller must be within `reading(name_or_path)` until then.
+    """
+    files = find_model_files(name_or_path, adapter)
+    if pick_device(device).type != "cpu" or files.adapter is not None:
+        model, tokenizer = open_model(name_or_path, device, adapter)
+        return model, model.config, tokenizer
+    checkpoint = open_checkpoint(files.path)
+    config = checkpoint.known_config()
+    return checkpoint, config, files.tokenizer(config.vocab_size)
 
 
 @dataclass(frozen=True)

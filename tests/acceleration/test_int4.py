@@ -18,14 +18,15 @@ from MyGPT.acceleration import kernel
 from MyGPT.acceleration.compiler import FLAGS, LIBRARIES, find_compiler
 from MyGPT.acceleration.int4 import GROUP, Int4Weight, round_weight
 from MyGPT.acceleration.kernel import Build
-from MyGPT.acceleration.packed import HugePages, PanelLinear, PlainLinear, panel_bytes
+from MyGPT.acceleration.packed import PanelLinear, PlainLinear
+from MyGPT.acceleration.storage import Arrays
+from MyGPT.weights.lazy import LazyTensor
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 
 def panels(weight: Tensor, kernel: Any = None) -> PanelLinear:
-    kernel = kernel or Build().wait()
-    return PanelLinear(weight, None, "int4", kernel, HugePages(panel_bytes([weight], "int4", kernel)))
+    return PanelLinear("layer", LazyTensor.of(weight), None, "int4", kernel or Build().wait(), Arrays())
 
 
 def in_groups(tensor: Tensor) -> list[Tensor]:

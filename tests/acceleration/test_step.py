@@ -19,11 +19,13 @@ from torch import Tensor
 from conftest import lively_model
 from MyGPT.acceleration.compiler import find_compiler
 from MyGPT.acceleration.kernel import Build, Kernel
-from MyGPT.acceleration.packed import HugePages, PanelLinear, PlainLinear, panel_bytes
+from MyGPT.acceleration.packed import PanelLinear, PlainLinear
 from MyGPT.acceleration.step import FastModel, accelerate
+from MyGPT.acceleration.storage import Arrays
 from MyGPT.config import GPTConfig
 from MyGPT.generation import generate
 from MyGPT.model import GPTModel
+from MyGPT.weights.lazy import LazyTensor
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 ways = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
@@ -236,8 +238,8 @@ def kernel() -> Kernel:
 
 
 def panels(weight: Tensor, bias: Tensor | None, precision: Any) -> PanelLinear:
-    kernel = Build().wait()
-    return PanelLinear(weight, bias, precision, kernel, HugePages(panel_bytes([weight], precision, kernel)))
+    lazy_bias = None if bias is None else LazyTensor.of(bias)
+    return PanelLinear("layer", LazyTensor.of(weight), lazy_bias, precision, Build().wait(), Arrays())
 
 
 @needs_compiler

@@ -104,8 +104,12 @@ def test_the_adapter_opens_in_peft_on_transformers_gpt2_with_equal_logits(
 
 
 @pytest.mark.slow
-def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tmp_path: Path, capsys: Any) -> None:
-    assert finetune(base, tmp_path / "run", "--merge") == 0
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_merging_gives_a_model_directory_with_the_adapters_logits(
+    dtype: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The adapter is merged into the original weights, also if it was trained on rounded ones."""
+    assert finetune(base, tmp_path / "run", "--merge", "--frozen_dtype", dtype) == 0
     assert "model saved in" in capsys.readouterr().out
     merged = GPTModel.from_pretrained(tmp_path / "run")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
@@ -126,6 +130,7 @@ def test_merging_gives_a_model_directory_with_the_adapters_logits(base: Path, tm
         ["--full", "--learning_rate", "1e-3"],
         ["--rows", "packed", "--template", "book", "--mask_prompt", "false"],
         ["--frozen_dtype", "bf16", "--gradient_checkpointing", "--lora.dora"],
+        ["--frozen_dtype", "int8", "--gradient_checkpointing"],
         ["--split_seed", "3", "--test_fraction", "0", "--lora.targets", "c_attn"],
         ["--lora.targets", "all-linear"],
     ],
@@ -257,6 +262,8 @@ def test_examples_that_are_too_long_are_counted(base: Path, tmp_path: Path, caps
     [
         (["--full", "--merge"], "--merge cannot be used with --full"),
         (["--full", "--frozen_dtype", "bf16"], "--frozen_dtype bf16 cannot be used with --full"),
+        (["--frozen_dtype", "int8", "--lora.dora"], "--frozen_dtype int8 cannot be used with --lora.dora"),
+        (["--frozen_dtype", "int8", "--parallel", "fsdp"], "--frozen_dtype int8 cannot be used with --parallel fsdp"),
         (["--epochs", "0"], "epochs must be a number above 0, got 0"),
         (["--lora.targets", "[c_atn]"], "the model has no layer called 'c_atn'"),
         (["--lora.r", "0"], "lora.r must be a whole number of at least 1, got 0"),

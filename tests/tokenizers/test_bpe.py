@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +24,9 @@ from transformers import GPT2Tokenizer
 
 import tokenizers
 from MyGPT import BPETokenizer, get_tokenizer, load_tokenizer
-from MyGPT.tokenizers import gpt2
-from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, GPT2_PATTERN, count_chunks, learn_merges
+from MyGPT.tokenizers import gpt2, learning
+from MyGPT.tokenizers.bpe import BYTE_TO_CHARACTER, GPT2_PATTERN
+from MyGPT.tokenizers.learning import count_chunks, learn_merges
 from oracles import naive_bpe, naive_merges
 from places import ALICE
 from texts import OPENAI_FILES, OPENAI_SHA256, TEXTS
@@ -235,6 +237,60 @@ def test_damaged_files_of_a_user_raise_value_error_with_their_directory(
 # --- learning BPE ----------------------------------------------------------------------------------------------------
 
 
+PIECES = st.lists(
+    st.sampled_from(
+        [
+            *" \t\n\r\x0b\x1c\x1f\x85\xa0\u2009\u3000\u200b",
+            "  ",
+            "a",
+            "bc",
+            "7",
+            "42",
+            "!",
+            "'s",
+            "'ll",
+            "'",
+            "é",
+            "中",
+            "١",
+            "“",
+        ]
+    )
+    | st.characters(exclude_categories=["Cs"]),
+    max_size=24,
+).map("".join)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(PIECES, max_size=4), max_words=st.integers(1, 6), n_characters=st.integers(1, 30))
+def test_counting_words_first_gives_the_chunks_of_the_pattern(
+    texts: list[str], max_words: int, n_characters: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "MAX_WORDS", max_words)
+        patch.setattr(learning, "SLICE_CHARACTERS", n_characters)
+        patch.setattr(learning, "_JOINED_WORDS", 2)
+        counts = count_chunks(texts)
+    assert counts == Counter(chunk.encode() for text in texts for chunk in _chunks(text))
+
+
+def test_the_pattern_for_ascii_has_the_matches_of_the_whole_pattern() -> None:
+    """Three characters are enough: no rule of the pattern looks further than one character ahead."""
+    others = ["a", "Z", "0", " ", "\n", "\t", "!", "'", "s", "l", "\x1c"]
+    for character in map(chr, range(128)):
+        text = "|".join(f"{one}{character}{two}" for one in others for two in others)
+        assert learning._split(text.encode()) == [chunk.encode() for chunk in _chunks(text)]
+
+
+def test_no_white_space_starts_with_a_byte_that_starts_a_word() -> None:
+    characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    spaces = regex.findall(r"\s", characters)
+    assert len(spaces) == 25
+    assert not any(learning._WORD_START.match(b" " + space.encode()) for space in spaces)
+    assert len(learning._WORD_START.split("a b é 中 я".encode())) == 5
+
+
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(chunks=st.dictionaries(st.text("abc", min_size=1, max_size=12), st.integers(1, 4), max_size=8))
@@ -297,6 +353,20 @@ def test_vocab_size_counts_bytes_merges_and_special_tokens(trained: BPETokenizer
     two = BPETokenizer.train("ab", 1000, special_tokens=["<a>", "<b>", "<a>"], progress=False)
     assert two.special_tokens == {"<a>": 257, "<b>": 258}
     assert two.eot_token is None
+
+
+@pytest.mark.slow
+def test_many_merges_of_a_real_text_equal_those_of_rustbpe_until_no_pair_is_left() -> None:
+    """rustbpe stops only when nothing is left to merge, so this compares even pairs that occur once."""
+    oracle = rustbpe.Tokenizer()
+    oracle.train_from_iterator([ALICE], 20_000, pattern=GPT2_PATTERN)
+    theirs = [bytes(token) for token, _ in oracle.get_mergeable_ranks()][256:]
+    tokenizer = BPETokenizer.train(ALICE, 20_000, special_tokens=(), progress=False)
+    assert [first + second for first, second in tokenizer.merges] == theirs
+
+
+def test_a_vocabulary_far_larger_than_the_text_needs_no_memory_for_it() -> None:
+    assert BPETokenizer.train("abab", 10**15, special_tokens=(), progress=False).n_vocab == 256 + 2
 
 
 def test_special_tokens_in_the_text_are_not_learned() -> None:

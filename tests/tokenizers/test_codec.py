@@ -105,6 +105,34 @@ def test_the_ids_of_random_texts_equal_tiktokens(texts: list[str], ends: list[bo
 
 
 @pytest.mark.slow
+@settings(max_examples=60 * FACTOR, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXTS, max_size=4), limits=st.tuples(st.integers(1, 30), st.integers(0, 20), st.integers(1, 40)))
+def test_remembered_words_have_the_ids_of_the_whole_text(texts: list[str], limits: tuple[int, int, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec_module, "LOAD_CHARACTERS", sys.maxsize)
+        for name, limit in zip(("PIECE_CHARACTERS", "MAX_WORD_CHARACTERS", "MAX_MEAN_WORD"), limits, strict=True):
+            patch.setattr(codec_module, name, limit)
+        assert [GPT2.encode_ordinary(text) for text in texts] == [TWIN.encode_ordinary(text) for text in texts]
+        ids = [TRAINED._codec.encode(text) for text in texts]
+        patch.setattr(codec_module, "MIN_CHARACTERS", sys.maxsize)
+        assert ids == [TRAINED._codec.encode(text) for text in texts]
+
+
+def test_remembered_words_need_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_module, "LOAD_CHARACTERS", sys.maxsize)
+    monkeypatch.setattr(codec_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(codec_module, "MAX_WORD_CHARACTERS", 500)
+    codec = Codec(TRAINED._vocab, TRAINED.merges)
+    text = ALICE[:5000]
+    codec.encode(text)
+    assert 0 < sum(map(len, codec._ids_of_words)) <= 500 + 100 < len(set(text.split())) * 4
+    before = dict(codec._ids_of_words)
+    codec.encode("a" * 5000)  # The ids of such a long word would be remembered for nothing.
+    assert codec._ids_of_words == before
+    assert pickle.loads(pickle.dumps(codec))._ids_of_words == {}
+
+
+@pytest.mark.slow
 def test_both_libraries_give_every_other_code_point_the_same_class() -> None:
     """A regular expression of tiktoken shows its classes, and the cuts of gigatoken show those of gigatoken.
 

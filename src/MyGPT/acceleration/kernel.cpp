@@ -4,7 +4,7 @@
 // layer together. Each `omp for` divides a stage among them and ends with a barrier. products.h describes the packed weights.
 #include "attention.h"
 #include "int4.h"
-#include "products.h"
+#include "packing.h"
 
 // A product or a row with weights of the type that the layer has.
 void linear(const Linear& l, const float* x, int M, float* y, Then then) {
@@ -120,11 +120,11 @@ void forward(const Model& model, const Sequence* sequences, int n_sequences, con
 
 extern "C" int32_t gpt2_panel() { return P; }
 
-// Copies a matrix of floats into panels. int4.py makes the panels of int4.
-extern "C" void gpt2_pack(const float* weight, const Linear* l) {
-    if (l->type == FLOAT) pack(weight, *l, (float*)l->weight);
-    else if (l->type == BF16) pack(weight, *l, (bf16*)l->weight);
-    else if (l->type == INT8) pack(weight, *l, (int8*)l->weight);
+// Packs n rows of a matrix, from `row` on. Returns 0 if a weight with an int8 scale is NaN or infinite, and otherwise 1. int4.py
+// packs int4.
+extern "C" int32_t gpt2_pack(const Source* source, const Linear* l, int32_t row, int32_t n, int32_t n_threads) {
+    auto run = l->type == FLOAT ? pack<float> : l->type == BF16 ? pack<bf16> : pack<int8>;
+    return run(*source, *l, row, n, n_threads);
 }
 
 // Writes the rows of a matrix for n ids to y (n, K).

@@ -6,7 +6,7 @@ heads, D = C // H, C embedding width, V vocabulary size.
 
 from __future__ import annotations
 
-from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,12 @@ class LinearStruct(Structure):
     _fields_ = [
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32), ("type", c_int32),
     ]  # fmt: skip
+
+
+class SourceStruct(Structure):
+    """The ctypes declaration of `struct Source` in packing.h: the address, strides and number format of a matrix to pack."""
+
+    _fields_ = [("data", c_void_p), ("row_stride", c_int64), ("column_stride", c_int64), ("type", c_int32)]
 
 
 class NormStruct(Structure):
@@ -74,12 +80,26 @@ class Kernel:
         if self.panel not in PANELS:
             raise OSError(f"the library is not the compiled kernel: its panels have {self.panel} rows")
 
-    def pack(self, weight: Tensor, linear: LinearStruct) -> None:
-        """Copy a weight matrix (N, K) into the memory of `linear`, in the order in which the kernel reads it.
+    def pack(self, rows: Tensor, linear: LinearStruct, first_row: int = 0) -> bool:
+        """Copy rows of a weight matrix, (n, K), into the memory of `linear`, in the order in which the kernel reads it.
 
-        int8 weights are divided by linear's scales and rounded. The order of int4 weights is made by `int4.panels` instead.
+        int8 weights are divided by their scales, which are also computed and written into the memory of `linear`. int4
+        weights are packed by int4.py instead.
+
+        Args:
+            rows: the rows in float32, bfloat16 or float16. They need not be contiguous.
+            linear: the weight matrix (N, K), with the memory of its panels and scales.
+            first_row: the index that the first row has in the matrix. It must be a multiple of `panel`.
+
+        Returns:
+            False if a weight that is stored in int8 is NaN or infinite, otherwise True.
         """
-        self._library.gpt2_pack(address(weight), byref(linear))
+        import torch
+
+        types = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+        source = SourceStruct(address(rows), *rows.stride(), types[rows.dtype])
+        n_threads = _n_threads()
+        return bool(self._library.gpt2_pack(byref(source), byref(linear), first_row, len(rows), n_threads))
 
     def rows(self, linear: LinearStruct, ids: Tensor, y: Tensor) -> None:
         """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K)."""
@@ -88,9 +108,8 @@ class Kernel:
     def linear(self, linear: LinearStruct, x: Tensor, y: Tensor, then: int) -> None:
         """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
 
-        then=0 stores the result in y, and
-        then=1 adds the result to y. then=2 stores the GELU of the result in the tanh approximation, and then=3 stores the
-        exact GELU of the result.
+        then=0 stores the result in y, and then=1 adds the result to y. then=2 stores the GELU of the result in the tanh
+        approximation, and then=3 stores the exact GELU of the result.
         """
         self._library.gpt2_linear(byref(linear), address(x), len(x), address(y), then, _n_threads())
 

@@ -54,12 +54,13 @@ class OneDNNLinear(TorchFunctionMode):
     """A context manager in which `F.linear` uses oneDNN for large float32 products on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _uses_onednn(*args[:2]):
+        if func is F.linear and not kwargs and uses_onednn(*args[:2]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
 
-def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return True for a product that oneDNN can compute in float32 and that is large enough to be worth its setup."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"

@@ -10,9 +10,6 @@ one panel (kernel.cpp).
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from typing import Literal
 
 import torch
@@ -22,6 +19,9 @@ from torch import Tensor
 from MyGPT.acceleration import int4
 from MyGPT.acceleration.kernel import Kernel, LinearStruct, address
 from MyGPT.acceleration.operators import int8_linear, onednn_linear
+from MyGPT.acceleration.storage import Arrays
+from MyGPT.sampling import require_finite
+from MyGPT.weights.lazy import LazyTensor, release_pages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """The dtype in which an accelerated model stores its weights, by the name of the precision. int4 stores bytes."""
@@ -38,77 +38,87 @@ def row_scales(weight: Tensor) -> Tensor:
     return torch.where(largest == 0, torch.ones_like(largest), largest / 127)
 
 
-class HugePages:
-    """One block of memory for all weight matrices of a model.
-
-    If possible, Linux provides it in pages of 2 MB instead of smaller ones, so that the weights are read 20% faster.
-    """
-
-    def __init__(self, n_bytes: int) -> None:
-        self.used = 0
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory = mmap.mmap(-1, n_bytes)
-            return
-        # The memory is private, because shared memory has no huge pages.
-        self.memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a system without huge pages is slower, not wrong
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Reserve the next free bytes of the memory for a tensor of this shape and dtype, and return it filled with zeros.
-
-        The memory is released only after all of these tensors are deleted.
-        """
-        n, offset = math.prod(shape), self.used
-        self.used += -(-n * dtype.itemsize // 64) * 64
-        return torch.frombuffer(self.memory, dtype=dtype, count=n, offset=offset).view(shape)
+PACKED_BYTES = 4 << 20
+"""Number of bytes of a weight matrix that are read before their memory is released."""
 
 
-def panel_shape(weight: Tensor, precision: str, kernel: Kernel) -> tuple[int, ...]:
+def panel_shape(N: int, K: int, precision: str, kernel: Kernel) -> tuple[int, ...]:
     """Return the shape in which kernel.cpp stores a weight matrix (N, K) with P = kernel.panel rows interleaved.
 
     The shape is (N / P, K, P, 1) in float32, (N / P, K / 2, P, 2) in bf16 and int8, and (N / P, K / 32, 18 P) in int4.
     Quotients are rounded up.
     """
-    N, K = weight.shape
     if precision == "int4":
         return -(-N // kernel.panel), -(-K // int4.GROUP), (2 + int4.GROUP // 2) * kernel.panel
     interleave = 1 if precision == "fp32" else 2
     return -(-N // kernel.panel), -(-K // interleave), kernel.panel, interleave
 
 
-def panel_bytes(weights: list[Tensor], precision: str, kernel: Kernel) -> int:
-    """Return the number of bytes that kernel.cpp needs to store all these weight matrices (see `panel_shape`)."""
-    itemsize = DTYPES[precision].itemsize
-    return sum(64 + math.prod(panel_shape(weight, precision, kernel)) * itemsize for weight in weights)
-
-
 class PanelLinear:
-    """A linear layer x Wᵀ + b that kernel.cpp computes. W (N, K) is stored in the order in which the kernel reads it."""
+    """A linear layer x Wᵀ + b that kernel.cpp computes. W (N, K) is stored in the order in which the kernel reads it.
+
+    Args:
+        name: the name of the layer in the model, such as "transformer.h.0.attn.c_attn".
+        weight: W, which is read only if `arrays` are not filled.
+        bias: b, or None.
+        precision: the number format of the packed weights.
+        kernel: the compiled kernel.cpp.
+        arrays: the memory of the packed weights. They are filled already if they come from a file of packed weights.
+        moments: the sum of xᵀx over inputs x of the layer in a calibration text, for int4 with error feedback; or None.
+
+    Raises:
+        FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
+    """
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        name: str,
+        weight: LazyTensor,
+        bias: LazyTensor | None,
         precision: str,
         kernel: Kernel,
-        memory: HugePages,
+        arrays: Arrays,
         moments: Tensor | None = None,
     ) -> None:
         self.kernel = kernel
         self.shape = N, K = weight.shape
-        self.panels = memory.take(panel_shape(weight, precision, kernel), DTYPES[precision])
-        self.scale = row_scales(weight.detach()) if precision == "int8" else None
-        self.bias = None if bias is None else copied(bias)
-        if precision == "int4":
-            rounded = int4.round_weight(weight, moments)
-            self.panels.copy_(rounded.panels(kernel.panel))
-            self.scale = rounded.scale
+        self.panels = arrays.take(f"{name}.panels", panel_shape(N, K, precision, kernel), DTYPES[precision])
+        self.scale = arrays.take(f"{name}.scale", (N,), torch.float32) if precision in ("int8", "int4") else None
+        self.bias = None if bias is None else float_array(f"{name}.bias", bias, precision, arrays)
         self.ctypes_struct = LinearStruct(
             address(self.panels), address(self.scale), address(self.bias), N, K, _TYPE_CODES[precision]
         )
-        if precision != "int4":
-            kernel.pack(weight.detach().float().contiguous(), self.ctypes_struct)
+        if not arrays.are_filled:
+            self._pack(f"{name}.weight", weight.load().detach(), moments)
+
+    def _pack(self, name: str, weight: Tensor, moments: Tensor | None) -> None:
+        """Fill the panels and the scales with the weight matrix `weight`, (N, K), whose name is used in errors.
+
+        A memory-mapped matrix is read in groups of rows, and the memory of each group is released before the next is read.
+        """
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            weight = weight.float()
+        N, K = self.shape
+        n_rows = N
+        if moments is None and weight.stride(0) > weight.stride(
+            1
+        ):  # otherwise, each group of rows is spread over the whole matrix
+            n_rows = -(-PACKED_BYTES // (K * weight.element_size() * self.kernel.panel)) * self.kernel.panel
+        for first in range(0, N, n_rows):
+            rows = weight[first : first + n_rows]
+            if self.panels.dtype == torch.uint8:
+                self._pack_int4(name, rows, first, moments)
+            elif not self.kernel.pack(rows, self.ctypes_struct, first):
+                require_finite(f"a weight of {name}", rows)
+            release_pages(rows)
+
+    def _pack_int4(self, name: str, rows: Tensor, first: int, moments: Tensor | None) -> None:
+        assert self.scale is not None
+        require_finite(f"a weight of {name}", torch.linalg.vector_norm(rows, torch.inf))
+        rounded = int4.round_weight(rows, moments)
+        panels, end = rounded.panels(self.kernel.panel), first + len(rows)
+        self.panels[first // self.kernel.panel :][: len(panels)] = panels
+        self.scale[first:end] = rounded.scale
 
     def __call__(self, x: Tensor, then: Then = "store", onto: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b, with shape (..., N), for x with shape (..., K).
@@ -177,6 +187,21 @@ def copied(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Opened models have transposed weights, which torch's int8 operator refuses.
     """
     return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def float_array(name: str, tensor: LazyTensor, precision: str, arrays: Arrays) -> Tensor:
+    """Return the array called `name`, in float32. Unless the arrays are filled, it becomes a copy of `tensor`.
+
+    Raises FloatingPointError if precision is "int8" or "int4" and a value is NaN or infinite, because such weights have no NaN.
+    """
+    array = arrays.take(name, tensor.shape, torch.float32)
+    if not arrays.are_filled:
+        values = tensor.load().detach()
+        array.copy_(values)
+        release_pages(values)
+        if precision in ("int8", "int4"):
+            require_finite(f"a weight of {name}", array)
+    return array
 
 
 AnyLinear = PanelLinear | PlainLinear

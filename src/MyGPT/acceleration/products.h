@@ -254,27 +254,3 @@ template <class W> int64_t panel_index(const Linear& l, int n, int k) {
 template <class W> void row_of(const Linear& l, int n, float* y) {
     for (int k = 0; k < l.K; k++) y[k] = to_float(((const W*)l.weight)[panel_index<W>(l, n, k)]) * (l.scale ? l.scale[n] : 1);
 }
-
-// Converts a weight to the type in which it is stored; int8 weights are divided by their scale first.
-inline void from_float(float w, float, float& to) { to = w; }
-inline void from_float(float w, float, bf16& to) {
-    uint32_t b = __builtin_bit_cast(uint32_t, w);
-    to.high = w == w ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : 0x7fc0;  // to nearest, ties to even; NaN stays NaN
-}
-inline void from_float(float w, float scale, int8& to) {
-    const float rounded = std::nearbyint(w / scale);
-    to.value = rounded == rounded ? (int8_t)rounded : 0;  // the scale of a row with a NaN is NaN
-}
-
-// Copies weight (N, K) into panels. Panels are rounded up to whole ones and filled with 0.
-template <class W> void pack(const float* weight, const Linear& l, W* panels) {
-    constexpr int T = K_INTERLEAVE<W>;
-#pragma omp parallel for schedule(dynamic)
-    for (int panel = 0; panel < (l.N + P - 1) / P; panel++)
-        for (int k = 0; k < (l.K + T - 1) / T * T; k++)
-            for (int n = panel * P; n < (panel + 1) * P; n++) {
-                W& to = panels[panel_index<W>(l, n, k)];
-                if (n < l.N && k < l.K) from_float(weight[(int64_t)n * l.K + k], l.scale ? l.scale[n] : 1, to);
-                else to = W{};
-            }
-}

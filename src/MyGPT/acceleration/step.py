@@ -1,59 +1,91 @@
 """`accelerate`: a copy of a trained model that generates faster on a CPU and gives the same logits.
 
-The weights are copied once into the order in which the C++ kernel reads them (packed.py). A forward pass with a cache is one
+The weights are copied once into the order in which the C++ kernel reads them (packed.py), or read from a file that contains
+them in this order (packed_file.py). A forward pass with a cache is one
 call of kernel.cpp. Calls without a cache, masks other than left padding, and machines without a C++ compiler use torch, layer
 by layer. B batch size, T new tokens, S all tokens so far, C embedding width, H heads, D = C // H, V vocabulary size.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from MyGPT.acceleration import kernel as c
-from MyGPT.acceleration.packed import AnyLinear, HugePages, PanelLinear, PlainLinear, copied, panel_bytes
+from MyGPT.acceleration.packed import AnyLinear, PanelLinear, PlainLinear, float_array
+from MyGPT.acceleration.packed_file import (
+    describe_source,
+    find_packed,
+    is_unchanged,
+    packed_path,
+    report_unused,
+    write_packed,
+)
+from MyGPT.acceleration.storage import Arrays, HugePages
 from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask, slot_hidden_states
-from MyGPT.config import Precision
+from MyGPT.config import GPTConfig, Precision
+from MyGPT.files import check_output_file, reading
 from MyGPT.loss import TiedHead
 from MyGPT.messages import error_message
-from MyGPT.model import Block, GPTModel
+from MyGPT.model import GPTModel
 from MyGPT.ranks import is_sharded
 from MyGPT.sampling import require_finite
+from MyGPT.weights.checkpoint import Checkpoint
+from MyGPT.weights.formats import open_checkpoint
+from MyGPT.weights.layout import HEAD, WPE, WTE
+from MyGPT.weights.lazy import LazyTensor, LazyTensors
+from MyGPT.weights.pretrained import find_model
 
 
 def accelerate(
-    model: GPTModel, precision: Precision = "fp32", *, build: c.Build | None = None, compiled: bool | None = None
+    model: GPTModel | Checkpoint | str | os.PathLike[str],
+    precision: Precision = "fp32",
+    *,
+    build: c.Build | None = None,
+    compiled: bool | None = None,
 ) -> FastModel:
-    """Return a copy of `model` that generates faster on this CPU. Pass the copy to `generate` instead of `model`.
+    """Return a copy of a model that generates faster on this CPU. Pass the copy to `generate` instead of the model.
 
-    All weights are copied, so later changes of `model` do not affect the result.
+    All weights are copied, so later changes of the model or its files do not affect the result. A model that is given by
+    its name or path is read one matrix at a time, so that its weights are in memory only once. If `mygpt pack` has stored
+    the packed weights beside the model, they are read instead, which is faster.
 
     Args:
-        model: a GPTModel on the CPU in float32, bfloat16 or float16. Merge adapters first.
-        precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", and "int8" a
-            quarter. Both are faster, because less memory is read for each token, but the logits are less exact.
+        model: a GPTModel on the CPU in float32, bfloat16 or float16; or the name or path of a model, as for
+            `GPTModel.from_pretrained`. Merge adapters first.
+        precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", "int8" a
+            quarter, and "int4" a seventh. They are faster, because less memory is read for each token, but the logits are less
+            exact.
             "auto" is "bf16" for a model in bfloat16 and "fp32" for any other.
         build: a compilation of the C++ kernel that is already running or finished (default: start one if needed).
         compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available. The
             first call on a machine takes about 3 seconds longer, because it compiles the kernel.
 
     Raises:
-        ValueError: the model is on a GPU, in float64, or has an unmerged adapter.
-        FloatingPointError: precision is "int8", and a weight is NaN or infinite. Other precisions keep such a weight.
+        ValueError: the model is on a GPU, in float64, or has an unmerged adapter; or its files are damaged.
+        FileNotFoundError: there is no model with this name or path.
+        FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite. Other precisions keep such a weight.
         OSError: compiled=True, and no C++ compiler works.
     """
-    _check_model(model, precision)
-    if precision in ("int8", "int4"):
-        for name, parameter in model.named_parameters():
-            # The norm is the largest absolute value, or NaN. It reads each weight once, without another tensor.
-            require_finite(f"a weight of {name}", torch.linalg.vector_norm(parameter.detach(), torch.inf))
-    if precision == "auto":
-        precision = "bf16" if model.transformer.wte.weight.dtype == torch.bfloat16 else "fp32"
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if isinstance(model, (str, os.PathLike)):
+        with reading(model):
+            return accelerate(open_checkpoint(find_model(model)), precision, build=build, compiled=compiled)
+    if isinstance(model, Checkpoint):
+        config, tensors = model.lazy()
+    else:
+        _check_model(model)
+        config = model.config
+        tensors = {name: LazyTensor.of(parameter.detach()) for name, parameter in model.named_parameters()}
+    precision = resolve_precision(precision, tensors)
     kernel: c.Kernel | None = None
     if compiled is not False:
         try:
@@ -62,12 +94,50 @@ def accelerate(
             if compiled:
                 raise
             print(f"{error_message(error)}; generating with torch's operators, which is slower", file=sys.stderr)
-    return FastModel(model, precision, kernel)
+    if kernel is not None and isinstance(model, Checkpoint):
+        stored = find_packed(model.path, precision, kernel.panel)
+        if stored is not None:
+            try:
+                return FastModel(config, tensors, precision, kernel, Arrays(stored))
+            except ValueError as error:
+                report_unused(packed_path(model.path, precision, kernel.panel), error)
+    return FastModel(config, tensors, precision, kernel)
 
 
-def _check_model(model: GPTModel, precision: str) -> None:
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+def write_packed_model(checkpoint: Checkpoint, precision: Precision, build: c.Build) -> Path:
+    """Pack the weights of a saved model, write them to a file beside it for `accelerate`, and return the file's path.
+
+    Raises:
+        OSError: there is no C++ compiler, or the file cannot be written.
+        FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
+    """
+    config, tensors = checkpoint.lazy()
+    precision = resolve_precision(precision, tensors)
+    kernel = build.wait()
+    path = packed_path(checkpoint.path, precision, kernel.panel)
+    check_output_file(path)
+    source = describe_source(checkpoint.path)
+    packed = FastModel(config, tensors, precision, kernel)
+    if not is_unchanged(source, checkpoint.path):
+        raise ValueError(f"{checkpoint.path} was changed while it was read: pack it again")
+    write_packed(path, packed.arrays.named, precision, kernel.panel, source)
+    return path
+
+
+def resolve_precision(precision: Precision, tensors: LazyTensors) -> Precision:
+    """Return the precision for weights in the dtypes of `tensors`, which the precision "auto" keeps.
+
+    Raises ValueError for weights in float64, or in another dtype that no precision keeps.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"accelerate takes a model in float32, bfloat16 or float16; {name} is {tensor.dtype}")
+    if precision != "auto":
+        return precision
+    return "bf16" if tensors[WTE].dtype == torch.bfloat16 else "fp32"
+
+
+def _check_model(model: GPTModel) -> None:
     if not isinstance(model, GPTModel):
         raise ValueError(f"accelerate takes a GPTModel, got a {type(model).__name__}: merge an adapter first")
     names = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
@@ -84,53 +154,85 @@ def _check_model(model: GPTModel, precision: str) -> None:
             )
 
 
-def _linears(block: Block) -> tuple[nn.Linear, ...]:
-    """Return the four linear layers of a transformer block, in the order of `struct Block` in kernel.cpp."""
-    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+_LINEARS = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+"""The linear layers of a transformer block, in the order of `struct Block` in kernel.cpp."""
 
 
 class _Norm:
-    """A copy of a LayerNorm in float32."""
+    """A LayerNorm in float32."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        self.weight, self.bias, self.eps = copied(norm.weight), copied(norm.bias), norm.eps
-        self.ctypes_struct = c.NormStruct(c.address(self.weight), c.address(self.bias))
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self.ctypes_struct = c.NormStruct(c.address(weight), c.address(bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class FastModel(nn.Module):
-    """The accelerated copy of a GPTModel that `accelerate` returns. It has no trainable parameters and computes no gradients."""
+    """The accelerated copy of a model that `accelerate` returns. It has no trainable parameters and computes no gradients."""
 
-    def __init__(self, model: GPTModel, precision: str, kernel: c.Kernel | None) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        tensors: LazyTensors,
+        precision: str,
+        kernel: c.Kernel | None,
+        arrays: Arrays | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Pack the weights, one after another.
+
+        Args:
+            config: the config of the model.
+            tensors: the weights, under the names of the model's state dict. If the output head is tied, it is left out.
+            precision: the number format of the packed matrices.
+            kernel: the compiled kernel.cpp, or None to use torch's operators.
+            arrays: the packed weights from a file of packed weights. None: pack the `tensors`.
+            moments: the moments of the inputs of each linear layer, for int4 with error feedback (see `int4.round_weight`).
+
+        Raises:
+            ValueError: `arrays` do not fit the model.
+            FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
+        """
         super().__init__()
-        self.config = model.config
+        self.config = config
         self.precision = precision
         self.kernel = kernel
-        head, transformer = model.lm_head, model.transformer
-        layers: Any = transformer.h
-        weights = [linear.weight for linear in (head, *(linear for layer in layers for linear in _linears(layer)))]
-        self._memory = HugePages(panel_bytes(weights, precision, kernel)) if kernel is not None else None
-        self.head = self._pack(head)
+        self.arrays = arrays or Arrays()
+        """All weights, except for the matrices of a model that does not use kernel.cpp."""
+        self._tensors, self._moments = tensors, moments or {}
         # A tied embedding is read from the packed head; None stands for it.
-        self.wte = None if head.weight is transformer.wte.weight else copied(transformer.wte.weight)
-        self.wpe = copied(transformer.wpe.weight)
-        self.norms = [(_Norm(layer.ln_1), _Norm(layer.ln_2)) for layer in layers]
-        self.linears = [[self._pack(linear) for linear in _linears(layer)] for layer in layers]
-        self.ln_f = _Norm(transformer.ln_f)
+        self.head = self._pack("lm_head" if HEAD in tensors else "transformer.wte")
+        self.wte = self._copy(WTE) if HEAD in tensors else None
+        self.wpe = self._copy(WPE)
+        blocks = [f"transformer.h.{layer}" for layer in range(config.n_layers)]
+        self.norms = [(self._norm(f"{block}.ln_1"), self._norm(f"{block}.ln_2")) for block in blocks]
+        self.linears = [[self._pack(f"{block}.{name}") for name in _LINEARS] for block in blocks]
+        self.ln_f = self._norm("transformer.ln_f")
+        del self._tensors, self._moments
         self.ctypes_struct = self._make_struct()
         self.train(False)
 
-    def _pack(self, linear: nn.Linear | TiedHead) -> AnyLinear:
-        """Return a copy of a linear layer with its weight in this model's precision.
+    def _pack(self, name: str) -> AnyLinear:
+        """Return the linear layer called `name` with its weight in this model's precision.
 
-        The copy is a PanelLinear if kernel.cpp is compiled, and otherwise a PlainLinear.
+        It is a PanelLinear if kernel.cpp is compiled, and otherwise a PlainLinear.
         """
-        bias = getattr(linear, "bias", None)
-        if self.kernel is None or self._memory is None:
-            return PlainLinear(linear.weight, bias, self.precision)
-        return PanelLinear(linear.weight, bias, self.precision, self.kernel, self._memory)
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        moments = self._moments.get(name)
+        if self.kernel is not None:
+            return PanelLinear(name, weight, bias, self.precision, self.kernel, self.arrays, moments)
+        if self.precision in ("int8", "int4"):
+            require_finite(f"a weight of {name}.weight", weight.load())
+        return PlainLinear(weight.load(), None if bias is None else self._copy(f"{name}.bias"), self.precision, moments)
+
+    def _copy(self, name: str) -> Tensor:
+        """Return a copy of the weight called `name` in float32."""
+        return float_array(name, self._tensors[name], self.precision, self.arrays)
+
+    def _norm(self, name: str) -> _Norm:
+        return _Norm(self._copy(f"{name}.weight"), self._copy(f"{name}.bias"), self.config.layer_norm_eps)
 
     def _make_struct(self) -> c.ModelStruct | None:
         """Return the `struct Model` of kernel.cpp with the addresses of this model's weights.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from MyGPT.acceleration.kernel import Build
     from MyGPT.model import GPTModel
     from MyGPT.tokenizers import Tokenizer
+    from MyGPT.weights.checkpoint import Checkpoint
 
 
 def start_build(device: str, precision: Precision = "auto") -> Build | None:
@@ -37,14 +38,14 @@ def start_build(device: str, precision: Precision = "auto") -> Build | None:
     return None
 
 
-def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
+def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
     """Prepare an opened model for fast generation, and return the model to generate with.
 
     On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, it is `model` itself,
     converted to this precision.
 
     Args:
-        model: the opened model, on the device that will compute.
+        model: the opened model, on the device that will compute, or the result of `open_lazily`.
         precision: the precision of the weights. "auto" keeps the precision in which they are stored.
         lookup: wrap the result in PromptLookup, which guesses the next tokens from earlier repetitions in the text.
         build: the compilation of the CPU kernel that `start_build` started, or None.
@@ -53,15 +54,15 @@ def make_fast(model: GPTModel, precision: Precision, lookup: bool, build: Build 
 
     from MyGPT.acceleration.lookup import PromptLookup
     from MyGPT.acceleration.step import accelerate
+    from MyGPT.weights.checkpoint import Checkpoint
 
-    weight = model.transformer.wte.weight
-    fast: nn.Module = model
-    if weight.device.type == "cpu":
-        fast = accelerate(model, precision, build=build)
+    kind = "cpu" if isinstance(model, Checkpoint) else model.transformer.wte.weight.device.type
+    if isinstance(model, Checkpoint) or kind == "cpu":
+        fast: nn.Module = accelerate(model, precision, build=build)
     elif precision in ("int8", "int4"):
-        raise ValueError(f"precision {precision} needs the CPU; {weight.device.type} supports fp32 and bf16")
-    elif precision != "auto":
-        fast = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
+    else:
+        fast = model if precision == "auto" else model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
 
 

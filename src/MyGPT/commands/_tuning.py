@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from MyGPT.acceleration.frozen import FrozenDtype, freeze, is_frozen_copy
 from MyGPT.commands._model import report_tokenizer
 from MyGPT.commands.train import draw_losses
 from MyGPT.data.records import Split
 from MyGPT.files import reading
+from MyGPT.finetuning.foreign_adapters import open_adapter
+from MyGPT.finetuning.lora import KeptAdapter, LoraOptions, merge
 from MyGPT.model import GPTModel
 from MyGPT.opening import ModelFiles, adapter_without_model, find_model_files
 from MyGPT.tokenizers import Tokenizer
@@ -38,12 +41,12 @@ def require_epochs(epochs: float) -> None:
 
 
 def open_base(
-    model: str, seed: int, command: str, dtype: torch.dtype = torch.float32, needs_end_token: bool = True
+    model: str, seed: int, command: str, dtype: torch.dtype | None = torch.float32, needs_end_token: bool = True
 ) -> tuple[GPTModel, Tokenizer, ModelFiles]:
     """Seed torch, and open the model that is to be trained further, with its tokenizer and its files.
 
     Raises ValueError if `model` is only an adapter, or if `needs_end_token` is True and its tokenizer has no
-    end-of-text token. `command`, such as "finetune", is for the message.
+    end-of-text token. `command`, such as "finetune", is for the message. The weights get the dtype `dtype`, or keep theirs.
     """
     if adapter_without_model(model) is not None:
         need = f"{command} needs a complete model, such as a run made with --merge"
@@ -60,6 +63,42 @@ def open_base(
         require_end_token(tokenizer, f"mygpt {command}", model)
         gpt.config = gpt.config.ending_with(tokenizer.eot_token)  # the token that ends every example
     return gpt, tokenizer, files
+
+
+def open_frozen_base(
+    model: str, training: TrainConfig, command: str, dtype: FrozenDtype, device: torch.device
+) -> tuple[GPTModel, Tokenizer, ModelFiles]:
+    """Open the model that gets a LoRA adapter, as `open_base` does, with frozen weights that are stored in `dtype`.
+
+    Where bf16 is the dtype of the computation too, on a GPU and in sharded training, the whole model is opened in bf16.
+    """
+    is_sharded = training.parallel == "fsdp"
+    if dtype == "int8" and is_sharded:
+        raise ValueError("--frozen_dtype int8 cannot be used with --parallel fsdp: choose ddp, or --frozen_dtype bf16")
+    if dtype == "bf16" and (device.type != "cpu" or is_sharded):
+        return open_base(model, training.seed, command, torch.bfloat16)
+    opened = open_base(model, training.seed, command, torch.float32 if dtype == "fp32" else None)
+    if dtype != "fp32":
+        freeze(opened[0], dtype)
+    return opened
+
+
+def refuse_rounded_dora(lora: LoraOptions, dtype: FrozenDtype) -> None:
+    """Raise ValueError for DoRA on int8 weights, because DoRA needs the length of each row of the original weights."""
+    if lora.dora and dtype == "int8":
+        raise ValueError("--frozen_dtype int8 cannot be used with --lora.dora: choose --frozen_dtype bf16")
+
+
+def merged_model(gpt: GPTModel, adapter: KeptAdapter, files: ModelFiles, run: Path) -> GPTModel:
+    """Return the model with its trained adapter merged into the original weights, which may be changed in place.
+
+    If `gpt` has rounded weights (see `freeze`), the original weights and the adapter of the run are opened again.
+    """
+    if not is_frozen_copy(gpt):
+        return merge(adapter.peft_model)
+    original = GPTModel.from_pretrained(files.path, dtype=torch.float32)
+    original.config = gpt.config
+    return merge(open_adapter(original, adapter.place(run)))
 
 
 def count_steps(epochs: float, sampler: Any) -> int:

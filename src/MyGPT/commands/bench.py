@@ -130,8 +130,8 @@ def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, g
 def open_mygpt(gpt: Any, kind: str) -> Run:
     """Return a function that generates with the GPTModel `gpt` itself (kind "plain") or with an accelerated copy.
 
-    Kind "eager" is a float32 copy that does not use the C++ kernel. Any other kind, such as "bf16", is the
-    precision of a copy that uses this kernel.
+    For an accelerated copy, `gpt` can also be the path of the model, which needs less memory. Kind "eager" is a float32
+    copy that does not use the C++ kernel. Any other kind, such as "bf16", is the precision of a copy that uses this kernel.
     """
     from MyGPT.acceleration.step import accelerate
     from MyGPT.generation import generate

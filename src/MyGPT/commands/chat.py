@@ -16,9 +16,10 @@ from MyGPT.config import Precision, require_positive
 from MyGPT.data.instructions import encode_prompt, encode_question
 from MyGPT.data.records import Record
 from MyGPT.data.templates import Template, load_template
+from MyGPT.files import reading
 from MyGPT.generation import end_ids, stream_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
-from MyGPT.opening import find_model_files, open_model
+from MyGPT.opening import find_model_files, open_lazily
 from MyGPT.sampling import SamplingConfig
 from MyGPT.serving import Engine
 from MyGPT.tokenizers import ENDOFTEXT, Tokenizer
@@ -201,17 +202,18 @@ def chat(
     check_generation(seed=seed)
     given = load_template(template) if template else None
     build = start_build(device, precision)
-    gpt, tokenizer = open_model(model, device, adapter)
-    report_tokenizer(tokenizer)
-    context = gpt.config.context_length
-    longest = _checked_length(min(200, context // 2) if max_new_tokens is None else max_new_tokens, context)
-    own = given or find_model_files(model, adapter).template()
-    asked_by = own or TRANSCRIPT
-    conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
-    require_known_characters(conversation, tokenizer, model)
-    can_end = bool(end_ids(gpt, tokenizer))
-    fast = make_fast(gpt, precision, lookup, build)
-    del gpt  # on a CPU, `fast` has its own copy of the weights
+    with reading(model):
+        opened, config, tokenizer = open_lazily(model, device, adapter)
+        report_tokenizer(tokenizer)
+        context = config.context_length
+        longest = _checked_length(min(200, context // 2) if max_new_tokens is None else max_new_tokens, context)
+        own = given or find_model_files(model, adapter).template()
+        asked_by = own or TRANSCRIPT
+        conversation = Conversation(asked_by, asked_by.asks == "messages" if memory is None else memory, system)
+        require_known_characters(conversation, tokenizer, model)
+        can_end = bool(end_ids(opened, tokenizer))
+        fast = make_fast(opened, precision, lookup, build)
+    del opened  # on a CPU, `fast` has its own copy of the weights
     if not can_end:
         missing = (
             f"the tokenizer has no {ENDOFTEXT} token, so answers may end only after max_new_tokens={longest} tokens"

@@ -6,9 +6,10 @@ import contextlib
 
 from MyGPT.commands._model import check_generation, make_fast, report_tokenizer, start_build
 from MyGPT.config import Precision, require_positive
+from MyGPT.files import reading
 from MyGPT.generation import stream_text
 from MyGPT.messages import read_standard_input
-from MyGPT.opening import open_model
+from MyGPT.opening import open_lazily
 from MyGPT.sampling import SamplingConfig
 from MyGPT.serving import Engine
 
@@ -54,17 +55,18 @@ def generate(
     if prompt is not None and not text:
         raise ValueError("the prompt is empty; it must have at least one token")
     build = start_build(device, precision)
-    gpt, tokenizer = open_model(model, device, adapter)
-    report_tokenizer(tokenizer)
-    ids = [tokenizer.bos_token or 0] if prompt is None else tokenizer.encode(text)
-    if not ids:
-        raise ValueError("the prompt is empty; it must have at least one token")
-    context = gpt.config.context_length
-    if len(ids) > context and not slide:
-        way_out = f"shorten the prompt, or use --slide to show the model only the last {context} tokens"
-        raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: {way_out}")
-    fast = make_fast(gpt, precision, lookup, build)
-    del gpt  # on a CPU, `fast` has its own copy of the weights
+    with reading(model):
+        opened, config, tokenizer = open_lazily(model, device, adapter)
+        report_tokenizer(tokenizer)
+        ids = [tokenizer.bos_token or 0] if prompt is None else tokenizer.encode(text)
+        if not ids:
+            raise ValueError("the prompt is empty; it must have at least one token")
+        context = config.context_length
+        if len(ids) > context and not slide:
+            way_out = f"shorten the prompt, or use --slide to show the model only the last {context} tokens"
+            raise ValueError(f"the prompt has {len(ids)} tokens, but the model's context is {context}: {way_out}")
+        fast = make_fast(opened, precision, lookup, build)
+    del opened  # on a CPU, `fast` has its own copy of the weights
     seeds = [None if seed is None else seed + i for i in range(n_samples)]
     with contextlib.ExitStack() as stack:
         if n_samples == 1 or lookup:  # lookup guesses the tokens of one text

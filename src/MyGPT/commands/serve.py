@@ -187,20 +187,25 @@ def open_models(
     """Open models and start their engines. Raises MemoryError if the machine has too little memory for the slots."""
     from MyGPT.commands._model import make_fast, report_tokenizer, start_build
     from MyGPT.costs import cache_bytes
+    from MyGPT.files import reading
     from MyGPT.opening import find_model_files, open_model
     from MyGPT.serving.engine import Engine
     from MyGPT.serving.models import ServedModel
+    from MyGPT.weights.formats import open_checkpoint
 
     build = start_build(device, precision)
     # Engines that compute at the same time would take each other's cores.
     lock = threading.Lock() if len(models) > 1 else None
     served = {}
     for name, path in models.items():
-        gpt, tokenizer = open_model(path, device)
-        report_tokenizer(tokenizer)
-        template = find_model_files(path).template()
-        fast: Any = make_fast(gpt, precision, False, build)
-        weight = gpt.transformer.wte.weight
+        with reading(path):
+            gpt, tokenizer = open_model(path, device)
+            report_tokenizer(tokenizer)
+            template = find_model_files(path).template()
+            weight = gpt.transformer.wte.weight
+            on_cpu_alone = weight.device.type == "cpu" and find_model_files(path).adapter is None
+            source = open_checkpoint(find_model_files(path).path) if on_cpu_alone else gpt
+            fast: Any = make_fast(source, precision, False, build)
         itemsize = 4 if weight.device.type == "cpu" else weight.itemsize  # an accelerated model's cache is in float32
         n_bytes = slots * gpt.config.context_length * cache_bytes(gpt.config, itemsize)
         require_memory_for_slots(name, n_bytes, weight.device)

@@ -12,6 +12,7 @@ from MyGPT.data.templates import Template
 from MyGPT.model import GPTModel
 from MyGPT.serving.engine import Engine
 from MyGPT.tokenizers import Tokenizer
+from MyGPT.weights.lazy import release_pages
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ServedModel:
         digest = hashlib.sha256(f"{__version__} {precision} {self.gpt.config}".encode())
         for parameter in self.gpt.parameters():
             digest.update(parameter.detach()[0].float().cpu().numpy().tobytes())
+            release_pages(parameter.detach())  # a row of a transposed matrix touches all pages of the matrix
         return f"fp_{digest.hexdigest()[:12]}"
 
 

@@ -1,22 +1,20 @@
 """Byte-level byte-pair encoding (Sennrich et al., 2016): tokens are frequent byte strings, learned by merging pairs.
 
 GPT-2's pattern first splits text into chunks: words with their leading space, numbers, punctuation, white space. Merges
-never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. This file learns
+never cross the border of a chunk. The 256 single bytes are tokens, so every text can be encoded. learning.py learns
 merges in readable Python; codec.py applies them with fast libraries. gpt2.py reads the merges of GPT-2.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
-from MyGPT.tokenizers.added import MAX_ID, AddedToken, AddedTokenSplitter, special_pattern
+from MyGPT.tokenizers.added import MAX_ID, AddedToken, AddedTokenSplitter
 from MyGPT.tokenizers.base import (
     ENDOFTEXT,
     Tokenizer,
@@ -28,13 +26,11 @@ from MyGPT.tokenizers.base import (
 )
 from MyGPT.tokenizers.codec import BYTE_TO_CHARACTER as BYTE_TO_CHARACTER  # "import X as X" marks X as public.
 from MyGPT.tokenizers.codec import Codec, TokenArray, id_dtype
+from MyGPT.tokenizers.learning import GPT2_PATTERN as GPT2_PATTERN
+from MyGPT.tokenizers.learning import count_chunks, learn_merges
 
-Pair = tuple[int, int]
-"""The ids of two adjacent tokens."""
 Merge = tuple[bytes, bytes]
 """The bytes of two adjacent tokens that a merge joins to one token."""
-
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def check_vocab_size(vocab_size: int, n_special_tokens: int = 1) -> None:
@@ -103,9 +99,8 @@ class BPETokenizer(Tokenizer):
         the tokenizer has fewer than `vocab_size` tokens.
 
         GPT-2's pattern first splits the text into chunks, mainly words. After one pass over the text, time and memory
-        depend on the number of distinct chunks. Natural text of n characters has about n**0.6 distinct chunks, so ten
-        times the text takes about four times as long. A text without spaces is one long chunk, which is slow because
-        each merge rewrites the whole chunk.
+        depend on the number of distinct chunks. Natural text of n characters has about n**0.6 distinct chunks. An
+        iterable of texts is read once and is not stored.
 
         Args:
             text: a text, or an iterable of texts; merges never cross from one text to the next
@@ -288,88 +283,6 @@ def _add_parts(parts: Iterable[str | AddedToken], last: int, pieces: list[str], 
             piece = part
     pieces.append(piece)
     following.append(last)
-
-
-def count_chunks(texts: Iterable[str], special_tokens: Collection[str] = ()) -> Counter[bytes]:
-    """Return how often each chunk (a match of GPT-2's pattern, as UTF-8 bytes) occurs in texts.
-
-    The special tokens are removed from the texts first.
-    """
-    import regex
-
-    pattern = regex.compile(GPT2_PATTERN)
-    special = special_pattern(special_tokens)
-    counts: Counter[str] = Counter()
-    for text in texts:
-        require_text(text)
-        refuse_surrogates(text)
-        for part in special.split(text)[::2]:
-            counts.update(match[0] for match in pattern.finditer(part))
-    return Counter({chunk.encode(): count for chunk, count in counts.items()})
-
-
-def learn_merges(chunk_counts: Mapping[bytes, int], n_merges: int, progress: bool = False) -> list[Pair]:
-    """Learn `n_merges` merges from the number of occurrences of each chunk. Return them in order as pairs of token ids.
-
-    Each merge joins the pair of adjacent tokens that is most frequent at that time. Ids 0 to 255 are the bytes; merge
-    number i, counted from 0, creates id 256 + i. Fewer merges are returned if no pair is left.
-
-    The textbook algorithm counts all pairs again after each merge. This function updates the counts: `chunks_with`
-    gives the chunks that a merge changes, and a heap gives the most frequent pair. After a pair enters the heap, its
-    count can only fall. So a count in the heap can be too high, but never too low; an outdated pair is pushed again
-    with its true count.
-    """
-    from MyGPT.progress import progress_bar
-
-    chunks = [list(chunk) for chunk in chunk_counts]
-    counts = list(chunk_counts.values())
-    pair_counts: dict[Pair, int] = defaultdict(int)
-    chunks_with: dict[Pair, set[int]] = defaultdict(set)
-    for i, (ids, count) in enumerate(zip(chunks, counts, strict=True)):
-        for pair in pairwise(ids):
-            pair_counts[pair] += count
-            chunks_with[pair].add(i)
-    # The smallest entry of the heap has the largest count, then the smallest ids.
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-
-    merges: list[Pair] = []
-    with progress_bar(progress, total=n_merges, desc="learning merges", unit="merge", leave=False) as bar:
-        while heap and len(merges) < n_merges:
-            negative_count, pair = heapq.heappop(heap)
-            if -negative_count != pair_counts[pair]:
-                if pair_counts[pair]:
-                    heapq.heappush(heap, (-pair_counts[pair], pair))
-                continue
-            new_id = 256 + len(merges)
-            merges.append(pair)
-            new_pairs = set()
-            for i in chunks_with.pop(pair):
-                merged = merge(chunks[i], pair, new_id)
-                for old in pairwise(chunks[i]):
-                    pair_counts[old] -= counts[i]
-                for new in pairwise(merged):
-                    pair_counts[new] += counts[i]
-                    if new_id in new:
-                        chunks_with[new].add(i)
-                        new_pairs.add(new)
-                chunks[i] = merged
-            for new in new_pairs:
-                heapq.heappush(heap, (-pair_counts[new], new))
-            bar.update()
-    return merges
-
-
-def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
-    """Replace every occurrence of `pair` in `ids` by `new_id`, from left to right, and return the new list."""
-    first, second = pair
-    merged: list[int] = []
-    for id_ in ids:
-        if id_ == second and merged and merged[-1] == first:
-            merged[-1] = new_id
-        else:
-            merged.append(id_)
-    return merged
 
 
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}

@@ -1,7 +1,8 @@
 """Apply the merges of a byte-level BPE to text: with tiktoken, or with gigatoken for large amounts of text.
 
-tiktoken is the reference. gigatoken is an optional package that encodes about twenty times as fast and gives the same
-ids (tests/tokenizers/test_codec.py). It needs a part of a second to start, so it is used from the first megabytes on.
+tiktoken is the reference. Of a long text, it encodes only the distinct words. gigatoken is an optional package that
+encodes many times as fast and gives the same ids (tests/tokenizers/test_codec.py). It needs a part of a second to start,
+so it is used from the first megabytes on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from importlib import metadata
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,13 @@ the memory of the process has grown by more than this number of bytes since giga
 CACHE_GROWTH = 10
 """Upper bound of the bytes by which the cache grows per byte of text. Random words reach 8.5."""
 
+PIECE_CHARACTERS = 1 << 17
+"""A longer text is encoded with tiktoken in several steps."""
+MAX_WORD_CHARACTERS = 1 << 21
+"""A codec remembers the ids of words with this many characters in total, and then forgets them all."""
+MAX_MEAN_WORD = 32
+"""If the words of a text have more characters than this on average, their ids are not remembered."""
+
 _SEPARATOR = "\U0010ffff"
 """A character that Unicode reserves for internal use. MyGPT puts it between texts that it gives to gigatoken in one call."""
 
@@ -57,10 +65,13 @@ _NEW_BYTES = {
     b"\xf0": re.compile(rb"\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]"),
 }
 
-# GPT2_PATTERN of bpe.py has the same matches. Possessive repeats keep the regex engine from running out of stack.
+# GPT2_PATTERN of learning.py has the same matches. Possessive repeats keep the regex engine from running out of stack.
 _TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Unicode's White_Space, the characters that \s matches in tiktoken. Python's \s also matches \x1c to \x1f.
-_WHITE_SPACE_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+_WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_WHITE_SPACE_RUN = re.compile(f"[{_WHITE_SPACE}]{{1000,}}")
+# A space before a word. A token always starts there, whatever stands before the space.
+_WORD_START = re.compile(f" (?=[^{_WHITE_SPACE}])")
 _TOKEN_END = re.compile(r"\S(?=[ \n])")
 
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -112,21 +123,22 @@ class Codec:
         self._encoding = tiktoken.Encoding(
             "mygpt", pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=dict(self.ranks), special_tokens={}
         )
+        self._ids_of_words: dict[str, tuple[int, ...]] = {}
+        """The ids of words that have been encoded, each with the space before it."""
+        self._n_word_characters = 0
         self._n_characters = 0
         self._gigatoken: _Gigatoken | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_gigatoken": None}  # Another process loads its own.
+        fresh = {"_ids_of_words": {}, "_n_word_characters": 0, "_gigatoken": None}
+        return self.__dict__ | fresh  # Another process has its own.
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Lone surrogates must have been refused before."""
         if len(text) >= MIN_CHARACTERS and self._uses_gigatoken(len(text)):
             ids: list[int] = self.encode_joined([text], [-1]).tolist()
             return ids
-        ids = []
-        for stretch in _cut_long_white_space(text):
-            ids += self._encoding.encode_ordinary(stretch)
-        return ids if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ids]
+        return self._encode_text(text)
 
     def encode_joined(self, texts: Sequence[str], inserted: Sequence[int]) -> Ids:
         """Return the token ids of many texts in one array. The id `inserted[i]` follows text i, or none if it is negative."""
@@ -139,12 +151,63 @@ class Codec:
         """Return the result of `encode_joined`, computed with tiktoken."""
         ids = array("I")
         for text, id_ in zip(texts, inserted, strict=True):
-            for stretch in _cut_long_white_space(text):
-                ranks = self._encoding.encode_ordinary(stretch)
-                ids.extend(ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks])
+            ids.extend(self._encode_text(text))
             if id_ >= 0:
                 ids.append(id_)
         return np.array(ids, np.uint32)
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text, computed with tiktoken.
+
+        A long text is split at the spaces before words, and only words that are seen for the first time are encoded.
+        """
+        if len(text) < MIN_CHARACTERS:
+            return self._call_tiktoken(text)
+        ids: list[int] = []
+        for piece in cut_text(text, PIECE_CHARACTERS):
+            first, *words = _WORD_START.split(piece)
+            if len(words) * MAX_MEAN_WORD < len(piece):
+                ids += self._call_tiktoken(piece)
+            else:
+                ids += self._call_tiktoken(first)
+                ids += chain.from_iterable(map(self._with_ids_of(words).__getitem__, words))
+        return ids
+
+    def _with_ids_of(self, words: Collection[str]) -> Mapping[str, tuple[int, ...]]:
+        """Return a dict with the ids of at least these words. New words are encoded with one call of tiktoken."""
+        ids_of = self._ids_of_words
+        new = list(set(words).difference(ids_of))
+        if self._n_word_characters > MAX_WORD_CHARACTERS:
+            # Other threads may still read the old dict.
+            ids_of, new = {}, list(set(words))
+            self._ids_of_words, self._n_word_characters = ids_of, 0
+        if new:
+            self._n_word_characters += sum(map(len, new))
+            ids = self._call_tiktoken(" " + " ".join(new))
+            ids = [*map(self._same_int.__getitem__, ids)]
+            token_ends = np.cumsum([*map(self._n_bytes.__getitem__, ids)])
+            word_ends = np.cumsum([len(word if word.isascii() else word.encode()) + 1 for word in new])
+            stops = (np.searchsorted(token_ends, word_ends) + 1).tolist()
+            for word, start, stop in zip(new, [0, *stops], stops, strict=False):
+                ids_of[word] = tuple(ids[start:stop])
+        return ids_of
+
+    @cached_property
+    def _same_int(self) -> dict[int, int]:
+        """Maps each id to one int object. Equal ids that share an object need less memory and are copied faster."""
+        return {id_: id_ for id_ in self._vocab.values()}
+
+    @cached_property
+    def _n_bytes(self) -> dict[int, int]:
+        """Maps each id to the number of bytes of its token."""
+        return {id_: len(token) for token, id_ in self._vocab.items()}
+
+    def _call_tiktoken(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ids: list[int] = []
+        for stretch in _cut_long_white_space(text):
+            ids += self._encoding.encode_ordinary(stretch)
+        return ids if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ids]
 
     def _uses_gigatoken(self, n_characters: int) -> _Gigatoken | None:
         """Return gigatoken's encoder if it should encode the next `n_characters`, loading it first if necessary."""
@@ -254,21 +317,31 @@ def _in_calls(texts: Sequence[str], inserted: Sequence[int]) -> Iterator[tuple[l
     following: list[int] = []
     size = 0
     for text, id_ in zip(texts, inserted, strict=True):
-        start = 0
-        while len(text) - start > CALL_CHARACTERS:
-            end = _TOKEN_END.search(text, start + CALL_CHARACTERS - 1)
-            if end is None:
-                break
-            yield [*some, text[start : end.end()]], [*following, -1]
-            some, following, size, start = [], [], 0, end.end()
-        some.append(text[start:])
+        pieces = cut_text(text, CALL_CHARACTERS)
+        piece = next(pieces)
+        for next_piece in pieces:
+            yield [*some, piece], [*following, -1]
+            some, following, size, piece = [], [], 0, next_piece
+        some.append(piece)
         following.append(id_)
-        size += len(text) - start
+        size += len(piece)
         if size >= CALL_CHARACTERS:
             yield some, following
             some, following, size = [], [], 0
     if some:
         yield some, following
+
+
+def cut_text(text: str, n_characters: int) -> Iterator[str]:
+    """Yield a text in pieces of about `n_characters`, cut before white space where a token always ends."""
+    start = 0
+    while len(text) - start > n_characters:
+        end = _TOKEN_END.search(text, start + n_characters - 1)
+        if end is None:
+            break
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
 
 
 def _resident_bytes() -> int | None:

@@ -70,30 +70,42 @@ class Checkpoint:
         emb_dim = config_of(self.tensors, n_heads=1).emb_dim
         return config_of(self.tensors, n_heads=emb_dim // 64 if emb_dim % 64 == 0 else 1)
 
-    def read(self, dtype: torch.dtype | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
-        """Return the config and the state dict, with all weights in `dtype`. Default: the dtypes in the file.
-
-        Weights that need no conversion are views of the memory-mapped file (see `MappedFile`). Other weights are
-        converted one at a time. Raises ValueError if the config is missing or does not fit the tensors. Each note is
-        reported as a FileWarning.
-        """
+    def known_config(self) -> GPTConfig:
+        """Return the config. Raises ValueError if the files do not contain one."""
         if self.config is None:
             raise ValueError(
                 f"{self.path} does not say how many heads the model has: create it with GPTModel(config), then pass what "
                 "torch.load(..., weights_only=True) or safetensors.torch.load_file returns to load_weights_into_gpt"
             )
+        return self.config
+
+    def lazy(self) -> tuple[GPTConfig, dict[str, LazyTensor]]:
+        """Return the config and the lazy tensors of the state dict. If the output head is tied, it is left out.
+
+        Raises ValueError if the config is missing or does not fit the tensors. Each note is reported as a FileWarning.
+        """
+        config = self.known_config()
         try:
-            tensors = fit(self.tensors, self.config)
+            tensors = fit(self.tensors, config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         for note in self.notes:
-            warnings.warn(f"{self.path}: {note}", FileWarning, stacklevel=4)  # the caller of GPTModel.from_pretrained
-        if self.config.tie_weights:
+            warnings.warn(f"{self.path}: {note}", FileWarning, stacklevel=5)  # the caller of GPTModel.from_pretrained
+        if config.tie_weights:
             del tensors[HEAD]
+        return config, tensors
+
+    def read(self, dtype: torch.dtype | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
+        """Return the config and the state dict, with all weights in `dtype`. Default: the dtypes in the file.
+
+        Weights that need no conversion are views of the memory-mapped file (see `MappedFile`). Other weights are
+        converted one at a time. Errors and warnings are those of `lazy`.
+        """
+        config, tensors = self.lazy()
         state_dict = {name: _convert(tensor.load(), dtype) for name, tensor in tensors.items()}
-        if self.config.tie_weights:
+        if config.tie_weights:
             state_dict[HEAD] = state_dict[WTE]
-        return self.config, state_dict
+        return config, state_dict
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

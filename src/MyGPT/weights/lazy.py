@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import mmap
 import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +96,41 @@ class MappedFile:
             return self.read(offset, size)
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {name} cannot be read: {error}") from None
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Release the memory pages of `tensor` that the system can read again from a memory-mapped file (on Linux only).
+
+    The tensor stays usable, because the next access reads the pages again. Pages that were modified, and memory that
+    belongs to no file, are not released.
+    """
+    pagemap = Path("/proc/self/pagemap")
+    if tensor.numel() == 0 or tensor.device.type != "cpu" or not pagemap.exists():
+        return
+    page = mmap.PAGESIZE
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr() // page
+    end = (tensor.data_ptr() + span * tensor.element_size() - 1) // page + 1
+    try:
+        with open(pagemap, "rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = np.frombuffer(file.read(8 * (end - first)), np.uint64)
+    except OSError:  # a system that hides its page tables
+        return
+    # See pagemap.rst of the Linux kernel: bit 63 present in memory, 62 swapped out, 61 page of a file or of shared memory.
+    present, swapped, of_file = (entries >> np.uint64(bit) & np.uint64(1) for bit in (63, 62, 61))
+    must_stay = ((present & ~of_file) | swapped).astype(bool)
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], must_stay, [True]]).astype(np.int8)))
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        # An error means that the pages cannot be released, for example because they are locked in memory.
+        _libc().madvise((first + start) * page, (stop - start) * page, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+    return library
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, LazyTensor]:

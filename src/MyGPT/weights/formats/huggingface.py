@@ -30,7 +30,7 @@ INDEX_SUFFIX = ".index.json"
 """If the weights are in several files, the index that lists them is called `model.safetensors` plus this suffix."""
 MAX_SHARD_BYTES = 5_000_000_000
 """If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
-_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "*.packed")
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
