@@ -63,6 +63,7 @@ def measure(
             for module in base.modules():
                 if hasattr(module, "drop_rate"):
                     module.drop_rate = 0.0
+            del module  # the old output head, which would keep the file of the weights mapped
             freeze(base, FROZEN[program])
             model = add_lora(base, dropout=0.0)
             del base

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import lively_model
 from MyGPT.acceleration.compiler import find_compiler
+from MyGPT.acceleration.kernel import Build
 from MyGPT.cli import main
 from MyGPT.config import GPTConfig
 from MyGPT.tokenizers import CharTokenizer
@@ -19,7 +20,10 @@ TEXT = "the cat sat by the fire and thought about it"
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(tmp_path: Path, capsys: Any) -> Path:
+    if find_compiler() is not None:
+        Build().wait()
+        capsys.readouterr()  # the first test compiles the kernel, which prints a line
     tokenizer = CharTokenizer.from_text(TEXT)
     config = GPTConfig(tokenizer.n_vocab, 32, 24, 3, 2, 0.0)
     lively_model(config).save_pretrained(tmp_path / "model", tokenizer)

@@ -187,8 +187,9 @@ class _ChunkArray:
         """
         first, second = pair
         after = positions + self._n_bytes.item(first)
-        positions = positions[(self._ids.take(positions) == first) & (self._ids.take(after) == second)]
-        return positions, int(self._count_at.take(positions).sum(dtype=np.int64))
+        is_there = (self._ids.take(positions) == first) & (self._ids.take(after) == second)
+        positions = positions.compress(is_there)
+        return positions, int(np.add.reduce(self._count_at.take(positions), dtype=np.int64))
 
     def join(self, pair: Pair, positions: Integers, new_id: int) -> Iterator[RankedPair]:
         """Join a pair at all its positions, in ascending order, and return the new pairs, the most frequent first."""
@@ -212,7 +213,7 @@ class _ChunkArray:
         starts = np.concatenate([positions - self._n_bytes.take(before), positions])
         return (
             (count, (key, new_id) if key < new_id else (new_id, key - new_id), places)
-            for count, key, places in self._ranked(keys[is_pair], starts[is_pair])
+            for count, key, places in self._ranked(keys.compress(is_pair), starts.compress(is_pair))
         )
 
     def _ranked(self, keys: Integers, positions: Integers) -> Iterator[tuple[int, int, Integers]]:
@@ -226,10 +227,12 @@ class _ChunkArray:
         entries.sort()
         keys = entries >> self._position_bits
         positions = entries & ((1 << self._position_bits) - 1)
-        starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [len(keys)]])
+        is_start = np.ones(len(keys) + 1, bool)  # The last entry marks the end.
+        np.not_equal(keys[1:], keys[:-1], out=is_start[1:-1])
+        starts = is_start.nonzero()[0]
         negative_counts = -np.add.reduceat(self._count_at.take(positions), starts[:-1], dtype=np.int64)
         keys = keys.take(starts[:-1])
-        for i in np.argsort(negative_counts, kind="stable"):
+        for i in negative_counts.argsort(kind="stable"):
             yield negative_counts.item(i), keys.item(i), positions[starts[i] : starts[i + 1]]
 
 

@@ -69,7 +69,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, a third more compute."""
     compile: bool = False
-    """Compile the blocks with torch.compile, which starts slowly and then makes steps faster."""
+    """Compile the blocks with torch.compile, which starts slowly and then makes steps faster. Ignored on a CPU."""
     parallel: Parallel | None = None
     """Storage of the weights: ddp keeps a copy on each rank, fsdp divides them among the ranks, none needs a single rank.
     Default: ddp on several ranks, none on one."""

@@ -7,6 +7,7 @@ a resumed run gives bit-identical results. state.py holds the counters, run.py w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from MyGPT import ranks
 from MyGPT.generation import evaluation_mode
 from MyGPT.notebooks import html_table
 from MyGPT.tokenizers import Tokenizer
-from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, uncompiled
+from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, reused_memory, uncompiled
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.console import Console, SilentConsole
 from MyGPT.training.interrupts import SIGPIPE, Stopped, delayed_signals
@@ -148,9 +149,13 @@ class Trainer:
         with ExitStack() as on_error:
             on_error.callback(self.close)
             self._contexts.enter_context(deterministic_algorithms(self.config.deterministic))
+            self._contexts.enter_context(reused_memory(self.device))
             seed_everything(self.config.seed)
             snapshot = self._contexts.enter_context(self.files)
             self.config = self.files.config  # its warmup may have been shortened
+            if self.config.compile and self.device.type == "cpu":
+                self.console.warn("compile: true is ignored on a CPU, where compiled blocks are slower")
+                self.config = dataclasses.replace(self.config, compile=False)
             if (shard_size := self.config.shard_size_on(ranks.world_size())) is not None:
                 # The model itself stays whole, for everything that happens to it between and after the steps.
                 self._whole = self.model, self.objective
