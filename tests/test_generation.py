@@ -167,7 +167,7 @@ def test_row_r_of_a_batch_is_its_prompt_alone_with_seed_plus_r(
         assert {*together[r, len(alone) :].tolist()} <= {options.get("eos_id")}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_row_r_of_an_accelerated_model_is_its_prompt_alone_with_seed_plus_r(precision: Any) -> None:
     fast = accelerate(lively_model(NO_DROPOUT), precision, compiled=False)
     together = generate(fast, PROMPT, 20, temperature=1.0, seed=8, use_cache=precision != "bf16")

@@ -64,10 +64,12 @@ KINDS: dict[str, Callable[[GPTModel], Any]] = {
     "bfloat16": lambda model: model.bfloat16(),
     "lookup": PromptLookup,
     "captured": CapturedModel,
-    **{f"{kind}, kernel": lambda model, kind=kind: accelerate(model, kind) for kind in ("fp32", "bf16", "int8")},
+    **{
+        f"{kind}, kernel": lambda model, kind=kind: accelerate(model, kind) for kind in ("fp32", "bf16", "int8", "int4")
+    },
     **{
         f"{kind}, torch": lambda model, kind=kind: accelerate(model, kind, compiled=False)
-        for kind in ("fp32", "bf16", "int8")
+        for kind in ("fp32", "bf16", "int8", "int4")
     },
 }
 

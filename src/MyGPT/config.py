@@ -46,7 +46,7 @@ Activation = Literal["gelu_new", "gelu"]
 Init = Literal["gpt2", "local"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
 """Number formats of matrix products in training; "auto" selects bf16 (bfloat16) where it is faster than fp32 (float32)."""
-Precision = Literal[TrainingPrecision, "int8"]
+Precision = Literal[TrainingPrecision, "int8", "int4"]
 """Number formats of the weights in generation; "auto" keeps the format in which the weights are stored."""
 _MAX_SIZES = {**dict.fromkeys(("vocab_size", "context_length", "emb_dim", "n_heads"), 2**31 - 1), "n_layers": 10_000}
 """The five required sizes and their largest accepted values. The limits keep a hostile config.json from exhausting memory."""

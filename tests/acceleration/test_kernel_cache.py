@@ -347,7 +347,7 @@ def without_compiler(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("how", ["/bin/false", "PATH"])
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["directory", "odd", "bf16"])
 def test_without_a_compiler_an_opened_model_generates_in_every_precision(
     name: str, precision: Any, how: str, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -365,7 +365,7 @@ def test_without_a_compiler_an_opened_model_generates_in_every_precision(
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["directory", "odd", "bf16"])
 def test_ids_without_a_compiler_are_the_kernels(name: str, precision: Any, saved: dict[str, Path], cache: Path) -> None:
     """torch rounds activations to bf16, so the ids agree as far as two different roundings can: in these texts fully."""
@@ -376,7 +376,7 @@ def test_ids_without_a_compiler_are_the_kernels(name: str, precision: Any, saved
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8", "int4"])
 def test_commands_work_in_every_precision_without_a_compiler(
     command: str, precision: str, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -69,7 +69,7 @@ def test_generated_ids_are_those_without_it(options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_an_accelerated_model_gives_the_same_ids_to_the_last_bit(precision: Any) -> None:
     fast = accelerate(make_model(), precision, compiled=True)
     ids = torch.tensor([[0, 1, 2, 0, 1, 2]])

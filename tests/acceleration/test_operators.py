@@ -88,7 +88,7 @@ def test_training_without_the_private_operator_uses_torchs_own_products(monkeypa
 
 
 @pytest.mark.usefixtures("other_torch")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_an_accelerated_model_works_without_private_operators(precision: Any) -> None:
     sizes = {"vocab_size": 67, "context_length": 16, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0}
     model = lively_model(GPTConfig(**sizes))  # type: ignore[arg-type]

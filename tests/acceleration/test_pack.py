@@ -51,7 +51,7 @@ def is_from_file(fast: FastModel) -> bool:
     return fast.arrays.are_filled
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_stored_weights_give_the_logits_of_the_model_to_the_last_bit(
     precision: Any, tie_weights: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

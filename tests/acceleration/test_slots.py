@@ -78,7 +78,7 @@ def test_a_mix_gives_the_logits_of_each_sequence_alone(wrapper: Any) -> None:
             assert (logits - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_without_a_compiler_a_mix_gives_nearly_the_logits_of_each_sequence_alone(precision: Any) -> None:
     """torch's operators for narrow weights use another arithmetic for few rows, which rounds activations to bf16."""
     model = accelerate(make_model(), precision, compiled=False)
@@ -124,7 +124,7 @@ def test_only_wanted_logits_are_returned_in_the_order_of_the_pieces(tiny_model64
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_no_logits_may_be_wanted(precision: Any, compiled: bool) -> None:
     """The first pieces of a long prompt need none."""
     model = accelerate(make_model(**{**SIZES, "emb_dim": 96}), precision, compiled=compiled)
@@ -155,7 +155,7 @@ def alone(model: FastModel, ids: list[int]) -> Tensor:
 
 @needs_compiler
 @pytest.mark.parametrize("sizes", [SIZES, ODD], ids=["D = 8", "D = 5"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 50), marks=pytest.mark.slow)], ids=["few", "many"])
 def test_every_row_of_a_mix_is_bit_identical_to_its_sequence_alone(
     seeds: range, precision: Any, sizes: dict[str, int]
@@ -167,7 +167,7 @@ def test_every_row_of_a_mix_is_bit_identical_to_its_sequence_alone(
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("n", [7, 32, 90])
 def test_a_prompt_in_pieces_of_any_length_has_bit_identical_logits(n: int, precision: Any) -> None:
     model = accelerate(make_model(**ODD), precision, compiled=True)
@@ -179,7 +179,7 @@ def test_a_prompt_in_pieces_of_any_length_has_bit_identical_logits(n: int, preci
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_left_padded_prompts_have_the_logits_of_slots(precision: Any) -> None:
     """Therefore `generate` and a server continue a prompt with the same tokens."""
     model = accelerate(make_model(**ODD), precision, compiled=True)

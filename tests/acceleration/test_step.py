@@ -161,7 +161,7 @@ def test_sampled_tokens_are_the_plain_models(compiled: bool) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(precision: Any) -> None:
     # Equal to the last bit, because the order of summation does not depend on the number of rows. C = 320 has whole and half
     # blocks of K.
@@ -248,7 +248,7 @@ def panels(weight: Tensor, bias: Tensor | None, precision: Any) -> PanelLinear:
     st.integers(1, 60),
     st.integers(1, 600),
     st.integers(1, 300),
-    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.sampled_from(["fp32", "bf16", "int8", "int4"]),
     st.booleans(),
 )
 def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, has_bias: bool) -> None:
@@ -263,6 +263,9 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, precision: Any, h
     )
     if precision == "int8":  # activations are rounded to multiples of 1/32767 of the block's largest
         half = torch.cat([block.abs().amax(1, keepdim=True).expand_as(block) / 65534 for block in x.split(128, 1)], 1)
+        bound += F.linear(half.double(), used.abs())
+    if precision == "int4":  # activations are rounded to multiples of 1/127 of the group's largest
+        half = torch.cat([group.abs().amax(1, keepdim=True).expand_as(group) / 253.9 for group in x.split(32, 1)], 1)
         bound += F.linear(half.double(), used.abs())
     assert ((linear(x) - exact).abs() <= bound).all()
     onto = torch.randn(M, N)
@@ -313,7 +316,7 @@ def test_gelu_is_torchs(then: Any, approximate: str) -> None:
 
 @ways
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_later_changes_of_the_model_do_not_reach_the_fast_copy(
     precision: Any, tie_weights: bool, compiled: bool
 ) -> None:
@@ -338,7 +341,7 @@ def test_automatic_precision_keeps_the_stored_one(compiled: bool) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 127, 128, 299])
 def test_a_nan_or_infinite_activation_makes_its_row_not_finite(precision: Any, value: float, place: int) -> None:
@@ -351,18 +354,18 @@ def test_a_nan_or_infinite_activation_makes_its_row_not_finite(precision: Any, v
 
 
 @ways
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize(
     "name", ["transformer.wpe.weight", "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"]
 )
 def test_a_nan_weight_gives_nan_logits_or_an_error(name: str, precision: Any, compiled: bool) -> None:
-    """int8 has no NaN, so a damaged model is refused. It used to generate text without a warning."""
+    """int8 and int4 have no NaN, so a damaged model is refused. It used to generate text without a warning."""
     model = make_model(tie_weights=True)
     with torch.no_grad():
         model.get_parameter(name)[2, 3] = torch.nan
     ids = torch.tensor([[0, 1, 2, 3]])
     assert model(ids)[0, 2:].isnan().all()
-    if precision == "int8":
+    if precision in ("int8", "int4"):
         with pytest.raises(FloatingPointError, match=f"a weight of {name} is nan"):
             accelerate(model, precision, compiled=compiled)
         return
@@ -485,8 +488,8 @@ def test_a_cache_that_cannot_be_written_costs_speed_only(
 
 
 def test_what_cannot_be_accelerated_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"precision must be one of auto, fp32, bf16, int8, got 'int4'"):
-        accelerate(make_model(), "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"precision must be one of auto, fp32, bf16, int8, int4, got 'int3'"):
+        accelerate(make_model(), "int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"wte\.weight is torch\.float64 on cpu"):
         accelerate(make_model().double())
     with torch.device("meta"), pytest.raises(ValueError, match=r"is torch\.float32 on meta"):

@@ -48,7 +48,7 @@ def generated(talker: Path, capsys: Any, *options: str) -> str:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_generate_takes_the_weights_in_the_precision_that_is_asked_for(
     talker: Path, precision: Any, capsys: Any
 ) -> None:

@@ -118,7 +118,7 @@ def run_together(engine: Engine, options: list[dict[str, Any]], draw: random.Ran
     return [requests[i] for i in range(len(options))]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_a_request_has_the_same_bits_alone_and_among_others(model: GPTModel, precision: Any) -> None:
     fast = accelerate(model, precision, compiled=True)
     draw = random.Random(1)

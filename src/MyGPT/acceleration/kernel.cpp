@@ -3,10 +3,29 @@
 // The new tokens of several sequences are M rows, C embedding width, H heads, D = C / H, S tokens seen. All threads compute one
 // layer together, and wait for each other after each stage (team.h). products.h describes the packed weights.
 #include "attention.h"
+#include "int4.h"
 #include "packing.h"
 #include "sample.h"
 
 constexpr int OWN_ROWS = 2;  // rows of which every thread computes the LayerNorm itself
+
+// A product or a row with weights of the type that the layer has.
+void linear(const Team& team, const Linear& l, const float* x, int M, float* y, Then then) {
+    switch ((Type)l.type) {
+        case FLOAT: return linear<float>(team, l, x, M, y, then);
+        case BF16: return linear<bf16>(team, l, x, M, y, then);
+        case INT8: return linear<int8>(team, l, x, M, y, then);
+        case INT4: return linear<int4>(team, l, x, M, y, then);
+    }
+}
+void row_of(const Linear& l, int n, float* y) {
+    switch ((Type)l.type) {
+        case FLOAT: return row_of<float>(l, n, y);
+        case BF16: return row_of<bf16>(l, n, y);
+        case INT8: return row_of<int8>(l, n, y);
+        case INT4: return row_of<int4>(l, n, y);
+    }
+}
 
 struct Norm { const float *weight, *bias; };
 struct Block { Norm ln_1, ln_2; Linear c_attn, attn_proj, c_fc, mlp_proj; };
@@ -15,7 +34,7 @@ struct Model {
     const Block* blocks;
     Norm ln_f;
     Linear head;
-    int32_t n_layers, n_heads, weight_bytes, exact_gelu;
+    int32_t n_layers, n_heads, exact_gelu;
     float eps;
 };
 
@@ -47,7 +66,7 @@ struct Sequence { int32_t n, past, first, slot; };
 // The new token of one row: its slot, its index in the cache, and the number of padding tokens before it.
 struct Token { int32_t slot, index, first; };
 
-template <class W> void forward(const Model& model, const Sequence* sequences, int n_sequences, const int64_t* ids, float* cache,
+void forward(const Model& model, const Sequence* sequences, int n_sequences, const int64_t* ids, float* cache,
                                 int slots, int capacity, const int32_t* wanted, int n_wanted, float* logits, float* scratch,
                                 int n_threads) {
     std::vector<Token> tokens;
@@ -84,7 +103,7 @@ template <class W> void forward(const Model& model, const Sequence* sequences, i
         for (int row = team.first(M); row < team.first(M, true); row++) {
             float* to = x + (int64_t)row * C;
             if (model.wte) std::copy_n(model.wte + ids[row] * C, C, to);
-            else row_of<W>(model.head, ids[row], to);
+            else row_of(model.head, ids[row], to);
             const float* position = model.wpe + (int64_t)std::max(0, tokens[row].index - tokens[row].first) * C;
             for (int c = 0; c < C; c++) to[c] += position[c];
         }
@@ -93,7 +112,7 @@ template <class W> void forward(const Model& model, const Sequence* sequences, i
             const Block& block = model.blocks[layer];
             float *keys = cache + (int64_t)layer * 2 * slots * H * head_size, *values = keys + slots * H * head_size;
             const float* y = layer_norm(team, block.ln_1, x, nullptr, M, C, model.eps, h);
-            linear<W>(team, block.c_attn, y, M, wide, STORE);
+            linear(team, block.c_attn, y, M, wide, STORE);
             if (!is_alone) {
                 for (int row = team.first(M); row < team.first(M, true); row++) {
                     for (int head = 0; head < H; head++) copy(row, head, keys, values);
@@ -115,29 +134,28 @@ template <class W> void forward(const Model& model, const Sequence* sequences, i
                        h + (int64_t)row * C + column);
             }
             team.wait();
-            linear<W>(team, block.attn_proj, h, M, x, ADD);
+            linear(team, block.attn_proj, h, M, x, ADD);
             y = layer_norm(team, block.ln_2, x, nullptr, M, C, model.eps, h);
-            linear<W>(team, block.c_fc, y, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
-            linear<W>(team, block.mlp_proj, wide, M, x, ADD);
+            linear(team, block.c_fc, y, M, wide, model.exact_gelu ? EXACT_GELU : GELU);
+            linear(team, block.mlp_proj, wide, M, x, ADD);
         }
         const float* y = layer_norm(team, model.ln_f, x, wanted, n_wanted, C, model.eps, h);
-        linear<W>(team, model.head, y, n_wanted, logits, STORE);
+        linear(team, model.head, y, n_wanted, logits, STORE);
     }
 }
 
 extern "C" int32_t gpt2_panel() { return P; }
 
-// Packs n rows of a matrix, from `row` on. Returns 0 if a weight with an int8 scale is NaN or infinite, and otherwise 1.
-extern "C" int32_t gpt2_pack(const Source* source, const Linear* l, int32_t weight_bytes, int32_t row, int32_t n,
-                             int32_t n_threads) {
-    auto run = weight_bytes == 4 ? pack<float> : weight_bytes == 2 ? pack<bf16> : pack<int8>;
+// Packs n rows of a matrix, from `row` on. Returns 0 if a weight with an int8 scale is NaN or infinite, and otherwise 1. int4.py
+// packs int4.
+extern "C" int32_t gpt2_pack(const Source* source, const Linear* l, int32_t row, int32_t n, int32_t n_threads) {
+    auto run = l->type == FLOAT ? pack<float> : l->type == BF16 ? pack<bf16> : pack<int8>;
     return run(*source, *l, row, n, n_threads);
 }
 
 // Writes the rows of a matrix for n ids to y (n, K).
-extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* ids, int32_t n, float* y) {
-    auto row = weight_bytes == 4 ? row_of<float> : weight_bytes == 2 ? row_of<bf16> : row_of<int8>;
-    for (int i = 0; i < n; i++) row(*l, ids[i], y + (int64_t)i * l->K);
+extern "C" void gpt2_rows(const Linear* l, const int64_t* ids, int32_t n, float* y) {
+    for (int i = 0; i < n; i++) row_of(*l, ids[i], y + (int64_t)i * l->K);
 }
 
 // Writes the logits (n_wanted, V) of the rows with the indices `wanted`. ids (M) are the new tokens of all sequences, one sequence
@@ -145,16 +163,13 @@ extern "C" void gpt2_rows(const Linear* l, int32_t weight_bytes, const int64_t* 
 extern "C" void gpt2_forward(const Model* model, const Sequence* sequences, int32_t n_sequences, const int64_t* ids, float* cache,
                              int32_t slots, int32_t capacity, const int32_t* wanted, int32_t n_wanted, float* logits,
                              float* scratch, int32_t n_threads) {
-    auto run = model->weight_bytes == 4 ? forward<float> : model->weight_bytes == 2 ? forward<bf16> : forward<int8>;
-    run(*model, sequences, n_sequences, ids, cache, slots, capacity, wanted, n_wanted, logits, scratch, n_threads);
+    forward(*model, sequences, n_sequences, ids, cache, slots, capacity, wanted, n_wanted, logits, scratch, n_threads);
 }
 
-extern "C" void gpt2_linear(const Linear* l, int32_t weight_bytes, const float* x, int32_t M, float* y, int32_t then,
-                            int32_t n_threads) {
-    auto run = weight_bytes == 4 ? linear<float> : weight_bytes == 2 ? linear<bf16> : linear<int8>;
+extern "C" void gpt2_linear(const Linear* l, const float* x, int32_t M, float* y, int32_t then, int32_t n_threads) {
     Barrier barrier;
 #pragma omp parallel num_threads(n_threads)
-    run(Team{barrier}, *l, x, M, y, (Then)then);
+    linear(Team{barrier}, *l, x, M, y, (Then)then);
 }
 
 // Chooses the next token of each row of logits (B, V), see sample.h. Returns 0 if a row's largest logit is NaN or infinite.

@@ -28,9 +28,11 @@ _STATE_BYTES = 5056
 
 
 class LinearStruct(Structure):
-    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, int8 scales, bias and sizes of a linear layer."""
+    """The ctypes declaration of `struct Linear` in kernel.cpp: weight, scales, bias, sizes and type of a linear layer."""
 
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32)]
+    _fields_ = [
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("N", c_int32), ("K", c_int32), ("type", c_int32),
+    ]  # fmt: skip
 
 
 class SourceStruct(Structure):
@@ -59,8 +61,8 @@ class ModelStruct(Structure):
 
     _fields_ = [
         ("wte", c_void_p), ("wpe", c_void_p), ("blocks", POINTER(BlockStruct)), ("ln_f", NormStruct),
-        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("weight_bytes", c_int32),
-        ("exact_gelu", c_int32), ("eps", c_float),
+        ("head", LinearStruct), ("n_layers", c_int32), ("n_heads", c_int32), ("exact_gelu", c_int32),
+        ("eps", c_float),
     ]  # fmt: skip
 
 
@@ -95,15 +97,15 @@ class Kernel:
         if self.panel not in PANELS:
             raise OSError(f"the library is not the compiled kernel: its panels have {self.panel} rows")
 
-    def pack(self, rows: Tensor, linear: LinearStruct, weight_bytes: int, first_row: int = 0) -> bool:
+    def pack(self, rows: Tensor, linear: LinearStruct, first_row: int = 0) -> bool:
         """Copy rows of a weight matrix, (n, K), into the memory of `linear`, in the order in which the kernel reads it.
 
-        int8 weights are divided by their scales, which are also computed and written into the memory of `linear`.
+        int8 weights are divided by their scales, which are also computed and written into the memory of `linear`. int4
+        weights are packed by int4.py instead.
 
         Args:
             rows: the rows in float32, bfloat16 or float16. They need not be contiguous.
             linear: the weight matrix (N, K), with the memory of its panels and scales.
-            weight_bytes: the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
             first_row: the index that the first row has in the matrix. It must be a multiple of `panel`.
 
         Returns:
@@ -114,25 +116,19 @@ class Kernel:
         types = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
         source = SourceStruct(address(rows), *rows.stride(), types[rows.dtype])
         n_threads = _n_threads()
-        return bool(
-            self._library.gpt2_pack(byref(source), byref(linear), weight_bytes, first_row, len(rows), n_threads)
-        )
+        return bool(self._library.gpt2_pack(byref(source), byref(linear), first_row, len(rows), n_threads))
 
-    def rows(self, linear: LinearStruct, weight_bytes: int, ids: Tensor, y: Tensor) -> None:
-        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K).
+    def rows(self, linear: LinearStruct, ids: Tensor, y: Tensor) -> None:
+        """Write the rows with the indices `ids` (int64) of the weight matrix (N, K) of `linear` into y, (*ids.shape, K)."""
+        self._library.gpt2_rows(byref(linear), address(ids), ids.numel(), address(y))
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8).
-        """
-        self._library.gpt2_rows(byref(linear), weight_bytes, address(ids), ids.numel(), address(y))
-
-    def linear(self, linear: LinearStruct, weight_bytes: int, x: Tensor, y: Tensor, then: int) -> None:
+    def linear(self, linear: LinearStruct, x: Tensor, y: Tensor, then: int) -> None:
         """Write x Wᵀ + bias, for x (M, K) and the weight matrix W (N, K) of `linear`, into y (M, N).
 
-        weight_bytes is the size of a stored number: 4 (float32), 2 (bf16) or 1 (int8). then=0 stores the result in y, and
-        then=1 adds the result to y. then=2 stores the GELU of the result in the tanh approximation, and then=3 stores the
-        exact GELU of the result.
+        then=0 stores the result in y, and then=1 adds the result to y. then=2 stores the GELU of the result in the tanh
+        approximation, and then=3 stores the exact GELU of the result.
         """
-        self._library.gpt2_linear(byref(linear), weight_bytes, address(x), len(x), address(y), then, _n_threads())
+        self._library.gpt2_linear(byref(linear), address(x), len(x), address(y), then, _n_threads())
 
     def forward(
         self,

@@ -69,11 +69,12 @@ inline ints dot(ints sum, shorts w, int32_t x) {
 }
 #endif
 
+enum Type { FLOAT, BF16, INT8, INT4 };
 struct Linear {
-    const void* weight;  // panels of float, bf16 or int8
-    const float* scale;  // (N) or null: the value of an int8 weight of 1
+    const void* weight;  // panels of float, bf16, int8 or int4
+    const float* scale;  // (N) or null: the value of an int8 weight of 1, and the factor of int4 weights
     const float* bias;   // (N) or null
-    int32_t N, K;
+    int32_t N, K, type;
 };
 enum Then { STORE, ADD, GELU, EXACT_GELU };  // the last step of a product
 
@@ -212,10 +213,12 @@ template <class W> void multiply_panel(const Rows<W>& rows, int n, const W* pane
     }
 }
 
+// Number of weights of type W in a panel, with the zeros that fill it up. int4 has its own number.
+template <class W> int64_t panel_size(int K) { return (int64_t)(K + K_INTERLEAVE<W> - 1) / K_INTERLEAVE<W> * K_INTERLEAVE<W> * P; }
+
 // y (M, N) = x (M, K) weightᵀ + bias, followed by `then`. Each thread computes a range of consecutive panels.
 template <class W> void linear(const Team& team, const Linear& l, const float* x, int M, float* y, Then then) {
     const int n_panels = (l.N + P - 1) / P, n_row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t panel_size = (int64_t)(l.K + K_INTERLEAVE<W> - 1) / K_INTERLEAVE<W> * K_INTERLEAVE<W> * P;
     const int n_units = n_panels * n_row_blocks, last = team.first(n_units, true);
     int unit = team.first(n_units);
     while (unit < last) {
@@ -223,7 +226,7 @@ template <class W> void linear(const Team& team, const Linear& l, const float* x
         const Rows<W> rows(x + (int64_t)row * l.K, n_rows, l.K);
         for (const int end = std::min(last, (unit / n_panels + 1) * n_panels); unit < end; unit++) {
             const int first = unit % n_panels * P, width = std::min(P, l.N - first);
-            const W* panel = (const W*)l.weight + unit % n_panels * panel_size;
+            const W* panel = (const W*)l.weight + unit % n_panels * panel_size<W>(l.K);
             float sums[ROW_BLOCK * P];
             std::fill(sums, sums + n_rows * P, 0.0f);
             multiply_panel(rows, n_rows, panel, l.K, sums);

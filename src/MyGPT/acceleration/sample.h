@@ -47,7 +47,7 @@ inline void twister(TorchState& state, uint32_t* out, int64_t n) {
 // The exponential number that torch makes from two numbers of the twister: 53 bits are a number u from 0 to 1.
 inline float exponential_number(const uint32_t* pair) {
     const uint64_t bits = (uint64_t)pair[0] << 32 | pair[1];
-    return -std::log1p(-(double)(bits & (1ull << 53) - 1) * 0x1p-53);
+    return -std::log1p(-(double)(bits & ((1ull << 53) - 1)) * 0x1p-53);
 }
 
 // The options of SamplingConfig. A value of 0 means that an option is not set.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -61,8 +61,9 @@ def accelerate(
     Args:
         model: a GPTModel on the CPU in float32, bfloat16 or float16; or the name or path of a model, as for
             `GPTModel.from_pretrained`. Merge adapters first.
-        precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", and "int8" a
-            quarter. Both are faster, because less memory is read for each token, but the logits are less exact.
+        precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", "int8" a
+            quarter, and "int4" a seventh. They are faster, because less memory is read for each token, but the logits are less
+            exact.
             "auto" is "bf16" for a model in bfloat16 and "fp32" for any other.
         build: a compilation of the C++ kernel that is already running or finished (default: start one if needed).
         compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available. The
@@ -71,7 +72,7 @@ def accelerate(
     Raises:
         ValueError: the model is on a GPU, in float64, or has an unmerged adapter; or its files are damaged.
         FileNotFoundError: there is no model with this name or path.
-        FloatingPointError: precision is "int8", and a weight is NaN or infinite. Other precisions keep such a weight.
+        FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite. Other precisions keep such a weight.
         OSError: compiled=True, and no C++ compiler works.
     """
     if precision not in get_args(Precision):
@@ -109,7 +110,7 @@ def write_packed_model(checkpoint: Checkpoint, precision: Precision, build: c.Bu
 
     Raises:
         OSError: there is no C++ compiler, or the file cannot be written.
-        FloatingPointError: precision is "int8", and a weight is NaN or infinite.
+        FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
     """
     config, tensors = checkpoint.lazy()
     precision = resolve_precision(precision, tensors)
@@ -179,6 +180,7 @@ class FastModel(nn.Module):
         precision: str,
         kernel: c.Kernel | None,
         arrays: Arrays | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Pack the weights, one after another.
 
@@ -188,10 +190,11 @@ class FastModel(nn.Module):
             precision: the number format of the packed matrices.
             kernel: the compiled kernel.cpp, or None to use torch's operators.
             arrays: the packed weights from a file of packed weights. None: pack the `tensors`.
+            moments: the moments of the inputs of each linear layer, for int4 with error feedback (see `int4.round_weight`).
 
         Raises:
             ValueError: `arrays` do not fit the model.
-            FloatingPointError: precision is "int8", and a weight is NaN or infinite.
+            FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
         """
         super().__init__()
         self.config = config
@@ -199,7 +202,7 @@ class FastModel(nn.Module):
         self.kernel = kernel
         self.arrays = arrays or Arrays()
         """All weights, except for the matrices of a model that does not use kernel.cpp."""
-        self._tensors = tensors
+        self._tensors, self._moments = tensors, moments or {}
         # A tied embedding is read from the packed head; None stands for it.
         self.head = self._pack("lm_head" if HEAD in tensors else "transformer.wte")
         self.wte = self._copy(WTE) if HEAD in tensors else None
@@ -208,7 +211,7 @@ class FastModel(nn.Module):
         self.norms = [(self._norm(f"{block}.ln_1"), self._norm(f"{block}.ln_2")) for block in blocks]
         self.linears = [[self._pack(f"{block}.{name}") for name in _LINEARS] for block in blocks]
         self.ln_f = self._norm("transformer.ln_f")
-        del self._tensors
+        del self._tensors, self._moments
         self.ctypes_struct = self._make_struct()
         self.train(False)
 
@@ -218,11 +221,12 @@ class FastModel(nn.Module):
         It is a PanelLinear if kernel.cpp is compiled, and otherwise a PlainLinear.
         """
         weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        moments = self._moments.get(name)
         if self.kernel is not None:
-            return PanelLinear(name, weight, bias, self.precision, self.kernel, self.arrays)
-        if self.precision == "int8":
+            return PanelLinear(name, weight, bias, self.precision, self.kernel, self.arrays, moments)
+        if self.precision in ("int8", "int4"):
             require_finite(f"a weight of {name}.weight", weight.load())
-        return PlainLinear(weight.load(), None if bias is None else self._copy(f"{name}.bias"), self.precision)
+        return PlainLinear(weight.load(), None if bias is None else self._copy(f"{name}.bias"), self.precision, moments)
 
     def _copy(self, name: str) -> Tensor:
         """Return a copy of the weight called `name` in float32."""
@@ -246,7 +250,7 @@ class FastModel(nn.Module):
             )
         return c.ModelStruct(
             c.address(self.wte), c.address(self.wpe), blocks, self.ln_f.ctypes_struct, self.head.ctypes_struct,
-            self.config.n_layers, self.config.n_heads, self.head.panels.element_size(), self.config.activation == "gelu",
+            self.config.n_layers, self.config.n_heads, self.config.activation == "gelu",
             self.config.layer_norm_eps,
         )  # fmt: skip
 

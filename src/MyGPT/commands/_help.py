@@ -38,7 +38,7 @@ SHARED_HELP = {
     "model": "A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.",
     "adapter": "The directory of a LoRA adapter, or a run of mygpt finetune.",
     "device": "Where to compute: auto, cpu, cuda or mps.",
-    "precision": "Precision of the weights: auto keeps the stored one; bf16 and int8 are faster and less exact.",
+    "precision": "Precision of the weights: auto keeps the stored one; bf16, int8 and int4 are each faster and less exact.",
     "lookup": "Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.",
     "seed": "Seed that makes the generated text repeatable.",
     "tokenizer_size": "Number of tokens that bpe learns.",

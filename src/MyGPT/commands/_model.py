@@ -30,8 +30,8 @@ def start_build(device: str, precision: Precision = "auto") -> Build | None:
     from MyGPT.devices import pick_device
 
     kind = pick_device(device).type
-    if precision == "int8" and kind != "cpu":
-        raise ValueError(f"precision int8 needs the CPU; {kind} supports fp32 and bf16")
+    if precision in ("int8", "int4") and kind != "cpu":
+        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
     if kind == "cpu":
         with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
@@ -59,8 +59,8 @@ def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, 
     kind = "cpu" if isinstance(model, Checkpoint) else model.transformer.wte.weight.device.type
     if isinstance(model, Checkpoint) or kind == "cpu":
         fast: nn.Module = accelerate(model, precision, build=build)
-    elif precision == "int8":
-        raise ValueError(f"precision int8 needs the CPU; {kind} supports fp32 and bf16")
+    elif precision in ("int8", "int4"):
+        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
     else:
         fast = model if precision == "auto" else model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast

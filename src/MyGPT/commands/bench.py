@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 Run = Callable[["Tensor", int], object]
 """A function run(ids, n) that continues each prompt in `ids`, a tensor (B, T), by n tokens with greedy decoding."""
-MYGPT = {"GPTModel": "plain", "fp32, no compiler": "eager", "fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+MYGPT = {
+    "GPTModel": "plain",
+    "fp32, no compiler": "eager",
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "int8": "int8",
+    "int4": "int4",
+}
 """For each label in the printed table: the argument `kind` of `open_mygpt`."""
 MAX_THREADS = 1024
 """The largest number of CPU threads. torch crashes if the system cannot start as many as it is asked for."""
@@ -113,7 +120,7 @@ def print_table(times: dict[str, list[tuple[float, float]]], bandwidth: float, g
     print(f"{'':<24} {'1 sequence, tokens/s':>26} {'of the limit':>14} {'8 sequences, tokens/s':>24}")
     for name, pairs in times.items():
         one, eight = [1 / first for first, _ in pairs], [8 / second for _, second in pairs]
-        limit = bandwidth / (n_read * {"int8": 1, "bf16": 2}.get(name, 4))
+        limit = bandwidth / (n_read * {"int4": 18 / 32, "int8": 1, "bf16": 2}.get(name, 4))
         print(
             f"{name:<24} {statistics.median(one):10.1f} ({min(one):.1f} to {max(one):.1f}) "
             f"{statistics.median(one) / limit:12.0%} {statistics.median(eight):10.1f} ({min(eight):.0f} to {max(eight):.0f})"

@@ -16,8 +16,8 @@ def pack(model: str, precision: Precision = "auto") -> None:
         mygpt pack --model runs/book
 
     Args:
-        precision: Precision of the stored weights: fp32, bf16, or int8 with a quarter of the bytes of fp32. auto keeps the
-            precision of the model's files.
+        precision: Precision of the stored weights: fp32, bf16, int8 with a quarter of the bytes of fp32, or int4 with a seventh.
+            auto keeps the precision of the model's files.
     """
     from MyGPT.acceleration.kernel import Build
     from MyGPT.acceleration.step import write_packed_model
