@@ -313,10 +313,11 @@ class GPTModel(nn.Module):
         return self
 
     def _copy_trained_weights(self) -> None:
-        """Make all trained weights contiguous."""
+        """Copy all trained weights of an opened model to contiguous memory, so that they do not need its file any more."""
         # torch's fused AdamW gives wrong results when a parameter and its optimizer state have different strides.
-        for parameter in self.parameters():
-            if parameter.requires_grad and not parameter.is_contiguous():
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not all(parameter.is_contiguous() for parameter in trained):
+            for parameter in trained:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:

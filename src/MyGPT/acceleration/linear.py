@@ -59,6 +59,19 @@ class OneDNNLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + bias (N, M) for float32 matrices x (N, K) and `weight` (M, K), from the faster library on this CPU.
+
+    Autograd does not record the product. The result is in `out` if it is given, and bias must then be None.
+    """
+    if onednn_is_faster() and uses_onednn(x, weight):
+        y = onednn_linear(x, weight, bias)
+        return y if out is None else out.copy_(y)
+    if bias is not None:
+        return torch.addmm(bias, x, weight.T)
+    return torch.mm(x, weight.T) if out is None else torch.mm(x, weight.T, out=out)
+
+
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return True for a product that oneDNN can compute in float32 and that is large enough to be worth its setup."""
     return (

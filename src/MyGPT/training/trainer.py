@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from MyGPT import ranks
+from MyGPT.acceleration.training import Buffers, fused_blocks
 from MyGPT.generation import evaluation_mode
 from MyGPT.notebooks import html_table
 from MyGPT.tokenizers import Tokenizer
@@ -127,6 +128,7 @@ class Trainer:
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
         )
         self._contexts, self._is_ready = ExitStack(), False
+        self._buffers = Buffers()
         self._whole: tuple[Any, Objective] | None = None
         self._sample_errors: set[type[Exception]] = set()
 
@@ -371,5 +373,7 @@ class Trainer:
             self.samples.model, self._whole = self.model, None
 
     def _token_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor | int]:
-        with forward_pass(self.config, self.device, self.autocast_dtype):
+        is_recomputed = self.config.gradient_checkpointing  # outside of the context of fused_blocks
+        blocks = nullcontext() if is_recomputed else fused_blocks(self.model, self._buffers)
+        with forward_pass(self.config, self.device, self.autocast_dtype), blocks:
             return self.objective(*batch)
