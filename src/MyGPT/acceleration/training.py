@@ -167,7 +167,7 @@ class _FusedBlock(torch.autograd.Function):
     """A transformer block. The names of its intermediate results follow model.py."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Any, buffers: Buffers, block: Block, x: Tensor, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernels: Any, buffers: Buffers, block: Block, x: Tensor, *weights: Any) -> Tensor:
         norm_1, norm_1_bias, w_qkv, b_qkv, w_proj, b_proj, norm_2, norm_2_bias, w_fc, b_fc, w_out, b_out = weights
         attn, mlp = block.attn, block.mlp
         (B, T, C), threads = x.shape, torch.get_num_threads()
