@@ -38,6 +38,7 @@ PROGRAMS = {
     "MyGPT fp32": "fp32",
     "MyGPT bf16": "bf16",
     "MyGPT int8": "int8",
+    "MyGPT int4": "int4",
     "transformers fp32": "fp32",
     "transformers bf16": "bf16",
     "CTranslate2 fp32": "fp32",
@@ -45,6 +46,7 @@ PROGRAMS = {
     "llama.cpp f32": "fp32",
     "llama.cpp bf16": "bf16",
     "llama.cpp q8_0": "int8",
+    "llama.cpp q4_0": "int4",
     "OpenVINO fp32": "fp32",
     "OpenVINO fp16": "bf16",
     "OpenVINO int8": "int8",
@@ -59,6 +61,8 @@ TARGETS = (
     ("MyGPT bf16", "llama.cpp bf16", "one sequence", 1.0),
     ("MyGPT int8", "llama.cpp q8_0", "one sequence", None),
     ("MyGPT int8", "OpenVINO int8", "one sequence", 1.2),
+    ("MyGPT int4", "MyGPT int8", "one sequence", 1.35),
+    ("MyGPT int4", "llama.cpp q4_0", "one sequence", 1.3),
     ("MyGPT eager", "transformers fp32", "one sequence", 1.5),
     ("MyGPT fp32", "CTranslate2 fp32", "eight sequences", 2.0),
     ("MyGPT fp32", "OpenVINO fp32", "eight sequences", 1.0),
@@ -168,6 +172,18 @@ def write_gguf(model: GPTModel, path: Path, kind: str, tokenizer: Path | None = 
     writer.close()
 
 
+def quantize_gguf(source: Path, path: Path, kind: str) -> None:
+    """Quantize a GGUF file in float32 with llama.cpp's own code to q4_0, q4_K_S or q4_K_M. It keeps the head in six bits."""
+    import ctypes
+
+    import llama_cpp as llama
+
+    options = llama.llama_model_quantize_default_params()
+    options.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    if llama.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
+
+
 def open_llama_cpp(directory: Path, kind: str) -> Run:
     import ctypes
 
@@ -175,11 +191,14 @@ def open_llama_cpp(directory: Path, kind: str) -> Run:
     import numpy as np
 
     path = directory / f"llama-{kind}.gguf"
-    if not path.exists():
-        write_gguf(GPTModel.from_pretrained(directory / "model"), path, kind)
+    written = path.with_name("llama-f32.gguf") if kind.startswith("q4") else path
+    if not written.exists():
+        write_gguf(GPTModel.from_pretrained(directory / "model"), written, "f32" if written != path else kind)
     quiet = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
+    if not path.exists():
+        quantize_gguf(written, path, kind)
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     options = llama.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 8 * LONG, LONG, LONG, 8

@@ -261,7 +261,7 @@ for track in TRACKS:
 # Generation
 
 
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 18 / 32}
 """Bytes per weight."""
 LIMITS = {"MyGPT fp32": 0.85, "MyGPT bf16": 0.9, "MyGPT int8": 0.85}
 """The share of the bandwidth limit that we want."""
