@@ -1,4 +1,4 @@
-"""Measure the loss of a trained model on a text with weights in float32, bf16 and int8.
+"""Measure the loss of a trained model on a text with weights in float32, bf16, int8 and int4.
 
 Usage: python benchmarks/quality.py [--model runs/demo] [--text alice] [--from 0.9] [--directory DIR] [--out DIR]
 
@@ -41,7 +41,7 @@ def main() -> None:
     windows = torch.tensor(ids[: (len(ids) - 1) // T * T + 1])
     inputs, targets = windows[:-1].view(-1, T), windows[1:].view(-1, T)
     exact = None
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in ("fp32", "bf16", "int8", "int4"):
         fast = accelerate(model, precision)  # type: ignore[arg-type]
         total, n, n_same = 0.0, 0, 0
         best = []

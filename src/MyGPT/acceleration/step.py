@@ -155,6 +155,8 @@ def _check_model(model: GPTModel) -> None:
             )
 
 
+HEAD_PRECISIONS = {"int4": "int8"}
+"""The precision of the output head, if it differs from that of the model. The head's error reaches the logits directly."""
 _LINEARS = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
 """The linear layers of a transformer block, in the order of `struct Block` in kernel.cpp."""
 
@@ -204,7 +206,7 @@ class FastModel(nn.Module):
         """All weights, except for the matrices of a model that does not use kernel.cpp."""
         self._tensors, self._moments = tensors, moments or {}
         # A tied embedding is read from the packed head; None stands for it.
-        self.head = self._pack("lm_head" if HEAD in tensors else "transformer.wte")
+        self.head = self._pack("lm_head" if HEAD in tensors else "transformer.wte", HEAD_PRECISIONS.get(precision))
         self.wte = self._copy(WTE) if HEAD in tensors else None
         self.wpe = self._copy(WPE)
         blocks = [f"transformer.h.{layer}" for layer in range(config.n_layers)]
@@ -215,18 +217,19 @@ class FastModel(nn.Module):
         self.ctypes_struct = self._make_struct()
         self.train(False)
 
-    def _pack(self, name: str) -> AnyLinear:
-        """Return the linear layer called `name` with its weight in this model's precision.
+    def _pack(self, name: str, precision: str | None = None) -> AnyLinear:
+        """Return the linear layer called `name` with its weight in `precision` (default: this model's precision).
 
         It is a PanelLinear if kernel.cpp is compiled, and otherwise a PlainLinear.
         """
         weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
         moments = self._moments.get(name)
+        precision = precision or self.precision
         if self.kernel is not None:
-            return PanelLinear(name, weight, bias, self.precision, self.kernel, self.arrays, moments)
-        if self.precision in ("int8", "int4"):
+            return PanelLinear(name, weight, bias, precision, self.kernel, self.arrays, moments)
+        if precision in ("int8", "int4"):
             require_finite(f"a weight of {name}.weight", weight.load())
-        return PlainLinear(weight.load(), None if bias is None else self._copy(f"{name}.bias"), self.precision, moments)
+        return PlainLinear(weight.load(), None if bias is None else self._copy(f"{name}.bias"), precision, moments)
 
     def _copy(self, name: str) -> Tensor:
         """Return a copy of the weight called `name` in float32."""
