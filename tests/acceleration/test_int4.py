@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import lively_model
 from MyGPT.acceleration import kernel
 from MyGPT.acceleration.compiler import FLAGS, LIBRARIES, find_compiler
-from MyGPT.acceleration.int4 import GROUP, Int4Weight, round_weight
+from MyGPT.acceleration.int4 import GROUP, Int4Weight, input_moments, round_weight
 from MyGPT.acceleration.kernel import Build
 from MyGPT.acceleration.packed import PanelLinear, PlainLinear
+from MyGPT.acceleration.step import accelerate
 from MyGPT.acceleration.storage import Arrays
+from MyGPT.config import GPTConfig
 from MyGPT.weights.lazy import LazyTensor
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -155,3 +158,34 @@ def test_inputs_that_are_always_zero_do_not_break_error_feedback() -> None:
     x[:, 3] = 0
     corrected = round_weight(torch.randn(6, 40), x.T @ x).values()  # fewer inputs than columns, and a column of zeros
     assert corrected.isfinite().all()
+
+
+def test_the_moments_are_those_of_the_inputs_of_each_layer() -> None:
+    """They are compared with the inputs that the layers of a model without caches and hooks receive."""
+    model = lively_model(GPTConfig(50, 16, 24, 3, 2, 0.1)).train()
+    ids = torch.randint(50, (3, 7))
+    moments = input_moments(model, ids)
+    assert model.training and len(moments) == 8
+    with torch.no_grad():
+        model.eval()
+        x = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(7))
+        expected = model.transformer.h[0].ln_1(x).flatten(0, 1)
+    torch.testing.assert_close(moments["transformer.h.0.attn.c_attn"], expected.T @ expected, rtol=1e-5, atol=1e-4)
+    assert moments["transformer.h.1.mlp.c_proj"].shape == (96, 96)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_calibration_brings_the_logits_nearer_to_those_of_the_model(compiled: bool, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = lively_model(GPTConfig(50, 32, 96, 3, 2, 0.0))
+    model.save_pretrained(tmp_path)
+    # Arithmetic sequences, so that the inputs of the layers are correlated, as they are in real texts.
+    texts = (torch.arange(24)[:, None] + 7 * torch.arange(32)) % 50
+    plain, corrected = (accelerate(model, "int4", compiled=compiled, calibration=it)(texts) for it in (None, texts))
+    exact = model(texts)
+    assert (corrected - exact).norm() < 0.9 * (plain - exact).norm()
+    # The weights of an opened model have another layout, so its moments and with them some codes differ by rounding.
+    opened = accelerate(tmp_path, "int4", compiled=compiled, calibration=texts)(texts)
+    assert (opened - exact).norm() < 0.9 * (plain - exact).norm()
+    with pytest.raises(ValueError, match="calibration is for the precision int4, got 'int8': leave it out"):
+        accelerate(model, "int8", compiled=compiled, calibration=texts)

@@ -282,7 +282,7 @@ def test_all_options_are_checked_before_data_are_read_or_a_model_is_opened(
         raise AssertionError("data are read, or a model is opened, before all options are checked")
 
     for place in ("MyGPT.model.GPTModel.from_pretrained", "MyGPT.opening.open_model", "MyGPT.commands.plot.open_model",
-                  "MyGPT.commands.generate.open_model", "MyGPT.data.sources.read_pieces",
+                  "MyGPT.commands.generate.open_lazily", "MyGPT.commands.chat.open_lazily", "MyGPT.data.sources.read_pieces",
                   "MyGPT.weights.pretrained.download_gpt2", "MyGPT.finetuning.examples.read_records"):  # fmt: skip
         monkeypatch.setattr(place, too_early)
     assert word in error_of(arguments.format(model=model).split(), capsys)

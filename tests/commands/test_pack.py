@@ -95,3 +95,33 @@ def test_an_adapter_is_refused(directory: Path, capsys: Any) -> None:
         f"mygpt pack: {adapter} is a LoRA adapter, and mygpt pack needs a complete model: "
         "train it with --merge to get a complete model\n"
     )
+
+
+@needs_compiler
+def test_int4_weights_are_calibrated_with_a_text(directory: Path, capsys: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 9)
+    written = []
+    for options in ([], ["--calibrate", str(text)]):
+        assert main(["pack", "--model", str(directory), "--precision", "int4", *options]) == 0
+        written.append(Path(capsys.readouterr().out.strip()).read_bytes())
+    assert written[0] != written[1] and len(written[0]) == len(written[1])
+    out, err = generated(directory, capsys, "--precision", "int4")
+    assert out and not err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--precision", "int8", "--calibrate", "alice"], "--calibrate is for --precision int4, got int8: leave out"),
+        (["--precision", "int4", "--calibrate", "empty.txt"], "empty.txt contains no tokens: give a text"),
+        (["--precision", "int4", "--calibrate", "none.txt"], "none.txt"),
+    ],
+)
+def test_a_calibration_that_is_impossible_is_one_line(
+    options: list[str], words: str, directory: Path, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("")
+    assert main(["pack", "--model", str(directory), *options]) == 2
+    assert words in capsys.readouterr().err

@@ -8,11 +8,14 @@ G = K / 32 groups, rounded up.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from MyGPT.generation import evaluation_mode
 
 GROUP = 32
 """Number of inputs that share a step and an offset."""
@@ -82,6 +85,30 @@ def round_weight(weight: Tensor, moments: Tensor | None = None) -> Int4Weight:
         parts.append((_codes(groups / scale[:, None, None], steps, offsets), steps, offsets, scale))
     codes, steps, offsets, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Int4Weight(codes.byte(), steps.char(), offsets.char(), scale, weight.shape[1])
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Return the sum of xᵀx, (K, K), over the inputs x of each linear layer in the blocks of a GPTModel, by the layer's name.
+
+    ids is a text of the kind that the model will see, (B, T) int64. A few thousand tokens are enough.
+    """
+    moments: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        moments[name] = moments.get(name, 0) + x.T @ x
+
+    blocks = [
+        (name, module) for name, module in model.named_modules() if ".h." in name and isinstance(module, nn.Linear)
+    ]
+    with ExitStack() as hooks, evaluation_mode(model):
+        for name, module in blocks:
+            hook = module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
+            hooks.callback(hook.remove)
+        for rows in ids.split(1):  # one sequence at a time needs little memory
+            model(rows, last_only=True)
+    return moments
 
 
 def _in_groups(weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from MyGPT.acceleration import int4
 from MyGPT.acceleration import kernel as c
 from MyGPT.acceleration.packed import AnyLinear, PanelLinear, PlainLinear, float_array
 from MyGPT.acceleration.packed_file import (
@@ -51,6 +52,7 @@ def accelerate(
     *,
     build: c.Build | None = None,
     compiled: bool | None = None,
+    calibration: Tensor | None = None,
 ) -> FastModel:
     """Return a copy of a model that generates faster on this CPU. Pass the copy to `generate` instead of the model.
 
@@ -68,18 +70,24 @@ def accelerate(
         build: a compilation of the C++ kernel that is already running or finished (default: start one if needed).
         compiled: True requires the C++ kernel, and False avoids it. None uses the kernel if a C++ compiler is available. The
             first call on a machine takes about 3 seconds longer, because it compiles the kernel.
+        calibration: for "int4", token ids (B, T) of a text of the kind that the model will see. The weights are then rounded
+            so that the outputs of the layers on this text change least (GPTQ), which takes longer. 4,096 tokens are enough.
 
     Raises:
-        ValueError: the model is on a GPU, in float64, or has an unmerged adapter; or its files are damaged.
+        ValueError: the model is on a GPU, in float64, or has an unmerged adapter; its files are damaged; or `calibration` is
+            given with another precision than "int4".
         FileNotFoundError: there is no model with this name or path.
         FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite. Other precisions keep such a weight.
         OSError: compiled=True, and no C++ compiler works.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if calibration is not None and precision != "int4":
+        raise ValueError(f"calibration is for the precision int4, got {precision!r}: leave it out")
     if isinstance(model, (str, os.PathLike)):
         with reading(model):
-            return accelerate(open_checkpoint(find_model(model)), precision, build=build, compiled=compiled)
+            checkpoint = open_checkpoint(find_model(model))
+            return accelerate(checkpoint, precision, build=build, compiled=compiled, calibration=calibration)
     if isinstance(model, Checkpoint):
         config, tensors = model.lazy()
     else:
@@ -95,6 +103,8 @@ def accelerate(
             if compiled:
                 raise
             print(f"{error_message(error)}; generating with torch's operators, which is slower", file=sys.stderr)
+    if calibration is not None:
+        return FastModel(config, tensors, precision, kernel, moments=_moments(model, calibration))
     if kernel is not None and isinstance(model, Checkpoint):
         stored = find_packed(model.path, precision, kernel.panel)
         if stored is not None:
@@ -105,8 +115,18 @@ def accelerate(
     return FastModel(config, tensors, precision, kernel)
 
 
-def write_packed_model(checkpoint: Checkpoint, precision: Precision, build: c.Build) -> Path:
+def _moments(model: GPTModel | Checkpoint, calibration: Tensor) -> dict[str, Tensor]:
+    if isinstance(model, Checkpoint):
+        model = GPTModel.from_pretrained(model.path)
+    return int4.input_moments(model, calibration)
+
+
+def write_packed_model(
+    checkpoint: Checkpoint, precision: Precision, build: c.Build, calibration: Tensor | None = None
+) -> Path:
     """Pack the weights of a saved model, write them to a file beside it for `accelerate`, and return the file's path.
+
+    For `calibration`, see `accelerate`.
 
     Raises:
         OSError: there is no C++ compiler, or the file cannot be written.
@@ -118,7 +138,8 @@ def write_packed_model(checkpoint: Checkpoint, precision: Precision, build: c.Bu
     path = packed_path(checkpoint.path, precision, kernel.panel)
     check_output_file(path)
     source = describe_source(checkpoint.path)
-    packed = FastModel(config, tensors, precision, kernel)
+    moments = None if calibration is None else _moments(checkpoint, calibration)
+    packed = FastModel(config, tensors, precision, kernel, moments=moments)
     if not is_unchanged(source, checkpoint.path):
         raise ValueError(f"{checkpoint.path} was changed while it was read: pack it again")
     write_packed(path, packed.arrays.named, precision, kernel.panel, source)
