@@ -64,7 +64,7 @@ def accelerate(
         model: a GPTModel on the CPU in float32, bfloat16 or float16; or the name or path of a model, as for
             `GPTModel.from_pretrained`. Merge adapters first.
         precision: "fp32" reproduces the model's logits up to rounding. "bf16" needs half the memory of "fp32", "int8" a
-            quarter, and "int4" a seventh. They are faster, because less memory is read for each token, but the logits are less
+            quarter, and "int4" a sixth. They are faster, because less memory is read for each token, but the logits are less
             exact.
             "auto" is "bf16" for a model in bfloat16 and "fp32" for any other.
         build: a compilation of the C++ kernel that is already running or finished (default: start one if needed).

@@ -26,7 +26,7 @@ def pack(model: str, precision: Precision = "auto", calibrate: str | None = None
         mygpt pack --model runs/book --precision int4 --calibrate book.txt
 
     Args:
-        precision: Precision of the stored weights: fp32, bf16, int8 with a quarter of the bytes of fp32, or int4 with a seventh.
+        precision: Precision of the stored weights: fp32, bf16, int8 with a quarter of the bytes of fp32, or int4 with a sixth.
             auto keeps the precision of the model's files.
         calibrate: Text file of the kind that the model will see, or alice. With int4, the weights are rounded so that the
             outputs on its first 4,096 tokens change least.
