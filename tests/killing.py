@@ -158,10 +158,10 @@ def _work(arguments: list[str], kill: Kill | None, prepare: Callable[[], None] |
 
 def _arm(kill: Kill) -> None:
     if kill.after_merge:
-        from MyGPT.commands import finetune
+        from MyGPT.commands import _tuning
 
-        merge, kill = finetune.merge, replace(kill, after_merge=False)
-        finetune.merge = lambda model: (_arm(kill), merge(model))[1]
+        merge, kill = _tuning.merge, replace(kill, after_merge=False)
+        _tuning.merge = lambda model: (_arm(kill), merge(model))[1]
         return
     if kill.moment == "time":
         threading.Thread(target=lambda: (time.sleep(kill.n / 1000), _die()), daemon=True).start()

@@ -85,7 +85,7 @@ def test_chat_takes_them_too(talker: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_an_unknown_precision_is_refused(talker: Path, capsys: Any) -> None:
-    assert main(["generate", "--model", str(talker), "--prompt", "a", "--precision", "int4"]) == 2
+    assert main(["generate", "--model", str(talker), "--prompt", "a", "--precision", "int3"]) == 2
     assert "precision" in capsys.readouterr().err
 
 
