@@ -54,7 +54,7 @@ PROGRAMS = {
 PACKAGES = ("transformers", "ctranslate2", "llama-cpp-python", "openvino-genai")
 PROMPT, LONG = 16, 1024
 MEASURES = {"decode 1": "one sequence", "decode 8": "eight sequences", "prefill 1": f"prompt of {LONG:,} tokens"}
-"""What each question to a program measures."""
+"""The measure in the results for each question that a program is asked."""
 TARGETS = (
     ("MyGPT fp32", "llama.cpp f32", "one sequence", 1.0),
     ("MyGPT fp32", "transformers fp32", "one sequence", 2.2),

@@ -1,4 +1,4 @@
-"""What all benchmarks share: their options, child processes, rounds, and the one format of results (see README.md).
+"""The shared parts of all benchmarks: options, child processes, rounds, and the format of results (see README.md).
 
 This module needs only the standard library, because a script also runs in the environments of other programs.
 """
@@ -223,7 +223,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_facts() -> dict[str, str]:
-    """Return the facts that Linux tells about the first CPU, or nothing on another system."""
+    """Return the facts that Linux reports about the first CPU, or an empty dict on another system."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -51,7 +51,7 @@ MAX_LAST_STEP = 5
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """What is measured on a track, on which text, and the entries of the page in their order."""
+    """A track of the contest: its text, the unit of its loss, and the entries in the order of the page."""
 
     text: str
     unit: str
@@ -80,7 +80,7 @@ def results_name(track: str) -> str:
 
 
 class Entry(Protocol):
-    """What the function `start(text, seed)` of an entry returns.
+    """The object that the function `start(text, seed)` of an entry returns.
 
     `start` gets the training text. It may learn tokens, tokenize the text and create a model with random weights. It must
     neither train nor compile.
@@ -352,7 +352,7 @@ def p_above(losses: list[float], target: float) -> float:
 
 @dataclasses.dataclass
 class Verdict:
-    """What the runs of an entry say."""
+    """The verdict on an entry, from all of its runs."""
 
     name: str
     losses: list[float]

@@ -130,7 +130,7 @@ def test_forward_and_backward_pass_drop_the_same_numbers(B: int, T: int, C: int,
 
 @needs_compiler
 def test_a_gradient_with_dropout_is_a_finite_difference() -> None:
-    """The same seed drops the same numbers, so the loss is a smooth function of the input along a random direction."""
+    """With an unchanged seed, dropout drops the same numbers, so the loss is a smooth function of the input."""
     model = model_of(24, 32, 4, drop_rate=0.2)
     x, direction, upstream = torch.randn(2, 24, 32, requires_grad=True), torch.randn(2, 24, 32), torch.randn(2, 24, 32)
 

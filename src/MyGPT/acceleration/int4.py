@@ -27,7 +27,7 @@ CANDIDATES = (1.0, 0.94, 0.88, 0.82, 0.76)
 A step below 1 clips the outermost weights, and rounds all others less.
 """
 DAMPING = 0.01
-"""What error feedback adds to the diagonal of the moments, as a fraction of its mean, so that the inverse exists."""
+"""A fraction of the mean of the moments' diagonal. Error feedback adds it to the diagonal, so that the inverse exists."""
 HEADROOM = 1.1
 """Error feedback changes the weights, so the scale of a row leaves room for larger steps and offsets."""
 CHUNK = 1 << 18
