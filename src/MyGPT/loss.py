@@ -211,6 +211,18 @@ def chunk_sizes(device: str) -> tuple[int | None, int]:
     return (VOCAB_CHUNK, MAX_LOGITS) if device == "cpu" else (None, MAX_GPU_LOGITS)
 
 
+def softmax_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """Replace logits (N, V) by their softmax, and return the cross-entropy of each row in nats, (N, 1).
+
+    targets is an int64 tensor (N, 1).
+    """
+    target_logits, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
+    # In place, because allocating memory for millions of numbers takes longer than computing them.
+    probabilities = torch.softmax(logits, 1, out=logits)
+    # The largest probability is exp(largest) / sum(exp(logits)).
+    return largest - probabilities.amax(1, keepdim=True).log() - target_logits
+
+
 class _ChunkedLinearLoss(torch.autograd.Function):
     """The summed cross-entropy of the logits hidden @ weight.T, computed chunk by chunk together with its gradients."""
 
@@ -241,12 +253,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             for chunk in chunks:
                 padded[:, chunk] = F.linear(x, weight[chunk])
             padded[:, V:] = -math.inf
-            target_logits, largest = padded.gather(1, index[rows]), padded.amax(1, keepdim=True)  # each (rows, 1)
-            # In place, because allocating memory for millions of numbers takes longer than computing them.
-            probabilities = torch.softmax(padded, 1, out=padded)
-            # The largest probability is exp(largest) / sum(exp(logits)).
-            log_sum = largest - probabilities.amax(1, keepdim=True).log()
-            total += ((log_sum - target_logits) * counted[rows]).sum()
+            total += (softmax_in_place(padded, index[rows]) * counted[rows]).sum()
             if not (needs_hidden or needs_weight):
                 continue
             # softmax minus one-hot, in the memory of the logits

@@ -22,19 +22,9 @@ struct Matrix {
 // Rounds n numbers, multiplied by in_scale, to 16 bits, and fills the rest of the last pair with 0. Returns the value of a 1.
 float round_block(const float* from, const float* in_scale, int n, int16_t* to) {
     alignas(64) float x[K_BLOCK];
-    float largest = 0, poison = 0;  // poison becomes NaN if any number is NaN or infinite, and is 0 otherwise
     if (in_scale) for (int i = 0; i < n; i++) x[i] = from[i] * in_scale[i];
-    else std::copy(from, from + n, x);
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
-    for (int i = 0; i < n; i++) {
-        largest = std::max(largest, std::fabs(x[i]));
-        poison += x[i] * 0;
-    }
-    const float inverse = largest > 1e-30f ? 32767 / largest : 0;  // 32767 / largest would overflow for a smaller `largest`
-    if (poison != 0) std::fill(to, to + n, (int16_t)0);
-    else for (int i = 0; i < n; i++) to[i] = (int16_t)(int32_t)std::nearbyint(x[i] * inverse);
     if (n % 2) to[n] = 0;
-    return largest / 32767 + poison;  // a NaN here makes every output of the row NaN
+    return round_to_16_bits(in_scale ? x : from, n, to);
 }
 
 // Copies P outputs and n inputs of the matrix into a panel (n / 2, P, 2), and fills it with 0 beyond the matrix.

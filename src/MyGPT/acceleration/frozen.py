@@ -22,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from MyGPT.acceleration import compiler
+from MyGPT.acceleration import compiler, linear
 from MyGPT.acceleration.kernel import address
-from MyGPT.acceleration.linear import onednn_is_faster, uses_onednn
-from MyGPT.acceleration.operators import onednn_linear
 from MyGPT.acceleration.packed import row_scales
-from MyGPT.loss import IGNORED, chunk_sizes
+from MyGPT.loss import IGNORED, chunk_sizes, softmax_in_place
 from MyGPT.messages import error_message
 from MyGPT.model import GPTModel
 
@@ -74,9 +72,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
     W is weight * scale[:, None], or `weight` itself if `scale` is None.
     """
     if scale is None and weight.dtype == x.dtype:
-        matrix = weight.T if is_transposed else weight
-        multiply = onednn_linear if onednn_is_faster() and uses_onednn(x, matrix) else F.linear
-        return multiply(x, matrix, bias)
+        return linear.product(x, weight.T if is_transposed else weight, bias)
     if scale is not None and x.dtype == torch.float32 and x.device.type == "cpu":
         kernel = compiled_kernel()
         if kernel is not None:
@@ -229,13 +225,10 @@ class _FrozenLoss(torch.autograd.Function):
         for rows in _slices(len(x_all), max(1, chunk_sizes(hidden.device.type)[1] // len(weight))):
             logits = product(x_all[rows], weight, scale, None, False)  # (rows, V)
             index = targets[rows, None]
-            target_logits, largest = logits.gather(1, index), logits.amax(1, keepdim=True)
-            probabilities = torch.softmax(logits, 1, out=logits)  # in place, because new memory would take longer
-            # The largest probability is exp(largest) / sum(exp(logits)).
-            total += (largest - probabilities.amax(1, keepdim=True).log() - target_logits).sum()
+            total += softmax_in_place(logits, index).sum()
             if gradient is not None:
-                probabilities.scatter_add_(1, index, logits.new_full((len(index), 1), -1.0))
-                gradient[rows] = product(probabilities, weight, scale, None, True)
+                logits.scatter_add_(1, index, logits.new_full((len(index), 1), -1.0))  # softmax minus one-hot
+                gradient[rows] = product(logits, weight, scale, None, True)
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(gradient)
         return total

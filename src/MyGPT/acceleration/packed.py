@@ -1,6 +1,6 @@
 """The linear layers of an accelerated model, with weights in float32, bf16, int8 with one scale per output, or int4.
 
-Rounding changes a bf16 weight by at most 2^-9 of its value, and an int8 weight by at most 1/254 of the largest weight of its
+Rounding changes a bf16 weight by at most 2^-8 of its value, and an int8 weight by at most 1/254 of the largest weight of its
 row. int4.py describes int4 weights. kernel.cpp adds hardly any other error: sums and activations are float32, except that
 int8 weights are multiplied with activations rounded to 16 bits, which changes them by at most 2^-16 of the largest of 128
 activations, and int4 weights with activations rounded to 8 bits, which changes them by at most 1/254 of the largest of 32.
@@ -100,9 +100,9 @@ class PanelLinear:
             weight = weight.float()
         N, K = self.shape
         n_rows = N
-        if moments is None and weight.stride(0) > weight.stride(
-            1
-        ):  # otherwise, each group of rows is spread over the whole matrix
+        # Each group of rows of a transposed matrix is spread over the whole matrix.
+        is_stored_by_rows = weight.stride(0) > weight.stride(1)
+        if moments is None and is_stored_by_rows:
             n_rows = -(-PACKED_BYTES // (K * weight.element_size() * self.kernel.panel)) * self.kernel.panel
         for first in range(0, N, n_rows):
             rows = weight[first : first + n_rows]

@@ -145,6 +145,20 @@ template <class W> struct Rows {
         multiply<R, 1>(block, x + row * stride + k, stride, K, sums);
     }
 };
+// Rounds n numbers to 16 bits, and returns the value of a 1.
+inline float round_to_16_bits(const float* from, int n, int16_t* to) {
+    float largest = 0, poison = 0;  // poison becomes NaN if any number is NaN or infinite, and is 0 otherwise
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+    for (int i = 0; i < n; i++) {
+        largest = std::max(largest, std::fabs(from[i]));
+        poison += from[i] * 0;
+    }
+    // 32767 / largest would overflow for a smaller `largest`, and a NaN has no 16-bit value.
+    const float inverse = largest > 1e-30f ? 32767 / largest : 0;
+    if (poison != 0) std::fill(to, to + n, (int16_t)0);
+    else for (int i = 0; i < n; i++) to[i] = (int16_t)(int32_t)std::nearbyint(from[i] * inverse);
+    return largest / 32767 + poison;  // a NaN here makes every output of the row NaN
+}
 template <> struct Rows<int8> {
     int64_t stride, n_blocks;
     int16_t* x;
@@ -159,18 +173,7 @@ template <> struct Rows<int8> {
         for (int row = 0; row < n; row++, from += K) {
             for (int b = 0; b < n_blocks; b++) {
                 const int first = b * K_BLOCK, end = std::min(K, first + K_BLOCK);
-                float largest = 0, poison = 0;  // poison becomes NaN if any number is NaN or infinite, and is 0 otherwise
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
-                for (int k = first; k < end; k++) {
-                    largest = std::max(largest, std::fabs(from[k]));
-                    poison += from[k] * 0;
-                }
-                scale[row * n_blocks + b] = largest / 32767 + poison;  // a NaN here makes every output of the row NaN
-                // 32767 / largest would overflow for a smaller `largest`, and a NaN has no 16-bit value.
-                const float inverse = largest > 1e-30f ? 32767 / largest : 0;
-                int16_t* to = x + row * stride;
-                if (poison != 0) std::fill(to + first, to + end, (int16_t)0);
-                else for (int k = first; k < end; k++) to[k] = (int16_t)(int32_t)std::nearbyint(from[k] * inverse);
+                scale[row * n_blocks + b] = round_to_16_bits(from + first, end - first, x + row * stride + first);
             }
             if (K % 2) x[row * stride + K] = 0;
         }

@@ -30,12 +30,17 @@ def start_build(device: str, precision: Precision = "auto") -> Build | None:
     from MyGPT.devices import pick_device
 
     kind = pick_device(device).type
-    if precision in ("int8", "int4") and kind != "cpu":
-        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
+    _require_cpu(precision, kind)
     if kind == "cpu":
         with contextlib.suppress(OSError):  # make_fast tries again and reports the error
             return Build()
     return None
+
+
+def _require_cpu(precision: Precision, kind: str) -> None:
+    """Raise ValueError for a precision that only a CPU supports on another kind of device."""
+    if precision in ("int8", "int4") and kind != "cpu":
+        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
 
 
 def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
@@ -59,9 +64,8 @@ def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, 
     kind = "cpu" if isinstance(model, Checkpoint) else model.transformer.wte.weight.device.type
     if isinstance(model, Checkpoint) or kind == "cpu":
         fast: nn.Module = accelerate(model, precision, build=build)
-    elif precision in ("int8", "int4"):
-        raise ValueError(f"precision {precision} needs the CPU; {kind} supports fp32 and bf16")
     else:
+        _require_cpu(precision, kind)
         fast = model if precision == "auto" else model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return PromptLookup(fast) if lookup else fast
 

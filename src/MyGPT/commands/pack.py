@@ -9,6 +9,8 @@ from MyGPT.config import Precision
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from MyGPT.tokenizers import Tokenizer
+
 
 CALIBRATION_TOKENS = 4096
 """Number of tokens of the calibration text that are used."""
@@ -45,25 +47,27 @@ def pack(model: str, precision: Precision = "auto", calibrate: str | None = None
         if files.adapter is not None:
             way_out = "train it with --merge to get a complete model"
             raise ValueError(f"{model} is a LoRA adapter, and mygpt pack needs a complete model: {way_out}")
-        ids = None if calibrate is None else _calibration_ids(model, calibrate)
-        path = write_packed_model(open_checkpoint(files.path), precision, build, ids)
+        checkpoint = open_checkpoint(files.path)
+        ids = None
+        if calibrate is not None:
+            config = checkpoint.known_config()
+            ids = _calibration_ids(files.tokenizer(config.vocab_size), calibrate, config.context_length)
+        path = write_packed_model(checkpoint, precision, build, ids)
     print(path)
 
 
-def _calibration_ids(model: str, text: str) -> Tensor:
+def _calibration_ids(tokenizer: Tokenizer, text: str, context_length: int) -> Tensor:
     """Return the first CALIBRATION_TOKENS tokens of the text called `text` as sequences (B, T) int64."""
     import torch
 
     from MyGPT.data.sources import find_files
     from MyGPT.files import read_text
-    from MyGPT.opening import open_model
 
-    opened, tokenizer = open_model(model, device="cpu")
     ids: list[int] = []
     for path in find_files(text):
         if len(ids) < CALIBRATION_TOKENS:
             ids += tokenizer.encode(read_text(path))
-    length = min(opened.config.context_length, len(ids))
+    length = min(context_length, len(ids))
     if length == 0:
         raise ValueError(f"{text} contains no tokens: give a text that the model can read")
     n_rows = max(1, min(len(ids), CALIBRATION_TOKENS) // length)
