@@ -1,7 +1,7 @@
 """Write one HTML page that shows how a model reads a text: tokens, attention, predictions after each layer, next tokens.
 
-The page is the template assets/explain.html with the numbers inserted as JSON. The page works without a network. The files
-inside.html, inside.css and inside.js in assets draw the numbers, here and on the page of `mygpt serve`.
+The page is the template web/explain.html with the numbers inserted as JSON. The page works without a network. The files
+inside.html, inside.css and inside.js in web/ draw the numbers, here and on the page of `mygpt serve`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from MyGPT.model import GPTModel
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.display import token_labels
 
-ASSETS = Path(__file__).parents[1] / "assets"
+WEB = Path(__file__).parent / "web"
 MAX_TOKENS = 128
 """The maximum number of tokens on a page. Attention maps of longer texts are unreadable and slow to draw."""
 
@@ -43,13 +43,13 @@ def explain_page(model: GPTModel, tokenizer: Any, ids: Tensor, name: str = "a GP
         raise ValueError(f"the text has {ids.shape[1]} tokens, a page can hold {MAX_TOKENS}")
     # A < in the text must not end the script element that holds the data.
     data = json_text(page_data(model, tokenizer, ids), ensure_ascii=False).replace("<", "\\u003c")
-    return fill_template(ASSETS / "explain.html", {"title": html.escape(f"How {name} reads a text"), "data": data})
+    return fill_template(WEB / "explain.html", {"title": html.escape(f"How {name} reads a text"), "data": data})
 
 
 def fill_template(path: Path, values: Mapping[str, str]) -> str:
     """Return the text of a file in which the values replace their names, such as {{title}}.
 
-    Other names in such braces are those of files, whose text replaces them: files in the same directory or in assets.
+    Other names in such braces are those of files, whose text replaces them: files in the same directory or in inside/web.
     """
 
     def value_of(found: re.Match[str]) -> str:
