@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from killing import Kill, differences, leftovers, remains, run, run_with_kills

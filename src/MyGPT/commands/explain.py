@@ -1,31 +1,62 @@
-"""`mygpt explain`: an HTML page that shows how a model reads a text."""
+"""`mygpt explain`: HTML pages that show how a model reads a text, and how a run learned."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+OPTIONAL = ("text",)
+_EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
 def explain(
-    *text: str, model: str, adapter: str | None = None, out: str = "explain.html", device: str = "auto"
+    *text: str,
+    model: str | None = None,
+    replay: bool = False,
+    adapter: str | None = None,
+    out: str = "explain.html",
+    device: str = "auto",
 ) -> None:
     """Write an HTML page that shows how a model reads a text.
 
     The page shows the tokens, the attention of every head, the prediction after every layer, and the most likely next tokens.
-    It is one file that works without a network.
+    It is one file that works without a network. With --replay, the page shows how a run learned: its losses, its texts and
+    its attention at each model that the run kept (see --keep_every of mygpt train).
 
-    Example:
+    Examples:
         mygpt explain --model runs/book "The wizard entered"
+        mygpt explain runs/book --replay --out replay.html
 
     Args:
-        text: The text in quotes, at most 128 tokens.
+        text: The text in quotes, at most 128 tokens. With --replay, the run, and optionally the text whose attention is shown.
+        replay: Replay the training of a run.
         out: The .html file to write.
     """
-    from MyGPT.commands._model import check_html_path, encode_for, report_tokenizer
+    from MyGPT.commands._model import check_html_path
+
+    check_html_path(out)
+    if replay:
+        for option, value in (("model", model), ("adapter", adapter)):
+            if value is not None:
+                raise ValueError(
+                    f"--{option} does not apply to --replay: give only the run, as in mygpt explain RUN --replay"
+                )
+        _write_replay(text, out, device)
+    else:
+        _write_page(text, model, adapter, out, device)
+    print(out)
+
+
+def _write_page(text: tuple[str, ...], model: str | None, adapter: str | None, out: str, device: str) -> None:
+    """Write a page that shows how the model reads one text."""
+    from MyGPT.commands._model import encode_for, report_tokenizer
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
     from MyGPT.opening import open_model
 
-    check_html_path(out)
+    missing = [name for name, is_given in (("TEXT", text), ("--model", model)) if not is_given]
+    if model is None or missing:
+        raise ValueError(f"missing {' and '.join(missing)}; for example: {_EXAMPLE} (see mygpt explain --help)")
     if not "".join(text):
         raise ValueError("the text is empty; give at least one token")
     gpt, tokenizer = open_model(model, device, adapter)
@@ -34,4 +65,28 @@ def explain(
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
     with atomic_write(out) as file:
         file.write(page)
-    print(out)
+
+
+def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
+    """Write a page that replays the run that the first argument names. The other arguments are the text of the page."""
+    from MyGPT.commands._recipe import fields_of, read_recipe
+    from MyGPT.commands._run import command_of_recipe
+    from MyGPT.files import atomic_write
+    from MyGPT.inside.replay import replay_page
+    from MyGPT.messages import near_path
+    from MyGPT.opening import open_model
+    from MyGPT.training.config import TrainConfig
+
+    if not arguments:
+        raise ValueError("--replay needs the directory of a run, as in mygpt explain RUN --replay")
+    run, text = Path(arguments[0]), " ".join(arguments[1:])
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"there is no run {run}{near_path(run) or ': it has no config.yaml'}")
+    recipe = read_recipe(run / "config.yaml")
+    if command_of_recipe(recipe) == "classify":
+        raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
+    page = replay_page(
+        run, TrainConfig(**fields_of(TrainConfig, recipe)), lambda path: open_model(path, device), text or None
+    )
+    with atomic_write(out) as file:
+        file.write(page)
