@@ -57,7 +57,7 @@ def fill_template(path: Path, values: Mapping[str, str]) -> str:
         if name in values:
             return values[name]
         file = path.with_name(name)
-        return (file if file.exists() else ASSETS / name).read_text(encoding="utf-8").rstrip()
+        return (file if file.exists() else WEB / name).read_text(encoding="utf-8").rstrip()
 
     return re.sub(r"\{\{([\w.]+)\}\}", value_of, path.read_text(encoding="utf-8"))
 
@@ -86,10 +86,7 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
         predictions.append({"top": top, "rest": round(rest, 5), "actual": actual})
     attention = (traced.attention[:, 0].float() * 255).round().byte().cpu()  # (L, H, T, T)
     return {
-        "description": (
-            f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
-            f"a vocabulary of {config.vocab_size:,} tokens. Layers, heads and tokens are numbered from 0."
-        ),
+        "description": describe(model),
         "layers": config.n_layers,
         "heads": config.n_heads,
         "tokens": [{"id": id_, "label": label} for id_, label in tokens],
@@ -97,6 +94,15 @@ def page_data(model: GPTModel, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
         "lens": [[[entry[:2] for entry in top] for top in depth] for depth in lens_tops],
         "next": predictions,
     }
+
+
+def describe(model: GPTModel) -> str:
+    """Return the sentences about the size of a model at the beginning of a page."""
+    config = model.config
+    return (
+        f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
+        f"a vocabulary of {config.vocab_size:,} tokens. Layers, heads and tokens are numbered from 0."
+    )
 
 
 def _most_likely(probabilities: Tensor, tokenizer: Any, k: int) -> list[list[list[Any]]]:
