@@ -7,9 +7,7 @@ element of its own. model.js, tokenizer.js, sampling.js and answers.js compute i
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor
 
 from MyGPT.acceleration.packed import row_scales
-from MyGPT.files import json_text
 from MyGPT.generation import end_ids
-from MyGPT.inside.page import MAX_TOKENS, WEB, describe, fill_template
+from MyGPT.inside.page import MAX_TOKENS, WEB, describe, embedded_json, fill_page
 from MyGPT.model import GPTModel
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer
@@ -70,11 +67,9 @@ class LivePage:
         self._tensors = _tensors(model, precision)
         data = live_data(model, tokenizer, text, name, precision)
         data["weight_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-        # A < in a text must not end the script element that holds the data.
-        written = json_text(data, ensure_ascii=False).replace("<", "\\u003c")
-        values = {"title": html.escape(f"{name}, live"), "data": written, "tensors": _MARKER, "policy": "{{policy}}"}
-        page = fill_template(WEB / "live.html", values)
-        self._head, _, self._tail = page.replace("{{policy}}", _policy(page), 1).partition(_MARKER)
+        values = {"title": html.escape(f"{name}, live"), "data": embedded_json(data), "tensors": _MARKER}
+        page = fill_page(WEB / "live.html", values, "worker-src blob:")
+        self._head, _, self._tail = page.partition(_MARKER)
 
     @property
     def n_bytes(self) -> int:
@@ -195,13 +190,3 @@ def _ranges(ids: list[int]) -> list[list[int]]:
         else:
             ranges.append([id_, id_])
     return ranges
-
-
-def _policy(page: str) -> str:
-    """Return the content security policy of a page: its own script and style, a worker, and no request to anywhere."""
-    policy = ["default-src 'none'", "worker-src blob:", "img-src data:", "base-uri 'none'", "form-action 'none'"]
-    for kind in ("script", "style"):
-        contents = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
-        policy.append(" ".join([f"{kind}-src", *(f"'sha256-{hash_}'" for hash_ in hashes)]))
-    return "; ".join(policy)
