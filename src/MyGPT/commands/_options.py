@@ -267,3 +267,19 @@ def _allowed(kind: Any, value: str, has_null: bool) -> list[str]:
     if kind is NoneType:
         return ["null"] if has_null else []
     return names.get(kind) or [word for member in typing.get_args(kind) for word in _allowed(member, value, has_null)]
+
+
+def flags_before_arguments(*flags: str) -> Callable[[Sequence[str], str], list[str]]:
+    """Return an EXPAND function that writes these flags as --flag=true, unless the value true or false follows.
+
+    Otherwise, an argument that follows a flag would be read as its value, as in `mygpt runs --diff runs/a runs/b`.
+    """
+
+    def expand(arguments: Sequence[str], command: str) -> list[str]:
+        following = [*arguments, ""][1:]
+        return [
+            f"{one}=true" if one in flags and after.lower() not in ("true", "false") else one
+            for one, after in zip(arguments, following, strict=True)
+        ]
+
+    return expand

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from MyGPT.commands._options import flags_before_arguments
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
 from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
@@ -26,6 +27,7 @@ from MyGPT.training.metrics import read_evaluations, read_metrics
 from MyGPT.training.names import CHECKPOINTS, LATEST, LOCK, MANIFEST, PROCESS, STATE
 
 OPTIONAL = ("directories",)
+EXPAND = flags_before_arguments("--diff", "--json")
 Sort = Literal["date", "loss", "speed", "steps", "name"]
 State = Literal["finished", "running", "resumable", "stopped", "failed", "damaged"]
 MAX_COMPARED = 12
@@ -75,18 +77,6 @@ def runs(
         print(f"there are no runs in {' or '.join(directories or (RUNS,))}")
     else:
         print("\n".join(describe_runs(summaries)))
-
-
-def _flags_with_values(arguments: Sequence[str], command: str) -> list[str]:
-    """Write --diff as --diff=true, so that the next argument is not read as its value. The same for --json."""
-    following = [*arguments, ""][1:]
-    return [
-        f"{one}=true" if one in ("--diff", "--json") and after.lower() not in ("true", "false") else one
-        for one, after in zip(arguments, following, strict=True)
-    ]
-
-
-EXPAND = _flags_with_values
 
 
 @dataclass(frozen=True)
