@@ -23,6 +23,7 @@ from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer
 from MyGPT.tokenizers.base import ids_without_token
 from MyGPT.tokenizers.bpe import CHARACTER_TO_BYTE
+from MyGPT.tokenizers.codec import NEW_CHARACTERS
 from MyGPT.weights.layout import shapes
 
 LivePrecision = Literal["fp16", "int8"]
@@ -172,6 +173,7 @@ def tokenizer_data(tokenizer: Any) -> dict[str, Any]:
     unmerged = [[id_, list(tokenizer.decode_tokens_bytes([id_])[0])] for id_ in others.values()]
     return {
         "kind": "bpe",
+        "newer": NEW_CHARACTERS.pattern[1:-1],
         "bytes": [vocab[character] for character, _ in sorted(CHARACTER_TO_BYTE.items(), key=lambda pair: pair[1])],
         "merges": base64.b64encode(pairs.tobytes()).decode(),
         "merge_bytes": n_bytes,
