@@ -317,6 +317,8 @@ def test_command_reports_the_size_and_refuses_options_that_do_not_apply(
     assert captured.err == f"the page has {size / 1e6:.1f} MB, with {model.num_parameters():,} parameters in int8\n"
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert page == "".join(LivePage(model, tokenizer, "The cat", "model", "int8").pieces())
+    assert '"text": "Once upon a time"' in "".join(LivePage(model, tokenizer).pieces())
+    assert '"text": ""' in "".join(LivePage(model_of("words"), tokenizer_of("words")).pieces())
     for arguments, words in [
         (["The cat", "--precision", "int8"], "--precision is an option of --live"),
         (["--live", "--device", "cpu"], "--device does not apply to --live"),

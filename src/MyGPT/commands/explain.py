@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from MyGPT.commands._options import bare_flags
+
 OPTIONAL = ("text",)
+EXPAND = bare_flags("--live")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -26,7 +29,7 @@ def explain(
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
-        mygpt explain --model runs/book --live
+        mygpt explain --model runs/book --live "The wizard"
 
     Args:
         text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it.
@@ -43,7 +46,7 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
-        _write_live_page(" ".join(text), model, precision or "fp16", adapter, out)
+        _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     else:
         if precision is not None:
             raise ValueError(f"--precision is an option of --live, got --precision {precision} without --live")
