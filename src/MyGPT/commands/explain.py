@@ -71,7 +71,9 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
         file.write(page)
 
 
-def _write_live_page(text: str, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str) -> None:
+def _write_live_page(
+    text: str | None, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str
+) -> None:
     """Write a page that contains the model. Report the size of the page before it is written."""
     from MyGPT.commands._model import report_tokenizer
     from MyGPT.files import atomic_write
