@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from MyGPT.commands._options import flags_before_arguments
+from MyGPT.commands._options import bare_flags
 
 OPTIONAL = ("text",)
-EXPAND = flags_before_arguments("--live", "--replay")
+EXPAND = bare_flags("--live", "--replay")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -33,7 +33,7 @@ def explain(
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
-        mygpt explain --model runs/book --live
+        mygpt explain --model runs/book --live "The wizard"
         mygpt explain runs/book --replay --out replay.html
 
     Args:
@@ -62,7 +62,7 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
-        _write_live_page(" ".join(text), model, precision or "fp16", adapter, out)
+        _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     else:
         if precision is not None:
             raise ValueError(f"--precision is an option of --live, got --precision {precision} without --live")
@@ -87,7 +87,9 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
         file.write(page)
 
 
-def _write_live_page(text: str, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str) -> None:
+def _write_live_page(
+    text: str | None, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str
+) -> None:
     """Write a page that contains the model. Report the size of the page before it is written."""
     from MyGPT.commands._model import report_tokenizer
     from MyGPT.files import atomic_write

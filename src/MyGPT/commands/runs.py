@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from MyGPT.commands._options import flags_before_arguments
+from MyGPT.commands._options import bare_flags
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
 from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
@@ -27,7 +27,6 @@ from MyGPT.training.metrics import read_evaluations, read_metrics
 from MyGPT.training.names import CHECKPOINTS, LATEST, LOCK, MANIFEST, PROCESS, STATE
 
 OPTIONAL = ("directories",)
-EXPAND = flags_before_arguments("--diff", "--json")
 Sort = Literal["date", "loss", "speed", "steps", "name"]
 State = Literal["finished", "running", "resumable", "stopped", "failed", "damaged"]
 MAX_COMPARED = 12
@@ -77,6 +76,9 @@ def runs(
         print(f"there are no runs in {' or '.join(directories or (RUNS,))}")
     else:
         print("\n".join(describe_runs(summaries)))
+
+
+EXPAND = bare_flags("--diff", "--json")
 
 
 @dataclass(frozen=True)
