@@ -180,7 +180,7 @@ CHECK = Check(
     [
         ("gives torch's numbers for 2 sequences, 3 heads and 5 tokens", _case(B, H, 5, 5, D)),
         ("computes the example", _example),
-        ("lets 2 queries see 6 keys, as with a cache", _case(B, H, 2, 6, D)),
+        ("lets 3 queries see 7 keys, as with a cache", _case(B, H, 3, 7, D)),
         ("lets 1 query see 5 keys", _case(B, H, 1, 5, D)),
         ("uses a mask that is given", _mask),
         ("computes one token of one sequence with one head", _case(1, 1, 1, 1, 8)),

@@ -42,9 +42,10 @@ MISTAKES = {
     "late activation": "GELU is applied after the second layer of the MLP, but it belongs between the two layers",
     "not causal": "attention is not causal: set is_causal=True",
     "wrong split": "the heads are split in the wrong order: use view(B, T, H, D).transpose(1, 2), not view(B, H, T, D)",
+    "wrong split and merge": "the heads are split in the wrong order: use view(B, T, H, D).transpose(1, 2), not view(B, H, T, D)",
     "interleaved heads": "the heads are split in the wrong order: use view(B, T, H, D), not view(B, T, D, H)",
     "wrong merge": "the heads are put together in the wrong order: use transpose(1, 2) before reshape(B, T, C)",
-    "heads of q, k and v": "c_attn's output holds all queries, then all keys, then all values: chunk it before the heads are split",
+    "heads of q, k and v": "c_attn's output holds all queries, then all keys, then all values: chunk it, then split heads",
     "k, q, v": "the queries and keys are exchanged: c_attn's output holds q, k, v in this order",
     "v, k, q": "c_attn's output holds q, k, v in this order, but it is read as v, k, q",
     "one head": "the queries are not split into heads",
@@ -52,6 +53,12 @@ MISTAKES = {
     "scaled twice": "the scores are divided by √D twice: scaled_dot_product_attention already does it",
 }
 """For each mistake that `block_output` can make, the sentence that explains it."""
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exact GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu, "no activation": lambda x: x,
+}  # fmt: skip
+"""The wrong activation functions of `block_output`."""
 
 
 def block_output(p: Weights, x: Tensor, H: int, mistake: str = "") -> Tensor:
@@ -73,15 +80,11 @@ def block_output(p: Weights, x: Tensor, H: int, mistake: str = "") -> Tensor:
 
     def mlp(x: Tensor) -> Tensor:
         x = linear("c_fc", x)
-        activation: Callable[[Tensor], Tensor] = {
-            "exact GELU": F.gelu,
-            "ReLU": F.relu,
-            "SiLU": F.silu,
-            "no activation": lambda x: x,
-            "late activation": lambda x: x,
-        }.get(mistake, lambda x: F.gelu(x, approximate="tanh"))
-        x = linear("mlp_proj", activation(x))
-        return F.gelu(x, approximate="tanh") if mistake == "late activation" else x
+        if mistake in ACTIVATIONS:
+            return linear("mlp_proj", ACTIVATIONS[mistake](x))
+        if mistake == "late activation":
+            return F.gelu(linear("mlp_proj", x), approximate="tanh")
+        return linear("mlp_proj", F.gelu(x, approximate="tanh"))
 
     def project(x: Tensor) -> Tensor:
         return x if mistake == "no attn_proj" else linear("attn_proj", x)
@@ -106,7 +109,7 @@ def _attention(qkv: Tensor, H: int, mistake: str) -> Tensor:
     D = C // H
 
     def split(x: Tensor) -> Tensor:
-        if mistake == "wrong split":
+        if mistake in ("wrong split", "wrong split and merge"):
             return x.reshape(B, H, T, D)
         if mistake == "interleaved heads":
             return x.reshape(B, T, D, H).permute(0, 3, 1, 2)
@@ -122,7 +125,11 @@ def _attention(qkv: Tensor, H: int, mistake: str) -> Tensor:
         q, v = v, q
     scale = 1 / D if mistake == "scaled twice" else 1 / math.sqrt(D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=mistake != "not causal", scale=scale)  # (B, H, T, D)
-    return y.reshape(B, T, C) if mistake in ("wrong merge", "wrong split") else y.transpose(1, 2).reshape(B, T, C)
+    return (
+        y.reshape(B, T, C)
+        if mistake in ("wrong merge", "wrong split and merge")
+        else y.transpose(1, 2).reshape(B, T, C)
+    )
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> Weights:

@@ -17,7 +17,8 @@ Pair = tuple[int, int]
 Counts = dict[Pair, int]
 
 EXAMPLE = "abab abc"
-TEXT = "the other mother bathed there, then the banana breathed"
+TEXT = "he path aaaah hear the hath other path haaa then banana aha"
+NEW_TEXT = "hear bathed aha the hath haaa this"
 REPEATED = "aaaaaaa baaa"
 UNICODE = "naïve 北京 naïve 北京"
 
@@ -106,8 +107,9 @@ def learning_mistakes(ids: list[int], n_merges: int) -> Mistakes:
             "overlapping pairs are joined twice: after a merge, continue behind its second id",
             learn(ids, n_merges, overlapping=True),
         ),
-        ("it stops one merge too early", right[:-1]),
         ("it stops when the best pair occurs only once", learn_while_frequent(ids, n_merges)),
+        ("it stops one merge too early", right[:-1]),
+        ("the text is not rewritten after a merge, so the same pair is found again", right[:1] * n_merges),
     ]
 
 
@@ -208,20 +210,17 @@ def _applying(text: str, learned_from: str, n_merges: int) -> Callable[[Student]
 
 CHECK = Check(
     [
+        ("learns the merges of a text", _learning(TEXT, 12)),
         ("learns the merges of the example", _learning(EXAMPLE, 2)),
-        ("learns the merges of a longer text", _learning(TEXT, 12)),
         ("learns merges from repeated letters", _learning(REPEATED, 4)),
         ("learns merges from text that is not ASCII", _learning(UNICODE, 8)),
         ("stops when no pair is left", _learning("abc", 10)),
         ("learns nothing from an empty text", _learning("", 3)),
+        ("applies merges to a new text as tiktoken does", _applying(NEW_TEXT, TEXT, 12)),
         ("applies the merges of the example", _applying(EXAMPLE, EXAMPLE, 2)),
-        (
-            "applies merges to a new text as tiktoken does",
-            _applying("another bath: the mothers eat a banana", TEXT, 16),
-        ),
         ("applies merges to repeated letters", _applying("aaaaa aaa", REPEATED, 4)),
         ("applies merges to text that is not ASCII", _applying("北京 naïve 京", UNICODE, 8)),
-        ("leaves one letter and an empty text as they are", _applying("x", TEXT, 5)),
+        ("leaves one letter as it is", _applying("x", TEXT, 5)),
         ("leaves an empty text as it is", _applying("", TEXT, 5)),
     ],
     library="tokenizers/learning.py (learn_merges) and tokenizers/codec.py",

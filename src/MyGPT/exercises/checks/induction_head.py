@@ -75,7 +75,7 @@ def diagnosis(model: GPTModel, ids: Tensor) -> str:
         spread = "make the weights of its queries larger, or check ln_1 and which numbers c_attn reads"
         return f"no head of layer 0 attends to the previous token (its mean weight there is {previous:.2f}); {spread}"
     if induction < MIN_SCORE:
-        if match > MIN_SCORE:
+        if match > MIN_SCORE / 2:
             return "the head of layer 1 attends to the same token, not to the next one: its key must read what layer 0 wrote"
         if own > MIN_SCORE:
             return "the head of layer 1 attends to the token itself: its key must read only what layer 0 wrote"

@@ -83,7 +83,7 @@ MISTAKES = [
     ("the positions are one too small", Variant(positions="one early")),
     ("all new tokens get the same position", Variant(positions="last")),
     (
-        "the cached keys and values are overwritten by the new ones; they must be joined with torch.cat",
+        "attention reads only the new keys and values; use those that append returns",
         Variant(overwrites=True),
     ),
     ("append does not store the joined keys and values, so later calls miss tokens", Variant(keeps_first=True)),
@@ -97,7 +97,10 @@ MISTAKES = [
     ),
     ("the mask is off by one: every new token also sees the next one", Variant(mask="one too far")),
     ("the mask is off by one: a token must see itself", Variant(mask="without itself")),
-    ("the positions are not advanced, and cached keys are overwritten", Variant(positions="from 0", overwrites=True)),
+    (
+        "the positions are not advanced, and attention reads only the new keys and values",
+        Variant(positions="from 0", overwrites=True),
+    ),
 ]
 
 
