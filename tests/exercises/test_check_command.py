@@ -214,7 +214,7 @@ def test_a_pipe_a_fork_and_a_loop_that_ignores_the_limit_end(tmp_path: Path) -> 
     sources = {
         "windows": "import os\nif os.fork() == 0:\n    import time; time.sleep(600)\nos._exit(3)\n",
         "loss": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\n",
-        "attention": "open('notes.txt', 'w').write('x')\n" + SOLVED,
+        "attention": SOLVED + "\nopen('notes.txt', 'w').write('x')\n",
     }
     for task, source in sources.items():
         (tmp_path / f"{task}.py").write_text(source, encoding="utf-8")

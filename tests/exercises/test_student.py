@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Whatever a student's file does, the result is one clear sentence. Solutions written in another way pass."""
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ class _Process:
         )
         self._records: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._errors = b""
-        for read in (self._read_records, self._read_errors):
-            threading.Thread(target=read, daemon=True).start()
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_records, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
 
     def __enter__(self) -> _Process:
         return self
@@ -91,6 +92,10 @@ class _Process:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        for reader, pipe in zip(self._readers, (self._process.stdout, self._process.stderr), strict=True):
+            reader.join(1.0)  # a process that has left the group may still hold the pipe open
+            if pipe is not None and not reader.is_alive():
+                pipe.close()
         self._directory.cleanup()
 
     def result(self, task: str) -> Result:
