@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def explain(
-    *text: str, model: str, adapter: str | None = None, out: str = "explain.html", device: str = "auto"
+    *text: str,
+    model: str,
+    adapter: str | None = None,
+    out: str = "explain.html",
+    device: str = "auto",
+    with_: str | None = None,
 ) -> None:
     """Write an HTML page that shows how a model reads a text.
 
@@ -28,7 +33,7 @@ def explain(
     check_html_path(out)
     if not "".join(text):
         raise ValueError("the text is empty; give at least one token")
-    gpt, tokenizer = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter, with_)
     report_tokenizer(tokenizer)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
