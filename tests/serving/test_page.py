@@ -23,7 +23,9 @@ from MyGPT import CharTokenizer, GPTConfig, SamplingConfig, generate, get_tokeni
 from MyGPT.acceleration.step import accelerate
 from MyGPT.data.templates import Template
 from MyGPT.generation import TextStream
+from MyGPT.inside import ablate_heads
 from MyGPT.inside.page import MAX_TOKENS, page_data
+from MyGPT.inside.walk import walk_data
 from MyGPT.sampling import filter_logits
 from oracles_model import transformers_twin
 
@@ -230,11 +232,38 @@ def test_stream_has_the_tokens_of_generate_and_the_text_of_the_completions(
     assert "".join(token["text"] for token in tokens) == completion["choices"][0]["text"]
 
 
+OFF = [[0, 1], [1, 2]]
+
+
+@torch.no_grad()
+def test_heads_that_are_off_change_the_distribution_as_ablate_heads_does(
+    post: Callable[..., Any], models: dict[str, ServedModel]
+) -> None:
+    ids = TOKENIZER.encode(TEXT)
+    with ablate_heads(models["first"].gpt, [(0, 1), (1, 2)]):
+        of_model = models["first"].gpt(torch.tensor([ids]))[0, -1].softmax(-1)
+    on = post("/page/next", ids=ids, temperature=1)
+    off = post("/page/next", ids=ids, temperature=1, heads_off=OFF)
+    assert [p for *_, p, _, _ in off["tokens"]] == pytest.approx(of_model.topk(20).values.tolist(), abs=1e-5)
+    assert off != on and post("/page/next", ids=ids, temperature=1, heads_off=[]) == on
+
+
+def test_walk_is_that_of_python(post: Callable[..., Any], models: dict[str, ServedModel]) -> None:
+    ids = TOKENIZER.encode(TEXT)
+    for off in ([], OFF):
+        expected = walk_data(models["first"].gpt, TOKENIZER, torch.tensor([ids]), 1, 2, 5, [(i, j) for i, j in off])
+        assert post("/page/walk", ids=ids, layer=1, head=2, token=5, heads_off=off) == expected
+        assert post("/page/walk", text=TEXT, layer=1, head=2, token=5, heads_off=off) == expected
+
+
 def test_look_inside_shows_the_last_tokens(post: Callable[..., Any], models: dict[str, ServedModel]) -> None:
     ids = [(7 * i) % 97 for i in range(MAX_TOKENS + 3)]
     assert post("/page/inside", ids=ids) == {
         **json.loads(json.dumps(page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids[3:]])))), "n_left_out": 3,
     }  # fmt: skip
+    off = post("/page/inside", ids=ids[3:], heads_off=OFF)
+    expected = page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids[3:]]), [(0, 1), (1, 2)])
+    assert off == {**json.loads(json.dumps(expected)), "n_left_out": 0}
 
 
 @pytest.mark.parametrize(
@@ -255,6 +284,16 @@ def test_look_inside_shows_the_last_tokens(post: Callable[..., Any], models: dic
         ("generate", {"ids": [1], "seed": 1.5}, 400, "seed must be a whole number, got 1.5"),
         ("generate", {"ids": [1] * 241}, 400, "the prompt has 241 tokens, but the model's context is 240"),
         ("inside", {"ids": []}, 400, "the text is empty"),
+        ("inside", {"ids": [1], "heads_off": [[0, 3]]}, 400, "with layers from 0 to 1 and heads from 0 to 2, got [[0, 3]]"),
+        ("next", {"ids": [1], "heads_off": [0, 1]}, 400, "heads_off must be a list of pairs [layer, head]"),
+        ("next", {"ids": [1], "heads_off": [[0, True]]}, 400, "got [[0, True]]"),
+        ("walk", {"ids": [1], "heads_off": {}}, 400, "heads_off must be a list of pairs [layer, head]"),
+        ("walk", {"ids": []}, 400, "the text is empty"),
+        ("walk", {"ids": [1], "layer": 2}, 400, "layer must be a whole number from 0 to 1, got 2"),
+        ("walk", {"ids": [1], "head": -1}, 400, "head must be a whole number from 0 to 2, got -1"),
+        ("walk", {"ids": [1], "token": 1.0}, 400, "token must be a whole number, got 1.0"),
+        ("walk", {"ids": [1], "token": 1}, 400, "token must be a whole number from 0 to 0, got 1"),
+        ("walk", {"ids": [1] * 129}, 400, "the text has 129 tokens, a walk can have at most 128"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_errors_of_one_sentence(
@@ -272,7 +311,11 @@ def test_page_is_one_document_that_allows_only_its_own_code(address: str) -> Non
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     policy = response.headers["content-security-policy"]
     assert policy == page_headers()["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; connect-src 'self'") and "unsafe" not in policy
+    assert (
+        policy.startswith("default-src 'none'; img-src data:")
+        and "connect-src 'self'" in policy
+        and "unsafe" not in policy
+    )
     assert not re.search(
         r"<link[^>]+stylesheet|<script[^>]+src|@import|url\(|\{\{|innerHTML|insertAdjacent", page_html()
     )

@@ -7,11 +7,8 @@ with another token. These endpoints exchange token ids.
 from __future__ import annotations
 
 import asyncio
-import base64
 import copy
-import hashlib
 import math
-import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cache
@@ -28,9 +25,11 @@ from torch import Tensor
 
 from MyGPT.files import json_text
 from MyGPT.generation import TextStream, end_ids, evaluation_mode
-from MyGPT.inside.page import MAX_TOKENS, fill_template, page_data
+from MyGPT.inside.page import MAX_TOKENS, content_policy, fill_template, next_token_data, page_data
+from MyGPT.inside.tracing import ablate_heads
+from MyGPT.inside.walk import walk_data
 from MyGPT.messages import error_message
-from MyGPT.sampling import SamplingConfig, filter_logits, require_finite
+from MyGPT.sampling import SamplingConfig, require_finite
 from MyGPT.serving.models import ServedModel
 from MyGPT.serving.prefixes import n_common
 from MyGPT.serving.request import Token
@@ -49,14 +48,14 @@ from MyGPT.tokenizers.display import token_labels
 
 N_ALTERNATIVES = 10
 """Number of most likely tokens that are sent with each token."""
-N_SHOWN = 20
-"""Number of most likely tokens in a next-token distribution."""
 MAX_CONTEXTS = 4
 """Longest text whose tokens are shown, in multiples of the model's context. Decoding takes quadratic time."""
 N_KEPT_LOGITS = 32
 """Number of texts per model whose logits are kept, so that a change of the sampling options needs no forward pass."""
 
 T = TypeVar("T")
+Heads = tuple[tuple[int, int], ...]
+"""Attention heads as pairs (layer, head)."""
 
 
 @cache
@@ -68,12 +67,7 @@ def page_html() -> str:
 @cache
 def page_headers() -> dict[str, str]:
     """Return the HTTP headers of the page. They allow only its own script and style, and requests to its own server."""
-    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
-    for kind in ("script", "style"):
-        contents = re.findall(rf"<{kind}>(.*?)</{kind}>", page_html(), re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
-        policy.append(" ".join([f"{kind}-src", *(f"'sha256-{hash_}'" for hash_ in hashes)]))
-    policy.append("frame-ancestors 'none'")
+    policy = [content_policy(page_html()), "connect-src 'self'", "frame-ancestors 'none'"]
     return {
         "Content-Security-Policy": "; ".join(policy),
         "Cache-Control": "no-cache",
@@ -100,7 +94,7 @@ class Inspector:
         tensors: Any = {id(tensor): tensor for tensor in chain(served.gpt.parameters(), served.gpt.buffers())}
         self.gpt = copy.deepcopy(served.gpt, tensors)
         self.model, self.tokenizer = served.engine.model, served.tokenizer
-        self._logits: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._logits: OrderedDict[tuple[tuple[int, ...], Heads], Tensor] = OrderedDict()
         self._cached: list[int] = []
         with torch.inference_mode():
             self._cache = self.model.new_cache(1)
@@ -109,15 +103,17 @@ class Inspector:
         self._excluded = torch.tensor([id_ for id_ in excluded if id_ not in ends], dtype=torch.int64)
 
     @torch.inference_mode()
-    def next_logits(self, ids: Sequence[int]) -> Tensor:
+    def next_logits(self, ids: Sequence[int], heads_off: Heads = ()) -> Tensor:
         """Return the logits (V,) of the token that follows `ids`, in float32 on the CPU.
 
         If there are more ids than the context has room for, the model sees only the last ones. The logits of ids without a
-        token are minus infinity, because such ids are never generated, unless they end a text.
+        token are minus infinity, because such ids are never generated, unless they end a text. With heads switched off, the
+        logits are those of the GPTModel, because hooks cannot change the engine's model.
         """
-        key = tuple(ids[-self.gpt.config.context_length :])
+        key = (tuple(ids[-self.gpt.config.context_length :]), tuple(sorted({*heads_off})))
         if key not in self._logits:
-            self._logits[key] = self._computed(key).index_fill(0, self._excluded, -math.inf)
+            computed = self._computed_without(*key) if heads_off else self._computed(key[0])
+            self._logits[key] = computed.index_fill(0, self._excluded, -math.inf)
         self._logits.move_to_end(key)
         if len(self._logits) > N_KEPT_LOGITS:
             self._logits.popitem(last=False)
@@ -128,41 +124,33 @@ class Inspector:
         n = min(n_common(list(ids), self._cached), len(ids) - 1)
         self._cached, self._cache.length = [], n  # nothing is cached if the model fails
         with evaluation_mode(self.model):
-            new = torch.tensor([ids[n:]], device=self._cache.storage.device)
-            logits = self.model(new, cache=self._cache, last_only=True)[0, -1].float().cpu()
+            logits = self.model(self._batch(ids[n:]), cache=self._cache, last_only=True)[0, -1].float().cpu()
         require_finite("a logit of the model", logits)
         self._cached = list(ids)
         return logits
 
-    def distribution(self, ids: Sequence[int], sampling: SamplingConfig) -> dict[str, Any]:
-        """Return the probabilities of the token that follows `ids`, as a dict for JSON.
+    def _computed_without(self, ids: Sequence[int], heads_off: Heads) -> Tensor:
+        """Compute the logits (V,) after the ids with these heads switched off."""
+        with evaluation_mode(self.gpt), ablate_heads(self.gpt, heads_off):
+            logits = self.gpt(self._batch(ids), last_only=True)[0, -1].float().cpu()
+        require_finite("a logit of the model", logits)
+        return logits
 
-        Each of the most likely tokens has its probability according to the model, and its probability of being sampled.
-        """
-        logits = self.next_logits(ids)
-        V, of_model = len(logits), logits.softmax(-1)
-        if sampling.temperature == 0:  # greedy: of equal logits, the first is taken
-            filtered = torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
-        else:
-            filtered = filter_logits(logits[None], sampling)[0]
-        sampled, is_kept = filtered.softmax(-1), filtered > -math.inf
-        order = is_kept.int().argsort(descending=True, stable=True)  # of equal probabilities, kept ones come first
-        order = order[of_model[order].argsort(descending=True, stable=True)]
-        shown, hidden = order[:N_SHOWN], order[N_SHOWN:]
-        labels = token_labels(self.tokenizer, shown.tolist())
-        values = zip(shown.tolist(), labels, of_model[shown].tolist(), sampled[shown].tolist(), strict=True)
-        return {
-            "tokens": [[*value, kept] for value, kept in zip(values, is_kept[shown].tolist(), strict=True)],
-            "n_kept": int(is_kept.sum()),
-            "n_hidden": int(is_kept[hidden].sum()),
-            "hidden": float(sampled[hidden].sum()),
-            "removed": float(of_model[~is_kept].sum()),
-            "vocab_size": V,
-        }
+    @torch.inference_mode()
+    def distribution(self, ids: Sequence[int], sampling: SamplingConfig, heads_off: Heads = ()) -> dict[str, Any]:
+        """Return the probabilities of the token that follows `ids`, as a dict for JSON (see `next_token_data`)."""
+        return next_token_data(self.next_logits(ids, heads_off), self.tokenizer, sampling)
 
-    def look(self, ids: Sequence[int]) -> dict[str, Any]:
+    def look(self, ids: Sequence[int], heads_off: Heads = ()) -> dict[str, Any]:
         """Return the attention weights and the predictions after each layer for the ids (see `page_data`)."""
-        return page_data(self.gpt, self.tokenizer, torch.tensor([ids], device=self._cache.storage.device))
+        return page_data(self.gpt, self.tokenizer, self._batch(ids), heads_off)
+
+    def walk(self, ids: Sequence[int], layer: int, head: int, token: int, heads_off: Heads = ()) -> dict[str, Any]:
+        """Return the numbers of each step of one forward pass (see `walk_data`)."""
+        return walk_data(self.gpt, self.tokenizer, self._batch(ids), layer, head, token, heads_off)
+
+    def _batch(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([ids], device=self._cache.storage.device)
 
 
 async def list_models(request: HTTPRequest) -> Response:
@@ -218,12 +206,10 @@ async def next_token(request: HTTPRequest) -> Response:
     """Send the probabilities of the token that follows a text or token ids, before and after the sampling options."""
     body = await read_json(request)
     served = find_model(request, _name(body))
-    sampling, ids = _sampling(body), await _ids(served, body)
-    if not ids:
-        raise APIError(400, "the text is empty; it must have at least one token", "text")
+    sampling, heads_off, ids = _sampling(body), _heads_off(served, body), await _some_ids(served, body)
 
     def answer(inspector: Inspector) -> dict[str, Any]:
-        found = inspector.distribution(ids, sampling)
+        found = inspector.distribution(ids, sampling, heads_off)
         return {**found, "n_tokens": len(ids), "prompt": _as_prompt(served.tokenizer, ids)}
 
     return _json(await _compute(request, served, answer))
@@ -254,12 +240,30 @@ async def look_inside(request: HTTPRequest) -> Response:
     """Send the attention weights and the predictions after each layer for the last tokens of a text."""
     body = await read_json(request)
     served = find_model(request, _name(body))
-    ids = await _ids(served, body)
-    if not ids:
-        raise APIError(400, "the text is empty; it must have at least one token", "text")
-    last = ids[-min(MAX_TOKENS, served.gpt.config.context_length) :]
-    data = await _compute(request, served, lambda inspector: inspector.look(last))
+    heads_off, ids = _heads_off(served, body), await _some_ids(served, body)
+    last = ids[-_longest_look(served) :]
+    data = await _compute(request, served, lambda inspector: inspector.look(last, heads_off))
     return _json({**data, "n_left_out": len(ids) - len(last)})
+
+
+async def walk(request: HTTPRequest) -> Response:
+    """Send the numbers of each step of one forward pass for one token and one attention head of a text."""
+    body = await read_json(request)
+    served = find_model(request, _name(body))
+    heads_off, ids = _heads_off(served, body), await _some_ids(served, body)
+    if len(ids) > _longest_look(served):
+        raise APIError(400, f"the text has {len(ids)} tokens, a walk can have at most {_longest_look(served)}", "text")
+    config = served.gpt.config
+    counts = {"layer": config.n_layers, "head": config.n_heads, "token": len(ids)}
+    for name, count in counts.items():
+        if _whole(body, name, 0) not in range(count):
+            raise APIError(400, f"{name} must be a whole number from 0 to {count - 1}, got {body[name]!r:.80}", name)
+    layer, head, token = (body.get(name, 0) for name in counts)
+    return _json(await _compute(request, served, lambda inspector: inspector.walk(ids, layer, head, token, heads_off)))
+
+
+def _longest_look(served: ServedModel) -> int:
+    return min(MAX_TOKENS, served.gpt.config.context_length)
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -332,6 +336,29 @@ async def _ids(served: ServedModel, body: dict[str, Any]) -> list[int]:
     return ids
 
 
+async def _some_ids(served: ServedModel, body: dict[str, Any]) -> list[int]:
+    """Return the token ids of a request (see `_ids`), of which there must be at least one."""
+    ids = await _ids(served, body)
+    if not ids:
+        raise APIError(400, "the text is empty; it must have at least one token", "text")
+    return ids
+
+
+def _heads_off(served: ServedModel, body: dict[str, Any]) -> Heads:
+    """Return the attention heads that a request switches off."""
+    heads, L, H = body.get("heads_off", []), served.gpt.config.n_layers, served.gpt.config.n_heads
+
+    def is_head(pair: object) -> bool:
+        return (
+            isinstance(pair, list) and [type(i) for i in pair] == [int, int] and 0 <= pair[0] < L and 0 <= pair[1] < H
+        )
+
+    if not isinstance(heads, list) or not all(map(is_head, heads)):
+        allowed = f"pairs [layer, head], with layers from 0 to {L - 1} and heads from 0 to {H - 1}"
+        raise APIError(400, f"heads_off must be a list of {allowed}, got {heads!r:.80}", "heads_off")
+    return tuple((layer, head) for layer, head in heads)
+
+
 def _sampling(body: dict[str, Any]) -> SamplingConfig:
     names = ("temperature", "top_k", "top_p", "min_p")
     try:
@@ -354,4 +381,5 @@ ROUTES = [
     Route("/page/next", next_token, methods=["POST"]),
     Route("/page/generate", generate, methods=["POST"]),
     Route("/page/inside", look_inside, methods=["POST"]),
+    Route("/page/walk", walk, methods=["POST"]),
 ]

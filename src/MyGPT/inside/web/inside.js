@@ -1,26 +1,6 @@
 // Draw how a model reads a text. inside.html has the elements, and page_data (inside/page.py) returns the numbers.
 // The pages of `mygpt explain` and `mygpt serve` share this file.
 
-const $ = id => document.getElementById(id);
-function element(kind, attributes = {}, ...children) {
-  const made = Object.assign(document.createElement(kind), attributes);
-  made.append(...children);
-  return made;
-}
-// The colour of a weight or a probability. Below a text it is paler, so that the text stays readable.
-const paleHeat = p => `rgb(var(--heat) / calc(var(--pale) * ${p}))`;
-const heat = p => `rgb(var(--heat) / ${p})`;
-const percent = p => p < 0.001 ? "< 0.1 %" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %";
-const quoted = text => element("span", { className: "mono", textContent: text });
-const numbers = n => [...Array(n).keys()];
-
-// Replace the children of an element. The new child at the same place takes over the keyboard focus of an old one.
-function refill(parent, ...children) {
-  const place = [...parent.children].indexOf(document.activeElement);
-  parent.replaceChildren(...children);
-  if (place >= 0) parent.children[Math.min(place, children.length - 1)]?.focus();
-}
-
 let redrawInside = () => {};
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redrawInside());
 
