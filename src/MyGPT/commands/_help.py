@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 GROUPS = {
-    "Model": "model adapter context_length emb_dim n_heads n_layers drop_rate qkv_bias tie_weights layer_norm_eps init_std "
+    "Model": "model adapter with context_length emb_dim n_heads n_layers drop_rate qkv_bias tie_weights layer_norm_eps init_std "
     "activation init",
     "LoRA": "full merge frozen_dtype train_only lora lora.r lora.alpha lora.dropout lora.targets lora.dora lora.rslora",
     "Data": "data val_data test_data text file text_column label_column tokenizer tokenizer_size val_fraction max_length rows "

@@ -27,7 +27,7 @@ DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "
 HIDDEN = ("vocab_size", *SPECIAL_TOKEN_FIELDS)
 COMMON = (
     "data tokenizer out resume max_steps batch_size learning_rate context_length emb_dim n_heads n_layers drop_rate "
-    "eval_every sample_every device with"
+    "eval_every sample_every device"
 ).split()
 EXPAND = with_options_of_run
 
@@ -72,7 +72,6 @@ def train(
         mygpt train --data book.txt --max_steps 500 --out runs/book
         mygpt train --resume runs/book
         mygpt train --resume runs/book --max_steps 1000 --allow_changed max_steps
-        mygpt train --with my_attention.py --out runs/own
 
     Args:
         with_: Python file with your own attention, MLP or block, which is run in place of GPT-2's (docs/guide/model.md shows
