@@ -30,7 +30,7 @@ def explain(
         mygpt explain --model runs/book --live
 
     Args:
-        text: The text in quotes, at most 128 tokens. With --live, it is optional: the text with which the page starts.
+        text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
         out: The .html file to write.

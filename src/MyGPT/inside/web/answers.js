@@ -114,7 +114,7 @@ class Answers {
     return { tokens, n_kept: kept, n_hidden: nHidden, hidden, removed, vocab_size: logits.length };
   }
 
-  // Return a sampled token, the next one in a text that began with another number of ids. `step` counts from 0.
+  // Sample the token after the ids. `step` is the number of tokens of this text that were sampled before it.
   sample(ids, { heads_off: headsOff, seed = 0, step = 0, ...sampling } = {}) {
     const id = drawToken(filterLogits(this.nextLogits(ids, headsOff), sampling), seed, step);
     if (this.data.ends.includes(id)) return { id, ends: true };

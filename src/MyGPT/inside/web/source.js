@@ -20,11 +20,12 @@
 //   source.generate(ids, {temperature, top_k, top_p, min_p, heads_off, max_tokens, seed, signal}, onToken)
 //                                    calls onToken({id, label, text}) for each new token. The result is {finish_reason}: "stop"
 //                                    at an end token, "length" after max_tokens (default 100), or "stopped" if the AbortSignal
-//                                    `signal` was aborted. seed is a whole number; without it, every text is another one.
+//                                    `signal` was aborted. seed is a whole number; without it, each call gives another text.
 //
 // A promise is rejected with an Error whose message is one sentence for the reader. A newer call of read, inside, next or
 // walk supersedes an older one of the same method that has no answer yet: the promise of the older call stays pending for
-// ever, so its stale answer is never drawn. The worker computes one call at a time, and of waiting calls only the newest.
+// ever, so its stale answer is never drawn. The worker computes one call at a time. Of the waiting calls of a method, it computes
+// only the newest.
 
 function openSource() {
   const data = JSON.parse(document.getElementById("live").textContent);
@@ -46,7 +47,7 @@ function workerSource(worker, data, tensors) {
   const waiting = new Map(); // the requests that were not sent yet, by the method that a newer request supersedes
   let current = null, calls = 0;
 
-  // Send the next request if the worker is idle. While one method is typed at, the others still get their turn.
+  // Send the next request if the worker is idle. If one method is called at each key press, the others still get their turn.
   function send() {
     if (current || !waiting.size) return;
     const [key, request] = waiting.entries().next().value;

@@ -14,7 +14,7 @@ function makeTokenizer(data) {
 
 class AddedTokens {
   constructor(tokens) {
-    // First the tokens that are not `normalized`, then the others in the texts that are left. The longest token wins.
+    // Tokens that are not `normalized` are found first, and the others in the rest of the text. The longest token wins.
     this.groups = [false, true].map(normalized => {
       const group = new Map(tokens.filter(token => token.normalized === normalized).map(token => [token.content, token]));
       const longestFirst = [...group.keys()].sort((one, other) => [...other].length - [...one].length);
