@@ -54,7 +54,7 @@ def explain(
             raise ValueError(
                 f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
             )
-        _write_replay(text, out, device)
+        _write_replay(text, out, device, with_)
         print(out)
         return
     missing = [name for name, is_given in (("TEXT", text or live), ("--model", model)) if not is_given]
@@ -112,8 +112,11 @@ def _write_live_page(
         file.writelines(page.pieces())
 
 
-def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
-    """Write a page that replays the run that the first argument names. The other arguments are the text of the page."""
+def _write_replay(arguments: Sequence[str], out: str, device: str, parts: str | None) -> None:
+    """Write a page that replays the run that the first argument names. The other arguments are the text of the page.
+
+    `parts` is the file with the custom parts of the run's models, or None.
+    """
     from MyGPT.commands._recipe import fields_of, read_recipe
     from MyGPT.commands._run import command_of_recipe
     from MyGPT.files import atomic_write
@@ -130,8 +133,7 @@ def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
     recipe = read_recipe(run / "config.yaml")
     if command_of_recipe(recipe) == "classify":
         raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
-    page = replay_page(
-        run, TrainConfig(**fields_of(TrainConfig, recipe)), lambda path: open_model(path, device), text or None
-    )
+    config = TrainConfig(**fields_of(TrainConfig, recipe))
+    page = replay_page(run, config, lambda path: open_model(path, device, parts=parts), text or None)
     with atomic_write(out) as file:
         file.write(page)
