@@ -154,13 +154,16 @@ def _run(arguments: list[str]) -> int:
         return 128 + getattr(interrupt, "signal_number", SIGINT)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        message = error_message(error)
+    except Exception as error:
+        message = error_message(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else ""
         if isinstance(error, (MemoryError, RuntimeError)) or getattr(error, "errno", None) == errno.ENOMEM:
             from MyGPT.commands._memory import memory_advice
 
             message = memory_advice(name, error) or ""
-        if os.environ.get("MYGPT_DEBUG") or not message:  # any other RuntimeError is a mistake in the program
+        own = sys.modules.get("MyGPT.parts")
+        if own is not None and not (message and isinstance(error, (MemoryError, RuntimeError, own.PartsError))):
+            message = own.describe_error(error) or message
+        if os.environ.get("MYGPT_DEBUG") or not message:  # any other error is a mistake in the program
             raise
         _report(name, message)
         return 2
