@@ -344,7 +344,9 @@ def live(results: Results) -> str:
     rows = []
     for row in results.rows:
         millions = results.settings[f"parameters, {row.name}"] / 1e6
-        rows.append([f"{row.name}, {millions:.1f} million parameters", row.measure, f"{spread(row.values, 1)} {row.unit}"])
+        rows.append(
+            [f"{row.name}, {millions:.1f} million parameters", row.measure, f"{spread(row.values, 1)} {row.unit}"]
+        )
     return markdown(["model", "measure", "median (lowest to highest)"], rows)
 
 
