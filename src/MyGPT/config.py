@@ -236,7 +236,7 @@ class GPTConfig:
 def read_config_json(path: Path, has_own_parts: bool = False) -> GPTConfig:
     """Return the config in the `config.json` at `path`, with the content of `generation_config.json` beside it.
 
-    A damaged file or another kind of model raises ValueError. So does a model with own parts (see parts.py), unless
+    A damaged file or another kind of model raises ValueError. So does a model with custom parts (see parts.py), unless
     `has_own_parts` is True because the caller has them.
     """
     if not has_own_parts and (record := read_record(path)) is not None:

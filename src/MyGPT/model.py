@@ -359,7 +359,7 @@ class GPTModel(nn.Module):
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
                 ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
             parts: the Python file (or its module, or a dict) with the model's own parts, which is run. A model that was
-                trained with own parts is never opened without them.
+                trained with custom parts is never opened without them.
         """
         parts = as_parts(parts)
         model = model_of(*read_weights(name_or_dir, dtype, parts), parts)
@@ -370,7 +370,7 @@ class GPTModel(nn.Module):
 def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts | None = None) -> GPTModel:
     """Return a model in evaluation mode whose parameters are the tensors in `state_dict` themselves, not copies.
 
-    A model with own parts has copies of the tensors, because it may compute buffers, or share weights, when it is made.
+    A model with custom parts has copies of the tensors, because it may compute buffers, or share weights, when it is made.
     """
     if parts is not None:
         with torch.random.fork_rng(devices=[]):
@@ -385,7 +385,7 @@ def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts |
 
 
 def load_own_weights(model: GPTModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy the weights of a saved model into a model with own parts. Raises ValueError with all mismatches."""
+    """Copy the weights of a saved model into a model with custom parts. Raises ValueError with all mismatches."""
     expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     problems = [f"{name} is missing" for name in expected if name not in state_dict]
     problems += [f"{name} is unknown" for name in state_dict if name not in expected]

@@ -37,7 +37,7 @@ GROUPS = {
 SHARED_HELP = {
     "model": "A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.",
     "adapter": "The directory of a LoRA adapter, or a run of mygpt finetune.",
-    "with": "Python file with own parts of the model, which is run; a model that was trained with --with needs it.",
+    "with": "Python file with custom parts of the model, which is run; a model that was trained with --with needs it.",
     "device": "Where to compute: auto, cpu, cuda or mps.",
     "precision": "Precision of the weights: auto keeps the stored one; bf16, int8 and int4 are each faster and less exact.",
     "lookup": "Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.",

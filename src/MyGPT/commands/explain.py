@@ -62,7 +62,7 @@ def explain(
 def _write_page(
     text: tuple[str, ...], model: str, adapter: str | None, out: str, device: str, parts: str | None
 ) -> None:
-    """Write a page that shows how the model, with the own parts in the file `parts` if it is not None, reads one text."""
+    """Write a page that shows how the model, with the custom parts in the file `parts` if it is not None, reads one text."""
     from MyGPT.commands._model import encode_for, report_tokenizer
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page

@@ -144,7 +144,7 @@ def train(
 
 
 def require_own_parts(run: Path) -> None:
-    """Raise ValueError if the run in the directory `run` was trained with own parts, which are not given to resume it."""
+    """Raise ValueError if the run in the directory `run` was trained with custom parts, which are not given to resume it."""
     from MyGPT.commands._recipe import read_recipe
     from MyGPT.parts import PARTS_FILE
 

@@ -137,7 +137,7 @@ class Run:
     group: ProcessGroup | None = field(init=False, default=None)
     """The process group with which several ranks read and write checkpoints."""
     parts: Parts | None = None
-    """The own parts of the model, of whose file the directory gets a copy."""
+    """The custom parts of the model, of whose file the directory gets a copy."""
     has_failed: bool = False
     """True if an error or a signal ended the training, for the trackers."""
     writer: CheckpointWriter | None = None

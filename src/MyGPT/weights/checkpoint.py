@@ -35,7 +35,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     """The contradictions between the config in the files and the tensors, and how they were resolved. `read` reports them."""
     has_own_parts: bool = False
-    """True if the model was trained with own parts (see parts.py). Its tensors may differ from GPT-2's."""
+    """True if the model was trained with custom parts (see parts.py). Its tensors may differ from GPT-2's."""
 
     @classmethod
     def of(cls, path: Path, tensors: LazyTensors, config: GPTConfig | None, format: str | None = None) -> Checkpoint:
