@@ -151,10 +151,6 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
-def canvas_title(browser: Any) -> str:
-    return str(browser.execute_script("return document.querySelector('#map canvas').title"))
-
-
 @pytest.mark.slow
 def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     browser: Any, model: GPTModel, ids: Tensor, tmp_path: Path
@@ -209,7 +205,7 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     move.move_to_element_with_offset(canvas, -3 * cell, 2 * cell).click().perform()  # row 5, column 0
     assert browser.execute_script("return location.hash") == "#layer=0&head=2&token=5"
     weight = 100 * attention[2 * 49 + 5 * 7] / 255
-    title = canvas_title(browser)
+    title = canvas.get_attribute("title")
     assert title.startswith("a attends to T: ") and float(title.split(": ")[1].strip("<% ")) == pytest.approx(
         weight, abs=0.51
     )

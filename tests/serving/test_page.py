@@ -767,7 +767,8 @@ def test_walk_goes_through_all_steps_with_the_keyboard(page: Page, models: dict[
 SHOWN_STEP = """
 const texts = selector => [...document.querySelectorAll(selector)].map(e => e.textContent);
 const numbers = [...document.querySelectorAll("#walk-tensors .cell")].map(e => Number(e.title));
-return [...["#walk-count", "#walk-steps [aria-current]", "#walk-name"].map(it => texts(it)[0]), numbers, texts(".tensor-head small")];
+const [count, current, title] = ["#walk-count", "#walk-steps [aria-current]", "#walk-name"].map(it => texts(it)[0]);
+return [count, current, title, numbers, texts(".tensor-head small")];
 """
 """A script that returns the number, the title, the numbers and the shapes of the step that the walk shows."""
 

@@ -9,6 +9,8 @@ class Inside {
     Object.assign(this, { layer: 0, head: 0, headsOff: [] });
     this.chosenToken = null; // null means the last token, also when the text grows
     this.chosenDepth = null; // null means the last layer
+    this.map = this.makeMap();
+    this.pointed = [0, 0]; // the row and the column below the pointer
     $("layer").onchange = $("head").onchange = ({ target }) => this.choose({ [target.id]: Number(target.value) });
     $("switch").hidden = !onSwitch;
     $("switch").onclick = () => this.switchHead(this.layer, this.head);
@@ -170,30 +172,38 @@ class Inside {
     context.putImageData(image, 0, 0);
   }
 
-  drawMap() {
-    const { T, layer, head, token } = this, map = $("map");
-    const cell = T > 40 ? 12 : T > 20 ? 18 : 26;
-    const canvas = element("canvas"), at = event => {
-      const within = value => Math.min(Math.max(Math.floor(value / cell), 0), T - 1);
-      return [within(event.offsetY), within(event.offsetX)];
-    };
+  makeMap() {
+    const canvas = element("canvas"), at = event => [event.offsetY, event.offsetX].map(offset =>
+      Math.min(Math.max(Math.floor(offset / canvas.clientWidth * this.T), 0), this.T - 1));
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `Attention weights of layer ${layer}, head ${head}`);
     canvas.onclick = event => this.choose({ token: at(event)[0] });
     canvas.onpointermove = event => {
-      const [row, column] = at(event);
-      canvas.title = column > row ? `${this.label(row)} cannot attend to a later token`
-        : `${this.label(row)} attends to ${this.label(column)}: ${percent(this.weight(layer, head, row, column))}`;
+      this.pointed = at(event);
+      this.drawPointed();
     };
-    this.paint(canvas, layer, head);
+    return canvas;
+  }
+
+  // Say in a tooltip what the cell below the pointer shows.
+  drawPointed() {
+    const [row, column] = this.pointed.map(t => Math.min(t, this.T - 1)), { layer, head } = this;
+    this.map.title = column > row ? `${this.label(row)} cannot attend to a later token`
+      : `${this.label(row)} attends to ${this.label(column)}: ${percent(this.weight(layer, head, row, column))}`;
+  }
+
+  drawMap() {
+    const { T, layer, head, token } = this, map = $("map");
+    this.map.setAttribute("aria-label", `Attention weights of layer ${layer}, head ${head}`);
+    this.paint(this.map, layer, head);
+    this.drawPointed();
     const rows = this.data.tokens.map(({ label }, t) =>
       element("span", { className: `row mono${t === token ? " chosen" : ""}`, textContent: label }));
     const columns = this.data.tokens.map(({ label }) => element("span", { className: "column mono", textContent: label }));
     const mark = element("span", { className: "mark" }), lines = element("span", { className: "lines" });
     mark.style.gridRow = token + 2;
-    map.style.setProperty("--cell", `${cell}px`);
+    map.style.setProperty("--cell", T > 40 ? "12px" : T > 20 ? "18px" : "26px");
     map.style.setProperty("--n", T);
-    map.replaceChildren(element("span"), ...columns, ...rows, canvas, lines, mark);
+    map.replaceChildren(element("span"), ...columns, ...rows, this.map, lines, mark);
   }
 
   thumbnail(layer, head) {
