@@ -171,7 +171,7 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     assert texts("#tokens button .mono") == labels
     assert texts("#tokens .chosen .mono") == ["t"]
     assert len(browser.find_elements(By.CSS_SELECTOR, "#heads canvas")) == 6
-    assert texts("#map .row") == texts("#map .column") == labels
+    assert texts("#map .rows span") == texts("#map .columns span") == labels
     assert texts("#lens tr")[-1].split() == ["after", "token", *labels]
     assert texts("#bars .mono")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
 

@@ -10,12 +10,19 @@ class Inside {
     this.chosenToken = null; // null means the last token, also when the text grows
     this.chosenDepth = null; // null means the last layer
     this.map = this.makeMap();
+    $("map").replaceChildren(element("span"), element("span", { className: "columns mono" }), element("span", { className: "rows mono" }),
+      this.map, element("span", { className: "lines" }), element("span", { className: "mark" }));
     this.pointed = [0, 0]; // the row and the column below the pointer
     $("layer").onchange = $("head").onchange = ({ target }) => this.choose({ [target.id]: Number(target.value) });
     $("switch").hidden = !onSwitch;
     $("switch").onclick = () => this.switchHead(this.layer, this.head);
     $("heads").onkeydown = event => this.moveInHeads(event);
+    $("lens").replaceChildren(element("tbody"), element("tfoot", {}, element("tr")));
     $("lens").onkeydown = event => this.moveInLens(event);
+    $("lens").onclick = event => {
+      const cell = event.target.closest("td");
+      if (cell) this.chooseCell({ token: cell.cellIndex - 1, depth: this.data.layers - cell.parentElement.rowIndex });
+    };
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.data && this.draw());
   }
 
@@ -135,40 +142,48 @@ class Inside {
     this.drawLens();
   }
 
-  tokenButton(t, note, strength = 0) {
-    const button = element("button", { type: "button", className: t === this.token ? "chosen" : "" },
-      quoted(this.label(t)), element("small", { textContent: note }));
-    button.style.background = strength ? paleHeat(strength) : "";
-    button.onclick = () => this.choose({ token: t });
-    return button;
+  // Fill `parent` with buttons for the first n tokens. Each has a note and, if the note is a weight, a colour.
+  drawButtons(parent, n, note, strength = () => 0) {
+    const make = t => {
+      const button = element("button", { type: "button" }, quoted(""), element("small"));
+      button.onclick = () => this.choose({ token: t });
+      return button;
+    };
+    fill(parent, n, make, (button, t) => {
+      setText(button.firstElementChild, this.label(t));
+      setText(button.lastElementChild, note(t));
+      button.className = t === this.token ? "chosen" : "";
+      button.style.background = strength(t) ? paleHeat(strength(t)) : "";
+    });
   }
 
   drawTokens() {
-    refill($("tokens"), ...this.data.tokens.map((token, t) => this.tokenButton(t, token.id)));
+    this.drawButtons($("tokens"), this.T, t => this.data.tokens[t].id);
   }
 
   drawAttention() {
     const { layer, head, token } = this;
     $("layer").value = layer;
     $("head").value = head;
+    const colour = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ").map(Number);
     for (const button of $("heads").querySelectorAll("button"))
-      this.paint(button.firstElementChild, ...button.dataset.place.split(".").map(Number));
+      this.paint(button.firstElementChild, ...button.dataset.place.split(".").map(Number), colour);
+    this.paint(this.map, layer, head, colour);
     this.drawMap();
     $("reading").replaceChildren(`In layer ${layer}, head ${head}, `, quoted(this.label(token)), ` (token ${token}) attends to:`);
-    refill($("taken"), ...numbers(token + 1).map(t => {
-      const p = this.weight(layer, head, token, t);
-      return this.tokenButton(t, percent(p), p);
-    }));
+    const weight = t => this.weight(layer, head, token, t);
+    this.drawButtons($("taken"), token + 1, t => percent(weight(t)), weight);
   }
 
-  // Draw the attention weights of a head, one pixel for each pair of tokens.
-  paint(canvas, layer, head) {
-    const { T } = this, size = T * T;
-    const [r, g, b] = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ");
-    canvas.width = canvas.height = T;
-    const context = canvas.getContext("2d"), image = context.createImageData(T, T);
-    const weights = this.weights.subarray((layer * this.data.heads + head) * size);
-    for (let i = 0; i < size; i++) image.data.set([r, g, b, weights[i]], 4 * i);
+  // Draw the attention weights of a head, one pixel for each pair of tokens. `colour` has red, green and blue.
+  paint(canvas, layer, head, colour) {
+    const { T } = this, size = T * T, first = (layer * this.data.heads + head) * size;
+    if (canvas.width !== T) canvas.width = canvas.height = T;
+    const context = canvas.getContext("2d"), image = context.createImageData(T, T), { data } = image;
+    for (let i = 0; i < size; i++) {
+      [data[4 * i], data[4 * i + 1], data[4 * i + 2]] = colour;
+      data[4 * i + 3] = this.weights[first + i];
+    }
     context.putImageData(image, 0, 0);
   }
 
@@ -194,16 +209,21 @@ class Inside {
   drawMap() {
     const { T, layer, head, token } = this, map = $("map");
     this.map.setAttribute("aria-label", `Attention weights of layer ${layer}, head ${head}`);
-    this.paint(this.map, layer, head);
     this.drawPointed();
-    const rows = this.data.tokens.map(({ label }, t) =>
-      element("span", { className: `row mono${t === token ? " chosen" : ""}`, textContent: label }));
-    const columns = this.data.tokens.map(({ label }) => element("span", { className: "column mono", textContent: label }));
-    const mark = element("span", { className: "mark" }), lines = element("span", { className: "lines" });
+    const makeLabel = () => element("span"), [, columns, rows, , , mark] = map.children;
+    fill(columns, T, makeLabel, (span, t) => setText(span, this.label(t)));
+    fill(rows, T, makeLabel, (span, t) => {
+      setText(span, this.label(t));
+      span.className = t === token ? "chosen" : "";
+    });
     mark.style.gridRow = token + 2;
-    map.style.setProperty("--cell", T > 40 ? "12px" : T > 20 ? "18px" : "26px");
+    const cell = Math.min(Math.max(Math.floor(400 / T), 11), 26), box = map.parentElement;
+    map.style.setProperty("--cell", `${cell}px`);
     map.style.setProperty("--n", T);
-    map.replaceChildren(element("span"), ...columns, ...rows, this.map, lines, mark);
+    // Scroll as far as needed to show the cell in which the token attends to itself.
+    const right = map.offsetWidth - (T - 1 - token) * cell, bottom = map.offsetHeight - (T - 1 - token) * cell;
+    if (right > box.scrollLeft + box.clientWidth || right - cell < box.scrollLeft) box.scrollLeft = right - box.clientWidth;
+    if (bottom > box.scrollTop + box.clientHeight || bottom - cell < box.scrollTop) box.scrollTop = bottom - box.clientHeight;
   }
 
   thumbnail(layer, head) {
@@ -224,26 +244,25 @@ class Inside {
   }
 
   drawLens() {
-    const hadFocus = $("lens").contains(document.activeElement);
-    const rows = this.data.lens.map((cells, depth) => {
-      const name = depth === 0 ? "embeddings" : `layer ${depth - 1}`;
-      const drawn = cells.map((top, t) => {
-        const [text, p] = top[0], isChosen = t === this.token && depth === this.depth;
-        const cell = element("td", { title: `${text} ${percent(p)}`, tabIndex: isChosen ? 0 : -1 }, quoted(text));
+    const { layers, lens } = this.data, [rows, names] = $("lens").children;
+    const makeCell = column => column ? element("td", {}, quoted("")) : element("th", { className: "row", scope: "row" });
+    fill(rows, layers + 1, () => element("tr"), (row, i) => {
+      const depth = layers - i, name = depth === 0 ? "embeddings" : `layer ${depth - 1}`;
+      fill(row, this.T + 1, makeCell, (cell, column) => {
+        if (!column) return setText(cell, name);
+        const [text, p] = lens[depth][column - 1][0], isChosen = column - 1 === this.token && depth === this.depth;
+        setText(cell.firstElementChild, text);
+        cell.title = `${text} ${percent(p)}`;
         cell.style.background = paleHeat(p);
-        cell.classList.toggle("chosen", isChosen);
-        cell.onclick = () => this.chooseCell({ token: t, depth });
-        return cell;
+        cell.className = isChosen ? "chosen" : "";
+        cell.tabIndex = isChosen ? 0 : -1;
       });
-      return element("tr", {}, element("th", { className: "row", scope: "row", textContent: name }), ...drawn);
-    }).reverse();
-    const names = this.data.tokens.map((_, t) => element("th", { scope: "col" }, quoted(this.label(t))));
-    const last = element("tr", {}, element("th", { className: "row", textContent: "after token" }), ...names);
-    $("lens").replaceChildren(...rows, last);
+    });
+    const makeName = column => element("th", { className: column ? "" : "row", scope: "col" }, ...(column ? [quoted("")] : ["after token"]));
+    fill(names.firstElementChild, this.T + 1, makeName, (cell, column) => column && setText(cell.firstElementChild, this.label(column - 1)));
     const box = $("lens").parentElement, chosen = $("lens").querySelector(".chosen");
     const left = chosen.offsetLeft - box.querySelector("th").offsetWidth, right = chosen.offsetLeft + chosen.offsetWidth;
     if (left < box.scrollLeft || right > box.scrollLeft + box.clientWidth) box.scrollLeft = left;
-    if (hadFocus) chosen.focus({ preventScroll: true });
     const runners = this.data.lens[this.depth][this.token].flatMap(([text, p]) => [" ", quoted(text), ` ${percent(p)},`]);
     runners.push(runners.pop().replace(/,$/, "."));
     const where = this.depth === 0 ? "After the embeddings" : `After layer ${this.depth - 1}`;

@@ -142,7 +142,7 @@ function takeState() {
 
 async function start() {
   $("model").textContent = info.description;
-  $("facts").textContent = `It works without a network. The weights are stored in ${info.precision}.`;
+  $("facts").textContent = `It works without a network and stores the weights in ${info.precision === "fp16" ? "float16" : "int8"}.`;
   $("status").textContent = "The model is being unpacked …";
   for (const name of Object.keys(SLIDERS)) $(name).oninput = () => { showSettings(); refreshNext(); keepState(); };
   $("text").oninput = async () => { await stop(); readText(); };
