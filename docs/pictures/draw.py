@@ -1,9 +1,10 @@
 """Draw the pictures of the README and the documentation: `python docs/pictures/draw.py [--only NAME]`.
 
 architecture.svg, and flowchart.png in the root directory, show architecture.dot and need Graphviz. The other pictures show
-one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. explain.png and
-serve.png are screenshots of the pages of `mygpt explain` and `mygpt serve`, and need Chromium. serve.png also needs chromedriver
-and selenium, and shows a second model, whose tokens are words and parts of words.
+one real run of configs/quickstart.yaml; the script trains the model first if the run does not exist. `learn` draws the
+pictures of the directory learn/, which lessons.py describes. explain.png and serve.png are screenshots of the pages of
+`mygpt explain` and `mygpt serve`, and need Chromium. serve.png also needs chromedriver and selenium, and shows a second
+model, whose tokens are words and parts of words.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lessons
 import torch
 from matplotlib.figure import Figure
 
@@ -163,12 +165,20 @@ def draw_serve(run: Path) -> None:
         server.wait()
 
 
+def draw_learn(run: Path) -> None:
+    """Draw the pictures of docs/learn.md."""
+    train(run)
+    for path, svg in lessons.drawn(run):
+        path.write_text(svg, encoding="utf-8")
+
+
 PICTURES = {
     "architecture": draw_architecture,
     "training": draw_training,
     "sampling": draw_sampling,
     "explain": draw_explain,
     "serve": draw_serve,
+    "learn": draw_learn,
 }
 
 
