@@ -217,7 +217,7 @@ class Inside {
       span.className = t === token ? "chosen" : "";
     });
     mark.style.gridRow = token + 2;
-    const cell = Math.min(Math.max(Math.floor(400 / T), 11), 26), box = map.parentElement;
+    const cell = Math.min(Math.max(Math.floor((innerWidth < 640 ? 290 : 400) / T), 11), 26), box = map.parentElement;
     map.style.setProperty("--cell", `${cell}px`);
     map.style.setProperty("--n", T);
     // Scroll as far as needed to show the cell in which the token attends to itself.
