@@ -10,7 +10,6 @@ const state = new URLSearchParams(location.hash.slice(1));
 let ids = []; // the token ids of the text
 let version = 0; // counts the changes of the text, so that late answers are dropped
 let running = null; // while the model writes: the AbortController that stops it
-let distribution = null; // the last answer of source.next, with the ids and heads that were asked for
 
 const showError = error => { $("error").textContent = sentence(error.message); };
 const sentence = text => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
