@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,9 @@ LEFT, RIGHT, SPACE, CONTROL, ENTER, NULL = "\ue012", "\ue014", " ", "\ue009", "\
 @pytest.fixture(scope="module")
 def model() -> GPTModel:
     """A small model whose weights are exact in float16, so that the page computes with the same weights as Python."""
-    config = GPTConfig(vocab_size=96, context_length=24, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
+    config = GPTConfig(
+        vocab_size=96, context_length=24, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True
+    )
     return lively_model(config).half().float()
 
 
@@ -85,7 +86,9 @@ class Page:
             assert time.monotonic() < deadline, f"{what} did not become true within {SECONDS} seconds"
             time.sleep(0.02)
 
-    def shows(self, model: GPTModel, text: str, heads_off: list[tuple[int, int]] | None = None, **sampling: float) -> None:
+    def shows(
+        self, model: GPTModel, text: str, heads_off: list[tuple[int, int]] | None = None, **sampling: float
+    ) -> None:
         """Wait until all parts of the page show the text with these settings, and compare them with Python."""
         off, ids = heads_off or [], torch.tensor([TOKENIZER.encode(text)])
         data = page_data(model, TOKENIZER, ids, off)
@@ -128,7 +131,9 @@ def test_every_part_follows_the_text(page: Page, model: GPTModel) -> None:
     # The last answer stays while a text cannot be read, and a sentence near the field says why.
     page.one("#text").send_keys("é")
     page.until(lambda: "é" in page.text("#error"), "the error")
-    assert re.fullmatch(r"Character 'é' at position 14 is not in the vocabulary of 96 characters\.", page.text("#error"))
+    assert re.fullmatch(
+        r"Character 'é' at position 14 is not in the vocabulary of 96 characters\.", page.text("#error")
+    )
     assert len(page.texts("#tokens .mono")) == 14
     page.one("#text").send_keys("\ue003")  # Backspace
     page.until(lambda: page.text("#error") == "", "the error being gone")
@@ -264,9 +269,7 @@ def test_page_works_with_the_keyboard_alone(page: Page, model: GPTModel) -> None
 
 def test_typing_moves_nothing_above_the_growing_parts(page: Page) -> None:
     """The field, the list of next tokens and the sliders keep their places while the text changes."""
-    places = (
-        "return ['text', 'go', 'next', 'next-rest', 'temperature', 'tokens'].map(id => $(id).getBoundingClientRect().top)"
-    )
+    places = "return ['text', 'go', 'next', 'next-rest', 'temperature', 'tokens'].map(id => $(id).getBoundingClientRect().top)"
     before = page.run(places)
     for c in "s are":
         page.one("#text").send_keys(c)
