@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from MyGPT.commands._options import bare_flags
+
 OPTIONAL = ("text",)
+EXPAND = bare_flags("--live")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -26,7 +29,7 @@ def explain(
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
-        mygpt explain --model runs/book --live
+        mygpt explain --model runs/book --live "The wizard"
 
     Args:
         text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it.
@@ -43,7 +46,7 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
-        _write_live_page(" ".join(text), model, precision or "fp16", adapter, out)
+        _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     else:
         if precision is not None:
             raise ValueError(f"--precision is an option of --live, got --precision {precision} without --live")
@@ -68,7 +71,9 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
         file.write(page)
 
 
-def _write_live_page(text: str, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str) -> None:
+def _write_live_page(
+    text: str | None, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str
+) -> None:
     """Write a page that contains the model. Report the size of the page before it is written."""
     from MyGPT.commands._model import report_tokenizer
     from MyGPT.files import atomic_write

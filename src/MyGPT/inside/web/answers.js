@@ -38,7 +38,7 @@ class Answers {
     return ids.slice(-Math.min(SHOWN, this.data.config.context_length));
   }
 
-  // ---- read and decode ----
+  // ---- read, decode and logits ----
 
   read(text) {
     const ids = this.tokenizer.encode(text);
@@ -47,6 +47,11 @@ class Answers {
 
   decode(ids) {
     return this.tokenizer.decode(ids);
+  }
+
+  // Return the logits of the token that follows the ids, (V,).
+  logits(ids, { heads_off: headsOff } = {}) {
+    return Array.from(this.lastLogits(ids, headsOff));
   }
 
   // ---- inside: page_data in inside/page.py ----
@@ -88,10 +93,13 @@ class Answers {
 
   // ---- next and generate: next_token_data in inside/page.py ----
 
+  lastLogits(ids, headsOff) {
+    return this.reading(ids, headsOff).logits(Math.min(ids.length, this.data.config.context_length) - 1);
+  }
+
   // Return the logits after the last id. Ids without a token are never generated, unless they end a text.
   nextLogits(ids, headsOff) {
-    const reading = this.reading(ids, headsOff), T = this.data.config.context_length;
-    const logits = reading.logits(Math.min(ids.length, T) - 1);
+    const logits = this.lastLogits(ids, headsOff);
     for (const [first, last] of this.data.excluded) logits.fill(-Infinity, first, last + 1);
     return logits;
   }

@@ -11,6 +11,7 @@
 //   source.ready                     a promise that is fulfilled when the weights are unpacked
 //   source.read(text)                {ids, tokens: [{id, label}]}. Special tokens in the text become single ids.
 //   source.decode(ids)               the text of the ids
+//   source.logits(ids, {heads_off})  the logits of the next token, one number for each id of the vocabulary
 //   source.inside(ids, {heads_off})  the dict of page_data (inside/page.py) for the last `max_inside` ids, and n_left_out,
 //                                    the number of earlier ids. heads_off is a list of pairs [layer, head].
 //   source.next(ids, {temperature, top_k, top_p, min_p, heads_off})
@@ -97,6 +98,7 @@ function workerSource(worker, data, tensors) {
     ready: call("start", [data, tensors]),
     read: text => call("read", [text]),
     decode: ids => call("decode", [ids], `decode ${calls}`),
+    logits: (ids, options = {}) => call("logits", [ids, options], `logits ${calls}`),
     inside: (ids, options = {}) => call("inside", [ids, options]),
     next: (ids, options = {}) => call("next", [ids, options]),
     walk: (ids, options) => call("walk", [ids, options]),
