@@ -66,8 +66,9 @@ const shownIds = () => ids.slice(0, ids.length - look.ids.length + look.inside.t
 // The next token
 
 async function refreshNext() {
-  const asked = look.chosenIds, headsOff = look.headsOff, { token } = look.inside;
+  const asked = look.chosenIds, headsOff = look.headsOff;
   if (!asked.length) return;
+  const { token } = look.inside;
   try {
     const answer = await source.next(asked, { ...sampling(), heads_off: headsOff });
     const isLast = token === look.ids.length - 1;
@@ -170,4 +171,4 @@ async function start() {
   $("text").focus({ preventScroll: true });
 }
 
-start().catch(showError);
+const started = start().catch(showError); // fulfilled when the first text is drawn

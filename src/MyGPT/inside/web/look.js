@@ -17,7 +17,7 @@ class Look {
   get headsOff() { return this.inside.headsOff; }
   get data() { return this.inside.data; }
   // The ids up to the chosen token.
-  get chosenIds() { return this.ids.slice(0, this.inside.token + 1); }
+  get chosenIds() { return this.data === null ? [] : this.ids.slice(0, this.inside.token + 1); }
 
   // Show how the model reads a text. The answers to older calls are dropped.
   async read(text) {
@@ -29,8 +29,8 @@ class Look {
       this.onData(data);
       this.ids = data.tokens.map(({ id }) => id);
       inside.show(data);
-      this.changed();
-      if (headsOff.length && !inside.isCompared) {
+      await this.changed();
+      if (version === this.version && headsOff.length && !inside.isCompared) {
         const allOn = await this.source.inside(this.ids, { heads_off: [] });
         if (version === this.version) inside.compare(allOn);
       }
