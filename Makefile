@@ -9,7 +9,7 @@ RESULTS ?= bench-results
 # Processes that run tests, each on one thread. One that has nothing left takes tests from the other.
 JOBS   ?= 2
 PYTEST  = $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
-LINTED  = src tests benchmarks docs examples
+LINTED  = src tests benchmarks docs examples exercises
 
 .PHONY: demo check test coverage lint bench soak fuzz docs clean
 

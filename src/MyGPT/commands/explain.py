@@ -21,6 +21,7 @@ def explain(
     adapter: str | None = None,
     out: str = "explain.html",
     device: str = "auto",
+    with_: str | None = None,
 ) -> None:
     """Write an HTML page that shows how a model reads a text.
 
@@ -46,16 +47,22 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
+        if with_ is not None:
+            raise ValueError(
+                f"--with does not apply to --live, whose page computes GPT-2's own parts; got --with {with_}"
+            )
         _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     else:
         if precision is not None:
             raise ValueError(f"--precision is an option of --live, got --precision {precision} without --live")
-        _write_page(text, model, adapter, out, device)
+        _write_page(text, model, adapter, out, device, with_)
     print(out)
 
 
-def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str, device: str) -> None:
-    """Write a page that shows how the model reads one text."""
+def _write_page(
+    text: tuple[str, ...], model: str, adapter: str | None, out: str, device: str, parts: str | None
+) -> None:
+    """Write a page that shows how the model, with the custom parts in the file `parts` if it is not None, reads one text."""
     from MyGPT.commands._model import encode_for, report_tokenizer
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
@@ -63,7 +70,7 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
 
     if not "".join(text):
         raise ValueError("the text is empty; give at least one token")
-    gpt, tokenizer = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter, parts)
     report_tokenizer(tokenizer)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)

@@ -13,12 +13,15 @@ from filelock import FileLock, Timeout
 
 from MyGPT.data.templates import TEMPLATE_FILE
 from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers, target_of
+from MyGPT.parts import PARTS_FILE
 from MyGPT.tokenizers.settings import CHAT_TEMPLATES
 from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
 _TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
-_RUN_FILES = ("config.yaml", "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS)
+_RUN_FILES = (
+    "config.yaml", PARTS_FILE, "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS,
+)  # fmt: skip
 
 
 def check_run_directory(run: Path, overwrite: bool) -> None:

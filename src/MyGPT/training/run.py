@@ -22,7 +22,8 @@ from MyGPT.data.chat_template import save_chat_template
 from MyGPT.data.templates import Template
 from MyGPT.files import atomic_write, json_text
 from MyGPT.messages import error_message, quote
-from MyGPT.model import GPTModel
+from MyGPT.model import GPTModel, load_own_weights
+from MyGPT.parts import PARTS_FILE, Parts
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.checkpoint import CheckpointWriter, read_newest
 from MyGPT.training.config import TrainConfig
@@ -82,8 +83,12 @@ class WholeModel:
         return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
+        weights = read_weights(self.place(run_dir), parts=self.model.parts)[1]
+        if self.model.parts is not None:
+            load_own_weights(self.model, weights)
+            return
         # Not load_state_dict: if another program has trained the directory since, it may have biases that the model lacks.
-        load_weights_into_gpt(self.model, read_weights(self.place(run_dir))[1])
+        load_weights_into_gpt(self.model, weights)
 
 
 @dataclass
@@ -131,6 +136,8 @@ class Run:
     allow_changed: Sequence[str]
     group: ProcessGroup | None = field(init=False, default=None)
     """The process group with which several ranks read and write checkpoints."""
+    parts: Parts | None = None
+    """The custom parts of the model, of whose file the directory gets a copy."""
     has_failed: bool = False
     """True if an error or a signal ended the training, for the trackers."""
     writer: CheckpointWriter | None = None
@@ -191,6 +198,9 @@ class Run:
             remove_run(directory)
         with atomic_write(directory / "config.yaml") as file:
             yaml.safe_dump(self.recipe, file, sort_keys=False, allow_unicode=True)
+        if self.parts is not None and self.parts.source is not None:
+            with atomic_write(directory / PARTS_FILE, "wb") as file:
+                file.write(self.parts.source)
         after = snapshot.state.step if snapshot else None
         names, console = self.config.trackers(), self.console
         trackers = TrackerThreads(names, directory, self.recipe, after, console.message, console.warn)
