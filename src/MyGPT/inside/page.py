@@ -120,10 +120,7 @@ def page_data(
         predictions.append({"top": top, "rest": round(rest, 5), "actual": actual})
     attention = (traced.attention[:, 0].float() * 255).round().byte().cpu()  # (L, H, T, T)
     return {
-        "description": (
-            f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
-            f"a vocabulary of {config.vocab_size:,} tokens. Layers, heads and tokens are numbered from 0."
-        ),
+        "description": describe(model),
         "layers": config.n_layers,
         "heads": config.n_heads,
         "tokens": [{"id": id_, "label": label} for id_, label in tokens],
@@ -131,6 +128,15 @@ def page_data(
         "lens": [[[entry[:2] for entry in top] for top in depth] for depth in lens_tops],
         "next": predictions,
     }
+
+
+def describe(model: GPTModel) -> str:
+    """Return the sentences about the size of a model at the beginning of a page."""
+    config = model.config
+    return (
+        f"The model has {config.n_layers} layers of {config.n_heads} heads, {model.num_parameters():,} parameters and "
+        f"a vocabulary of {config.vocab_size:,} tokens. Layers, heads and tokens are numbered from 0."
+    )
 
 
 def next_token_data(logits: Tensor, tokenizer: Any, sampling: SamplingConfig) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+// The source of all numbers on the live page: a proxy of the worker that runs the model.
+//
+//   const source = openSource();
+//
+// starts the worker with the model in the page. Each method returns a promise. Ids are token ids; a text that is longer than
+// the model's context is read from its end.
+//
+//   source.info                      the data of the page, without waiting: {name, description, text, precision, n_parameters,
+//                                    weight_bytes, max_inside, config}; config has vocab_size, context_length, emb_dim,
+//                                    n_heads, n_layers, activation and layer_norm_eps
+//   source.ready                     a promise that is fulfilled when the weights are unpacked
+//   source.read(text)                {ids, tokens: [{id, label}]}. Special tokens in the text become single ids.
+//   source.decode(ids)               the text of the ids
+//   source.inside(ids, {heads_off})  the dict of page_data (inside/page.py) for the last `max_inside` ids, and n_left_out,
+//                                    the number of earlier ids. heads_off is a list of pairs [layer, head].
+//   source.next(ids, {temperature, top_k, top_p, min_p, heads_off})
+//                                    the dict of next_token_data (inside/page.py). temperature defaults to 0, which is greedy.
+//   source.walk(ids, {layer, head, token, heads_off})
+//                                    the dict of walk_data (inside/walk.py) for the ids that `inside` shows
+//   source.generate(ids, {temperature, top_k, top_p, min_p, heads_off, max_tokens, seed, signal}, onToken)
+//                                    calls onToken({id, label, text}) for each new token. The result is {finish_reason}: "stop"
+//                                    at an end token, "length" after max_tokens (default 100), or "stopped" if the AbortSignal
+//                                    `signal` was aborted. seed is a whole number; without it, every text is another one.
+//
+// A promise is rejected with an Error whose message is one sentence for the reader. A newer call of read, inside, next or
+// walk supersedes an older one of the same method that has no answer yet: the promise of the older call stays pending for
+// ever, so its stale answer is never drawn. The worker computes one call at a time, and of waiting calls only the newest.
+
+function openSource() {
+  const data = JSON.parse(document.getElementById("live").textContent);
+  const code = document.getElementById("worker-code").textContent;
+  const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
+  return workerSource(new Worker(url), data, takeTensors());
+}
+
+// Return the packed weights of the page, and remove their elements, which need a lot of memory.
+function takeTensors() {
+  return [...document.querySelectorAll("script[data-tensor]")].map(script => {
+    const { tensor: name, type, shape } = script.dataset, text = script.textContent;
+    script.remove();
+    return { name, type, shape: shape.split(" ").map(Number), text };
+  });
+}
+
+function workerSource(worker, data, tensors) {
+  const waiting = new Map(); // the requests that were not sent yet, by the method that a newer request supersedes
+  let current = null, calls = 0;
+
+  // Send the next request if the worker is idle. While one method is typed at, the others still get their turn.
+  function send() {
+    if (current || !waiting.size) return;
+    const [key, request] = waiting.entries().next().value;
+    waiting.delete(key);
+    current = request;
+    const { number, name, args } = request;
+    worker.postMessage({ number, name, args });
+  }
+
+  function call(name, args, key = name) {
+    return new Promise((resolve, reject) => {
+      waiting.delete(key);
+      if (current?.key === key) current.isStale = true;
+      waiting.set(key, { number: ++calls, key, name, args, resolve, reject, isStale: false });
+      send();
+    });
+  }
+
+  worker.onmessage = ({ data: { value, error } }) => {
+    const { resolve, reject, isStale } = current;
+    current = null;
+    if (!isStale) error === undefined ? resolve(value) : reject(new Error(error));
+    send();
+  };
+  worker.onerror = event => {
+    event.preventDefault();
+    current?.reject(new Error(`the page cannot run the model: ${event.message || "the browser does not start a worker"}`));
+  };
+
+  let generations = 0;
+  async function generate(ids, { max_tokens = 100, seed = Math.floor(Math.random() * 2 ** 32), signal, ...sampling }, onToken) {
+    const all = [...ids], key = `generate ${++generations}`;
+    for (let step = 0; step < max_tokens; step++) {
+      if (signal?.aborted) return { finish_reason: "stopped" };
+      const { ends, ...token } = await call("sample", [all, { ...sampling, seed, step }], key);
+      if (signal?.aborted) return { finish_reason: "stopped" };
+      if (ends) return { finish_reason: "stop" };
+      all.push(token.id);
+      onToken(token);
+    }
+    return { finish_reason: "length" };
+  }
+
+  const { tokenizer, excluded, ends, ...info } = data;
+  return {
+    info,
+    ready: call("start", [data, tensors]),
+    read: text => call("read", [text]),
+    decode: ids => call("decode", [ids], `decode ${calls}`),
+    inside: (ids, options = {}) => call("inside", [ids, options]),
+    next: (ids, options = {}) => call("next", [ids, options]),
+    walk: (ids, options) => call("walk", [ids, options]),
+    generate,
+  };
+}
