@@ -9,7 +9,7 @@ const label = token => data.labels[token];
 const running = token => label(token).replaceAll("·", " ");
 const whole = n => n.toLocaleString("en");
 const firesIn = new Set(active.flat().map(([id]) => id));
-const state = { feature: data.features[0]?.id, token: 0, shown: [] };
+const state = { feature: undefined, token: 0, shown: [] };
 
 const ORDERS = {
   rate: (a, b) => b.rate - a.rate,
@@ -218,11 +218,11 @@ function drawQuality() {
 drawQuality();
 makePassage();
 const start = new URLSearchParams(location.hash.slice(1));
-if (byId.has(Number(start.get("feature") ?? NaN))) state.feature = Number(start.get("feature"));
+const wanted = byId.get(Number(start.get("feature") ?? NaN));
 if (tokens[Number(start.get("token"))] !== undefined) state.token = Number(start.get("token"));
-for (const name of ["search", "here", "order"]) $(name).oninput = drawList;
+$("search").oninput = $("here").onchange = $("order").onchange = drawList;
 $("list").onkeydown = moveInList;
 $("passage").onkeydown = moveInPassage;
 drawList();
-if (!start.has("feature") && state.shown.length) state.feature = state.shown[0];
+state.feature = wanted ? wanted.id : state.shown[0];
 drawChoice();
