@@ -57,10 +57,11 @@ def quick_autoencoder(activations: Tensor, seed: int, steps: int = 300) -> Spars
 def test_at_least_nine_tenths_of_the_true_features_are_recovered(seed: int) -> None:
     """Seeds 0 to 9 recover all 64 features. Random directions and the 32 principal components recover almost none."""
     activations, directions = synthetic(seed)
-    assert recovery(quick_autoencoder(activations, seed).directions.detach(), directions) >= 0.9
+    # With the same seed, the autoencoder would start with the true directions.
+    assert recovery(quick_autoencoder(activations, 1000 + seed).directions.detach(), directions) >= 0.9
     components = torch.linalg.svd(activations - activations.mean(0), full_matrices=False).Vh
     assert recovery(torch.cat([components, -components]), directions) <= 0.1
-    assert recovery(torch.randn(80, 20), directions) <= 0.1
+    assert recovery(torch.randn(192, 32, generator=torch.Generator().manual_seed(1000 + seed)), directions) <= 0.1
 
 
 def test_the_same_seed_gives_the_same_autoencoder() -> None:
@@ -102,7 +103,10 @@ def test_output_and_gradients_equal_those_of_the_formula() -> None:
 
 def _compare_with_formula(autoencoder: SparseAutoencoder, x: Tensor) -> None:
     for row in x:
-        f = [max(0.0, float(w @ (row - autoencoder.center) - t)) for w, t in zip(autoencoder.encoder, autoencoder.threshold, strict=True)]
+        f = [
+            max(0.0, float(w @ (row - autoencoder.center) - t))
+            for w, t in zip(autoencoder.encoder, autoencoder.threshold, strict=True)
+        ]
         kept = [s if s in sorted(f)[-3:] else 0.0 for s in f]
         assert autoencoder.encode(row).tolist() == pytest.approx(kept, abs=1e-12)
         sum_ = autoencoder.center + sum(s * d for s, d in zip(kept, autoencoder.directions, strict=True))
@@ -182,7 +186,9 @@ def test_measures_equal_plain_computations(model: GPTModel, ids: Tensor, autoenc
     x = trace(model, windows)["h.1"]
     x = torch.cat([x.flatten(0, 1), trace(model, held_out[None, -1:])["h.1"][0]])
     strengths, variance = autoencoder.encode(x), (x - x.mean(0)).pow(2).sum()
-    assert measured.variance_explained == pytest.approx(float(1 - (x - autoencoder(x)).pow(2).sum() / variance), abs=1e-5)
+    assert measured.variance_explained == pytest.approx(
+        float(1 - (x - autoencoder(x)).pow(2).sum() / variance), abs=1e-5
+    )
     assert measured.n_active == pytest.approx(float((strengths > 0).sum(1).float().mean()))
     assert measured.n_dead == int((strengths.amax(0) == 0).sum())
 
@@ -225,6 +231,7 @@ def page(model: GPTModel, ids: Tensor) -> str:
     return features_page(model, TOKENIZER, ids, 1, n_features=40, k=4, steps=60, name="</title>{{data}}")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_numbers_on_the_page_equal_plain_computations(model: GPTModel, ids: Tensor, page: str) -> None:
     data = data_of(page)
@@ -268,7 +275,9 @@ def test_numbers_on_the_page_equal_plain_computations(model: GPTModel, ids: Tens
                     fits.append(at)
             assert fits and shown[peak] > 0
             peaks.append(shown[peak])
-        assert peaks[0] == 100 and peaks[: len(feature["strongest"])] == sorted(peaks[: len(feature["strongest"])], reverse=True)
+        assert peaks[0] == 100 and peaks[: len(feature["strongest"])] == sorted(
+            peaks[: len(feature["strongest"])], reverse=True
+        )
     passage = ids[n_train:]
     of_passage = autoencoder.encode(collect_activations(model, passage, "h.1"))
     assert [labels[i] for i in data["passage"]["tokens"]] == [label(i) for i in passage.tolist()]
@@ -312,8 +321,14 @@ def test_wrong_options_of_the_page_raise_an_error(
 
 
 def test_command_writes_the_page_and_reports_errors_in_one_line(
-    model: GPTModel, ids: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: GPTModel,
+    ids: Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    few_steps = lambda *values, **options: train_autoencoder(*values, **{**options, "steps": 60})  # noqa: E731
+    monkeypatch.setattr("MyGPT.inside.features.train_autoencoder", few_steps)
     model.save_pretrained(tmp_path / "model", TOKENIZER)
     text, out = tmp_path / "text.txt", tmp_path / "a.html"
     text.write_text(TOKENIZER.decode(ids.tolist()).replace("\0", "a"), encoding="utf-8", newline="")
@@ -330,7 +345,10 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
         ([*features, "--live"], "--live and --features write different pages: choose one of them"),
         ([*features, "--precision", "int8"], "--precision is an option of --live"),
         ([*command, "abba", "--layer", "1"], "--layer is an option of --features, got --layer 1 without --features"),
-        ([*command, "--features"], "'P'"),  # the default text, alice, has characters that the model does not know
+        (
+            [*command, "--features"],
+            "character 'C' at position 0",
+        ),  # the default text, alice, has characters that the model does not know
         ([*command, "--features", "--data", "nowhere"], "no text 'nowhere'"),
     ]:
         assert main(arguments) == 2
@@ -360,7 +378,9 @@ def test_a_reader_can_choose_search_and_use_the_keyboard(browser: Any, page: str
         )
 
     def listed() -> list[int]:
-        return [int(text) for text in browser.execute_script("return [...$('list').children].map(e => e.dataset.feature)")]
+        return [
+            int(text) for text in browser.execute_script("return [...$('list').children].map(e => e.dataset.feature)")
+        ]
 
     data = data_of(page)
     features = {feature["id"]: feature for feature in data["features"]}
@@ -406,7 +426,9 @@ def test_a_reader_can_choose_search_and_use_the_keyboard(browser: Any, page: str
     find("#search")[0].clear()
     find("#search")[0].send_keys("</")
     near = lambda example: "".join(labels[i] for i in example[0][max(0, example[2] - 12) : example[2] + 1])  # noqa: E731
-    assert set(listed()) == {id_ for id_, feature in features.items() if any("</" in near(e) for e in feature["strongest"])}
+    assert set(listed()) == {
+        id_ for id_, feature in features.items() if any("</" in near(e) for e in feature["strongest"])
+    }
     find("#search")[0].send_keys(Keys.BACKSPACE, Keys.BACKSPACE)
     Select(find("#order")[0]).select_by_value("rare")
     rates = [features[id_]["rate"] for id_ in listed()]

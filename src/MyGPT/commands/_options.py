@@ -170,6 +170,22 @@ def make_parser(name: str, command: Command) -> CommandParser:
     return parser
 
 
+def bare_flags(*flags: str) -> Callable[[Sequence[str], str], list[str]]:
+    """Return a function for EXPAND that writes these flags as --flag=true, unless true or false follows them.
+
+    Without the function, the argument after a flag, such as a text, would be read as the flag's value.
+    """
+
+    def expand(arguments: Sequence[str], command: str) -> list[str]:
+        following = [*arguments, ""][1:]
+        return [
+            f"{one}=true" if one in flags and after.lower() not in ("true", "false") else one
+            for one, after in zip(arguments, following, strict=True)
+        ]
+
+    return expand
+
+
 def underscored(argument: str, parser: CommandParser) -> str:
     """Replace hyphens in the name of an option by underscores: --max-steps becomes --max_steps. Keep other arguments."""
     option, equals, value = argument.partition("=")

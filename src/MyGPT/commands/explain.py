@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from MyGPT.commands._options import bare_flags
+
 OPTIONAL = ("text",)
+EXPAND = bare_flags("--live", "--features")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -33,12 +36,12 @@ def explain(
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
-        mygpt explain --model runs/book --live
+        mygpt explain --model runs/book --live "The wizard"
         mygpt explain --model runs/book --features --layer 1
 
     Args:
-        text: The text in quotes, at most 128 tokens. With --live, it is optional: the text with which the page starts. With
-            --features, it is optional too: the passage of which every token is shown, at most 512 tokens.
+        text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it. With
+            --features, the text is optional too, at most 512 tokens, and the page shows every token of it.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
         features: Train a sparse autoencoder on one layer, and write a page that shows where each of its features fires.
@@ -66,7 +69,7 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
-        _write_live_page(" ".join(text), model, precision or "fp16", adapter, out)
+        _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     elif features:
         sizes = {name: size for name, size in (("n_features", n_features), ("k", k)) if size is not None}
         _write_features_page(" ".join(text), model, adapter, device, layer, data, sizes, out)
@@ -92,7 +95,9 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
         file.write(page)
 
 
-def _write_live_page(text: str, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str) -> None:
+def _write_live_page(
+    text: str | None, model: str, precision: Literal["fp16", "int8"], adapter: str | None, out: str
+) -> None:
     """Write a page that contains the model. Report the size of the page before it is written."""
     from MyGPT.commands._model import report_tokenizer
     from MyGPT.files import atomic_write

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from MyGPT.commands._options import bare_flags
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
 from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
@@ -77,16 +78,7 @@ def runs(
         print("\n".join(describe_runs(summaries)))
 
 
-def _flags_with_values(arguments: Sequence[str], command: str) -> list[str]:
-    """Write --diff as --diff=true, so that the next argument is not read as its value. The same for --json."""
-    following = [*arguments, ""][1:]
-    return [
-        f"{one}=true" if one in ("--diff", "--json") and after.lower() not in ("true", "false") else one
-        for one, after in zip(arguments, following, strict=True)
-    ]
-
-
-EXPAND = _flags_with_values
+EXPAND = bare_flags("--diff", "--json")
 
 
 @dataclass(frozen=True)

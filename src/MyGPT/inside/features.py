@@ -95,12 +95,14 @@ def features_page(
     place = f"h.{layer}"
     n_train = len(ids) * 9 // 10 // length * length
     activations = collect_activations(model, ids, place, progress=progress)
+    if torch.equal(activations, activations[:1].expand_as(activations)):
+        raise ValueError(f"layer {layer} has the same activation at every token, so it has no features")
     autoencoder = train_autoencoder(activations[:n_train], n_features, k, steps=steps, seed=seed, progress=progress)
-    if not len(find_firings(autoencoder, activations).tokens):
-        raise ValueError(f"no feature fires at any token, because all activations of layer {layer} are equal")
     quality = measure_autoencoder(model, ids[n_train:], place, autoencoder)
     passage = ids[n_train : n_train + MAX_PASSAGE] if passage is None else passage
-    data = features_data(model, tokenizer, ids, activations, autoencoder, collect_activations(model, passage, place), passage)
+    data = features_data(
+        model, tokenizer, ids, activations, autoencoder, collect_activations(model, passage, place), passage
+    )
     data |= {"layer": layer, "n_all": n_all, "n_train": n_train, "quality": _rounded(quality)}
     title = html.escape(f"Features in layer {layer} of {name}")
     return fill_page(WEB / "features.html", {"title": title, "data": embedded_json(data)})

@@ -23,12 +23,14 @@ from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer
 from MyGPT.tokenizers.base import ids_without_token
 from MyGPT.tokenizers.bpe import CHARACTER_TO_BYTE
+from MyGPT.tokenizers.codec import NEW_CHARACTERS
 from MyGPT.weights.layout import shapes
 
 LivePrecision = Literal["fp16", "int8"]
 """The number formats of the weights in a live page."""
 MAX_PARAMETERS = 32_000_000
 """The maximum number of parameters of a model in a live page. Larger pages load and answer slowly."""
+_START = "Once upon a time"
 _MARKER = "<!-- tensors -->"
 
 
@@ -38,7 +40,7 @@ class LivePage:
     Args:
         model: the model. Merge adapters first.
         tokenizer: its tokenizer, one of MyGPT's.
-        text: the text with which the page starts.
+        text: the text with which the page starts. Default: "Once upon a time", or no text if the tokenizer cannot represent it.
         name: the name of the model in the title of the page.
         precision: "fp16" stores float16 weights. "int8" stores matrices with one scale per row, in half the space, and
             vectors in float32.
@@ -53,7 +55,7 @@ class LivePage:
         self,
         model: GPTModel,
         tokenizer: Any,
-        text: str = "",
+        text: str | None = None,
         name: str = "a GPT",
         precision: LivePrecision = "fp16",
     ) -> None:
@@ -63,6 +65,8 @@ class LivePage:
         if n > MAX_PARAMETERS:
             way_out = "use mygpt serve, whose page shows the same view"
             raise ValueError(f"the model has {n:,} parameters, a live page can hold {MAX_PARAMETERS:,}: {way_out}")
+        if text is None:
+            text = _START if _is_representable(tokenizer, _START) else ""
         tokenizer.encode(text)  # raises ValueError for an unknown character
         self._tensors = _tensors(model, precision)
         data = live_data(model, tokenizer, text, name, precision)
@@ -172,6 +176,7 @@ def tokenizer_data(tokenizer: Any) -> dict[str, Any]:
     unmerged = [[id_, list(tokenizer.decode_tokens_bytes([id_])[0])] for id_ in others.values()]
     return {
         "kind": "bpe",
+        "newer": NEW_CHARACTERS.pattern[1:-1],
         "bytes": [vocab[character] for character, _ in sorted(CHARACTER_TO_BYTE.items(), key=lambda pair: pair[1])],
         "merges": base64.b64encode(pairs.tobytes()).decode(),
         "merge_bytes": n_bytes,
@@ -179,6 +184,14 @@ def tokenizer_data(tokenizer: Any) -> dict[str, Any]:
         "unmerged": unmerged,
         "added": added,
     }
+
+
+def _is_representable(tokenizer: Any, text: str) -> bool:
+    """Return True if the tokenizer encodes a text to ids that it decodes to the same text."""
+    try:
+        return bool(tokenizer.decode(tokenizer.encode(text)) == text)
+    except ValueError:
+        return False
 
 
 def _ranges(ids: list[int]) -> list[list[int]]:

@@ -183,7 +183,7 @@ def collect_activations(
     """
     length, pieces = model.config.context_length, list[Tensor]()
     whole = ids[: len(ids) // length * length].view(-1, length)
-    windows = [*whole.split(batch_size), *([ids[None, whole.numel() :]] if whole.numel() < len(ids) else [])]
+    windows = [batch for batch in (*whole.split(batch_size), ids[None, whole.numel() :]) if batch.numel()]
 
     def record(activation: Tensor) -> Tensor:
         if activation.dim() != 3:
@@ -247,4 +247,6 @@ def measure_autoencoder(model: GPTModel, ids: Tensor, place: str, autoencoder: S
         of_mean = strided_loss(model, ids).loss
     explained = 1 - error / float((x - mean).pow(2).sum())
     n_dead = int((~has_fired).sum())
-    return AutoencoderQuality(explained, n_active / len(x), n_dead, strided_loss(model, ids).loss, reconstructed, of_mean)
+    return AutoencoderQuality(
+        explained, n_active / len(x), n_dead, strided_loss(model, ids).loss, reconstructed, of_mean
+    )

@@ -51,7 +51,7 @@ _SEPARATOR = "\U0010ffff"
 
 # gigatoken 0.10 knows the letters and numbers of Unicode 17, and tiktoken 0.14 those of Unicode 16, so the two split texts with
 # one of the new characters differently. Such texts are encoded with tiktoken.
-_NEW_CHARACTERS = re.compile(
+NEW_CHARACTERS = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
     "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
     "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5"
@@ -255,7 +255,7 @@ class _Gigatoken:
         if not any(first in data and pattern.search(data) for first, pattern in _NEW_BYTES.items()):
             return self._call(codec, data, texts, inserted)
         parts, start = [], 0
-        for i in [*(i for i, text in enumerate(texts) if _NEW_CHARACTERS.search(text)), len(texts)]:
+        for i in [*(i for i, text in enumerate(texts) if NEW_CHARACTERS.search(text)), len(texts)]:
             parts.append(self._call(codec, _with_separators(texts[start:i]), texts[start:i], inserted[start:i]))
             parts.append(codec._encode_with_tiktoken(texts[i : i + 1], inserted[i : i + 1]))
             start = i + 1

@@ -38,7 +38,7 @@ class Answers {
     return ids.slice(-Math.min(SHOWN, this.data.config.context_length));
   }
 
-  // ---- read and decode ----
+  // ---- read, decode and logits ----
 
   read(text) {
     const ids = this.tokenizer.encode(text);
@@ -47,6 +47,11 @@ class Answers {
 
   decode(ids) {
     return this.tokenizer.decode(ids);
+  }
+
+  // Return the logits of the token that follows the ids, (V,).
+  logits(ids, { heads_off: headsOff } = {}) {
+    return Array.from(this.lastLogits(ids, headsOff));
   }
 
   // ---- inside: page_data in inside/page.py ----
@@ -88,10 +93,13 @@ class Answers {
 
   // ---- next and generate: next_token_data in inside/page.py ----
 
+  lastLogits(ids, headsOff) {
+    return this.reading(ids, headsOff).logits(Math.min(ids.length, this.data.config.context_length) - 1);
+  }
+
   // Return the logits after the last id. Ids without a token are never generated, unless they end a text.
   nextLogits(ids, headsOff) {
-    const reading = this.reading(ids, headsOff), T = this.data.config.context_length;
-    const logits = reading.logits(Math.min(ids.length, T) - 1);
+    const logits = this.lastLogits(ids, headsOff);
     for (const [first, last] of this.data.excluded) logits.fill(-Infinity, first, last + 1);
     return logits;
   }
@@ -114,7 +122,7 @@ class Answers {
     return { tokens, n_kept: kept, n_hidden: nHidden, hidden, removed, vocab_size: logits.length };
   }
 
-  // Return a sampled token, the next one in a text that began with another number of ids. `step` counts from 0.
+  // Sample the token after the ids. `step` is the number of tokens of this text that were sampled before it.
   sample(ids, { heads_off: headsOff, seed = 0, step = 0, ...sampling } = {}) {
     const id = drawToken(filterLogits(this.nextLogits(ids, headsOff), sampling), seed, step);
     if (this.data.ends.includes(id)) return { id, ends: true };

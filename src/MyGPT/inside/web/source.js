@@ -11,6 +11,7 @@
 //   source.ready                     a promise that is fulfilled when the weights are unpacked
 //   source.read(text)                {ids, tokens: [{id, label}]}. Special tokens in the text become single ids.
 //   source.decode(ids)               the text of the ids
+//   source.logits(ids, {heads_off})  the logits of the next token, one number for each id of the vocabulary
 //   source.inside(ids, {heads_off})  the dict of page_data (inside/page.py) for the last `max_inside` ids, and n_left_out,
 //                                    the number of earlier ids. heads_off is a list of pairs [layer, head].
 //   source.next(ids, {temperature, top_k, top_p, min_p, heads_off})
@@ -20,11 +21,12 @@
 //   source.generate(ids, {temperature, top_k, top_p, min_p, heads_off, max_tokens, seed, signal}, onToken)
 //                                    calls onToken({id, label, text}) for each new token. The result is {finish_reason}: "stop"
 //                                    at an end token, "length" after max_tokens (default 100), or "stopped" if the AbortSignal
-//                                    `signal` was aborted. seed is a whole number; without it, every text is another one.
+//                                    `signal` was aborted. seed is a whole number; without it, each call gives another text.
 //
 // A promise is rejected with an Error whose message is one sentence for the reader. A newer call of read, inside, next or
 // walk supersedes an older one of the same method that has no answer yet: the promise of the older call stays pending for
-// ever, so its stale answer is never drawn. The worker computes one call at a time, and of waiting calls only the newest.
+// ever, so its stale answer is never drawn. The worker computes one call at a time. Of the waiting calls of a method, it computes
+// only the newest.
 
 function openSource() {
   const data = JSON.parse(document.getElementById("live").textContent);
@@ -46,7 +48,7 @@ function workerSource(worker, data, tensors) {
   const waiting = new Map(); // the requests that were not sent yet, by the method that a newer request supersedes
   let current = null, calls = 0;
 
-  // Send the next request if the worker is idle. While one method is typed at, the others still get their turn.
+  // Send the next request if the worker is idle. If one method is called at each key press, the others still get their turn.
   function send() {
     if (current || !waiting.size) return;
     const [key, request] = waiting.entries().next().value;
@@ -96,6 +98,7 @@ function workerSource(worker, data, tensors) {
     ready: call("start", [data, tensors]),
     read: text => call("read", [text]),
     decode: ids => call("decode", [ids], `decode ${calls}`),
+    logits: (ids, options = {}) => call("logits", [ids, options], `logits ${calls}`),
     inside: (ids, options = {}) => call("inside", [ids, options]),
     next: (ids, options = {}) => call("next", [ids, options]),
     walk: (ids, options) => call("walk", [ids, options]),

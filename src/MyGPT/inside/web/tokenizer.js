@@ -14,7 +14,7 @@ function makeTokenizer(data) {
 
 class AddedTokens {
   constructor(tokens) {
-    // First the tokens that are not `normalized`, then the others in the texts that are left. The longest token wins.
+    // Tokens that are not `normalized` are found first, and the others in the rest of the text. The longest token wins.
     this.groups = [false, true].map(normalized => {
       const group = new Map(tokens.filter(token => token.normalized === normalized).map(token => [token.content, token]));
       const longestFirst = [...group.keys()].sort((one, other) => [...other].length - [...one].length);
@@ -143,11 +143,15 @@ class WordTokenizer extends VocabularyTokenizer {
 // ---- Byte-level BPE ----
 
 // GPT-2's pattern splits a text into words with their leading space, numbers, punctuation and white space. Merges never
-// cross the border of such a chunk.
-const GPT2_PATTERN = new RegExp(
-  `'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^${WHITE_SPACE}\\p{L}\\p{N}]+|[${WHITE_SPACE}]+(?![^${WHITE_SPACE}])|[${WHITE_SPACE}]`,
-  "gu",
-);
+// cross the border of such a chunk. `newer` has the letters and numbers that Python's tokenizer does not know, because they
+// are from a newer version of Unicode than its own. The browser may know them.
+function gpt2Pattern(newer) {
+  const letter = `(?:(?![${newer}])\\p{L})`, number = `(?:(?![${newer}])\\p{N})`, space = `[${WHITE_SPACE}]`;
+  const other = `(?:[^${WHITE_SPACE}\\p{L}\\p{N}]|[${newer}])`, notSpace = `[^${WHITE_SPACE}]`;
+  const contraction = "'(?:[sdmt]|ll|ve|re)";
+  return new RegExp(`${contraction}| ?${letter}+| ?${number}+| ?${other}+|${space}+(?!${notSpace})|${space}`, "gu");
+}
+
 const MAX_REMEMBERED = 10000; // chunks whose ids are kept, so that typing encodes only the new word
 
 class BPETokenizer extends Tokenizer {
@@ -155,6 +159,7 @@ class BPETokenizer extends Tokenizer {
   // result of merge i, a pair of indices. The merge with the smallest index is applied first.
   constructor(data) {
     super(data);
+    this.pattern = gpt2Pattern(data.newer);
     const pairs = wholeNumbers(data.merges, data.merge_bytes);
     this.first = pairs.filter((_, i) => i % 2 === 0);
     this.second = pairs.filter((_, i) => i % 2 === 1);
@@ -182,7 +187,7 @@ class BPETokenizer extends Tokenizer {
   }
 
   encodePart(part) {
-    return (part.match(GPT2_PATTERN) ?? []).flatMap(chunk => {
+    return (part.match(this.pattern) ?? []).flatMap(chunk => {
       if (!this.remembered.has(chunk)) {
         if (this.remembered.size >= MAX_REMEMBERED) this.remembered.clear();
         this.remembered.set(chunk, this.merge([...new TextEncoder().encode(chunk)]).map(index => this.idOf[index]));
