@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 from MyGPT.files import read_json
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 from MyGPT.notebooks import html_table
+from MyGPT.parts import read_record, require_parts
 
 # Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
 # here, because the released models have equal rates.
@@ -232,13 +233,17 @@ class GPTConfig:
         return read_config_json(path)
 
 
-def read_config_json(path: Path) -> GPTConfig:
+def read_config_json(path: Path, has_own_parts: bool = False) -> GPTConfig:
     """Return the config in the `config.json` at `path`, with the content of `generation_config.json` beside it.
 
-    A damaged file or another kind of model raises ValueError.
+    A damaged file or another kind of model raises ValueError. So does a model with custom parts (see parts.py), unless
+    `has_own_parts` is True because the caller has them.
     """
+    if not has_own_parts and (record := read_record(path)) is not None:
+        require_parts(record, path.parent, None)
     try:
-        config = GPTConfig.from_dict(read_json(path))
+        content = read_json(path)
+        config = GPTConfig.from_dict({**content, "model_type": GPTConfig.model_type} if has_own_parts else content)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
     generation = path.with_name("generation_config.json")

@@ -48,7 +48,11 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
                     twin._parameters = {**module._parameters, **dict(zip(own, complete, strict=True))}
                     twin.reset_parameters()
         return
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    kinds = (nn.Linear, nn.Embedding, nn.LayerNorm)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    drawn = {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
+    # Parameters that custom parts make themselves keep their values.
+    parameters: dict[str, Tensor] = {name: it for name, it in model.named_parameters() if it in drawn}
     for name, parameter in parameters.items():
         with _complete(parameter) as (weight,):
             if name.endswith("c_proj.weight"):
@@ -60,10 +64,15 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
             else:
                 nn.init.ones_(weight)
     if config.init == "local":
-        c_attn = [parameter for name, parameter in parameters.items() if name.endswith("c_attn.weight")]
+        shape = (3 * config.emb_dim, config.emb_dim)  # custom attention may have a c_attn of another shape
+        c_attn = [it for name, it in parameters.items() if name.endswith("c_attn.weight") and it.shape == shape]
         wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
         with _complete(wte, wpe, *c_attn) as (wte, wpe, *c_attn):
             _make_local(wte, wpe, c_attn, config.n_heads, std)
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None and not type(module).__module__.startswith(("torch.", "MyGPT.")):
+            reset()  # custom parts may set initial values of their own
 
 
 @contextmanager

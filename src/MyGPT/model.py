@@ -22,6 +22,7 @@ from MyGPT.costs import count_matrix_weights, flops_per_token
 from MyGPT.initialisation import initialise
 from MyGPT.loss import CausalLMOutput, TiedHead, head_loss, one_tied_entry, token_loss, untied
 from MyGPT.notebooks import model_table
+from MyGPT.parts import Parts, as_parts, check_parts
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.pretrained import read_weights, stored_name
 
@@ -44,12 +45,15 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        # softmax(QKᵀ/√D + mask)V. Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
-        is_causal = mask is None and (cache is None or T > 1)
-        drop_rate = self.drop_rate if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        y = self.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.drop_rate, self.training)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return softmax(QKᵀ/√D + mask)V, (B, H, T, D)."""
+        # Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
+        is_causal = mask is None and q.shape[2] == k.shape[2]
+        drop_rate = self.drop_rate if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -121,14 +125,18 @@ class Transformer(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """A GPT-2 model with new random weights. `config`, a GPTConfig or a dict of its fields, sets sizes and options."""
+    """A GPT-2 model with new random weights. `config`, a GPTConfig or a dict of its fields, sets sizes and options.
+
+    `parts` names a Python file whose attention, MLP or block replaces GPT-2's (see parts.py), or is its module or a dict.
+    """
 
     name_or_path: str | None = None
     """The name or path of the model's files. PEFT stores it with an adapter, as the adapter's base model."""
 
-    def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: GPTConfig | Mapping[str, Any], parts: Any = None) -> None:
         super().__init__()
         self.config = config = as_config(config)
+        self.parts: Parts | None = as_parts(parts)
         # Layers are built without memory, so that torch does not draw default weights which are then overwritten.
         with torch.device("meta"):
             self.transformer = Transformer(config)
@@ -137,6 +145,9 @@ class GPTModel(nn.Module):
             self.to_empty(device=torch.get_default_device())
         if config.tie_weights:
             self.lm_head = TiedHead(self.transformer.wte.weight)
+        if self.parts is not None:
+            gpt2 = {"CausalSelfAttention": CausalSelfAttention, "MLP": MLP, "Block": Block}
+            self.parts = self.parts.install(self, gpt2)
         self.reset_parameters()
 
     def forward(
@@ -293,7 +304,7 @@ class GPTModel(nn.Module):
         """
         if is_main_process:
             weights = self.state_dict(keep_vars=True) if state_dict is None else state_dict
-            write_directory(directory, self.config, weights, tokenizer)
+            write_directory(directory, self.config, weights, tokenizer, parts=self.parts)
 
     def train(self, mode: bool = True) -> GPTModel:
         """Set training mode if `mode` is True, otherwise evaluation mode, and return the model.
@@ -334,7 +345,9 @@ class GPTModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> GPTModel:
+    def from_pretrained(
+        cls, name_or_dir: str | os.PathLike[str], dtype: torch.dtype | None = None, parts: Any = None
+    ) -> GPTModel:
         """Return a released model, or the model in a directory or file, in evaluation mode.
 
         Args:
@@ -345,15 +358,44 @@ class GPTModel(nn.Module):
             dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
                 ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
+            parts: the Python file (or its module, or a dict) with the model's own parts, which is run. A model that was
+                trained with custom parts is never opened without them.
         """
-        model = model_of(*read_weights(name_or_dir, dtype))
+        parts = as_parts(parts)
+        model = model_of(*read_weights(name_or_dir, dtype, parts), parts)
         model.name_or_path = stored_name(name_or_dir)
         return model
 
 
-def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> GPTModel:
-    """Return a model in evaluation mode whose parameters are the tensors in `state_dict` themselves, not copies."""
+def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts | None = None) -> GPTModel:
+    """Return a model in evaluation mode whose parameters are the tensors in `state_dict` themselves, not copies.
+
+    A model with custom parts has copies of the tensors, because it may compute buffers, or share weights, when it is made.
+    """
+    if parts is not None:
+        with torch.random.fork_rng(devices=[]):
+            model = GPTModel(config, parts).to(next(iter(state_dict.values())).dtype)
+        load_own_weights(model, state_dict)
+        check_parts(model.eval())
+        return model
     with torch.device("meta"):
         model = GPTModel(config)
     model.load_state_dict(state_dict, assign=True)
     return model.eval()
+
+
+def load_own_weights(model: GPTModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a saved model into a model with custom parts. Raises ValueError with all mismatches."""
+    expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    problems = [f"{name} is missing" for name in expected if name not in state_dict]
+    problems += [f"{name} is unknown" for name in state_dict if name not in expected]
+    problems += [
+        f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        source = "the parts" if model.parts is None else model.parts.path
+        raise ValueError(f"the weights do not fit {source}: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(state_dict, strict=False)  # buffers that are not floating-point numbers are not saved

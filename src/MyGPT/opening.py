@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ def open_model(
     name_or_path: str | os.PathLike[str],
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    parts: Any = None,
 ) -> tuple[GPTModel, Tokenizer]:
     """Open a saved or released model, and return the model (in evaluation mode) and its tokenizer.
 
@@ -50,6 +52,8 @@ def open_model(
             torch.save. An adapter is opened with the model that it was trained on.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
         adapter: the directory of a LoRA adapter or of a run of `mygpt finetune`. The adapter is merged into the model.
+        parts: a Python file whose attention, MLP or block replaces GPT-2's. The file is run. A model that was trained with
+            custom parts is never opened without them.
 
     Raises:
         FileNotFoundError: there is no model, or the model that an adapter was trained on is missing.
@@ -59,7 +63,7 @@ def open_model(
     place = pick_device(device)
     with reading(name_or_path):
         files = find_model_files(name_or_path, adapter)
-        model = files.model()
+        model = files.model(parts)
         if files.adapter is None:
             model.name_or_path = stored_name(name_or_path)  # files.path is a directory of the cache for "gpt2"
         tokenizer = files.tokenizer(model.config.vocab_size)
@@ -73,15 +77,16 @@ def open_lazily(
     name_or_path: str | os.PathLike[str],
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    parts: Any = None,
 ) -> tuple[GPTModel | Checkpoint, GPTConfig, Tokenizer]:
     """Open a model to generate with it, and return it with its config and tokenizer. For arguments and errors, see `open_model`.
 
-    On a CPU and without an adapter, a Checkpoint is returned instead of a model. `accelerate` reads its weights one after
-    another, or reads packed weights instead. The caller must be within `reading(name_or_path)` until then.
+    On a CPU, without an adapter and without custom parts, a Checkpoint is returned instead of a model. `accelerate` reads its
+    weights one after another, or reads packed weights instead. The caller must be within `reading(name_or_path)` until then.
     """
     files = find_model_files(name_or_path, adapter)
-    if pick_device(device).type != "cpu" or files.adapter is not None:
-        model, tokenizer = open_model(name_or_path, device, adapter)
+    if pick_device(device).type != "cpu" or files.adapter is not None or parts is not None:
+        model, tokenizer = open_model(name_or_path, device, adapter, parts)
         return model, model.config, tokenizer
     checkpoint = open_checkpoint(files.path)
     config = checkpoint.known_config()
@@ -97,9 +102,9 @@ class ModelFiles:
     adapter: Path | None = None
     """The directory of the LoRA adapter, or None."""
 
-    def model(self) -> GPTModel:
-        """Return the model on the CPU in evaluation mode, with the adapter merged into it."""
-        model = GPTModel.from_pretrained(self.path)
+    def model(self, parts: Any = None) -> GPTModel:
+        """Return the model on the CPU in evaluation mode, with the adapter merged into it. For `parts`, see `open_model`."""
+        model = GPTModel.from_pretrained(self.path, parts=parts)
         return model if self.adapter is None else merge(open_adapter(model, self.adapter)).eval()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from MyGPT.cache import KVCache, Piece, SlotCache, check_inputs, positions_and_mask
 from MyGPT.model import GPTModel
+from MyGPT.parts import refuse_parts
 
 LENGTH_STEP = 128
 """Number of cache entries by which the captured graphs differ. Fewer entries read less memory, but need more graphs."""
@@ -122,6 +123,7 @@ class CapturedModel(nn.Module):
     """
 
     def __init__(self, model: GPTModel) -> None:
+        refuse_parts(model, "a captured model")
         super().__init__()
         self.model, self.config = model, model.config
         self._idle: CapturedStep | None = None

@@ -37,6 +37,7 @@ from MyGPT.files import check_output_file, reading
 from MyGPT.loss import TiedHead
 from MyGPT.messages import error_message
 from MyGPT.model import GPTModel
+from MyGPT.parts import refuse_parts
 from MyGPT.ranks import is_sharded
 from MyGPT.sampling import SamplingConfig, require_finite
 from MyGPT.weights.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ def accelerate(
             checkpoint = open_checkpoint(find_model(model))
             return accelerate(checkpoint, precision, build=build, compiled=compiled, calibration=calibration)
     if isinstance(model, Checkpoint):
-        config, tensors = model.lazy()
+        config, tensors = _lazy(model)
     else:
         _check_model(model)
         config = model.config
@@ -132,7 +133,7 @@ def write_packed_model(
         OSError: there is no C++ compiler, or the file cannot be written.
         FloatingPointError: precision is "int8" or "int4", and a weight is NaN or infinite.
     """
-    config, tensors = checkpoint.lazy()
+    config, tensors = _lazy(checkpoint)
     precision = resolve_precision(precision, tensors)
     kernel = build.wait()
     path = packed_path(checkpoint.path, precision, kernel.panel)
@@ -144,6 +145,13 @@ def write_packed_model(
         raise ValueError(f"{checkpoint.path} was changed while it was read: pack it again")
     write_packed(path, packed.arrays.named, precision, kernel.panel, source)
     return path
+
+
+def _lazy(checkpoint: Checkpoint) -> tuple[GPTConfig, dict[str, LazyTensor]]:
+    """Return the config and the tensors of a saved model. Raises ValueError for a model with custom parts."""
+    if checkpoint.has_own_parts:
+        raise ValueError(f"accelerate computes GPT-2's own parts, but {checkpoint.path} belongs to {checkpoint.format}")
+    return checkpoint.lazy()
 
 
 def resolve_precision(precision: Precision, tensors: LazyTensors) -> Precision:
@@ -162,6 +170,7 @@ def resolve_precision(precision: Precision, tensors: LazyTensors) -> Precision:
 def _check_model(model: GPTModel) -> None:
     if not isinstance(model, GPTModel):
         raise ValueError(f"accelerate takes a GPTModel, got a {type(model).__name__}: merge an adapter first")
+    refuse_parts(model, "accelerate")
     names = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f", "wte", "wpe", "lm_head")
     for name, module in model.named_modules():
         if name.endswith(names) and type(module) not in (nn.Linear, nn.Embedding, nn.LayerNorm, TiedHead):

@@ -46,8 +46,8 @@ def _require_cpu(precision: Precision, kind: str) -> None:
 def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
     """Prepare an opened model for fast generation, and return the model to generate with.
 
-    On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, it is `model` itself,
-    converted to this precision.
+    On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, and for a model with custom parts,
+    it is `model` itself, converted to this precision.
 
     Args:
         model: the opened model, on the device that will compute, or the result of `open_lazily`.
@@ -55,19 +55,30 @@ def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, 
         lookup: wrap the result in PromptLookup, which guesses the next tokens from earlier repetitions in the text.
         build: the compilation of the CPU kernel that `start_build` started, or None.
     """
-    import torch
-
     from MyGPT.acceleration.lookup import PromptLookup
     from MyGPT.acceleration.step import accelerate
+    from MyGPT.model import GPTModel
+    from MyGPT.parts import refuse_parts
     from MyGPT.weights.checkpoint import Checkpoint
 
     kind = "cpu" if isinstance(model, Checkpoint) else model.transformer.wte.weight.device.type
-    if isinstance(model, Checkpoint) or kind == "cpu":
-        fast: nn.Module = accelerate(model, precision, build=build)
+    if isinstance(model, GPTModel) and model.parts is not None:
+        if precision in ("int8", "int4"):
+            refuse_parts(model, f"precision {precision}")
+        fast: nn.Module = _in_precision(model, precision)
+    elif isinstance(model, Checkpoint) or kind == "cpu":
+        fast = accelerate(model, precision, build=build)
     else:
         _require_cpu(precision, kind)
-        fast = model if precision == "auto" else model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        fast = _in_precision(model, precision)
     return PromptLookup(fast) if lookup else fast
+
+
+def _in_precision(model: GPTModel, precision: Precision) -> GPTModel:
+    """Return the model itself, with weights in the precision fp32, bf16 or auto (unchanged)."""
+    import torch
+
+    return model if precision == "auto" else model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def check_html_path(out: str) -> None:

@@ -1,6 +1,7 @@
 """Build the parser of a command from its function, and call the function with the parsed values.
 
-The parameters of the function are the options of the command. A command's module may also define:
+The parameters of the function are the options of the command; a parameter such as with_ is the option --with, because "with"
+is a keyword of Python. A command's module may also define:
     COMMON    names of the options that --help shows; --help-all shows all of them
     DEFAULTS  default values that differ from those of the function and its dataclasses
     HIDDEN    fields of dataclasses that are not options
@@ -144,9 +145,14 @@ def make_parser(name: str, command: Command) -> CommandParser:
         parser.add_argument(
             parameter, nargs="*" if parameter in optional else "+", type=str, help=described.get(parameter)
         )
-    parser.add_function_arguments(command, as_group=False, skip={*listed, *groups})
+    keywords = {parameter.name for parameter in parameters if parameter.name.endswith("_")}
+    parser.add_function_arguments(command, as_group=False, skip={*listed, *groups, *keywords})
     for parameter, kind in groups.items():
-        parser.add_class_arguments(kind, parameter if parameter in nested else None, skip=set(hidden))
+        of_kind = {field.name for field in dataclasses.fields(kind) if field.name.endswith("_")}
+        parser.add_class_arguments(kind, parameter if parameter in nested else None, skip={*hidden, *of_kind})
+        keywords |= of_kind
+    for keyword in sorted(keywords):  # the type and the default are those of --with, the only option of this kind
+        parser.add_argument(f"--{_option_name(keyword)}", type=str | None, default=None, help=described.get(keyword))
     parser.add_argument(
         "--config", action="config", help="Read options from a YAML file; options after --config override the file."
     )
@@ -193,10 +199,14 @@ def underscored(argument: str, parser: CommandParser) -> str:
     return f"{name}{equals}{value}" if option.startswith("--") and name in parser._option_string_actions else argument
 
 
-def call(command: Command, options: Any) -> None:
-    """Call the function `command` with the parsed options, after building its dataclass arguments from their fields."""
+def call(command: Command, options: Any) -> int | None:
+    """Call the function `command` with the parsed options, after building its dataclass arguments from their fields.
+
+    Return its exit status, or None for a command that has only the status 0.
+    """
     positional, keywords = build_arguments(command, options)
-    command(*positional, **keywords)
+    status: int | None = command(*positional, **keywords)
+    return status
 
 
 def build_arguments(command: Command, options: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -214,17 +224,21 @@ def build_arguments(command: Command, options: Any) -> tuple[list[Any], dict[str
         if parameter.kind is parameter.VAR_POSITIONAL:
             positional = values[name] or []
         elif name not in groups:
-            keywords[name] = values[name]
+            keywords[name] = values[_option_name(name)]
         else:
             given = values.get(name, values)  # a nested parameter, such as lora, has its fields in a mapping of its own
             if not isinstance(given, dict):
                 raise ValueError(f"{name} must be a mapping of options to values, got {given!r}")
-            fields = {
-                field.name: given[field.name] for field in dataclasses.fields(groups[name]) if field.name in given
-            }
+            options_of = {field.name: _option_name(field.name) for field in dataclasses.fields(groups[name])}
+            fields = {field: given[option] for field, option in options_of.items() if option in given}
             _refuse_null(fields, typing.get_type_hints(groups[name]), f"{name}." if name in values else "")
             keywords[name] = groups[name](**fields)
     return positional, keywords
+
+
+def _option_name(parameter: str) -> str:
+    """Return the name of the option of a parameter or field: with_ becomes with."""
+    return parameter.removesuffix("_")
 
 
 def _refuse_null(values: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> None:

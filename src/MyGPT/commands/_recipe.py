@@ -80,6 +80,7 @@ def refuse_unknown_keys(path: str | os.PathLike[str], recipe: Mapping[str, Any])
     known = [
         field.name for kind in (GPTConfig, TrainConfig, TextOptions, RunOptions) for field in dataclasses.fields(kind)
     ]
+    known.append("with")
     for key in recipe:
         if key not in known:
             raise ValueError(f"{path}: unknown option {key!r}{did_you_mean(key, known, OPTION_SYNONYMS)}")

@@ -73,7 +73,7 @@ class RunOptions:
         from MyGPT.commands._recipe import read_recipe
 
         options = {*read_recipe(run / "config.yaml"), *TrainConfig.__annotations__, *GPTConfig.__annotations__}
-        known = sorted({*options, "data_content", "model_content"} - {"vocab_size"})
+        known = sorted({*options, "with", "data_content", "model_content"} - {"vocab_size"})
         for name in [self.allow_changed] if isinstance(self.allow_changed, str) else self.allow_changed or []:
             if name not in known:
                 hint = did_you_mean(name, known, OPTION_SYNONYMS)
@@ -83,19 +83,23 @@ class RunOptions:
 def with_options_of_run(arguments: Sequence[str], command: str) -> list[str]:
     """Return the command-line arguments. If they resume a run, --config with the config.yaml of this run comes first.
 
-    The given options follow --config, so they override the run's stored options. Raises an error if there is no such run, or
-    if it is a run of another command than `command`, such as "train".
+    The given options follow --config, so they override the run's stored options. The stored option --with is left out,
+    because a run, which may come from a stranger, must not name a file that is run. Raises an error if there is no such run,
+    or if it is a run of another command than `command`, such as "train".
     """
     run = run_to_resume(value_of(arguments, "resume"), value_of(arguments, "out"))
     if run is None:
         return list(arguments)
+    from MyGPT.commands._recipe import read_recipe
+
     config = run / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"no run to resume at {run}: it has no config.yaml")
-    own = command_of_run(config)
+    recipe = read_recipe(config)
+    own = command_of_recipe(recipe)
     if own != command:
         raise ValueError(f"{run} is a run of mygpt {own}: resume it with mygpt {own} --resume {quote(run)}")
-    return ["--config", str(config), *arguments]
+    return ["--config", str(config), *(["--with", "null"] if "with" in recipe else []), *arguments]
 
 
 def command_of_run(config: Path) -> str:

@@ -181,6 +181,7 @@ def chat(
     device: str = "auto",
     precision: Precision = "auto",
     lookup: bool = False,
+    with_: str | None = None,
 ) -> None:
     """Chat with a model in the terminal. There, /help lists commands such as /set temperature 0.7.
 
@@ -201,9 +202,9 @@ def chat(
     require_positive(max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
     check_generation(seed=seed)
     given = load_template(template) if template else None
-    build = start_build(device, precision)
+    build = start_build(device, precision) if with_ is None else None  # custom parts do not use the kernel
     with reading(model):
-        opened, config, tokenizer = open_lazily(model, device, adapter)
+        opened, config, tokenizer = open_lazily(model, device, adapter, with_)
         report_tokenizer(tokenizer)
         context = config.context_length
         longest = _checked_length(min(200, context // 2) if max_new_tokens is None else max_new_tokens, context)

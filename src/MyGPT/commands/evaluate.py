@@ -22,6 +22,7 @@ def evaluate(
     batch_size: int = 8,
     device: str = "auto",
     nproc: int = 1,
+    with_: str | None = None,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on whole texts.
 
@@ -58,7 +59,7 @@ def evaluate(
         reason = "which predicts one word per passage"
         raise ValueError(f"stride cannot be used with protocol {protocol}, {reason}, got {stride}")
     files = find_files(data, report=partial(print, file=sys.stderr))
-    gpt, tokenizer = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter, with_)
     report_tokenizer(tokenizer)
     texts = read_texts(files, way.by_line)
     if way.last_word:

@@ -1,8 +1,9 @@
-"""`mygpt explain`: HTML pages that show how a model reads a text."""
+"""`mygpt explain`: HTML pages that show how a model reads a text, and how a run learned."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from MyGPT.commands._options import bare_flags
 
 OPTIONAL = ("text",)
-EXPAND = bare_flags("--live", "--features")
+EXPAND = bare_flags("--live", "--replay", "--features")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -18,6 +19,7 @@ def explain(
     *text: str,
     model: str | None = None,
     live: bool = False,
+    replay: bool = False,
     precision: Literal["fp16", "int8"] | None = None,
     features: bool = False,
     layer: int | None = None,
@@ -27,22 +29,28 @@ def explain(
     adapter: str | None = None,
     out: str = "explain.html",
     device: str = "auto",
+    with_: str | None = None,
 ) -> None:
     """Write an HTML page that shows how a model reads a text.
 
     The page shows the tokens, the attention of every head, the prediction after every layer, and the most likely next tokens.
     It is one file that works without a network. With --live, the page contains the model and computes while you type.
     With --features, the page shows what a sparse autoencoder finds in one layer: the features, and where each one fires.
+    With --replay, the page shows how a run learned: its losses, its texts and its attention at each model that the run kept
+    (--keep_every of mygpt train).
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
         mygpt explain --model runs/book --live "The wizard"
         mygpt explain --model runs/book --features --layer 1
+        mygpt explain runs/book --replay --out replay.html
 
     Args:
         text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it. With
             --features, the text is optional too, at most 512 tokens, and the page shows every token of it.
+            With --replay, the run, and after it optionally the text whose attention the page shows.
         live: Write a page that contains the model, which can have up to 32 million parameters.
+        replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
         features: Train a sparse autoencoder on one layer, and write a page that shows where each of its features fires.
         layer: With --features, the layer, counted from 0. Default: the middle layer.
@@ -55,10 +63,20 @@ def explain(
     from MyGPT.commands._model import check_html_path
 
     check_html_path(out)
+    of_features = {"layer": layer, "data": data, "n_features": n_features, "k": k}
+    if replay:
+        given = {"--live": live or None, "--features": features or None, "--model": model, "--precision": precision}
+        given |= {"--adapter": adapter, **{f"--{name}": value for name, value in of_features.items()}}
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
+            )
+        _write_replay(text, out, device)
+        print(out)
+        return
     kinds = [name for name, is_chosen in (("--live", live), ("--features", features)) if is_chosen]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(kinds)} write different pages: choose one of them")
-    of_features = {"layer": layer, "data": data, "n_features": n_features, "k": k}
     for kind, options in (("--live", {"precision": precision}), ("--features", of_features)):
         for name, value in options.items():
             if value is not None and kind not in kinds:
@@ -69,17 +87,23 @@ def explain(
     if live:
         if device != "auto":
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
+        if with_ is not None:
+            raise ValueError(
+                f"--with does not apply to --live, whose page computes GPT-2's own parts; got --with {with_}"
+            )
         _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     elif features:
         sizes = {name: size for name, size in (("n_features", n_features), ("k", k)) if size is not None}
-        _write_features_page(" ".join(text), model, adapter, device, layer, data, sizes, out)
+        _write_features_page(" ".join(text), model, adapter, device, with_, layer, data, sizes, out)
     else:
-        _write_page(text, model, adapter, out, device)
+        _write_page(text, model, adapter, out, device, with_)
     print(out)
 
 
-def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str, device: str) -> None:
-    """Write a page that shows how the model reads one text."""
+def _write_page(
+    text: tuple[str, ...], model: str, adapter: str | None, out: str, device: str, parts: str | None
+) -> None:
+    """Write a page that shows how the model, with the custom parts in the file `parts` if it is not None, reads one text."""
     from MyGPT.commands._model import encode_for, report_tokenizer
     from MyGPT.files import atomic_write
     from MyGPT.inside.page import explain_page
@@ -87,7 +111,7 @@ def _write_page(text: tuple[str, ...], model: str, adapter: str | None, out: str
 
     if not "".join(text):
         raise ValueError("the text is empty; give at least one token")
-    gpt, tokenizer = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter, parts)
     report_tokenizer(tokenizer)
     ids = encode_for(gpt, tokenizer, " ".join(text))
     page = explain_page(gpt, tokenizer, ids, Path(model).name)
@@ -118,12 +142,16 @@ def _write_features_page(
     model: str,
     adapter: str | None,
     device: str,
+    parts: str | None,
     layer: int | None,
     data: str | list[str] | None,
     sizes: dict[str, int],
     out: str,
 ) -> None:
-    """Train a sparse autoencoder on a layer and write a page about its features. `sizes` may have n_features and k."""
+    """Train a sparse autoencoder on a layer of a model and write a page about its features.
+
+    The model has the custom parts in the file `parts` if it is not None. `sizes` may have n_features and k.
+    """
     import torch
 
     from MyGPT.commands._model import report_tokenizer
@@ -133,7 +161,7 @@ def _write_features_page(
     from MyGPT.opening import open_model
 
     files = find_files(data or _text_of_run(Path(model)) or "alice", report=partial(print, file=sys.stderr))
-    gpt, tokenizer = open_model(model, device, adapter)
+    gpt, tokenizer = open_model(model, device, adapter, parts)
     report_tokenizer(tokenizer)
     ids = torch.tensor(tokenizer.encode("".join(read_documents(files))))
     passage = torch.tensor(tokenizer.encode(text)) if text else None
@@ -152,3 +180,28 @@ def _text_of_run(run: Path) -> str | list[str] | None:
         return None
     recipe = read_recipe(config)
     return recipe.get("data") if command_of_recipe(recipe) == "train" else None
+
+
+def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
+    """Write a page that replays the run that the first argument names. The other arguments are the text of the page."""
+    from MyGPT.commands._recipe import fields_of, read_recipe
+    from MyGPT.commands._run import command_of_recipe
+    from MyGPT.files import atomic_write
+    from MyGPT.inside.replay import replay_page
+    from MyGPT.messages import near_path
+    from MyGPT.opening import open_model
+    from MyGPT.training.config import TrainConfig
+
+    if not arguments:
+        raise ValueError("--replay needs the directory of a run, as in mygpt explain RUN --replay")
+    run, text = Path(arguments[0]), " ".join(arguments[1:])
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"there is no run {run}{near_path(run) or ': it has no config.yaml'}")
+    recipe = read_recipe(run / "config.yaml")
+    if command_of_recipe(recipe) == "classify":
+        raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
+    page = replay_page(
+        run, TrainConfig(**fields_of(TrainConfig, recipe)), lambda path: open_model(path, device), text or None
+    )
+    with atomic_write(out) as file:
+        file.write(page)

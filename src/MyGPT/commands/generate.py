@@ -33,6 +33,7 @@ def generate(
     device: str = "auto",
     precision: Precision = "auto",
     lookup: bool = False,
+    with_: str | None = None,
 ) -> None:
     """Continue a prompt with a trained model, and print the text as it is generated.
 
@@ -54,9 +55,9 @@ def generate(
     text = read_standard_input() if prompt == "-" else prompt or ""
     if prompt is not None and not text:
         raise ValueError("the prompt is empty; it must have at least one token")
-    build = start_build(device, precision)
+    build = start_build(device, precision) if with_ is None else None  # custom parts do not use the kernel
     with reading(model):
-        opened, config, tokenizer = open_lazily(model, device, adapter)
+        opened, config, tokenizer = open_lazily(model, device, adapter, with_)
         report_tokenizer(tokenizer)
         ids = [tokenizer.bos_token or 0] if prompt is None else tokenizer.encode(text)
         if not ids:

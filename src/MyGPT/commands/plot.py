@@ -38,6 +38,7 @@ class Reading:
     """The text that the model reads."""
     adapter: str | None = None
     device: str = "auto"
+    with_: str | None = None
 
     def open(self, out: str) -> tuple[GPTModel, Tokenizer, torch.Tensor]:
         """Return the model, its tokenizer, and the token ids of the text as a tensor (1, T).
@@ -48,7 +49,7 @@ class Reading:
         _check_output(out)
         if not self.text:
             raise ValueError("the text is empty; give at least one token")
-        model, tokenizer = open_model(self.model, self.device, self.adapter)
+        model, tokenizer = open_model(self.model, self.device, self.adapter, self.with_)
         report_tokenizer(tokenizer)
         return model, tokenizer, encode_for(model, tokenizer, self.text)
 
@@ -86,7 +87,7 @@ def attention(reading: Reading, layer: int = 0, head: int | None = None, out: st
     for name, value, count in (("layer", layer, model.config.n_layers), ("head", first, model.config.n_heads)):
         if not 0 <= value < count:
             raise ValueError(f"{name} must be from 0 to {count - 1}, got {value}")
-    weights = trace(model, ids)[f"h.{layer}.attn.weights"][0]  # (H, T, T)
+    weights = trace(model, ids).attention[layer, 0]  # (H, T, T)
     shown = weights if head is None else weights[head : head + 1]
     _write(plots.plot_attention(shown, plots.token_labels(tokenizer, ids[0].tolist()), first), out)
 

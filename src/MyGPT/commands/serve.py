@@ -38,6 +38,7 @@ def serve(
     log_prompts: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    with_: str | None = None,
 ) -> None:
     """Serve models over HTTP, with OpenAI's API under /v1 and a page for the browser at /.
 
@@ -76,7 +77,7 @@ def serve(
     from MyGPT.training.interrupts import Stopped
 
     with contextlib.closing(bind(host, port)) as listener:
-        served = open_models(models, slots, max_queue, device, precision)
+        served = open_models(models, slots, max_queue, device, precision, with_)
         log_to_stderr()
         url = f"http://{url_host(host)}:{listener.getsockname()[1]}"
         server = Server(create_app(served, settings), drain_timeout, lambda: announce(url, served, settings))
@@ -182,9 +183,17 @@ def list_models(given: list[str]) -> dict[str, str]:
 
 
 def open_models(
-    models: dict[str, str], slots: int, max_queue: int, device: str, precision: Precision
+    models: dict[str, str],
+    slots: int,
+    max_queue: int,
+    device: str,
+    precision: Precision,
+    parts: str | None = None,
 ) -> dict[str, ServedModel]:
-    """Open models and start their engines. Raises MemoryError if the machine has too little memory for the slots."""
+    """Open models and start their engines. `parts` is the file with the custom parts of all models, or None.
+
+    Raises MemoryError if the machine has too little memory for the slots.
+    """
     from MyGPT.commands._model import make_fast, report_tokenizer, start_build
     from MyGPT.costs import cache_bytes
     from MyGPT.files import reading
@@ -193,17 +202,17 @@ def open_models(
     from MyGPT.serving.models import ServedModel
     from MyGPT.weights.formats import open_checkpoint
 
-    build = start_build(device, precision)
+    build = start_build(device, precision) if parts is None else None
     # Engines that compute at the same time would take each other's cores.
     lock = threading.Lock() if len(models) > 1 else None
     served = {}
     for name, path in models.items():
         with reading(path):
-            gpt, tokenizer = open_model(path, device)
+            gpt, tokenizer = open_model(path, device, parts=parts)
             report_tokenizer(tokenizer)
             template = find_model_files(path).template()
             weight = gpt.transformer.wte.weight
-            on_cpu_alone = weight.device.type == "cpu" and find_model_files(path).adapter is None
+            on_cpu_alone = weight.device.type == "cpu" and find_model_files(path).adapter is None and parts is None
             source = open_checkpoint(find_model_files(path).path) if on_cpu_alone else gpt
             fast: Any = make_fast(source, precision, False, build)
         itemsize = 4 if weight.device.type == "cpu" else weight.itemsize  # an accelerated model's cache is in float32

@@ -60,7 +60,9 @@ class TextOptions:
             )
 
 
-def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOptions) -> None:
+def train(
+    model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOptions, with_: str | None = None
+) -> None:
     """Train a GPT on text files.
 
     The run directory receives config.yaml, metrics.jsonl, samples.txt, loss.png, checkpoints/ and model/ (the best model).
@@ -70,15 +72,23 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
         mygpt train --data book.txt --max_steps 500 --out runs/book
         mygpt train --resume runs/book
         mygpt train --resume runs/book --max_steps 1000 --allow_changed max_steps
+
+    Args:
+        with_: Python file with your own attention, MLP or block, which is run in place of GPT-2's (docs/guide/model.md shows
+            how to write it). A run that is resumed needs it again.
     """
     import torch
 
     from MyGPT import ranks
     from MyGPT.model import GPTModel
+    from MyGPT.parts import load_parts
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
+    own_parts = None if with_ is None else load_parts(with_)
     run_options = run.for_trainer(training)
+    if own_parts is None and run_options.get("resume") and "with" not in run_options["allow_changed"]:
+        require_own_parts(run_options["run_dir"])
     # The order of the sources in a recipe has no meaning, but the sample texts and the tokenizer follow an order.
     weights = dict(sorted(text.data.items())) if isinstance(text.data, dict) else {}
     sources, coder = load_sources(
@@ -92,9 +102,10 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     if run_options["device"].type == "cpu":
         tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
         require_memory(step_memory(config, training, False, "cpu", ranks.world_size()).peak + tokens)
-    gpt = GPTModel(config)
+    gpt = GPTModel(config, own_parts)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
-    recipe = {**vars(text), "device": run.device, **sizes, **vars(training)}
+    own = {} if with_ is None else {"with": with_}
+    recipe = {**vars(text), **own, "device": run.device, **sizes, **vars(training)}
     batches: dict[str, Any] = {"train": train_ids.get(""), "val": val_ids.get("")}
     if weights:
         batches = mix(train_ids, val_ids, weights, config.context_length, training)
@@ -108,6 +119,8 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
         f"{n_train_ids:,} training and {n_val_ids:,} validation tokens, vocabulary {coder.n_vocab:,}; "
         f"{gpt.num_parameters():,} parameters; {trainer.device.type}, {precision}"
     )
+    if gpt.parts is not None:
+        print(f"with {gpt.parts.description}")
     if coder.eot_token is None:
         print(
             f"the tokenizer has no {ENDOFTEXT} token, which mygpt finetune and dpo need: for a model to train further with "
@@ -128,6 +141,19 @@ def train(model: GPTConfig, training: TrainConfig, text: TextOptions, run: RunOp
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
     print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
+
+
+def require_own_parts(run: Path) -> None:
+    """Raise ValueError if the run in the directory `run` was trained with custom parts, which are not given to resume it."""
+    from MyGPT.commands._recipe import read_recipe
+    from MyGPT.parts import PARTS_FILE
+
+    file = read_recipe(run / "config.yaml").get("with")
+    if file is not None:
+        raise ValueError(
+            f"the run in {run} was trained with the parts in {quote(str(file))}, and MyGPT runs code of a run only if you name "
+            f"it: read {run / PARTS_FILE}, a copy of it, and then resume with --with {quote(run / PARTS_FILE)}"
+        )
 
 
 def load_sources(

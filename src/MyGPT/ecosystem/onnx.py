@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from MyGPT.cache import positions_and_mask
 from MyGPT.files import check_output_file
 from MyGPT.model import GPTModel, model_of
+from MyGPT.parts import refuse_parts
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16}
 _TOLERANCES = {"f32": 1e-4, "f16": 2e-2}
@@ -57,6 +58,7 @@ def write_onnx(model: GPTModel, path: str | os.PathLike[str], dtype: Literal["f3
     """
     if dtype not in _DTYPES:
         raise ValueError(f"the dtype of an ONNX file must be {' or '.join(_DTYPES)}, got {dtype!r}")
+    refuse_parts(model, "an ONNX file")
     path = Path(os.path.realpath(path))
     check_output_file(path)
     _require_packages()

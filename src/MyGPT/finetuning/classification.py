@@ -30,6 +30,7 @@ from MyGPT.generation import evaluation_mode
 from MyGPT.messages import did_you_mean
 from MyGPT.model import GPTModel, model_of
 from MyGPT.notebooks import Described
+from MyGPT.parts import refuse_parts
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.base import encode_with_specials
 from MyGPT.weights.formats import open_checkpoint
@@ -65,6 +66,7 @@ class GPTForClassification(nn.Module):
 
     def __init__(self, gpt: GPTModel, labels: Sequence[str], train_only: Trained = "all") -> None:
         super().__init__()
+        refuse_parts(gpt, "a classifier")
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"a classifier needs at least two labels, all different, got {list(labels)}")
         if train_only not in ("head", "last_block", "all"):
@@ -360,13 +362,16 @@ class KeptClassifier:
         return run_dir / "model"
 
     def save(self, run_dir: Path) -> Path:
+        self.save_to(self.place(run_dir))
+        return self.place(run_dir)
+
+    def save_to(self, directory: Path) -> None:
         model = self.model
         if self.peft_model is not None:
             # Merging and unmerging again would change the last digits of the weights that are being trained.
             model, peft_model = copy.deepcopy((self.model, self.peft_model))
             model.gpt = merge(peft_model)
-        model.save_pretrained(self.place(run_dir), self.tokenizer)
-        return self.place(run_dir)
+        model.save_pretrained(directory, self.tokenizer)
 
     def restore(self, run_dir: Path) -> None:
         if self.peft_model is not None:

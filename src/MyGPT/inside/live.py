@@ -19,6 +19,7 @@ from MyGPT.acceleration.packed import row_scales
 from MyGPT.generation import end_ids
 from MyGPT.inside.page import MAX_TOKENS, WEB, describe, embedded_json, fill_page
 from MyGPT.model import GPTModel
+from MyGPT.parts import refuse_parts
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers import BPETokenizer, CharTokenizer, SimpleTokenizer
 from MyGPT.tokenizers.base import ids_without_token
@@ -46,8 +47,8 @@ class LivePage:
             vectors in float32.
 
     Raises:
-        ValueError: the model has too many parameters or an unmerged adapter, or a weight does not fit into float16; the
-            tokenizer is not one of MyGPT's, or does not know a character of the text.
+        ValueError: the model has too many parameters, custom parts or an unmerged adapter; a weight does not fit into float16; or
+            the tokenizer is not one of MyGPT's, or does not know a character of the text.
         FloatingPointError: a weight is NaN or infinite.
     """
 
@@ -61,6 +62,7 @@ class LivePage:
     ) -> None:
         if precision not in get_args(LivePrecision):
             raise ValueError(f"precision must be {' or '.join(get_args(LivePrecision))}, got {precision!r}")
+        refuse_parts(model, "a live page")
         n = model.num_parameters()
         if n > MAX_PARAMETERS:
             way_out = "use mygpt serve, whose page shows the same view"

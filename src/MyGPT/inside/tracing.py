@@ -17,6 +17,9 @@ heads, D = C // H, V vocabulary size. Each activation has a name, which is the n
     h.3.mlp              the output of the MLP, which is added to the residual stream, (B, T, C)
     h.3                  the residual stream after the layer, (B, T, C)
     ln_f, logits         the input of the output head, (B, T, C), and its output, (B, T, V)
+
+A model with custom parts (see MyGPT.parts) has only the activations that can be observed. A custom block has only h.3. A
+custom attention class has no h.3.attn.q to h.3.attn.heads. A custom MLP has neurons if its layers are called c_fc and c_proj.
 """
 
 from __future__ import annotations
@@ -63,20 +66,43 @@ class Trace(Described, dict[str, Tensor]):
 
     @property
     def attention(self) -> Tensor:
-        """The attention weights of all layers, (layers, sequences, heads, queries, keys)."""
-        return torch.stack([value for place, value in self.items() if place.endswith(".attn.weights")])
+        """The attention weights of all layers, (layers, sequences, heads, queries, keys).
+
+        Raises ValueError if the model has custom parts that do not show their attention weights.
+        """
+        weights = [value for place, value in self.items() if place.endswith(".attn.weights")]
+        if not weights:
+            way_out = "only a function attention(q, k, v, mask) that is linear in v shows them"
+            raise ValueError(f"the attention weights of this model's own parts are unknown: {way_out}")
+        return torch.stack(weights)
 
     @property
     def residual(self) -> Tensor:
         """The residual stream after the embeddings and after each layer, (layers + 1, sequences, tokens, width)."""
-        return torch.stack([self["embeddings"], *(self[f"h.{i}"] for i in range(len(self.attention)))])
+        return torch.stack([self["embeddings"], *(self[place] for place in self if re.fullmatch(r"h\.\d+", place))])
 
 
 def places(model: GPTModel) -> list[str]:
     """Return the names of all activations that `trace` records, such as "h.3.mlp", in the order of the forward pass."""
     _require_gpt(model)
-    in_layers = [f"h.{i}{place}" for i in range(model.config.n_layers) for place in _IN_LAYER]
+    absent = _absent(model)
+    in_layers = [f"h.{i}{place}" for i in range(model.config.n_layers) for place in _IN_LAYER if place not in absent]
     return ["wte", "wpe", "embeddings", *in_layers, "ln_f", "logits"]
+
+
+def _absent(model: GPTModel) -> set[str]:
+    """Return the endings of the activations that custom parts of the model do not have."""
+    used = () if model.parts is None else model.parts.used
+    if "Block" in used:
+        return set(_IN_LAYER) - {""}
+    absent = set()
+    if "CausalSelfAttention" in used:
+        absent |= {".attn.q", ".attn.k", ".attn.v", ".attn.weights", ".attn.heads"}
+    if "MLP" in used:
+        layers = {name for name, _ in model.transformer.get_submodule("h.0.mlp").named_children()}
+        absent |= {".mlp.c_fc"} if "c_fc" not in layers else set()
+        absent |= {".mlp.activations"} if "c_proj" not in layers else set()
+    return absent
 
 
 @torch.no_grad()
@@ -100,10 +126,12 @@ def trace(model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None) ->
     with evaluation_mode(model), ExitStack() as hooks:
         hooks.enter_context(edit(model, {place: record(place) for place in _editable(all_places)}))
         for i, block in enumerate(model.transformer.h):
-            hooks.enter_context(_hook(model, f"h.{i}.after_attn", record(f"h.{i}.after_attn")))
-            hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", activations))
+            if f"h.{i}.after_attn" in all_places:
+                hooks.enter_context(_hook(model, f"h.{i}.after_attn", record(f"h.{i}.after_attn")))
+            if f"h.{i}.attn.weights" in all_places:
+                hooks.enter_context(_record_attention(block.attn, f"h.{i}.attn", activations))
         activations["logits"] = model(ids, attention_mask=attention_mask)
-    return Trace((place, activations[place]) for place in all_places)
+    return Trace((place, activations[place]) for place in all_places if place in activations)
 
 
 @contextmanager
@@ -329,8 +357,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> Iterator[None]:
     """Record queries, keys, values and attention weights of the layer `attn` while the model runs within a `with` block.
 
-    They are stored in `activations` under names that start with `place`, such as "h.3.attn.q".
+    They are stored in `activations` under names that start with `place`, such as "h.3.attn.q". The weights are those of the
+    layer's own function, if it has one. They are left out if this function does not return weighted sums of the values.
     """
+    own = getattr(attn, "function", None)
 
     def record_qkv(_: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
         B, T = projected.shape[:2]
@@ -341,10 +371,32 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
         q, k, mask = activations[f"{place}.q"], activations[f"{place}.k"], args[1]
         # Attention over one-hot values returns the attention weights.
         one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        activations[f"{place}.weights"] = plain_attention(q, k, one_hot, mask)
+        if own is None:
+            activations[f"{place}.weights"] = plain_attention(q, k, one_hot, mask)
+            return
+        weights, v = _own_weights(own, q, k, one_hot, mask), activations[f"{place}.v"]
+        if weights is not None and _are_weights(weights, own(q, k, v, mask), v):
+            activations[f"{place}.weights"] = weights
 
     with attn.c_attn.register_forward_hook(record_qkv), attn.register_forward_hook(record_weights):
         yield
+
+
+def _own_weights(function: Any, q: Tensor, k: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the result of a custom attention function for one-hot values, or None if it refuses values of this shape."""
+    try:
+        weights: Tensor = function(q, k, one_hot.expand(*k.shape[:2], -1, -1), mask)
+    except Exception:  # code of the user, which need not work with values of another width
+        return None
+    return weights
+
+
+def _are_weights(weights: Tensor, output: Tensor, v: Tensor) -> bool:
+    """Return True if `weights` (B, H, T, S) times the values v are the output of attention, up to rounding."""
+    if weights.shape != (*output.shape[:3], v.shape[2]):
+        return False
+    tolerance = 1e-3 if v.dtype == torch.float32 else 5e-2
+    return bool((weights.to(v.dtype) @ v - output).abs().max() <= tolerance * output.abs().max())
 
 
 def _checked_edit(place: str, function: Edit, n_heads: int) -> Edit:

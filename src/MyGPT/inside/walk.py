@@ -15,6 +15,7 @@ from torch import Tensor
 
 from MyGPT.inside.tracing import ablate_heads, check_number, trace
 from MyGPT.model import GPTModel
+from MyGPT.parts import refuse_parts
 from MyGPT.sampling import require_finite
 from MyGPT.tokenizers.display import token_labels
 
@@ -50,9 +51,10 @@ def walk_data(
         heads_off: pairs (layer, head) of heads whose output is set to zero, as in `ablate_heads`.
 
     Raises:
-        ValueError: `ids` is not a batch of one text, or a number is out of range.
+        ValueError: `ids` is not a batch of one text, a number is out of range, or the model has custom parts.
         FloatingPointError: the model computes logits that are NaN or infinite.
     """
+    refuse_parts(model, "the walk through a forward pass")
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a walk follows one text, so ids must have the shape (1, tokens), got {tuple(ids.shape)}")
     config, T, t = model.config, ids.shape[1], token

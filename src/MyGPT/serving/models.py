@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from MyGPT import __version__
 from MyGPT.data.templates import Template
 from MyGPT.model import GPTModel
@@ -37,8 +39,10 @@ class ServedModel:
         """
         precision = getattr(self.engine.model, "precision", "")
         digest = hashlib.sha256(f"{__version__} {precision} {self.gpt.config}".encode())
+        if self.gpt.parts is not None:
+            digest.update(f"{self.gpt.parts.sha256}".encode())
         for parameter in self.gpt.parameters():
-            digest.update(parameter.detach()[0].float().cpu().numpy().tobytes())
+            digest.update(torch.atleast_1d(parameter.detach())[0].float().cpu().numpy().tobytes())
             release_pages(parameter.detach())  # a row of a transposed matrix touches all pages of the matrix
         return f"fp_{digest.hexdigest()[:12]}"
 

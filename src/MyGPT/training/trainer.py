@@ -24,6 +24,7 @@ from MyGPT import ranks
 from MyGPT.acceleration.training import Buffers, fused_blocks
 from MyGPT.generation import evaluation_mode
 from MyGPT.notebooks import html_table
+from MyGPT.parts import check_parts
 from MyGPT.tokenizers import Tokenizer
 from MyGPT.training.arithmetic import autocast_dtype, deterministic_algorithms, forward_pass, reused_memory, uncompiled
 from MyGPT.training.config import TrainConfig
@@ -126,6 +127,7 @@ class Trainer:
             overwrite=overwrite,
             resume=resume,
             allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
+            parts=getattr(model, "parts", None),
         )
         self._contexts, self._is_ready = ExitStack(), False
         self._buffers = Buffers()
@@ -163,6 +165,8 @@ class Trainer:
                 self._whole = self.model, self.objective
                 self.model, self.objective = copy.deepcopy(self._whole)
             self.model.to(self.device).train()
+            if self.files.parts is not None:
+                check_parts(self.model)
             self.model.gradient_checkpointing = self.config.gradient_checkpointing
             if shard_size is not None:
                 distribute(self.model, shard_size, self.config, self.device, self.autocast_dtype)
@@ -303,6 +307,7 @@ class Trainer:
             stop, is_late, is_busy = ranks.max_over_ranks(
                 stop, self.files.is_checkpoint_late, self.files.is_writer_busy
             )
+            self.files.keep_model_if_due(state)  # before the checkpoint, so that a resumed run lacks no kept model
             if state.step > first_step:
                 self.files.checkpoint_if_due(state.step, self.snapshot, bool(is_late), bool(is_busy))
             if stop:

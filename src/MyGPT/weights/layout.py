@@ -277,6 +277,16 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
     return {name: _transposed(name, tensor) for name, tensor in _to_save(state_dict, config).items()}
 
 
+def to_own(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return the state dict of a model with custom parts as it is saved: unchanged, but without a tied output head.
+
+    Buffers that are not floating-point numbers are left out, because the parts make them again. transformers' GPT-2 refuses
+    these matrices, which have the shape (out, in).
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
+    return _without_tied_head(weights, config)
+
+
 def to_gguf(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return a model's state dict under the names of llama.cpp's GGUF files.
 
@@ -289,6 +299,14 @@ def to_gguf(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, La
 
 def _to_save(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return a model's state dict without a tied output head, and with zeros for missing qkv biases."""
+    ours = _without_tied_head(state_dict, config)
+    if not config.qkv_bias:
+        ours |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), ours))
+    return ours
+
+
+def _without_tied_head(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return a model's state dict as lazy tensors, without a tied output head."""
     # A tensor with two names becomes one lazy tensor, so that sharded weights are not gathered twice to compare them.
     lazy = {id(tensor): LazyTensor.of(tensor.detach()) for tensor in state_dict.values()}
     ours = {name: lazy[id(tensor)] for name, tensor in state_dict.items()}
@@ -297,8 +315,6 @@ def _to_save(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, L
             way_out = "set model.config = dataclasses.replace(model.config, tie_weights=False)"
             raise ValueError(f"{HEAD} differs from {WTE}, but is not saved with tie_weights=True: {way_out}")
         del ours[HEAD]
-    if not config.qkv_bias:
-        ours |= dict.fromkeys(_qkv_biases(config), _zeros((3 * config.emb_dim,), ours))
     return ours
 
 

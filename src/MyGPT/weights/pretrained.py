@@ -15,6 +15,7 @@ from MyGPT.config import GPT2_CONFIGS, GPTConfig
 from MyGPT.download import cache_directory
 from MyGPT.files import reading
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean
+from MyGPT.parts import Parts
 from MyGPT.ranks import copy_whole, reshard
 from MyGPT.weights.formats import find_format, open_checkpoint
 from MyGPT.weights.formats.huggingface import find_directory
@@ -93,15 +94,15 @@ def check_name(name: str) -> None:
 
 
 def read_weights(
-    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None, parts: Parts | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return the config and the state dict of a model by name or path (see `find_model`).
 
-    All weights are converted to `dtype`. Default: the dtypes in the file.
+    All weights are converted to `dtype`. Default: the dtypes in the file. `parts` are the custom parts of the model, if any.
     """
     path = find_model(name_or_path)
     with reading(path):
-        return open_checkpoint(path).read(dtype)
+        return open_checkpoint(path, parts).read(dtype)
 
 
 def load_weights_into_gpt(model: nn.Module, params: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from MyGPT.parts import Parts
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats import gguf, huggingface, llmc, openai, safetensors, torch_file
 
@@ -34,10 +35,13 @@ def find_format(path: Path) -> Format | None:
     return next((candidate for candidate in FORMATS if candidate.matches(path)), None)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], parts: Parts | None = None) -> Checkpoint:
     """Open the model at `path`, a directory or file in any known format. Tensors are read only when they are needed.
+
+    `parts` are the custom parts of the model, without which a model that was trained with them raises PartsError.
 
     Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or are not a GPT-2.
     """
     path = Path(path)
-    return (find_format(path) or huggingface).read(path)  # raises FileNotFoundError if no format matches
+    found = find_format(path) or huggingface  # raises FileNotFoundError if no format matches
+    return huggingface.read(path, parts) if found is huggingface else found.read(path)

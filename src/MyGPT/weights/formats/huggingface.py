@@ -17,11 +17,12 @@ from torch import Tensor
 from MyGPT.config import GPT2_CONFIGS, GPTConfig, read_config_json
 from MyGPT.files import atomic_directory, json_text, present_directory, read_json
 from MyGPT.messages import MODEL_SYNONYMS, did_you_mean, near_path
+from MyGPT.parts import PARTS_FILE, Parts, read_record, require_parts
 from MyGPT.ranks import is_sharded, on_first_rank, rank
 from MyGPT.weights.checkpoint import Checkpoint
 from MyGPT.weights.formats.safetensors import read_safetensors, write_safetensors
 from MyGPT.weights.formats.torch_file import read_torch_file
-from MyGPT.weights.layout import to_hugging_face
+from MyGPT.weights.layout import to_hugging_face, to_own
 from MyGPT.weights.lazy import LazyTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -30,7 +31,13 @@ INDEX_SUFFIX = ".index.json"
 """If the weights are in several files, the index that lists them is called `model.safetensors` plus this suffix."""
 MAX_SHARD_BYTES = 5_000_000_000
 """If the weights have more bytes than this, they are split into several files. transformers splits them likewise."""
-_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "*.packed")
+_REPLACED_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "*.packed",
+    PARTS_FILE,
+)
 _CARD_MARK = "<!-- Written by MyGPT. A card without this line is yours, and stays. -->"
 
 
@@ -43,14 +50,21 @@ def matches(path: Path) -> bool:
     return is_config or find_directory(path) is not None or _index_of(path) is not None
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, parts: Parts | None = None) -> Checkpoint:
     """Return the checkpoint in a model directory, or in the subdirectory `model` of a training run's directory.
 
-    If `path` is a file that stands for a model directory (see `matches`), the whole model is returned.
+    If `path` is a file that stands for a model directory (see `matches`), the whole model is returned. `parts` are the own
+    parts of the model. Without them, a model that was trained with custom parts raises PartsError.
     """
     directory = path.parent if path.is_file() else _model_directory(path)
-    config, index = read_config_json(directory / "config.json"), _index_of(path)
+    record = read_record(directory / "config.json")
+    if record is not None:
+        require_parts(record, directory, parts)
+    config, index = read_config_json(directory / "config.json", record is not None), _index_of(path)
     weights = find_weights(directory) if index is None else _with_shards(index)
+    if record is not None:
+        name = f"a model directory of MyGPT with its own {' and '.join(record.names)}"
+        return Checkpoint(name, weights, config, _read_tensors(weights), has_own_parts=True)
     return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
 
 
@@ -87,12 +101,13 @@ def write_directory(
     *,
     more_config: Mapping[str, Any] | None = None,
     more_tensors: Mapping[str, Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> None:
     """Write config, weights, tokenizer and model card to a directory. If an error occurs, no file changes.
 
     Other files in the directory are kept. The ids of special tokens are those of the config; the tokenizer gives the ids
     that the config lacks. `more_config` is added to config.json, and `more_tensors` to the weights, both unchanged. A
-    classifier needs them for its head.
+    classifier needs them for its head. `parts` are the custom parts of the model; a copy of their file is written too.
 
     If weights are sharded, all ranks must call this function. They gather one weight at a time, and rank 0 writes. When the
     directory is complete, all ranks return; if an error occurs on rank 0, all ranks raise it.
@@ -100,16 +115,19 @@ def write_directory(
     special = _special_ids(config, tokenizer)
     given = {key: value for key, value in config.generation_config.items() if value is not None or key not in special}
     generation = {**special, **given}
-    tensors = to_hugging_face(state_dict, config)
+    tensors = to_hugging_face(state_dict, config) if parts is None else to_own(state_dict, config)
+    entries = {**(more_config or {}), **({} if parts is None else parts.config_entries())}
     tensors |= {name: LazyTensor.of(tensor.detach()) for name, tensor in (more_tensors or {}).items()}
     replaces = (*_REPLACED_FILES, *getattr(tokenizer, "replaced_files", ()))
     values = (tensor.load() for tensor in tensors.values())
 
     def write() -> None:
         with atomic_directory(directory, replaces=replaces) as temporary:
-            _write_json(temporary / "config.json", {**config.to_dict(), **special, **(more_config or {})})
+            _write_json(temporary / "config.json", {**config.to_dict(), **special, **entries})
             _write_json(temporary / "generation_config.json", generation)
             _write_weights(Path(directory), temporary, tensors, values)
+            if parts is not None and parts.source is not None:
+                (temporary / PARTS_FILE).write_bytes(parts.source)
             if tokenizer is not None:
                 tokenizer.save(temporary)
                 _set_max_length(temporary / "tokenizer_config.json", config.context_length)
