@@ -65,7 +65,12 @@ def explain(
     check_html_path(out)
     of_features = {"layer": layer, "data": data, "n_features": n_features, "k": k}
     if replay:
-        given = {"--live": live or None, "--features": features or None, "--model": model, "--precision": precision}
+        given: dict[str, object] = {
+            "--live": live or None,
+            "--features": features or None,
+            "--model": model,
+            "--precision": precision,
+        }
         given |= {"--adapter": adapter, **{f"--{name}": value for name, value in of_features.items()}}
         if wrong := [option for option, value in given.items() if value is not None]:
             raise ValueError(
