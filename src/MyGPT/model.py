@@ -386,8 +386,12 @@ def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts |
 
 def load_own_weights(model: GPTModel, state_dict: Mapping[str, Tensor]) -> None:
     """Copy the weights of a saved model into a model with own parts. Raises ValueError with all mismatches."""
-    expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    problems = [f"{name} is missing" for name in expected if name not in state_dict]
+    tensors = model.state_dict(keep_vars=True)
+    expected = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    first_names = {id(tensor): name for name, tensor in reversed(expected.items())}  # a shared weight is saved once
+    problems = [
+        f"{name} is missing" for name, tensor in expected.items() if first_names[id(tensor)] == name not in state_dict
+    ]
     problems += [f"{name} is unknown" for name in state_dict if name not in expected]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
