@@ -9,6 +9,7 @@ from MyGPT import __version__
 CONTENTS = {
     "Guide": [
         "learn",
+        "guide/exercises",
         "guide/tokenizers",
         "guide/data",
         "guide/model",

@@ -1,4 +1,4 @@
-"""Own parts: models with a hand-written attention, MLP or block train, save, open and generate, and mistakes are found.
+"""Custom parts: models with a hand-written attention, MLP or block train, save, open and generate, and mistakes are found.
 
 Losses of a hand-written attention may differ from the library's by the order of summation: 1e-6 is twice the last place of a
 float32 number between 4 and 8.
@@ -286,7 +286,7 @@ def test_a_run_stores_the_file_and_its_hash(trained: Path) -> None:
     assert (trained / PARTS_FILE).read_bytes() == (trained / "model" / PARTS_FILE).read_bytes() == source
     config = json.loads((trained / "model" / "config.json").read_text())
     expected = {"names": ["attention", "MLP"], "file": "own.py", "sha256": hashlib.sha256(source).hexdigest()}
-    assert config["own_parts"] == expected
+    assert config["custom_parts"] == expected
     assert config["model_type"] == "mygpt" and config["architectures"] == ["GPTModel"]
 
 
@@ -322,7 +322,7 @@ def test_a_model_with_other_parts_is_saved_opened_traced_and_adapted(trained: Pa
     torch.testing.assert_close(merge(adapted).eval()(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_own_block_is_saved_opened_and_traced(tmp_path: Path) -> None:
+def test_a_custom_block_is_saved_opened_and_traced(tmp_path: Path) -> None:
     source = write(tmp_path, GATED_BLOCK)
     model = new_model(source).eval()
     ids = IDS[None, :9]
@@ -332,7 +332,7 @@ def test_an_own_block_is_saved_opened_and_traced(tmp_path: Path) -> None:
     traced = trace(opened, ids)
     assert list(traced) == ["wte", "wpe", "embeddings", "h.0", "h.1", "ln_f", "logits"]
     assert len(traced.residual) == 3
-    with pytest.raises(ValueError, match="attention weights of this model's own parts are unknown"):
+    with pytest.raises(ValueError, match="attention weights of this model's custom parts are unknown"):
         _ = traced.attention
     with pytest.raises(ValueError, match="cannot be edited"), ablate_heads(model, [(0, 1)]):
         pass
@@ -344,7 +344,7 @@ def test_weights_of_a_function_that_is_no_weighted_sum_are_not_shown() -> None:
     assert "h.0.attn.weights" not in traced and "h.0.attn.heads" in traced
 
 
-def test_own_parts_run_on_weights_that_were_trained_without_them(tmp_path: Path) -> None:
+def test_custom_parts_run_on_weights_that_were_trained_without_them(tmp_path: Path) -> None:
     plain = new_model()
     plain.save_pretrained(tmp_path / "plain", TOKENIZER)
     own = open_model(tmp_path / "plain", parts=write(tmp_path, LOOP))[0]
@@ -531,7 +531,7 @@ def test_train_and_resume_on_the_command_line(in_tmp_path: Path, capsys: pytest.
     write(in_tmp_path, MATRIX + "# changed\n", "b.py")
     changed = ["train", "--resume", "run", "--with", "b.py"]
     error = error_of([*changed, *more], capsys)
-    assert "with was 'a.py' and is 'b.py'; with: the own parts differ from those the run began with" in error
+    assert "with was 'a.py' and is 'b.py'; with: the custom parts differ from those the run began with" in error
     assert main([*changed, "--max_steps", "6", "--allow_changed", '["max_steps", "with"]']) == 0
     assert Path("run/parts.py").read_bytes() == Path("b.py").read_bytes()
     shutil.copy("b.py", "moved.py")  # the same file at another path is not a change
@@ -539,7 +539,7 @@ def test_train_and_resume_on_the_command_line(in_tmp_path: Path, capsys: pytest.
     assert main(moved) == 0
     assert main(["generate", "--model", "run", "--with", "moved.py", "--prompt", "the", "--max_new_tokens", "3"]) == 0
     assert main(["train", "--resume", "run", "--max_steps", "9", "--allow_changed", '["max_steps", "with"]']) == 0
-    assert "own_parts" not in Path("run/model/config.json").read_text() or Path("run/model/parts.py").exists()
+    assert "custom_parts" not in Path("run/model/config.json").read_text() or Path("run/model/parts.py").exists()
 
 
 COMMANDS = [
@@ -572,7 +572,7 @@ def test_no_command_runs_the_code_of_a_model_or_ignores_it(
     assert mark.read_text() == before
 
 
-def test_fine_tuning_a_model_with_own_parts_is_refused(
+def test_fine_tuning_a_model_with_custom_parts_is_refused(
     trained: Path, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {
@@ -610,7 +610,7 @@ def test_rounded_precision_and_other_programs_are_refused(
     source = str(trained / PARTS_FILE)
     options = ["--model", str(trained), "--with", source]
     error = error_of(["generate", *options, "--precision", "int8"], capsys)
-    assert f"precision int8 computes GPT-2's own parts, but this model has attention and MLP from {source}" in error
+    assert f"precision int8 computes only GPT-2's parts, but this model has attention and MLP from {source}" in error
     assert main(["generate", *options, "--precision", "bf16", "--max_new_tokens", "3"]) == 0
     model = new_model(source)
     users: list[Callable[[], object]] = [
@@ -624,7 +624,7 @@ def test_rounded_precision_and_other_programs_are_refused(
         lambda: LivePage(model, TOKENIZER),
     ]
     for user in users:
-        with pytest.raises(ValueError, match="computes GPT-2's own parts, but"):
+        with pytest.raises(ValueError, match="computes only GPT-2's parts, but"):
             user()
     with pytest.raises(PartsError, match="has its own attention and MLP"):
         accelerate(trained)  # by its path
@@ -653,7 +653,7 @@ def test_another_file_gives_a_warning_and_a_lacking_part_an_error(trained: Path,
 def test_a_hostile_record_is_refused(record: Any, tmp_path: Path) -> None:
     new_model(write(tmp_path, MATRIX)).save_pretrained(tmp_path / "model", TOKENIZER)
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "own_parts": record}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "custom_parts": record}))
     with pytest.raises(PartsError, match="does not say which parts the model has"):
         open_model(tmp_path / "model", parts=tmp_path / "own.py")
 
@@ -662,7 +662,7 @@ def test_a_config_without_its_record_does_not_become_a_gpt2(tmp_path: Path) -> N
     new_model(write(tmp_path, MATRIX)).save_pretrained(tmp_path / "model", TOKENIZER)
     path = tmp_path / "model" / "config.json"
     content = json.loads(path.read_text())
-    del content["own_parts"]
+    del content["custom_parts"]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="model_type='mygpt', MyGPT supports only 'gpt2'"):
         open_model(tmp_path / "model")

@@ -37,6 +37,7 @@ COMMANDS = {
     "bench": "measure how fast this machine generates text",
     "plot": "plot loss curves, attention, the logit lens, sampling and more",
     "explain": "write an HTML page that shows how a model reads a text",
+    "check": "test solutions of the exercises, and explain the first difference",
 }
 
 _WITH_RANKS = ("train", "finetune", "dpo", "classify", "evaluate", "doctor")
@@ -58,10 +59,11 @@ _SYNONYMS = {
     "runs": "ls list history experiments compare diff",
     "sweep": "grid search hyperparameters tune_hyperparameters ablation",
     "info": "show describe inspect summary size",
-    "doctor": "check env diagnose",
+    "doctor": "env diagnose",
     "bench": "benchmark speed",
     "plot": "draw figure graph",
     "explain": "visualize trace",
+    "check": "exercise exercises grade mark solutions learn autograde",
 }
 """For each command, other names under which users look for it."""
 _KIND_SYNONYMS = {
@@ -78,7 +80,8 @@ _KIND_SYNONYMS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
-    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. If the
+    The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. `mygpt check`
+    returns 1 if a solution is wrong or missing. If the
     program that reads our output has ended, such as `head`, it is 141, as after SIGPIPE, and after SIGHUP it is 129.
     An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
     Then the exception is raised instead.
@@ -217,16 +220,17 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         from MyGPT.commands._ranks import launch
 
         return launch([name, *arguments], options.nproc, options.get("max_restarts", 0))
+    status = 0
     with contextlib.ExitStack() as contexts:
         if _n_ranks() > 1:
             from MyGPT.ranks import naming_missing_ranks
 
             contexts.enter_context(naming_missing_ranks())
         if name in _WITH_RANKS or not _rank():
-            call(command, options)
+            status = call(command, options) or 0
     if "MyGPT.ranks" in sys.modules:
         sys.modules["MyGPT.ranks"].leave()
-    return 0
+    return status
 
 
 def _discard_output() -> None:

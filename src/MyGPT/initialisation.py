@@ -51,7 +51,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     kinds = (nn.Linear, nn.Embedding, nn.LayerNorm)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     drawn = {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
-    # Parameters that own parts make themselves keep their values.
+    # Parameters that custom parts make themselves keep their values.
     parameters: dict[str, Tensor] = {name: it for name, it in model.named_parameters() if it in drawn}
     for name, parameter in parameters.items():
         with _complete(parameter) as (weight,):
@@ -64,7 +64,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
             else:
                 nn.init.ones_(weight)
     if config.init == "local":
-        shape = (3 * config.emb_dim, config.emb_dim)  # own attention may have a c_attn of another shape
+        shape = (3 * config.emb_dim, config.emb_dim)  # custom attention may have a c_attn of another shape
         c_attn = [it for name, it in parameters.items() if name.endswith("c_attn.weight") and it.shape == shape]
         wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
         with _complete(wte, wpe, *c_attn) as (wte, wpe, *c_attn):
@@ -72,7 +72,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     for module in model.modules():
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None and not type(module).__module__.startswith(("torch.", "MyGPT.")):
-            reset()  # own parts may set initial values of their own
+            reset()  # custom parts may set initial values of their own
 
 
 @contextmanager

@@ -358,8 +358,8 @@ class GPTModel(nn.Module):
             dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
                 ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
-            parts: the Python file (or its module, or a dict) with the model's own parts, which is run. A model that was
-                trained with own parts is never opened without them.
+            parts: the Python file (or its module, or a dict) with the model's custom parts, which is run. A model that was
+                trained with custom parts is never opened without them.
         """
         parts = as_parts(parts)
         model = model_of(*read_weights(name_or_dir, dtype, parts), parts)
@@ -370,7 +370,7 @@ class GPTModel(nn.Module):
 def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts | None = None) -> GPTModel:
     """Return a model in evaluation mode whose parameters are the tensors in `state_dict` themselves, not copies.
 
-    A model with own parts has copies of the tensors, because it may compute buffers, or share weights, when it is made.
+    A model with custom parts has copies of the tensors, because it may compute buffers, or share weights, when it is made.
     """
     if parts is not None:
         with torch.random.fork_rng(devices=[]):
@@ -385,13 +385,12 @@ def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts |
 
 
 def load_own_weights(model: GPTModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy the weights of a saved model into a model with own parts. Raises ValueError with all mismatches."""
+    """Copy the weights of a saved model into a model with custom parts. Raises ValueError with all mismatches."""
     tensors = model.state_dict(keep_vars=True)
     expected = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     first_names = {id(tensor): name for name, tensor in reversed(expected.items())}  # a shared weight is saved once
-    problems = [
-        f"{name} is missing" for name, tensor in expected.items() if first_names[id(tensor)] == name not in state_dict
-    ]
+    required = [name for name, tensor in expected.items() if first_names[id(tensor)] == name]
+    problems = [f"{name} is missing" for name in required if name not in state_dict]
     problems += [f"{name} is unknown" for name in state_dict if name not in expected]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"

@@ -53,7 +53,7 @@ def open_model(
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
         adapter: the directory of a LoRA adapter or of a run of `mygpt finetune`. The adapter is merged into the model.
         parts: a Python file whose attention, MLP or block replaces GPT-2's. The file is run. A model that was trained with
-            own parts is never opened without them.
+            custom parts is never opened without them.
 
     Raises:
         FileNotFoundError: there is no model, or the model that an adapter was trained on is missing.
@@ -81,7 +81,7 @@ def open_lazily(
 ) -> tuple[GPTModel | Checkpoint, GPTConfig, Tokenizer]:
     """Open a model to generate with it, and return it with its config and tokenizer. For arguments and errors, see `open_model`.
 
-    On a CPU, without an adapter and without own parts, a Checkpoint is returned instead of a model. `accelerate` reads its
+    On a CPU, without an adapter and without custom parts, a Checkpoint is returned instead of a model. `accelerate` reads its
     weights one after another, or reads packed weights instead. The caller must be within `reading(name_or_path)` until then.
     """
     files = find_model_files(name_or_path, adapter)

@@ -1,6 +1,6 @@
-"""Own parts of a model: a Python file of the user that replaces the attention, the MLP or the block of GPT-2.
+"""Custom parts of a model: a Python file of the user that replaces the attention, the MLP or the block of GPT-2.
 
-`load_parts` runs the file, `Parts.install` puts its parts into a new model, and `check_parts` finds classical mistakes, such
+`load_parts` runs the file, `Parts.install` puts its parts into a new model, and `check_parts` finds common mistakes, such
 as attention that looks ahead. A saved model stores a copy of the file, but opening the model never runs this copy: the user
 names the file to run. B batch size, H heads, T new tokens, S all tokens so far, C embedding width, D = C // H.
 """
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PARTS_FILE = "parts.py"
 """The name of the copy of the user's file in the directory of a model or a run."""
 MODEL_TYPE = "mygpt"
-"""The model_type in the config.json of a model with own parts. transformers does not know this type and refuses the model."""
-KEY = "own_parts"
+"""The model_type in config.json of a model with custom parts. transformers does not know this type and refuses the model."""
+KEY = "custom_parts"
 """The key in config.json under which the names of the parts and the hash of their file are stored."""
 CLASSES = {"CausalSelfAttention": "config, layer", "MLP": "config", "Block": "config, layer"}
 """The classes that a file may define, with the arguments from which an object of the class is made."""
@@ -41,7 +41,7 @@ _SHOWN: dict[str, str] = {}
 
 
 class PartsError(ValueError):
-    """Error raised if own parts are missing, cannot be used, or contain a mistake."""
+    """Error raised if custom parts are missing, cannot be used, or contain a mistake."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,8 @@ class Parts:
     """A class with the method forward(x) -> (B, T, C)."""
     Block: type[nn.Module] | None = None
     """A class with the method forward(x, mask, cache) -> (B, T, C)."""
-    path: str = "the own parts"
-    """The file that defines the parts, as the user has named it, for messages."""
+    path: str = "the custom parts"
+    """The path of the file that defines the parts, as the user gave it, for messages."""
     source: bytes | None = field(default=None, repr=False)
     """The content of the file, of which saved models store a copy. None if the parts are not from a file."""
     used: tuple[str, ...] = ()
@@ -169,7 +169,7 @@ def as_parts(parts: str | os.PathLike[str] | ModuleType | Mapping[str, Any] | Pa
     if isinstance(parts, Mapping):
         if unknown := [name for name in parts if name not in NAMES]:
             raise PartsError(f"unknown part {unknown[0]!r}: the parts are {', '.join(NAMES)}")
-        return _of_namespace(parts, "the own parts", None)
+        return _of_namespace(parts, "the custom parts", None)
     if isinstance(parts, ModuleType):
         file = getattr(parts, "__file__", None)
         if file is None:
@@ -209,7 +209,7 @@ def load_parts(path: str | os.PathLike[str]) -> Parts:
 
 
 def _of_namespace(namespace: Mapping[str, Any], path: str, source: bytes | None) -> Parts:
-    """Return the parts among the names of a module or dict. GPT-2's own classes, which a file may import, are none."""
+    """Return the parts among the names of a module or dict. GPT-2's own classes, which a file may import, do not count."""
     from torch import nn
 
     found = {name: namespace[name] for name in NAMES if namespace.get(name) is not None}
@@ -259,7 +259,7 @@ def _named(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class PartsRecord:
-    """What config.json records about a model's own parts."""
+    """What config.json records about a model's custom parts."""
 
     names: tuple[str, ...]
     file: str | None
@@ -267,7 +267,7 @@ class PartsRecord:
 
 
 def read_record(config_json: Path) -> PartsRecord | None:
-    """Return the record of own parts in the file config.json, or None for a model with GPT-2's parts.
+    """Return the record of custom parts in the file config.json, or None for a model with GPT-2's parts.
 
     A damaged file counts as a model with GPT-2's parts, because reading its config reports the damage.
     """
@@ -310,13 +310,13 @@ def require_parts(record: PartsRecord, directory: Path, parts: Parts | None) -> 
 
 
 def refuse_parts(model: Any, user: str) -> None:
-    """Raise PartsError if the model has own parts, which `user`, such as "an ONNX file", does not compute."""
+    """Raise PartsError if the model has custom parts, which `user`, such as "an ONNX file", does not compute."""
     if getattr(model, "parts", None) is not None:
-        raise PartsError(f"{user} computes GPT-2's own parts, but this model has {model.parts.description}")
+        raise PartsError(f"{user} computes only GPT-2's parts, but this model has {model.parts.description}")
 
 
 def check_parts(model: Any) -> None:
-    """Run a GPTModel with own parts on a few tokens, and raise PartsError for a mistake that makes its results meaningless.
+    """Run a GPTModel with custom parts on a few tokens, and raise PartsError for a mistake that makes its results meaningless.
 
     The mistakes are an error or a wrong shape, other results in a second pass (dropout in evaluation mode), an output that
     depends on later tokens or on other sequences, and other results with a KV cache. A FileWarning reports parts that ignore

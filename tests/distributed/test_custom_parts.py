@@ -63,6 +63,7 @@ def test_two_ranks_train_save_and_resume_custom_parts(parallel: str, tmp_path: P
         for name, weight in weights.items():
             assert np.abs(others[name] - weight).max() < 1e-6, name
     model = GPTModel.from_pretrained(tmp_path / "two", parts=source)
-    assert np.abs(model.get_parameter("transformer.h.1.mlp.c_fc.weight").detach().numpy() - weights["transformer.h.1.mlp.c_fc.weight"]).max() < 1e-6  # fmt: skip
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert np.abs(model.get_parameter(name).detach().numpy() - weights[name]).max() < 1e-6
     with pytest.raises(ValueError, match="has its own attention and MLP"):
         open_model(tmp_path / "two")

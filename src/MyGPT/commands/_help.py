@@ -27,7 +27,7 @@ GROUPS = {
     "Sampling": "max_new_tokens n_samples stop temperature top_k top_p min_p repetition_penalty",
     "Server": "host port api_key slots max_queue request_timeout drain_timeout allowed_hosts cors_origins log_prompts",
     "Output": "out overwrite resume allow_changed log_every log_to tensorboard checkpoint_every checkpoint_minutes keep_last "
-    "keep_best",
+    "keep_best keep_every",
     "Execution": "device nproc parallel shard_size max_restarts timeout_minutes precision compile gradient_checkpointing "
     "lookup seed deterministic",
     "Configuration": "config print_config help help_all",
@@ -37,7 +37,7 @@ GROUPS = {
 SHARED_HELP = {
     "model": "A released model such as gpt2, or the path of a run, a model directory or a checkpoint file.",
     "adapter": "The directory of a LoRA adapter, or a run of mygpt finetune.",
-    "with": "Python file with own parts of the model, which is run; a model that was trained with --with needs it.",
+    "with": "Python file with custom parts of the model, which is run; a model that was trained with --with needs it.",
     "device": "Where to compute: auto, cpu, cuda or mps.",
     "precision": "Precision of the weights: auto keeps the stored one; bf16, int8 and int4 are each faster and less exact.",
     "lookup": "Guess tokens from earlier repetitions in the text. Faster on repetitive text, with the same result.",

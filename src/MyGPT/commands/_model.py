@@ -46,7 +46,7 @@ def _require_cpu(precision: Precision, kind: str) -> None:
 def make_fast(model: GPTModel | Checkpoint, precision: Precision, lookup: bool, build: Build | None) -> nn.Module:
     """Prepare an opened model for fast generation, and return the model to generate with.
 
-    On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, and for a model with own parts,
+    On a CPU, the result is an accelerated copy with weights in the given precision. On a GPU, and for a model with custom parts,
     it is `model` itself, converted to this precision.
 
     Args:

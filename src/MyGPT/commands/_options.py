@@ -199,10 +199,14 @@ def underscored(argument: str, parser: CommandParser) -> str:
     return f"{name}{equals}{value}" if option.startswith("--") and name in parser._option_string_actions else argument
 
 
-def call(command: Command, options: Any) -> None:
-    """Call the function `command` with the parsed options, after building its dataclass arguments from their fields."""
+def call(command: Command, options: Any) -> int | None:
+    """Call the function `command` with the parsed options, after building its dataclass arguments from their fields.
+
+    Return its exit status, or None for a command that has only the status 0.
+    """
     positional, keywords = build_arguments(command, options)
-    command(*positional, **keywords)
+    status: int | None = command(*positional, **keywords)
+    return status
 
 
 def build_arguments(command: Command, options: Any) -> tuple[list[Any], dict[str, Any]]:

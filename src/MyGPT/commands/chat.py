@@ -202,7 +202,7 @@ def chat(
     require_positive(max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
     check_generation(seed=seed)
     given = load_template(template) if template else None
-    build = start_build(device, precision) if with_ is None else None  # own parts do not use the kernel
+    build = start_build(device, precision) if with_ is None else None  # custom parts do not use the kernel
     with reading(model):
         opened, config, tokenizer = open_lazily(model, device, adapter, with_)
         report_tokenizer(tokenizer)

@@ -55,7 +55,7 @@ def generate(
     text = read_standard_input() if prompt == "-" else prompt or ""
     if prompt is not None and not text:
         raise ValueError("the prompt is empty; it must have at least one token")
-    build = start_build(device, precision) if with_ is None else None  # own parts do not use the kernel
+    build = start_build(device, precision) if with_ is None else None  # custom parts do not use the kernel
     with reading(model):
         opened, config, tokenizer = open_lazily(model, device, adapter, with_)
         report_tokenizer(tokenizer)

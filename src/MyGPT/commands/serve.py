@@ -190,7 +190,7 @@ def open_models(
     precision: Precision,
     parts: str | None = None,
 ) -> dict[str, ServedModel]:
-    """Open models and start their engines. `parts` is the file with the own parts of all models, or None.
+    """Open models and start their engines. `parts` is the file with the custom parts of all models, or None.
 
     Raises MemoryError if the machine has too little memory for the slots.
     """

@@ -47,7 +47,7 @@ class LivePage:
             vectors in float32.
 
     Raises:
-        ValueError: the model has too many parameters, own parts or an unmerged adapter; a weight does not fit into float16; or
+        ValueError: the model has too many parameters, custom parts or an unmerged adapter; a weight does not fit into float16; or
             the tokenizer is not one of MyGPT's, or does not know a character of the text.
         FloatingPointError: a weight is NaN or infinite.
     """

@@ -18,8 +18,8 @@ heads, D = C // H, V vocabulary size. Each activation has a name, which is the n
     h.3                  the residual stream after the layer, (B, T, C)
     ln_f, logits         the input of the output head, (B, T, C), and its output, (B, T, V)
 
-A model with own parts (see MyGPT.parts) has those of these activations that can be observed: an own block has only h.3, own
-attention as a class lacks h.3.attn.q to h.3.attn.heads, and an own MLP has its neurons if its layers are c_fc and c_proj.
+A model with custom parts (see MyGPT.parts) has only the activations that can be observed. A custom block has only h.3. A
+custom attention class has no h.3.attn.q to h.3.attn.heads. A custom MLP has neurons if its layers are called c_fc and c_proj.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Trace(Described, dict[str, Tensor]):
     def attention(self) -> Tensor:
         """The attention weights of all layers, (layers, sequences, heads, queries, keys).
 
-        Raises ValueError if the model has own parts that do not show their attention weights.
+        Raises ValueError if the model has custom parts that do not show their attention weights.
         """
         weights = [value for place, value in self.items() if place.endswith(".attn.weights")]
         if not weights:
             way_out = "only a function attention(q, k, v, mask) that is linear in v shows them"
-            raise ValueError(f"the attention weights of this model's own parts are unknown: {way_out}")
+            raise ValueError(f"the attention weights of this model's custom parts are unknown: {way_out}")
         return torch.stack(weights)
 
     @property
@@ -91,7 +91,7 @@ def places(model: GPTModel) -> list[str]:
 
 
 def _absent(model: GPTModel) -> set[str]:
-    """Return the endings of the activations that own parts of the model do not have."""
+    """Return the endings of the activations that custom parts of the model do not have."""
     used = () if model.parts is None else model.parts.used
     if "Block" in used:
         return set(_IN_LAYER) - {""}
@@ -383,7 +383,7 @@ def _record_attention(attn: Any, place: str, activations: dict[str, Tensor]) -> 
 
 
 def _own_weights(function: Any, q: Tensor, k: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return the result of an own attention function for one-hot values, or None if it does not accept values of this shape."""
+    """Return the result of a custom attention function for one-hot values, or None if it refuses values of this shape."""
     try:
         weights: Tensor = function(q, k, one_hot.expand(*k.shape[:2], -1, -1), mask)
     except Exception:  # code of the user, which need not work with values of another width

@@ -51,7 +51,7 @@ def walk_data(
         heads_off: pairs (layer, head) of heads whose output is set to zero, as in `ablate_heads`.
 
     Raises:
-        ValueError: `ids` is not a batch of one text, a number is out of range, or the model has own parts.
+        ValueError: `ids` is not a batch of one text, a number is out of range, or the model has custom parts.
         FloatingPointError: the model computes logits that are NaN or infinite.
     """
     refuse_parts(model, "the walk through a forward pass")

@@ -278,7 +278,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 
 
 def to_own(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
-    """Return the state dict of a model with own parts as it is saved: unchanged, but without a tied output head.
+    """Return the state dict of a model with custom parts as it is saved: unchanged, but without a tied output head.
 
     Buffers that are not floating-point numbers are left out, because the parts make them again. A weight that layers share
     has the name of the first. transformers' GPT-2 refuses these matrices, which have the shape (out, in).

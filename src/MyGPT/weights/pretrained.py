@@ -98,7 +98,7 @@ def read_weights(
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return the config and the state dict of a model by name or path (see `find_model`).
 
-    All weights are converted to `dtype`. Default: the dtypes in the file. `parts` are the own parts of the model, if any.
+    All weights are converted to `dtype`. Default: the dtypes in the file. `parts` are the custom parts of the model, if any.
     """
     path = find_model(name_or_path)
     with reading(path):

@@ -38,7 +38,7 @@ def find_format(path: Path) -> Format | None:
 def open_checkpoint(path: str | os.PathLike[str], parts: Parts | None = None) -> Checkpoint:
     """Open the model at `path`, a directory or file in any known format. Tensors are read only when they are needed.
 
-    `parts` are the own parts of the model, without which a model that was trained with them raises PartsError.
+    `parts` are the custom parts of the model, without which a model that was trained with them raises PartsError.
 
     Raises FileNotFoundError if there is no model at `path`, and ValueError if its files are damaged or are not a GPT-2.
     """

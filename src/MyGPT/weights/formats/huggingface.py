@@ -54,7 +54,7 @@ def read(path: Path, parts: Parts | None = None) -> Checkpoint:
     """Return the checkpoint in a model directory, or in the subdirectory `model` of a training run's directory.
 
     If `path` is a file that stands for a model directory (see `matches`), the whole model is returned. `parts` are the own
-    parts of the model. Without them, a model that was trained with own parts raises PartsError.
+    parts of the model. Without them, a model that was trained with custom parts raises PartsError.
     """
     directory = path.parent if path.is_file() else _model_directory(path)
     record = read_record(directory / "config.json")
@@ -64,7 +64,7 @@ def read(path: Path, parts: Parts | None = None) -> Checkpoint:
     weights = find_weights(directory) if index is None else _with_shards(index)
     if record is not None:
         name = f"a model directory of MyGPT with its own {' and '.join(record.names)}"
-        return Checkpoint(name, weights, config, _read_tensors(weights), has_own_parts=True)
+        return Checkpoint(name, weights, config, _read_tensors(weights), has_custom_parts=True)
     return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
 
 
@@ -107,7 +107,7 @@ def write_directory(
 
     Other files in the directory are kept. The ids of special tokens are those of the config; the tokenizer gives the ids
     that the config lacks. `more_config` is added to config.json, and `more_tensors` to the weights, both unchanged. A
-    classifier needs them for its head. `parts` are the own parts of the model; a copy of their file is written too.
+    classifier needs them for its head. `parts` are the custom parts of the model; a copy of their file is written too.
 
     If weights are sharded, all ranks must call this function. They gather one weight at a time, and rank 0 writes. When the
     directory is complete, all ranks return; if an error occurs on rank 0, all ranks raise it.
