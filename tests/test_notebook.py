@@ -138,8 +138,8 @@ def check_temperature(said: str) -> None:
 def check_lora(said: str) -> None:
     """The LoRA update has rank 4, learns the capitals, forgets the book, and equals the merged weights."""
     base, full, lora = (table(said, name, 2) for name in ("base  ", "all weights  ", "LoRA, r = 4  "))
-    assert full[0] < base[0] / 1.5 and lora[0] < base[0] / 1.5  # capitals
-    assert full[1] > base[1] + 0.2 and lora[1] > base[1] + 0.2  # the book
+    assert full[0] < lora[0] < base[0] - 0.6  # capitals
+    assert min(full[1], lora[1]) > base[1] + 0.5  # the book
     assert "same predictions at first: True" in said
     assert "LoRA, r = 4: rank 4, 100%" in said
     assert table(said, "largest difference between merged", 1)[0] < 1e-4
