@@ -139,7 +139,7 @@ def test_findings_name_the_best_head_or_say_that_there_is_none() -> None:
     ]
     previous, word, induction = findings(shown, {"previous": 0.1, "word": 0.04, "induction": 0.02}, 2)
     assert previous == (
-        "Previous token: layer 1, head 0 learned this. Its score rises from 0.10 to 0.70, and is half-way at step 20."
+        "Previous token: layer 1, head 0 learned this. Its score rises from 0.10 to 0.70, and is halfway at step 20."
     )
     assert "no head of this run learned this. The highest score is 0.05 (layer 0, head 0, step 0)" in induction
     assert word.startswith("Same word: no head")

@@ -103,7 +103,9 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
             model, tokenizer = open_kept(kept[step])
         sizes = [(it.n_layers, it.n_heads, it.vocab_size, it.context_length) for it in (model.config, config_of_first)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{kept[step]} has another size than {kept[steps[0]]}, so the two are not from one run")
+            raise ValueError(
+                f"{kept[step]} has another size than {kept[steps[0]]}, so the two are not from the same run"
+            )
         try:
             weights = _attention(model, ids)
             scores = {**attention_scores(weights, words), "induction": induction_scores(model).cpu()}
@@ -215,7 +217,7 @@ def findings(shown: Sequence[Mapping[str, Any]], uniform: Mapping[str, float], n
         else:
             half = next(it["step"] for it in shown if it["scores"][name][-head] >= (first + best) / 2)
             texts.append(
-                f"{title}: {where} learned this. Its score rises from {first:.2f} to {best:.2f}, and is half-way at step "
+                f"{title}: {where} learned this. Its score rises from {first:.2f} to {best:.2f}, and is halfway at step "
                 f"{half:,}."
             )
     return texts
