@@ -62,7 +62,7 @@ def test_a_notebook_is_stored_executed_in_order_without_errors_or_traces_of_a_ma
     kinds = {output.output_type for cell in cells for output in cell.outputs}
     assert "error" not in kinds
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
-    assert pictures(notebook) >= 3
+    assert pictures(notebook) >= (2 if path in SHORT else 3)
     text = path.read_text(encoding="utf-8")
     assert str(ROOT) not in text and "/home/" not in text and "/tmp/" not in text
     assert len(text) < 3_000_000
@@ -126,7 +126,7 @@ def check_temperature(said: str) -> None:
     """Entropy rises with the temperature; low temperatures repeat, high ones write words that are in no book."""
     entropies = [float(number) for number in re.findall(r"entropy ([\d.]+) nats", said)]
     assert len(entropies) == 4 and entropies == sorted(entropies)
-    lines = said.split("nats per token\n")[1].splitlines()
+    lines = said.split("  nats per token\n")[1].splitlines()
     rows = [[float(word.rstrip("%")) for word in line.split()] for line in lines[:10]]
     assert rows[0][1] > 3 * rows[5][1]  # repeated: temperature 0.1 against 1
     assert rows[1][2] > 80 > 60 > rows[-1][2]  # words of the book
