@@ -80,10 +80,10 @@ def test_one_task_is_tested_step_by_step(in_tmp_path: Path, capsys: pytest.Captu
     assert main(["check", "attention", str(directory / "windows.py"), "bpe"]) == 1
     printed = capsys.readouterr().out
     assert (
-        "  ok    gives torch's gradients\nattention: solved. The library does the same in src/MyGPT/inside/tracing.py"
+        "  ok    gives torch's gradients\nattention: solved\n  The library does the same in src/MyGPT/inside/tracing.py"
         in printed
     )
-    assert "mygpt train --with exercises/attention.py. Next task: exercises/block.py." in printed
+    assert "mygpt train --with exercises/attention.py\n  Next task: exercises/block.py\n" in printed
     assert "windows.py printed:\n  \\x1b[2J" in printed and printed.count("\n  x") == 19 and "\n  …\n" in printed
     assert "  wrong make_windows(7 ids, length=3, stride=2): argument number 1 is changed in place" in printed
     assert printed.endswith("bpe: not started: replace `raise NotImplementedError` in exercises/bpe.py by your code\n")
@@ -167,9 +167,10 @@ def test_a_table_of_a_class(in_tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_cells_are_no_formulas() -> None:
-    for text in ("=1", "+1", "-1", "@A1", "\t=1", "\r=1", "|x"):
+    for text in ("=1", "+1", "-1", "@A1", "|x"):
         assert as_text(text) == f"'{text}"
     assert as_text("ada") == "ada" and as_text(-1) == -1
+    assert as_text("a\udcff\n=1") == "a\\udcff\\n=1"  # the name of a directory that is not UTF-8
 
 
 def test_an_interrupted_run_keeps_its_rows_and_other_files_are_kept(
@@ -225,3 +226,21 @@ def test_a_pipe_a_fork_and_a_loop_that_ignores_the_limit_end(tmp_path: Path) -> 
     assert "did not react" in found["loss"].sentence
     assert found["attention"].status == "solved"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{task}.py" for task in files)
+
+
+def test_a_directory_that_cannot_be_read_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ada", "grace"):
+        (tmp_path / name).mkdir()
+    listed = os.listdir
+
+    def refuse(path: str | Path) -> list[str]:
+        if Path(path).name == "ada":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    table = tmp_path / "marks.csv"
+    assert len(list(write_marks(tmp_path, table, ["bpe"], 1.0))) == 2
+    rows = rows_of(table)
+    assert rows[1][:3] == ["ada", "0", "wrong"] and rows[1][3].endswith("ada: Permission denied")
+    assert rows[2] == ["grace", "0", "not started", "there is no file bpe.py"]
