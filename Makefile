@@ -6,6 +6,9 @@ BIN     = $(VENV)/bin
 TEXT   ?= tinyshakespeare
 RESULTS ?= bench-results
 
+# The page that ends `make demo` shows how the heads read this text. Its repetitions would show an induction head.
+TEXT_OF_REPLAY = Alice said to the Cat, and the Cat said to Alice that the Queen
+
 # Processes that run tests, each on one thread. One that has nothing left takes tests from the other.
 JOBS   ?= 2
 PYTEST  = $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
@@ -16,6 +19,8 @@ LINTED  = src tests benchmarks docs examples exercises
 demo: $(VENV)/.demo
 	$(BIN)/mygpt train --config configs/quickstart.yaml --out runs/demo --overwrite true
 	$(BIN)/mygpt generate --model runs/demo --prompt "Alice was" --max_new_tokens 300 --seed 1
+	@$(BIN)/mygpt explain runs/demo "$(TEXT_OF_REPLAY)" --replay --out runs/demo/replay.html > /dev/null
+	@echo "Open this page in a browser to see how the model learned: $(CURDIR)/runs/demo/replay.html"
 
 # While working: format, lint, types and the fast tests, in about three minutes.
 check: lint

@@ -61,6 +61,7 @@ BENCHMARKS = {
     "overheads": Benchmark("overheads.py", ("--text=TEXT",), 3, (), ("text",)),
     "decode": Benchmark("decode.py", ("--directory=MODELS", "--optimum=OPTIMUM"), 10),
     "lookup": Benchmark("lookup.py", (), 2),
+    "live": Benchmark("live.py", (), 1, ("selenium",)),
     "serving": Benchmark("serving.py", ("--quick", "--directory=MODELS", "--llama_server=LLAMA_SERVER"), 9),
     "loading": Benchmark(
         "loading.py", ("--sizes", "124M", "--directory=MODELS", "--tensorflow=TENSORFLOW"), 2, ("transformers",)

@@ -338,6 +338,18 @@ def lookup(results: Results) -> str:
     return markdown(["", "tokens/s", "with lookup", "ratio of the rounds", f"forward passes for {n} tokens"], rows)
 
 
+@table("live")
+def live(results: Results) -> str:
+    """Return the times and the speed of a live page."""
+    rows = []
+    for row in results.rows:
+        millions = results.settings[f"parameters, {row.name}"] / 1e6
+        rows.append(
+            [f"{row.name}, {millions:.1f} million parameters", row.measure, f"{spread(row.values, 1)} {row.unit}"]
+        )
+    return markdown(["model", "measure", "median (lowest to highest)"], rows)
+
+
 # Serving
 
 

@@ -18,6 +18,7 @@ import pytest
 
 import MyGPT
 from MyGPT.cli import COMMANDS, main
+from MyGPT.exercises import TASKS
 from places import ROOT
 from serve_process import ServeProcess
 
@@ -149,6 +150,10 @@ def test_the_parts_of_the_notebook_that_learn_names_exist() -> None:
     parts = re.findall(r"^## (\d+)\.", "\n".join("".join(cell["source"]) for cell in cells), re.M)
     named = re.findall(r"[Pp]art (\d+) of the notebook", LEARN)
     assert named and set(named) <= set(parts)
+
+
+def test_learn_names_every_exercise() -> None:
+    assert set(re.findall(r"`mygpt check (\w+)`", LEARN)) == set(TASKS)
 
 
 def test_the_glossary_has_one_line_per_term_in_alphabetical_order() -> None:

@@ -81,10 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: sys.argv[1:]) names, and return its exit status.
 
     The status is 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C and 143 after SIGTERM. `mygpt check`
-    returns 1 if a solution is wrong or missing. If the
-    program that reads our output has ended, such as `head`, it is 141, as after SIGPIPE, and after SIGHUP it is 129.
-    An error is printed as one line on stderr, unless the environment variable MYGPT_DEBUG is set.
-    Then the exception is raised instead.
+    returns 1 if a solution is wrong or missing. If the program that reads our output has ended, such as `head`, the status
+    is 141, as after SIGPIPE. After SIGHUP it is 129. An error is printed as one line on stderr, unless the environment
+    variable MYGPT_DEBUG is set. Then the exception is raised instead.
     """
     status = 0
     try:

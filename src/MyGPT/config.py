@@ -271,6 +271,12 @@ def require_positive(*, optional: bool = False, **values: object) -> None:
             raise ValueError(f"{name} must be {'None or ' * optional}a whole number of at least 1, got {value!r}")
 
 
+def require_index(name: str, value: object, count: int) -> None:
+    """Raise a ValueError, with `name` in its message, unless the value is an integer from 0 to count - 1."""
+    if type(value) is not int or not 0 <= value < count:
+        raise ValueError(f"{name} must be a whole number from 0 to {count - 1}, got {value!r}")
+
+
 def check_seed(seed: int | None) -> None:
     """Raise ValueError if torch's random generators do not accept the seed. None means no seed."""
     if seed is not None and not -(2**63) <= seed < 2**64:

@@ -157,7 +157,7 @@ HOSTILE = {
     "integers": (ATTENTION + "    return q.long()\n", "the dtype int64, but float32 is expected"),
     "half": (ATTENTION + "    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).double()\n", "float64, but float32 is expected, as in the input"),
     "meta": (ATTENTION + "    return q.to('meta')\n", "a meta tensor, but an ordinary one"),
-    "nan": (ATTENTION + "    return q * float('nan')\n", r"the result\[0, 0, 0, 0\] is nan, but "),
+    "nan": (ATTENTION + "    return q * float('nan')\n", r"the result at \[0, 0, 0, 0\] is nan, but "),
     "exit": (ATTENTION + "    exit(0)\n", "line 3 of attention.py ends the program"),
     "exit on import": ("import sys\nsys.exit('bye')\n", "line 2 of attention.py ends the program"),
     "interrupt": (ATTENTION + "    raise KeyboardInterrupt\n", "raises KeyboardInterrupt"),

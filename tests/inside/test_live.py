@@ -24,7 +24,7 @@ from MyGPT.cli import main
 from MyGPT.finetuning.lora import add_lora, merge
 from MyGPT.inside.live import MAX_PARAMETERS, LivePage, tokenizer_data
 from MyGPT.inside.page import WEB, next_token_data, page_data
-from MyGPT.inside.tracing import ablate_heads
+from MyGPT.inside.tracing import ablate_heads, plain_attention
 from MyGPT.inside.walk import walk_data
 from MyGPT.sampling import SamplingConfig, filter_logits
 from MyGPT.tokenizers.added import AddedToken
@@ -96,7 +96,7 @@ def open_page(browser: Any, path: Path) -> Ask:
         script = "const done = arguments[0]; (async () => (%s))().then(done, error => done({ error: error.message }));"
         return browser.execute_async_script(script % expression)
 
-    assert ask("(await source.ready, 'ready')") == "ready"
+    assert ask("(await started, 'ready')") == "ready"  # a later call of the page could supersede one of the test
     return ask
 
 
@@ -288,6 +288,9 @@ def test_models_that_a_page_cannot_hold_are_refused() -> None:
         ValueError, match=rf"has {big.num_parameters():,} parameters, a live page can hold {MAX_PARAMETERS:,}"
     ):
         LivePage(big, tokenizer)
+    own = GPTModel(model_of("chars").config, parts={"attention": plain_attention})
+    with pytest.raises(ValueError, match="a live page computes GPT-2's own parts, but this model has attention from"):
+        LivePage(own, tokenizer)
     model = model_of("chars")
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 4] = 1e5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def test_page_is_well_formed_and_loads_nothing(model: GPTModel) -> None:
     assert "".join(token["label"] for token in data["tokens"]) == TEXT.replace("\n", "↵")
     assert not [attribute for attribute in page.attributes if attribute[1] in ("src", "href", "action")]
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", page.scripts[1])
+    (policy,) = [value for _, name, value in page.attributes if name == "content" and value.startswith("default-src")]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; ") and f"script-src 'sha256-{digest}'" in policy
 
 
 def test_too_many_tokens_or_rows_raise_an_error(model: GPTModel) -> None:
@@ -133,6 +137,14 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "model"]
 
 
+PIXELS = """
+const canvas = document.querySelector(arguments[0]);
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+return [...data].filter((_, i) => i % 4 === 3);
+"""
+"""A script that returns the opacity of each pixel of a canvas."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with open_browser() as opened:
@@ -143,7 +155,9 @@ def browser() -> Iterator[Any]:
 def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     browser: Any, model: GPTModel, ids: Tensor, tmp_path: Path
 ) -> None:
+    from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
 
     def texts(selector: str) -> list[str]:
@@ -157,9 +171,9 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     assert texts("#tokens button .mono") == labels
     assert texts("#tokens .chosen .mono") == ["t"]
     assert len(browser.find_elements(By.CSS_SELECTOR, "#heads canvas")) == 6
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#map td[title]")) == 7 * 8 // 2
+    assert texts("#map .rows span") == texts("#map .columns span") == labels
     assert texts("#lens tr")[-1].split() == ["after", "token", *labels]
-    assert texts("#bars .name")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
+    assert texts("#bars .mono")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
 
     browser.find_element(By.CSS_SELECTOR, "#heads button[data-place='1.2']").click()
     browser.find_elements(By.CSS_SELECTOR, "#tokens button")[4].click()
@@ -168,6 +182,8 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     weights = attention[(1 * 3 + 2) * 49 + 4 * 7 :][:5]
     shown = [text.removesuffix(" %").removeprefix("< ") for text in texts("#taken small")]
     assert [float(text) for text in shown] == pytest.approx([100 * weight / 255 for weight in weights], abs=0.51)
+    pixels = browser.execute_script(PIXELS, "#map canvas")
+    assert pixels == [*attention[(1 * 3 + 2) * 49 :][:49]] == browser.execute_script(PIXELS, "#heads .chosen canvas")
     assert "In layer 1, head 2, C (token 4) attends to:" in browser.find_element(By.ID, "reading").text
     assert "The text continues with a, which has rank" in browser.find_element(By.ID, "question").text
     assert browser.execute_script("return location.hash") == "#layer=1&head=2&token=4"
@@ -181,6 +197,23 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
         in browser.find_element(By.ID, "runners").text
     )
     assert second in browser.find_element(By.ID, "runners").text
+
+    # A click into the map chooses its row. The pointer shows the weight below it.
+    canvas, move = browser.find_element(By.CSS_SELECTOR, "#map canvas"), ActionChains(browser)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    cell = canvas.rect["width"] / 7
+    move.move_to_element_with_offset(canvas, -3 * cell, 2 * cell).click().perform()  # row 5, column 0
+    assert browser.execute_script("return location.hash") == "#layer=0&head=2&token=5"
+    weight = 100 * attention[2 * 49 + 5 * 7] / 255
+    title = canvas.get_attribute("title")
+    assert title.startswith("a attends to T: ") and float(title.split(": ")[1].strip("<% ")) == pytest.approx(
+        weight, abs=0.51
+    )
+    # The keyboard moves among the heads.
+    browser.find_element(By.CSS_SELECTOR, "#heads .chosen").send_keys(Keys.ARROW_LEFT, Keys.ARROW_DOWN)
+    assert browser.switch_to.active_element.get_attribute("data-place") == "1.1"
+    assert Select(browser.find_element(By.ID, "head")).first_selected_option.text == "1"
+    assert not browser.find_element(By.ID, "switch").is_displayed()  # this page cannot compute
 
     browser.set_window_size(400, 800)
     narrow = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
@@ -203,7 +236,7 @@ def test_the_bars_in_a_browser_are_proportional_to_the_probabilities(
     for t, entry in enumerate(data["next"]):
         browser.get((tmp_path / "page.html").as_uri() + f"#layer=0&head=0&token={t}")
         browser.refresh()
-        bars = browser.find_elements(By.CSS_SELECTOR, "#bars .bar span:first-child")
+        bars = browser.find_elements(By.CSS_SELECTOR, "#bars .now")
         probabilities = [probability for _, probability, _ in entry["top"]]
         if entry["actual"] and entry["actual"][3] not in [id_ for _, _, id_ in entry["top"]]:
             probabilities.append(entry["actual"][1])

@@ -666,14 +666,111 @@ def test_look_inside_shows_the_text_on_the_page(page: Page, models: dict[str, Se
     data = page_data(models["first"].gpt, TOKENIZER, torch.tensor([ids]))
     assert page.texts("#tokens .mono") == [token["label"] for token in data["tokens"]]
     assert page.texts("#lens tr:first-child td") == [top[0][0] for top in data["lens"][-1]]
-    assert (
-        page.text("#question")
-        == f"The probability of each token to follow {data['tokens'][-1]['label']}. The text ends here."
+    page.settle()
+    assert page.text("#next-hint").startswith(
+        f"After {data['tokens'][-1]['label']} (token {len(ids) - 1}), the settings keep"
     )
     page.one("#lens .chosen").click()
     page.press("\ue012")  # the left arrow
     assert page.texts("#tokens .chosen .mono") == [data["tokens"][-2]["label"]]
     assert page.run("return document.activeElement.tagName") == "TD"
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_switching_heads_off_changes_every_view_as_python_does(page: Page, models: dict[str, ServedModel]) -> None:
+    gpt = models["first"].gpt
+    page.one("#text").send_keys("The Cat")
+    page.set("temperature", 1)
+    page.set("top_p", 1)
+    page.one("#tab-inside").click()
+    until(lambda: page.texts("#next .mono") and page.texts("#walk-tensors .cell"), "the numbers")
+    ids = torch.tensor([TOKENIZER.encode("The Cat")])
+
+    def check(*off: tuple[int, int]) -> None:
+        until(lambda: page.run("return look.walk.walk?.off?.length") == len(off), "the walk")
+        page.settle()
+        data = page_data(gpt, TOKENIZER, ids, off)
+        with ablate_heads(gpt, off):
+            p = gpt(ids)[0, -1].softmax(-1)
+        assert page.texts("#next .mono") == [top[0] for top in data["next"][-1]["top"]]
+        shown = [float(text.strip("<% ")) for text in page.texts("#next .note")]
+        assert shown == pytest.approx([100 * float(value) for value in p.topk(12).values], abs=0.51)
+        assert page.texts("#lens tr:first-child td") == [top[0][0] for top in data["lens"][-1]]
+
+    check()
+    before = page.texts("#next .mono")[0]
+    page.set("layer", 1)
+    page.set("head", 2)
+    page.one("#switch").send_keys(" ")
+    check((1, 2))
+    assert page.one("#switch").get_attribute("aria-checked") == "false"
+    assert page.text("#effect").endswith(f"With all heads on, it is {before} ({page_percent(gpt, ids)}).")
+    page.all("#heads button")[0].click()
+    page.one("#switch").click()
+    check((0, 0), (1, 2))
+    assert [button.text for button in page.all("#off button")] == [
+        "layer 0, head 0 ×",
+        "layer 1, head 2 ×",
+        "Switch all on",
+    ]
+    assert len(page.all("#heads .off")) == 2
+    # The walk through the head that is off says so, with zeros.
+    page.run("look.walk.go(6)")
+    assert page.text("#walk-text").startswith("Head 0 of layer 0 is switched off")
+    assert {float(text) for text in page.texts("#walk-tensors .cell")} == {0.0}
+    page.all("#off button")[1].click()
+    check((0, 0))
+    page.one("#all-on").click()
+    check()
+    assert not page.one("#off").is_displayed() and page.focus().get_attribute("id") == "switch"
+
+
+@torch.no_grad()
+def page_percent(gpt: Any, ids: torch.Tensor) -> str:
+    return f"{100 * float(gpt(ids)[0, -1].softmax(-1).max()):.0f} %"
+
+
+@pytest.mark.slow
+def test_walk_goes_through_all_steps_with_the_keyboard(page: Page, models: dict[str, ServedModel]) -> None:
+    page.one("#text").send_keys("The Cat")
+    page.one("#tab-inside").click()
+    until(lambda: page.texts("#walk-tensors .cell"), "the walk")
+    page.set("layer", 1)
+    page.set("head", 1)
+    page.all("#tokens button")[5].click()
+    until(lambda: page.run("const w = look.walk.walk; return [w.layer, w.head, w.token].join()") == "1,1,5", "the walk")
+    walk = walk_data(models["first"].gpt, TOKENIZER, torch.tensor([TOKENIZER.encode("The Cat")]), 1, 1, 5)
+    page.one("#walk-step").click()
+    for i, step in enumerate(walk["steps"]):
+        count, current, title, numbers, sizes = page.run(SHOWN_STEP)
+        assert count == f"Step {i + 1} of 13" and current == title
+        assert numbers == [
+            number
+            for tensor in step["tensors"]
+            for number in tensor.get("row", [value for _, value, _ in tensor.get("top", [])])
+        ]
+        for shown, tensor in zip(sizes, step["tensors"], strict=True):
+            assert shown.endswith(" × ".join(map(str, tensor["shape"])) or "one number")
+        page.press("\ue014")  # the right arrow
+    assert page.text("#walk-count") == "Step 13 of 13"
+    page.press("\ue012")
+    assert page.text("#walk-name") == "Logits"
+    page.one("#walk-next").click()
+    assert (
+        page.text("#walk-name") == "Probabilities" and page.one("#walk-next").get_attribute("aria-disabled") == "true"
+    )
+    page.all("#walk-steps button")[0].click()
+    assert page.text("#walk-name") == "Token ids" and page.one("#walk-back").get_attribute("aria-disabled") == "true"
+
+
+SHOWN_STEP = """
+const texts = selector => [...document.querySelectorAll(selector)].map(e => e.textContent);
+const numbers = [...document.querySelectorAll("#walk-tensors .cell")].map(e => Number(e.title));
+const [count, current, title] = ["#walk-count", "#walk-steps [aria-current]", "#walk-name"].map(it => texts(it)[0]);
+return [count, current, title, numbers, texts(".tensor-head small")];
+"""
+"""A script that returns the number, the title, the numbers and the shapes of the step that the walk shows."""
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ GROUPS = {
     "Sampling": "max_new_tokens n_samples stop temperature top_k top_p min_p repetition_penalty",
     "Server": "host port api_key slots max_queue request_timeout drain_timeout allowed_hosts cors_origins log_prompts",
     "Output": "out overwrite resume allow_changed log_every log_to tensorboard checkpoint_every checkpoint_minutes keep_last "
-    "keep_best",
+    "keep_best keep_every",
     "Execution": "device nproc parallel shard_size max_restarts timeout_minutes precision compile gradient_checkpointing "
     "lookup seed deterministic",
     "Configuration": "config print_config help help_all",

@@ -1,15 +1,16 @@
-"""`mygpt explain`: HTML pages that show how a model reads a text."""
+"""`mygpt explain`: HTML pages that show how a model reads a text, and how a run learned."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from MyGPT.commands._options import bare_flags
 
 OPTIONAL = ("text",)
-EXPAND = bare_flags("--live")
+EXPAND = bare_flags("--live", "--replay")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -17,6 +18,7 @@ def explain(
     *text: str,
     model: str | None = None,
     live: bool = False,
+    replay: bool = False,
     precision: Literal["fp16", "int8"] | None = None,
     adapter: str | None = None,
     out: str = "explain.html",
@@ -27,20 +29,34 @@ def explain(
 
     The page shows the tokens, the attention of every head, the prediction after every layer, and the most likely next tokens.
     It is one file that works without a network. With --live, the page contains the model and computes while you type.
+    With --replay, the page shows how a run learned: its losses, its texts and its attention at each model that the run kept
+    (--keep_every of mygpt train).
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
         mygpt explain --model runs/book --live "The wizard"
+        mygpt explain runs/book --replay --out replay.html
 
     Args:
         text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it.
+            With --replay, the run, and after it optionally the text whose attention the page shows.
         live: Write a page that contains the model, which can have up to 32 million parameters.
+        replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
         out: The .html file to write.
     """
     from MyGPT.commands._model import check_html_path
 
     check_html_path(out)
+    if replay:
+        given = {"--live": live or None, "--model": model, "--precision": precision, "--adapter": adapter}
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
+            )
+        _write_replay(text, out, device)
+        print(out)
+        return
     missing = [name for name, is_given in (("TEXT", text or live), ("--model", model)) if not is_given]
     if model is None or missing:
         raise ValueError(f"missing {' and '.join(missing)}; for example: {_EXAMPLE} (see mygpt explain --help)")
@@ -94,3 +110,28 @@ def _write_live_page(
     print(f"the page has {page.n_bytes / 1e6:,.1f} MB, with {n:,} parameters in {precision}", file=sys.stderr)
     with atomic_write(out) as file:
         file.writelines(page.pieces())
+
+
+def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
+    """Write a page that replays the run that the first argument names. The other arguments are the text of the page."""
+    from MyGPT.commands._recipe import fields_of, read_recipe
+    from MyGPT.commands._run import command_of_recipe
+    from MyGPT.files import atomic_write
+    from MyGPT.inside.replay import replay_page
+    from MyGPT.messages import near_path
+    from MyGPT.opening import open_model
+    from MyGPT.training.config import TrainConfig
+
+    if not arguments:
+        raise ValueError("--replay needs the directory of a run, as in mygpt explain RUN --replay")
+    run, text = Path(arguments[0]), " ".join(arguments[1:])
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"there is no run {run}{near_path(run) or ': it has no config.yaml'}")
+    recipe = read_recipe(run / "config.yaml")
+    if command_of_recipe(recipe) == "classify":
+        raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
+    page = replay_page(
+        run, TrainConfig(**fields_of(TrainConfig, recipe)), lambda path: open_model(path, device), text or None
+    )
+    with atomic_write(out) as file:
+        file.write(page)

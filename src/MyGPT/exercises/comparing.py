@@ -62,7 +62,7 @@ def expect_tensor(
         raise _wrong(call, f"{name} has the dtype {_dtype(got)}, but {_dtype(expected)} is expected", cause)
     place = _first_difference(got, expected, tolerance)
     if place is not None:
-        where = f"[{', '.join(map(str, place))}]" if place else ""
+        where = f" at [{', '.join(map(str, place))}]" if place else ""
         have, want = _numbers(got[place], expected[place])
         unknown = "no common mistake gives these numbers; work the example at the top of the file through by hand"
         raise _wrong(call, f"{name}{where} is {have}, but {want} is expected", cause, unknown)
@@ -80,13 +80,13 @@ def expect_list(call: str, got: Any, expected: list[Any], mistakes: Mistakes = (
         is_pair = type(item) is tuple and len(item) == 2 and all(type(part) is int for part in item)
         if not (is_pair if pairs else type(item) is int):
             kind = "a pair of ints" if pairs else "an int"
-            raise Wrong(f"{call}: {name}[{i}] is {_shown(item)}, but {kind} is expected")
+            raise Wrong(f"{call}: {name} at [{i}] is {_shown(item)}, but {kind} is expected")
     if got == expected:
         return
     cause = next((text for text, wrong in mistakes if got == wrong), "")
     place = next((i for i, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), None)
     if place is not None:
-        what = f"{name}[{place}] is {got[place]}, but {expected[place]} is expected"
+        what = f"{name} at [{place}] is {got[place]}, but {expected[place]} is expected"
     else:
         count = f"{len(expected)} {'is' if len(expected) == 1 else 'are'} expected"
         what = f"{name} has {len(got)} element{'s' * (len(got) != 1)}, but {count}"

@@ -362,13 +362,16 @@ class KeptClassifier:
         return run_dir / "model"
 
     def save(self, run_dir: Path) -> Path:
+        self.save_to(self.place(run_dir))
+        return self.place(run_dir)
+
+    def save_to(self, directory: Path) -> None:
         model = self.model
         if self.peft_model is not None:
             # Merging and unmerging again would change the last digits of the weights that are being trained.
             model, peft_model = copy.deepcopy((self.model, self.peft_model))
             model.gpt = merge(peft_model)
-        model.save_pretrained(self.place(run_dir), self.tokenizer)
-        return self.place(run_dir)
+        model.save_pretrained(directory, self.tokenizer)
 
     def restore(self, run_dir: Path) -> None:
         if self.peft_model is not None:

@@ -199,26 +199,31 @@ class KeptAdapter:
 
     def save(self, run_dir: Path) -> Path:
         """Write the adapter and return its directory. All ranks must call this method if the adapter is sharded."""
+        self.save_to(self.place(run_dir))
+        return self.place(run_dir)
+
+    def save_to(self, directory: Path) -> None:
+        """Write the adapter as `directory`. All ranks must call this method if the adapter is sharded."""
         trained = {name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad}
         tensors = {name: tensor for name, tensor in self.peft_model.state_dict().items() if name in trained}
         if not any(map(is_sharded, tensors.values())):
-            return self._write(run_dir, None)
+            self._write(directory, None)
+            return
         gathered = {name: whole(tensor) for name, tensor in tensors.items()}
-        return on_first_rank(lambda: self._write(run_dir, gathered))
+        on_first_rank(lambda: self._write(directory, gathered))
 
-    def _write(self, run_dir: Path, tensors: dict[str, Tensor] | None) -> Path:
+    def _write(self, directory: Path, tensors: dict[str, Tensor] | None) -> None:
         """Write the adapter, with `tensors` under the names of peft_model.state_dict() if they are given."""
         from safetensors import SafetensorError
 
-        with atomic_directory(self.place(run_dir)) as temporary:
+        with atomic_directory(directory) as temporary:
             try:
                 # By default PEFT asks the hub for the base model's vocabulary size, to decide about saving embeddings.
                 self.peft_model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=tensors)
             except SafetensorError as error:  # safetensors reports a full disk this way
-                raise OSError(f"cannot write {self.place(run_dir)}: {error}") from error
+                raise OSError(f"cannot write {directory}: {error}") from error
             _sort_config(temporary / "adapter_config.json")
             self.template.save(temporary)
-        return self.place(run_dir)
 
     def restore(self, run_dir: Path) -> None:
         from peft.utils import load_peft_weights, set_peft_model_state_dict

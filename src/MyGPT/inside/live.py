@@ -73,7 +73,7 @@ class LivePage:
         self._tensors = _tensors(model, precision)
         data = live_data(model, tokenizer, text, name, precision)
         data["weight_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-        values = {"title": html.escape(f"{name}, live"), "data": embedded_json(data), "tensors": _MARKER}
+        values = {"title": html.escape(f"Watch {name} read and write"), "data": embedded_json(data), "tensors": _MARKER}
         page = fill_page(WEB / "live.html", values, "worker-src blob:")
         self._head, _, self._tail = page.partition(_MARKER)
 

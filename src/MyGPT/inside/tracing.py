@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from MyGPT.config import require_positive
+from MyGPT.config import require_index, require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.notebooks import Described
@@ -170,8 +170,8 @@ def ablate_heads(model: GPTModel, heads: Iterable[tuple[int, int]]) -> Iterator[
     _require_gpt(model)
     of_layer: dict[int, list[int]] = {}
     for layer, head in heads:
-        check_number("layer", layer, model.config.n_layers)
-        check_number("head", head, model.config.n_heads)
+        require_index("layer", layer, model.config.n_layers)
+        require_index("head", head, model.config.n_heads)
         of_layer.setdefault(layer, []).append(head)
 
     def zero(ablated: list[int]) -> Edit:
@@ -187,7 +187,7 @@ def ablate_mlps(model: GPTModel, layers: Iterable[int]) -> Iterator[None]:
     _require_gpt(model)
     layers = list(layers)
     for layer in layers:
-        check_number("layer", layer, model.config.n_layers)
+        require_index("layer", layer, model.config.n_layers)
     with edit(model, {f"h.{layer}.mlp": torch.zeros_like for layer in layers}):
         yield
 
@@ -213,7 +213,7 @@ def patch(model: GPTModel, source: Trace, place: str, index: int | None = None) 
     value = source[place]
     dim = 1 if place.endswith(".attn.heads") else value.dim() - 2  # heads, or time
     if index is not None:
-        check_number("index", index, value.shape[dim])
+        require_index("index", index, value.shape[dim])
 
     def replace(activation: Tensor) -> Tensor:
         if activation.shape != value.shape:
@@ -316,7 +316,7 @@ def nearest_tokens(model: GPTModel, id_: int, k: int = 10) -> tuple[Tensor, Tens
     _require_gpt(model)
     require_finite("a weight of the token embedding", model.transformer.wte.weight.detach())
     vectors = nn.functional.normalize(model.transformer.wte.weight.detach().float(), dim=1)  # (V, C)
-    check_number("id", id_, len(vectors))
+    require_index("id", id_, len(vectors))
     if type(k) is not int or not 1 <= k < len(vectors):
         raise ValueError(f"k must be a whole number from 1 to {len(vectors) - 1}, the other tokens, got {k!r}")
     cosines = (vectors @ vectors[id_]).index_fill(0, torch.tensor(id_, device=vectors.device), -2.0)  # (V,)
@@ -428,9 +428,3 @@ def _require_gpt(model: object) -> None:
         raise TypeError(
             f"the model must be a GPTModel, got {type(model).__name__} (for a PeftModel, pass its get_base_model())"
         )
-
-
-def check_number(name: str, value: object, count: int) -> None:
-    """Raise a ValueError, with `name` in its message, unless the value is an integer from 0 to count - 1."""
-    if type(value) is not int or not 0 <= value < count:
-        raise ValueError(f"{name} must be a whole number from 0 to {count - 1}, got {value!r}")

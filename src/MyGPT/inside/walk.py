@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from MyGPT.inside.tracing import ablate_heads, check_number, trace
+from MyGPT.config import require_index
+from MyGPT.inside.tracing import ablate_heads, trace
 from MyGPT.model import GPTModel
 from MyGPT.parts import refuse_parts
 from MyGPT.sampling import require_finite
@@ -58,9 +59,9 @@ def walk_data(
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"a walk follows one text, so ids must have the shape (1, tokens), got {tuple(ids.shape)}")
     config, T, t = model.config, ids.shape[1], token
-    check_number("layer", layer, config.n_layers)
-    check_number("head", head, config.n_heads)
-    check_number("token", token, T)
+    require_index("layer", layer, config.n_layers)
+    require_index("head", head, config.n_heads)
+    require_index("token", token, T)
     with ablate_heads(model, heads_off):
         traced = trace(model, ids)
     require_finite("a logit of the model", traced["logits"])

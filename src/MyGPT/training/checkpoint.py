@@ -31,7 +31,7 @@ from torch import Tensor
 
 from MyGPT.files import atomic_directory, atomic_write, json_text, read_json, sha256_of
 from MyGPT.messages import error_message
-from MyGPT.training.names import CHECKPOINTS, LATEST, MANIFEST, STATE
+from MyGPT.training.names import CHECKPOINTS, LATEST, MANIFEST, STATE, by_step, step_name
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, read_context
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
 from MyGPT.weights.formats.safetensors import StoredTensor, read_parts, write_safetensors
@@ -61,7 +61,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, group: ProcessGroup | No
         ConnectionError: another rank has died, or did not take part within the timeout of the group. The group cannot be
             used again.
     """
-    path = directory / _name(snapshot.state.step)
+    path = directory / step_name(snapshot.state.step)
     with ExitStack() as unfinished:
 
         def begin() -> Path:
@@ -150,7 +150,7 @@ def _read_snapshot(path: Path, group: ProcessGroup | None) -> Snapshot:
         raise ValueError(f"{path / _STATE} must hold a JSON object, got {content!r:.80}")
     try:
         state, context = RunState.from_json(content), read_context(content)
-        if path.name != _name(state.step):
+        if path.name != step_name(state.step):
             raise ValueError(f"its step is {state.step}")
     except ValueError as error:
         raise type(error)(f"{path / _STATE} is not usable: {error}") from None
@@ -163,7 +163,7 @@ def _read_snapshot(path: Path, group: ProcessGroup | None) -> Snapshot:
 def has_checkpoint(run: Path) -> bool:
     """Return True if the run in the directory `run` has at least one checkpoint, complete or damaged."""
     # A process may have been killed while it replaced the only checkpoint.
-    return bool(_by_step(run / CHECKPOINTS)) or any((run / CHECKPOINTS).glob(".step-*.previous"))
+    return bool(by_step(run / CHECKPOINTS)) or any((run / CHECKPOINTS).glob(".step-*.previous"))
 
 
 def read_newest(
@@ -201,7 +201,7 @@ def remove_old(directory: Path, step: int, keep_last: int, keep_best: int) -> No
     Checkpoints of steps after `step` are neither removed nor counted among the newest and best ones, because a run that
     was resumed from an earlier checkpoint will overwrite them.
     """
-    past = [path for path_step, path in _by_step(directory).items() if path_step <= step]
+    past = [path for path_step, path in by_step(directory).items() if path_step <= step]
     kept = set(past[-keep_last:])
     if keep_best:
         losses = {path: loss for path in past if (loss := _val_loss(path)) is not None}
@@ -320,24 +320,14 @@ def _make_manifest(directory: Path, names: Iterable[str] = _FILES) -> dict[str, 
     return {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in files.items()}
 
 
-def _by_step(directory: Path) -> dict[int, Path]:
-    """Return a dict from the step to the path of each checkpoint in `directory`, in ascending order of the steps."""
-    paths = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
-    return dict(sorted(paths.items()))
-
-
 def _newest_first(directory: Path) -> list[Path]:
     """Return the paths of the checkpoints in `directory`: the one that `latest` names, and then the latest steps."""
-    newest_first = list(reversed(_by_step(directory).values()))
+    newest_first = list(reversed(by_step(directory).values()))
     latest = directory / LATEST
     if latest.is_file():  # In a run that returned to an earlier step, the newest one need not have the highest number.
         name = latest.read_bytes().decode("utf-8", "replace").strip()
         newest_first.sort(key=lambda path: path.name != name)
     return newest_first
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def _val_loss(path: Path) -> float | None:

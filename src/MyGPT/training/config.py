@@ -103,6 +103,8 @@ class TrainConfig:
     """Number of newest checkpoints to keep; older checkpoints are deleted."""
     keep_best: int = 0
     """Number of checkpoints with the lowest validation loss that are also kept. model/ always holds the best model."""
+    keep_every: int = 0
+    """Steps between models that are kept for good in history/, for mygpt explain --replay. 0 turns this off."""
     max_skipped_steps: int = 10
     """Stop the run if more steps than this were skipped because their loss or gradient was not finite."""
     deterministic: bool = False
@@ -115,7 +117,9 @@ class TrainConfig:
     """Seed of the initial weights, the data order, dropout and the sample texts."""
 
     def __post_init__(self) -> None:
-        at_least_0 = "warmup_steps sample_every sample_tokens checkpoint_every keep_best max_skipped_steps seed".split()
+        at_least_0 = (
+            "warmup_steps sample_every sample_tokens checkpoint_every keep_best keep_every max_skipped_steps seed"
+        ).split()
         for field in fields(self):
             name, value, least = field.name, getattr(self, field.name), 0 if field.name in at_least_0 else 1
             if field.type == "int" or (field.type == "int | None" and value is not None):

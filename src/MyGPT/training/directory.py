@@ -15,12 +15,12 @@ from MyGPT.data.templates import TEMPLATE_FILE
 from MyGPT.files import atomic_write, check_output_directory, present_directory, remove_leftovers, target_of
 from MyGPT.parts import PARTS_FILE
 from MyGPT.tokenizers.settings import CHAT_TEMPLATES
-from MyGPT.training.names import CHECKPOINTS, LOCK, PROCESS
+from MyGPT.training.names import CHECKPOINTS, HISTORY, LOCK, PROCESS
 from MyGPT.training.snapshot import LOGS
 
 _TRACKER_FILES = ("tensorboard", "wandb", "trackers.json")
 _RUN_FILES = (
-    "config.yaml", PARTS_FILE, "model", "adapter", CHECKPOINTS, "split.json", "loss.png", *_TRACKER_FILES, *LOGS,
+    "config.yaml", PARTS_FILE, "model", "adapter", CHECKPOINTS, HISTORY, "split.json", "loss.png", *_TRACKER_FILES, *LOGS,
 )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def _check_entries(run: Path) -> None:
     used = {
         run: (LOCK, PROCESS, *_RUN_FILES),
         run / CHECKPOINTS: ("step-*", "latest"),
+        run / HISTORY: ("step-*",),
         run / "model": (TEMPLATE_FILE, CHAT_TEMPLATES[0]),
         run / "adapter": (TEMPLATE_FILE,),
     }
@@ -124,5 +125,6 @@ def remove_run(run: Path) -> None:
 def remove_unfinished(run: Path) -> None:
     """Remove the temporary files that a killed process left in the directory `run`."""
     remove_leftovers(run, _RUN_FILES)
-    if (run / CHECKPOINTS).is_dir():
-        remove_leftovers(run / CHECKPOINTS, ("step-*", "latest"))
+    for directory in (run / CHECKPOINTS, run / HISTORY):
+        if directory.is_dir():
+            remove_leftovers(directory, ("step-*", "latest"))

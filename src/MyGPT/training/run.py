@@ -1,12 +1,14 @@
 """The files of a training run, in a directory that one process uses at a time.
 
 The directory holds `config.yaml` (everything needed to repeat the run), `metrics.jsonl`, `model/` or `adapter/` (the
-best model), `checkpoints/` (for `--resume`), `samples.txt`, and `loss.png`, a plot of the losses.
+best model), `checkpoints/` (for `--resume`), `history/` (the models that keep_every keeps), `samples.txt`, and
+`loss.png`, a plot of the losses.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,7 +39,7 @@ from MyGPT.training.directory import (
     remove_unfinished,
 )
 from MyGPT.training.metrics import AppendedFile, MetricsLog, read_evaluations
-from MyGPT.training.names import CHECKPOINTS
+from MyGPT.training.names import CHECKPOINTS, HISTORY, by_step, step_name
 from MyGPT.training.optim import fitting_warmup
 from MyGPT.training.snapshot import Snapshot, TakeSnapshot, check_unchanged
 from MyGPT.training.state import IncompatibleCheckpointError, RunState
@@ -59,6 +61,9 @@ class BestModelStore(Protocol):
     def save(self, run_dir: Path) -> Path:
         """Save the current model inside run_dir, completely or not at all, and return its directory."""
 
+    def save_to(self, directory: Path) -> None:
+        """Save the current model as `directory`, not as a subdirectory of it, for the option keep_every."""
+
     def restore(self, run_dir: Path) -> None:
         """Load the weights that were saved inside run_dir into the model."""
 
@@ -75,12 +80,15 @@ class WholeModel:
         return run_dir / "model"
 
     def save(self, run_dir: Path) -> Path:
-        self.model.save_pretrained(self.place(run_dir), self.tokenizer)
-        if self.template is not None:
-            self.template.save(self.place(run_dir))
-            if self.tokenizer is not None:
-                save_chat_template(self.place(run_dir), self.template, self.tokenizer)
+        self.save_to(self.place(run_dir))
         return self.place(run_dir)
+
+    def save_to(self, directory: Path) -> None:
+        self.model.save_pretrained(directory, self.tokenizer)
+        if self.template is not None:
+            self.template.save(directory)
+            if self.tokenizer is not None:
+                save_chat_template(directory, self.template, self.tokenizer)
 
     def restore(self, run_dir: Path) -> None:
         weights = read_weights(self.place(run_dir), parts=self.model.parts)[1]
@@ -105,6 +113,10 @@ class GatheredModel:
     def save(self, run_dir: Path) -> Path:
         self.gather()
         return ranks.on_first_rank(lambda: self.store.save(run_dir))
+
+    def save_to(self, directory: Path) -> None:
+        self.gather()
+        ranks.on_first_rank(lambda: self.store.save_to(directory))
 
     def restore(self, run_dir: Path) -> None:
         self.store.restore(run_dir)
@@ -145,7 +157,7 @@ class Run:
     _metrics: MetricsLog | None = None
     _samples: AppendedFile | None = None
     _failures: dict[str, OSError] = field(default_factory=dict)
-    """The errors of the last attempts to save "the model" and "the last checkpoint", if they failed."""
+    """The errors of the last attempts to save "the model", "the kept model" and "the last checkpoint", if they failed."""
     _resources: ExitStack = field(default_factory=ExitStack)
     _is_checkpoint_due: bool = False
     _has_changed: bool = False
@@ -290,8 +302,30 @@ class Run:
         self._failures.pop("the model", None)
         return True
 
+    def keep_model_if_due(self, state: RunState) -> None:
+        """Save the current model for good in the directory `history` if it is due, and report an OSError.
+
+        The models after every config.keep_every steps are due, including step 0, and the model after the last step. A
+        model that is there already, because the run was resumed at its step, is not written again.
+        """
+        step, every = state.step, self.config.keep_every
+        is_last = step >= self.config.max_steps or state.has_lost_patience(self.config.early_stop)
+        if self.directory is None or every == 0 or (step % every != 0 and not is_last):
+            return
+        path = self.directory / HISTORY / step_name(step)
+        if ranks.on_first_rank(path.is_dir):
+            return
+        try:
+            self.best_model.save_to(path)
+        except OSError as error:
+            ranks.on_first_rank(lambda: shutil.rmtree(path, ignore_errors=True))  # A part of it may have been written.
+            self.console.warn(f"the model of step {step} could not be kept: {error_message(error)}")
+            self._failures["the kept model"] = error
+        else:
+            self._failures.pop("the kept model", None)
+
     def raise_failed_writes(self) -> None:
-        """Raise OSError if the last attempt to write the model, the last checkpoint or a log failed."""
+        """Raise OSError if the last attempt to write the model, a kept model, the last checkpoint or a log failed."""
         self._flush_logs()
         logs = [log.failure for log in self._logs() if log.failure is not None]
         if failures := [*self._failures.values(), *logs]:
@@ -455,7 +489,7 @@ class Run:
             self.writer.failure = None
 
     def _rewind(self, directory: Path) -> Snapshot:
-        """Return the newest complete checkpoint, and cut metrics.jsonl and samples.txt back to its step.
+        """Return the newest complete checkpoint, and cut metrics.jsonl, samples.txt and the history back to its step.
 
         If a finished run is extended, the evaluations at its earlier end stay in metrics.jsonl.
         """
@@ -486,7 +520,10 @@ class Run:
         return replace(snapshot, state=changed)
 
     def _rewind_logs(self, directory: Path, snapshot: Snapshot, warnings: Sequence[str]) -> RunState:
-        """Cut the logs back to the snapshot, report its warnings, and return its state, as the files require it."""
+        """Cut the logs and the history back to the snapshot, report its warnings, and return its state.
+
+        The state is changed where the files require it.
+        """
         context = self.context()
         for warning in (*warnings, *check_unchanged(snapshot, context, self.allow_changed)):
             self.console.warn(warning)
@@ -504,6 +541,9 @@ class Run:
             snapshot.state.best_loss, snapshot.state.best_step, snapshot.state.evaluated_step = math.inf, None, None
         for name, length in lengths.items():
             cut_log(directory / name, length, kept if name == "metrics.jsonl" else b"")
+        for step, path in by_step(directory / HISTORY).items():
+            if step > snapshot.state.step and path.is_dir():
+                shutil.rmtree(path)
         return snapshot.state
 
     def _past_evaluations(self, directory: Path, length: int, state: RunState) -> bytes:

@@ -307,6 +307,7 @@ class Trainer:
             stop, is_late, is_busy = ranks.max_over_ranks(
                 stop, self.files.is_checkpoint_late, self.files.is_writer_busy
             )
+            self.files.keep_model_if_due(state)  # before the checkpoint, so that a resumed run lacks no kept model
             if state.step > first_step:
                 self.files.checkpoint_if_due(state.step, self.snapshot, bool(is_late), bool(is_busy))
             if stop:

@@ -15,7 +15,21 @@ const numbers = n => [...Array(n).keys()];
 
 // Replace the children of an element. The new child at the same place takes over the keyboard focus of an old one.
 function refill(parent, ...children) {
-  const place = [...parent.children].indexOf(document.activeElement);
+  const place = [...parent.children].findIndex(child => child.contains(document.activeElement));
   parent.replaceChildren(...children);
-  if (place >= 0) parent.children[Math.min(place, children.length - 1)]?.focus();
+  if (place < 0) return;
+  const child = parent.children[Math.min(place, parent.children.length - 1)];
+  (child?.matches("button, [tabindex]") ? child : child?.querySelector("button"))?.focus({ preventScroll: true });
+}
+
+// Give an element n children. Children that exist stay, so that the page does not flicker and the keyboard focus is kept:
+// `make(i)` returns a new child, and `update(child, i)` changes it.
+function fill(parent, n, make, update) {
+  while (parent.children.length > n) parent.lastElementChild.remove();
+  while (parent.children.length < n) parent.append(make(parent.children.length));
+  [...parent.children].forEach(update);
+}
+
+function setText(node, text) {
+  if (node.textContent !== String(text)) node.textContent = text;
 }

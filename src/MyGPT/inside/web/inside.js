@@ -1,165 +1,285 @@
-// Draw how a model reads a text. inside.html has the elements, and page_data (inside/page.py) returns the numbers.
-// The pages of `mygpt explain` and `mygpt serve` share this file.
+// Draw how a model reads a text: its tokens, the attention maps and the prediction after each layer. inside.html has the
+// elements, and page_data (inside/page.py) describes the numbers. All pages that explain a text share this file.
 
-let redrawInside = () => {};
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redrawInside());
-
-// Draw `data`. `start` may name a layer, a head and a token; those that do not exist are ignored.
-// Every choice of the user calls `onChoose` with the chosen layer, head, token and depth.
-function showInside(data, start = {}, onChoose = () => {}) {
-  const T = data.tokens.length;
-  // Attention weights as bytes, 255 for 1, in the order layer, head, row, column.
-  const weights = Uint8Array.from(atob(data.attention), c => c.charCodeAt(0));
-  const weight = (layer, head, row, column) => weights[((layer * data.heads + head) * T + row) * T + column] / 255;
-  const label = t => data.tokens[t].label;
-  const state = { layer: 0, head: 0, token: T - 1, depth: data.layers };
-
-  function choose(change) {
-    Object.assign(state, change);
-    onChoose(state);
-    draw();
+class Inside {
+  // `start` may name a layer, a head and a token to begin with. Those that do not exist are ignored.
+  // `onChoose` is called after each choice. With `onSwitch`, heads can be switched off; it is called after each change.
+  constructor({ start = {}, onChoose = () => {}, onSwitch = null } = {}) {
+    Object.assign(this, { start, onChoose, onSwitch, data: null, allOn: null });
+    Object.assign(this, { layer: 0, head: 0, headsOff: [] });
+    this.chosenToken = null; // null means the last token, also when the text grows
+    this.chosenDepth = null; // null means the last layer
+    this.map = this.makeMap();
+    $("map").replaceChildren(element("span"), element("span", { className: "columns mono" }), element("span", { className: "rows mono" }),
+      this.map, element("span", { className: "lines" }), element("span", { className: "mark" }));
+    this.pointed = [0, 0]; // the row and the column below the pointer
+    $("layer").onchange = $("head").onchange = ({ target }) => this.choose({ [target.id]: Number(target.value) });
+    $("switch").hidden = !onSwitch;
+    $("switch").onclick = () => this.switchHead(this.layer, this.head);
+    $("heads").onkeydown = event => this.moveInHeads(event);
+    $("lens").replaceChildren(element("tbody"), element("tfoot", {}, element("tr")));
+    $("lens").onkeydown = event => this.moveInLens(event);
+    $("lens").onclick = event => {
+      const cell = event.target.closest("td");
+      if (cell) this.chooseCell({ token: cell.cellIndex - 1, depth: this.data.layers - cell.parentElement.rowIndex });
+    };
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.data && this.draw());
   }
 
-  function draw() {
-    drawTokens();
-    drawAttention();
-    drawLens();
-    drawNext();
+  get T() { return this.data.tokens.length; }
+  get token() { return Math.min(this.chosenToken ?? Infinity, this.T - 1); }
+  get depth() { return Math.min(this.chosenDepth ?? Infinity, this.data.layers); }
+  label(t) { return this.data.tokens[t].label; }
+  weight(layer, head, row, column) { return this.weights[((layer * this.data.heads + head) * this.T + row) * this.T + column] / 255; }
+
+  // Draw new numbers. The choice of the reader stays as far as it exists.
+  show(data) {
+    const isOther = this.data?.layers !== data.layers || this.data?.heads !== data.heads;
+    this.data = data;
+    // Attention weights as bytes, 255 for 1, in the order layer, head, row, column.
+    this.weights = Uint8Array.from(atob(data.attention), c => c.charCodeAt(0));
+    if (!this.headsOff.length) this.allOn = data;
+    if (isOther) this.prepare();
+    this.draw();
   }
 
-  function tokenButton(t, note, strength = 0) {
-    const button = element("button", { type: "button", className: t === state.token ? "chosen" : "" },
-      quoted(label(t)), element("small", { textContent: note }));
-    button.style.background = strength ? paleHeat(strength) : "";
-    button.onclick = () => choose({ token: t });
+  // Make what depends only on the numbers of layers and heads.
+  prepare() {
+    const { layers, heads } = this.data;
+    const valid = (value, n) => value !== null && value !== undefined && /^\d+$/.test(value) && Number(value) < n;
+    for (const [name, n] of [["layer", layers], ["head", heads]]) {
+      if (valid(this.start[name], n)) this[name] = Number(this.start[name]);
+      if (this[name] >= n) this[name] = 0;
+      $(name).replaceChildren(...numbers(n).map(i => element("option", { value: i, textContent: i })));
+    }
+    if (valid(this.start.token, this.T)) this.chosenToken = Number(this.start.token);
+    this.headsOff = this.headsOff.filter(([layer, head]) => layer < layers && head < heads);
+    this.start = {};
+    const edge = text => element("span", { className: "edge", textContent: text });
+    $("heads").style.gridTemplateColumns = `repeat(${heads + 1}, max-content)`;
+    $("heads").replaceChildren(edge("layer"), ...numbers(heads).map(edge),
+      ...numbers(layers).flatMap(layer => [edge(layer), ...numbers(heads).map(head => this.thumbnail(layer, head))]));
+  }
+
+  choose({ layer = this.layer, head = this.head, token = this.token, depth = this.depth }) {
+    Object.assign(this, { layer, head });
+    this.chosenToken = token === this.T - 1 ? null : token;
+    this.chosenDepth = depth === this.data.layers ? null : depth;
+    this.draw();
+    this.onChoose();
+  }
+
+  // Heads that are switched off
+
+  isOff(layer, head) { return this.headsOff.some(([l, h]) => l === layer && h === head); }
+
+  switchHead(layer, head) {
+    this.setHeadsOff(this.isOff(layer, head)
+      ? this.headsOff.filter(([l, h]) => l !== layer || h !== head)
+      : [...this.headsOff, [layer, head]].sort((one, other) => one[0] - other[0] || one[1] - other[1]));
+  }
+
+  setHeadsOff(heads) {
+    this.headsOff = heads;
+    this.drawSwitches();
+    this.onSwitch();
+  }
+
+  // Say what the heads that are off change. `allOn` has the numbers of the same text with all heads on.
+  compare(allOn) {
+    this.allOn = allOn;
+    this.drawEffect();
+  }
+
+  // Return true if the numbers with all heads on are those of the same text.
+  get isCompared() {
+    const ids = data => data.tokens.map(({ id }) => id).join();
+    return Boolean(this.allOn) && ids(this.allOn) === ids(this.data);
+  }
+
+  drawSwitches() {
+    const { layer, head } = this, isOn = !this.isOff(layer, head);
+    $("switch").setAttribute("aria-checked", isOn);
+    $("switch").setAttribute("aria-label", `Layer ${layer}, head ${head}`);
+    $("switch").lastElementChild.textContent = isOn ? "head on" : "head off";
+    for (const button of $("heads").querySelectorAll("button")) {
+      const [l, h] = button.dataset.place.split(".").map(Number), isChosen = l === layer && h === head;
+      button.classList.toggle("chosen", isChosen);
+      button.classList.toggle("off", this.isOff(l, h));
+      button.tabIndex = isChosen ? 0 : -1;
+      button.title = `layer ${l}, head ${h}${this.isOff(l, h) ? ", switched off" : ""}`;
+      button.setAttribute("aria-label", button.title);
+    }
+    const chip = ([l, h]) => {
+      const button = element("button", { type: "button", textContent: `layer ${l}, head ${h} ×` });
+      button.setAttribute("aria-label", `Switch layer ${l}, head ${h} on`);
+      button.onclick = () => this.switchHead(l, h);
+      return button;
+    };
+    const all = element("button", { type: "button", id: "all-on", textContent: "Switch all on" });
+    all.onclick = () => this.setHeadsOff([]);
+    const hadFocus = $("off").contains(document.activeElement);
+    refill($("off"), ...(this.headsOff.length ? ["Switched off:", ...this.headsOff.map(chip), all] : []));
+    $("off").hidden = $("effect").hidden = !this.headsOff.length;
+    if (hadFocus && !this.headsOff.length) $("switch").focus();
+  }
+
+  drawEffect() {
+    if (!this.headsOff.length || !this.isCompared) return;
+    const best = data => data.next[this.token].top[0], [now, p] = best(this.data), [before, q] = best(this.allOn);
+    const count = this.headsOff.length === 1 ? "this head" : `these ${this.headsOff.length} heads`;
+    $("effect").replaceChildren(`Without ${count}, the most likely token to follow `, quoted(this.label(this.token)), " is ",
+      quoted(now), ` (${percent(p)}). With all heads on, it is `, quoted(before), ` (${percent(q)}).`);
+  }
+
+  // Drawing
+
+  draw() {
+    this.drawTokens();
+    this.drawSwitches();
+    this.drawEffect();
+    this.drawAttention();
+    this.drawLens();
+  }
+
+  // Fill `parent` with buttons for the first n tokens. Each has a note and, if the note is a weight, a colour.
+  drawButtons(parent, n, note, strength = () => 0) {
+    const make = t => {
+      const button = element("button", { type: "button" }, quoted(""), element("small"));
+      button.onclick = () => this.choose({ token: t });
+      return button;
+    };
+    fill(parent, n, make, (button, t) => {
+      setText(button.firstElementChild, this.label(t));
+      setText(button.lastElementChild, note(t));
+      button.className = t === this.token ? "chosen" : "";
+      button.style.background = strength(t) ? paleHeat(strength(t)) : "";
+    });
+  }
+
+  drawTokens() {
+    this.drawButtons($("tokens"), this.T, t => this.data.tokens[t].id);
+  }
+
+  drawAttention() {
+    const { layer, head, token } = this;
+    $("layer").value = layer;
+    $("head").value = head;
+    const colour = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ").map(Number);
+    for (const button of $("heads").querySelectorAll("button"))
+      this.paint(button.firstElementChild, ...button.dataset.place.split(".").map(Number), colour);
+    this.paint(this.map, layer, head, colour);
+    this.drawMap();
+    $("reading").replaceChildren(`In layer ${layer}, head ${head}, `, quoted(this.label(token)), ` (token ${token}) attends to:`);
+    const weight = t => this.weight(layer, head, token, t);
+    this.drawButtons($("taken"), token + 1, t => percent(weight(t)), weight);
+  }
+
+  // Draw the attention weights of a head, one pixel for each pair of tokens. `colour` has red, green and blue.
+  paint(canvas, layer, head, colour) {
+    const { T } = this, size = T * T, first = (layer * this.data.heads + head) * size;
+    if (canvas.width !== T) canvas.width = canvas.height = T;
+    const context = canvas.getContext("2d"), image = context.createImageData(T, T), { data } = image;
+    for (let i = 0; i < size; i++) {
+      [data[4 * i], data[4 * i + 1], data[4 * i + 2]] = colour;
+      data[4 * i + 3] = this.weights[first + i];
+    }
+    context.putImageData(image, 0, 0);
+  }
+
+  makeMap() {
+    const canvas = element("canvas"), at = event => [event.offsetY, event.offsetX].map(offset =>
+      Math.min(Math.max(Math.floor(offset / canvas.clientWidth * this.T), 0), this.T - 1));
+    canvas.setAttribute("role", "img");
+    canvas.onclick = event => this.choose({ token: at(event)[0] });
+    canvas.onpointermove = event => {
+      this.pointed = at(event);
+      this.drawPointed();
+    };
+    return canvas;
+  }
+
+  // Say in a tooltip what the cell below the pointer shows.
+  drawPointed() {
+    const [row, column] = this.pointed.map(t => Math.min(t, this.T - 1)), { layer, head } = this;
+    this.map.title = column > row ? `${this.label(row)} cannot attend to a later token`
+      : `${this.label(row)} attends to ${this.label(column)}: ${percent(this.weight(layer, head, row, column))}`;
+  }
+
+  drawMap() {
+    const { T, layer, head, token } = this, map = $("map");
+    this.map.setAttribute("aria-label", `Attention weights of layer ${layer}, head ${head}`);
+    this.drawPointed();
+    const makeLabel = () => element("span"), [, columns, rows, , , mark] = map.children;
+    fill(columns, T, makeLabel, (span, t) => setText(span, this.label(t)));
+    fill(rows, T, makeLabel, (span, t) => {
+      setText(span, this.label(t));
+      span.className = t === token ? "chosen" : "";
+    });
+    mark.style.gridRow = token + 2;
+    const cell = Math.min(Math.max(Math.floor((innerWidth < 640 ? 290 : 400) / T), 11), 26), box = map.parentElement;
+    map.style.setProperty("--cell", `${cell}px`);
+    map.style.setProperty("--n", T);
+    // Scroll as far as needed to show the cell in which the token attends to itself.
+    const right = map.offsetWidth - (T - 1 - token) * cell, bottom = map.offsetHeight - (T - 1 - token) * cell;
+    if (right > box.scrollLeft + box.clientWidth || right - cell < box.scrollLeft) box.scrollLeft = right - box.clientWidth;
+    if (bottom > box.scrollTop + box.clientHeight || bottom - cell < box.scrollTop) box.scrollTop = bottom - box.clientHeight;
+  }
+
+  thumbnail(layer, head) {
+    const button = element("button", { type: "button" }, element("canvas"));
+    button.dataset.place = `${layer}.${head}`;
+    button.onclick = () => this.choose({ layer, head });
     return button;
   }
 
-  function drawTokens() {
-    refill($("tokens"), ...data.tokens.map((token, t) => tokenButton(t, token.id)));
+  // The arrow keys move the choice among the heads.
+  moveInHeads(event) {
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const within = (value, n) => Math.min(Math.max(value, 0), n - 1);
+    this.choose({ layer: within(this.layer + step[0], this.data.layers), head: within(this.head + step[1], this.data.heads) });
+    $("heads").querySelector(".chosen").focus();
   }
 
-  function drawAttention() {
-    const { layer, head, token } = state;
-    $("layer").value = layer;
-    $("head").value = head;
-    for (const button of $("heads").querySelectorAll("button"))
-      button.classList.toggle("chosen", button.dataset.place === `${layer}.${head}`);
-    const rows = data.tokens.map((_, row) => {
-      const cells = data.tokens.map((_, column) => {
-        const cell = element("td");
-        if (column <= row) {
-          const p = weight(layer, head, row, column);
-          cell.style.background = heat(p);
-          cell.title = `${label(row)} attends to ${label(column)}: ${percent(p)}`;
-          cell.onclick = () => choose({ token: row });
-        }
-        return cell;
-      });
-      const name = element("th", { className: "row mono", scope: "row", textContent: label(row) });
-      return element("tr", { className: row === token ? "chosen" : "" }, name, ...cells);
-    });
-    const names = data.tokens.map((_, t) => element("th", { className: "column mono", scope: "col", textContent: label(t) }));
-    $("map").style.setProperty("--cell", T > 40 ? "12px" : T > 20 ? "18px" : "26px");
-    $("map").replaceChildren(element("tr", {}, element("td"), ...names), ...rows);
-    $("reading").replaceChildren(`In layer ${layer}, head ${head}, `, quoted(label(token)), ` (token ${token}) attends to:`);
-    const taken = numbers(token + 1).map(t => {
-      const p = weight(layer, head, token, t);
-      return tokenButton(t, percent(p), p);
-    });
-    refill($("taken"), ...taken);
-  }
-
-  function drawLens() {
-    const rows = data.lens.map((cells, depth) => {
-      const name = depth === 0 ? "embeddings" : `layer ${depth - 1}`;
-      const drawn = cells.map((top, t) => {
-        const [text, p] = top[0];
-        const cell = element("td", { title: `${text} ${percent(p)}` }, quoted(text));
+  drawLens() {
+    const { layers, lens } = this.data, [rows, names] = $("lens").children;
+    const makeCell = column => column ? element("td", {}, quoted("")) : element("th", { className: "row", scope: "row" });
+    fill(rows, layers + 1, () => element("tr"), (row, i) => {
+      const depth = layers - i, name = depth === 0 ? "embeddings" : `layer ${depth - 1}`;
+      fill(row, this.T + 1, makeCell, (cell, column) => {
+        if (!column) return setText(cell, name);
+        const [text, p] = lens[depth][column - 1][0], isChosen = column - 1 === this.token && depth === this.depth;
+        setText(cell.firstElementChild, text);
+        cell.title = `${text} ${percent(p)}`;
         cell.style.background = paleHeat(p);
-        const isChosen = t === state.token && depth === state.depth;
-        cell.classList.toggle("chosen", isChosen);
+        cell.className = isChosen ? "chosen" : "";
         cell.tabIndex = isChosen ? 0 : -1;
-        cell.onclick = () => chooseCell({ token: t, depth });
-        return cell;
       });
-      return element("tr", {}, element("th", { className: "row", scope: "row", textContent: name }), ...drawn);
-    }).reverse();
-    const names = data.tokens.map((_, t) => element("th", { scope: "col" }, quoted(label(t))));
-    const last = element("tr", {}, element("th", { className: "row", textContent: "after token" }), ...names);
-    $("lens").replaceChildren(...rows, last);
+    });
+    const makeName = column => element("th", { className: column ? "" : "row", scope: "col" }, ...(column ? [quoted("")] : ["after token"]));
+    fill(names.firstElementChild, this.T + 1, makeName, (cell, column) => column && setText(cell.firstElementChild, this.label(column - 1)));
     const box = $("lens").parentElement, chosen = $("lens").querySelector(".chosen");
     const left = chosen.offsetLeft - box.querySelector("th").offsetWidth, right = chosen.offsetLeft + chosen.offsetWidth;
     if (left < box.scrollLeft || right > box.scrollLeft + box.clientWidth) box.scrollLeft = left;
-    const runners = data.lens[state.depth][state.token].flatMap(([text, p]) => [" ", quoted(text), ` ${percent(p)},`]);
+    const runners = this.data.lens[this.depth][this.token].flatMap(([text, p]) => [" ", quoted(text), ` ${percent(p)},`]);
     runners.push(runners.pop().replace(/,$/, "."));
-    const where = state.depth === 0 ? "After the embeddings" : `After layer ${state.depth - 1}`;
-    $("runners").replaceChildren(`${where}, the most likely tokens to follow `, quoted(label(state.token)), " are", ...runners);
-  }
-
-  function drawNext() {
-    const { top, rest, actual } = data.next[state.token];
-    $("question").replaceChildren("The probability of each token to follow ", quoted(label(state.token)), ". ");
-    if (actual) $("question").append("The text continues with ", quoted(actual[0]), `, which has rank ${actual[2]}.`);
-    else $("question").append("The text ends here.");
-    const shown = [...top];
-    if (actual && !top.some(([, , id]) => id === actual[3])) shown.push([actual[0], actual[1], actual[3]]);
-    shown.push(["all others", Math.max(0, rest - (shown.length > top.length ? actual[1] : 0))]);
-    const largest = Math.max(...shown.map(([, p]) => p));
-    $("bars").replaceChildren(...shown.flatMap(([text, p, id]) => {
-      const bar = element("span");
-      bar.style.width = `${80 * p / largest}%`;
-      const kind = actual && id === actual[3] ? " actual" : "";
-      const name = element("span", { className: (id === undefined ? "name" : "name mono") + kind, textContent: text });
-      return [name, element("span", { className: "bar" }, bar, element("span", { textContent: percent(p) }))];
-    }));
-  }
-
-  function thumbnail(layer, head) {
-    const canvas = element("canvas", { width: T, height: T });
-    const context = canvas.getContext("2d");
-    const [r, g, b] = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ");
-    const image = context.createImageData(T, T);
-    for (let i = 0; i < T * T; i++)
-      image.data.set([r, g, b, weights[(layer * data.heads + head) * T * T + i]], 4 * i);
-    context.putImageData(image, 0, 0);
-    const button = element("button", { type: "button", title: `layer ${layer}, head ${head}` }, canvas);
-    button.setAttribute("aria-label", `layer ${layer}, head ${head}`);
-    button.dataset.place = `${layer}.${head}`;
-    button.onclick = () => choose({ layer, head });
-    return button;
-  }
-
-  function drawThumbnails() {
-    const edge = text => element("span", { className: "edge", textContent: text });
-    $("heads").style.gridTemplateColumns = `repeat(${data.heads + 1}, max-content)`;
-    $("heads").replaceChildren(edge("layer"), ...numbers(data.heads).map(edge),
-      ...numbers(data.layers).flatMap(layer => [edge(layer), ...numbers(data.heads).map(head => thumbnail(layer, head))]));
+    const where = this.depth === 0 ? "After the embeddings" : `After layer ${this.depth - 1}`;
+    $("runners").replaceChildren(`${where}, the most likely tokens to follow `, quoted(this.label(this.token)), " are", ...runners);
   }
 
   // The arrow keys move the choice among the cells of the predictions.
-  function moveInLens(event) {
+  moveInLens(event) {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
     if (!step) return;
     event.preventDefault();
     const within = (value, n) => Math.min(Math.max(value, 0), n - 1);
-    chooseCell({ token: within(state.token + step[0], T), depth: within(state.depth + step[1], data.layers + 1) });
+    this.chooseCell({ token: within(this.token + step[0], this.T), depth: within(this.depth + step[1], this.data.layers + 1) });
   }
 
-  function chooseCell(change) {
-    choose(change);
+  chooseCell(change) {
+    this.choose(change);
     $("lens").querySelector(".chosen").focus({ preventScroll: true });
   }
-
-  for (const [name, n] of [["layer", data.layers], ["head", data.heads]]) {
-    $(name).replaceChildren(...numbers(n).map(i => element("option", { value: i, textContent: i })));
-    $(name).onchange = event => choose({ [name]: Number(event.target.value) });
-  }
-  for (const [name, n] of [["layer", data.layers], ["head", data.heads], ["token", T]]) {
-    const value = Number(start[name] ?? NaN);
-    if (Number.isInteger(value) && value >= 0 && value < n) state[name] = value;
-  }
-  $("lens").onkeydown = moveInLens;
-  redrawInside = () => { drawThumbnails(); draw(); };
-  redrawInside();
 }

@@ -23,7 +23,8 @@ function unpackWeights(tensors) {
 
 // Decode base64. The text is cut into pieces, so that no long string of bytes is needed at once.
 function bytesOf(base64) {
-  const bytes = new Uint8Array(base64.length / 4 * 3 - (base64.match(/=*$/)[0].length));
+  const padding = base64.endsWith("==") ? 2 : base64.endsWith("=") ? 1 : 0;
+  const bytes = new Uint8Array(base64.length / 4 * 3 - padding);
   const step = 1 << 18;
   for (let start = 0, i = 0; start < base64.length; start += step) {
     const piece = atob(base64.slice(start, start + step));
@@ -35,9 +36,10 @@ function bytesOf(base64) {
 // Return the numbers that the bytes of a tensor stand for. The bytes are little-endian, as in every browser.
 function toFloat32(bytes, type) {
   if (type === "float32") return new Float32Array(bytes.buffer);
-  if (type === "int8") return Float32Array.from(new Int8Array(bytes.buffer));
-  const table = halfFloats();
-  return Float32Array.from(new Uint16Array(bytes.buffer), half => table[half]);
+  if (type === "int8") return new Float32Array(new Int8Array(bytes.buffer));
+  const table = halfFloats(), halves = new Uint16Array(bytes.buffer), values = new Float32Array(halves.length);
+  for (let i = 0; i < halves.length; i++) values[i] = table[halves[i]]; // ten times as fast as Float32Array.from
+  return values;
 }
 
 // Return the values of all 65,536 float16 numbers: 1 bit for the sign, 5 for the exponent and 10 for the fraction.
@@ -61,7 +63,10 @@ function linear(x, n, { values: W, rows, columns }, bias = null) {
   let row = 0;
   for (; row + 1 < n; row += 2) multiplyTwo(x, row * columns, W, rows, columns, y, row * rows);
   if (row < n) multiplyOne(x, row * columns, W, rows, columns, y, row * rows);
-  if (bias) for (let i = 0; i < y.length; i++) y[i] += bias.values[i % rows];
+  if (bias) {
+    for (let start = 0; start < y.length; start += rows)
+      for (let i = 0; i < rows; i++) y[start + i] += bias.values[i];
+  }
   return y;
 }
 
@@ -242,11 +247,10 @@ class Model {
   // earlier layer, they are what the logit lens shows.
   logits(x, n) {
     const logits = linear(this.finalNorm(x, n), n, this.head);
-    for (const value of logits) {
-      if (!Number.isFinite(value)) {
-        const reason = "the weights are damaged, or the training of the model diverged";
-        throw new Error(`a logit of the model is ${String(value).toLowerCase().replace("infinity", "inf")}: ${reason}`);
-      }
+    const wrong = logits.findIndex(value => !Number.isFinite(value));
+    if (wrong >= 0) {
+      const value = String(logits[wrong]).toLowerCase().replace("infinity", "inf");
+      throw new Error(`a logit of the model is ${value}: the weights are damaged, or the training of the model diverged`);
     }
     return logits;
   }

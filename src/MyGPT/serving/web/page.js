@@ -1,6 +1,5 @@
 // The page: its settings, tabs, buttons, the next-token distribution, the tree of branches, chat and comparison.
 
-const SLIDERS = { temperature: [], top_k: [0], top_p: [1], min_p: [0] }; // with the value that turns a filter off
 const models = new Map(); // the description of each model by its name
 const stories = new Map(); // the text of each model by its name, with all its branches
 const messages = []; // the conversation
@@ -22,25 +21,7 @@ function story(name = model()) {
 
 // Settings
 
-function sampling() {
-  const options = {};
-  for (const [name, off] of Object.entries(SLIDERS)) {
-    const value = Number($(name).value);
-    if (!off.includes(value)) options[name] = value;
-  }
-  return options;
-}
-
 const settings = () => ({ ...sampling(), max_tokens: Number($("max_tokens").value), seed: Number($("seed").value) });
-
-function showSettings() {
-  for (const [name, off] of Object.entries(SLIDERS)) {
-    const slider = $(name), value = Number(slider.value);
-    const text = off.includes(value) ? "off" : name === "temperature" && value === 0 ? "0, greedy" : String(value);
-    slider.nextElementSibling.textContent = text;
-    slider.setAttribute("aria-valuetext", text);
-  }
-}
 
 function drawSeed() {
   $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
@@ -255,13 +236,14 @@ $("branches").onkeydown = event => {
 let isAsking = false, isStale = false, typingTimer = 0;
 
 function question() {
+  if (tab === "inside") return $("inside").hidden ? { ids: [] } : { ids: look.chosenIds, heads_off: look.headsOff };
   if (selected) return { ids: story().ids(selected.parent) };
   return isEditing ? { text: $("text").value.slice(0, $("text").selectionEnd) } : { ids: story().ids() };
 }
 
 // Ask for the distribution at the cursor. While an answer is awaited, later questions wait and only the last one is asked.
 async function refreshNext() {
-  if (tab !== "write" || running || !models.size) return;
+  if (!["write", "inside"].includes(tab) || running || !models.size) return;
   if (isAsking) {
     isStale = true;
     return;
@@ -272,8 +254,9 @@ async function refreshNext() {
     const asked = question();
     if (asked.ids ? asked.ids.length : asked.text) {
       try {
-        next = { ...await fetchJson("/page/next", { model: model(), ...asked, ...sampling() }), asked, model: model() };
-        drawNext();
+        const askedTab = tab, answer = await fetchJson("/page/next", { model: model(), ...asked, ...sampling() });
+        next = { ...answer, asked, model: model() };
+        if (tab === askedTab) drawNext();
       } catch (error) {
         next = null;
         $("next").replaceChildren();
@@ -293,27 +276,16 @@ async function refreshNext() {
 }
 
 function drawNext() {
-  const { tokens, n_kept, n_hidden, hidden, removed, vocab_size, asked } = next, shown = tokens.slice(0, 12);
-  const place = selected ? ["In place of ", quoted(selected.label), ", t"] : [isEditing ? "At the cursor, t" : "After the text, t"];
-  const count = n_kept === 1 ? "1 token" : `${n_kept.toLocaleString("en")} tokens`;
-  $("next-hint").replaceChildren(...place, `he settings keep ${count} of ${vocab_size.toLocaleString("en")}.`);
-  const largest = Math.max(...shown.map(([, , before, now]) => Math.max(before, now)));
-  refill($("next"), ...shown.map(([id, label, before, now, isKept]) => alternativeRow([id, label], {
-    p: now / largest, before: before / largest, note: isKept ? percent(now) : "removed", removed: !isKept,
-    chosen: selected?.id === id, heard: `${isKept ? percent(now) : "removed"}, model ${percent(before)}`,
-    onChoose: token => {
-      const text = story(), parent = selected ? selected.parent : text.leaf;
-      const top = tokens.slice(0, 10).map(([id, label, before]) => [id, label, Math.log(before)]);
-      choose(text, parent, { ...token, logprob: Math.log(before), top });
-    },
-  })));
-  const more = n_hidden + shown.length < n_kept ? n_kept - shown.filter(([, , , , isKept]) => isKept).length : n_hidden;
-  const rest = 1 - shown.reduce((sum, [, , , now]) => sum + now, 0);
-  $("next-rest").textContent = [
-    "Full bars show the probabilities after the settings, outlines those of the model.",
-    more > 0 ? `${more.toLocaleString("en")} more kept tokens: ${percent(Math.max(0, rest))}.` : "",
-    n_kept < vocab_size ? `The removed tokens had ${percent(removed)} before.` : "",
-  ].join(" ");
+  if (tab === "inside") {
+    const { length: n } = next.asked.ids;
+    return drawDistribution(next, ["After ", quoted(look.data.tokens[n - 1].label), ` (token ${n - 1}), `], look.ids[n]);
+  }
+  const place = selected ? ["In place of ", quoted(selected.label), ", "] : [isEditing ? "At the cursor, " : "After the text, "];
+  drawDistribution(next, place, selected?.id, (token, p) => {
+    const text = story(), parent = selected ? selected.parent : text.leaf;
+    const top = next.tokens.slice(0, 10).map(([id, label, before]) => [id, label, Math.log(before)]);
+    choose(text, parent, { ...token, logprob: Math.log(p), top });
+  });
 }
 
 // Return the number of tokens of the text, or null while it is not known.
@@ -496,23 +468,31 @@ const compare = () => run($("compare"), async signal => {
 
 // Look inside
 
-async function lookInside() {
-  const asked = isEditing ? { text: $("text").value } : { ids: story().ids() };
-  const isEmpty = isEditing ? !asked.text : !asked.ids.length;
-  $("inside").hidden = true;
-  if (isEmpty) {
-    $("inside-hint").textContent = "Write a text first. This tab then shows how the model reads it.";
-    return;
-  }
-  $("inside-hint").textContent = "The model reads the text …";
-  const data = await fetchJson("/page/inside", { model: model(), ...asked }).catch(error => {
+const asFields = text => typeof text === "string" ? { text } : { ids: text };
+const serverSource = {
+  inside: (text, options) => fetchJson("/page/inside", { model: model(), ...asFields(text), ...options }),
+  walk: (ids, options) => fetchJson("/page/walk", { model: model(), ids, ...options }),
+};
+
+const look = new Look(serverSource, {
+  onData({ tokens: { length: n }, n_left_out }) {
+    const last = n_left_out ? `the last ${n} tokens (${n_left_out} earlier ones are left out)` : `${n} tokens`;
+    $("inside-hint").textContent = `How ${model()} reads ${last} of the text on the tab Write. Layers, heads and tokens are numbered from 0.`;
+    $("inside").hidden = false;
+  },
+  onChange: () => refreshNext(),
+  onError(error) {
     $("inside-hint").textContent = "";
-    throw error;
-  });
-  const last = data.n_left_out ? `the last ${data.tokens.length} tokens (${data.n_left_out} earlier ones are left out)` : `${data.tokens.length} tokens`;
-  $("inside-hint").textContent = `How ${model()} reads ${last} of the text on the tab Write. Layers, heads and tokens are numbered from 0.`;
-  $("inside").hidden = false;
-  showInside(data);
+    showError(error);
+  },
+});
+
+async function lookInside() {
+  const text = isEditing ? $("text").value : story().ids();
+  $("inside").hidden = true;
+  $("inside-hint").textContent = text.length ? "The model reads the text …"
+    : "Write a text first. This tab then shows how the model reads it.";
+  if (text.length) await look.read(text);
 }
 
 // Everything
@@ -578,6 +558,7 @@ function changeModel() {
   setEditing(true);
   $("text").value = text;
   next = selected = null;
+  look.inside.headsOff = [];
   messages.length = 0;
   lastChat = null;
   drawMessages();

@@ -183,25 +183,6 @@ class Story {
   }
 }
 
-// One row of a list of tokens: the label, bars, and a text such as the probability.
-function alternativeRow([id, label], { p, before = null, note, heard = note, chosen = false, removed = false, onChoose }) {
-  const bar = element("span", { className: "bar" });
-  const add = (className, share) => {
-    const fill = element("span", { className });
-    fill.style.width = `${100 * share}%`;
-    bar.append(fill);
-  };
-  if (before !== null) add("before", before);
-  add("now", p);
-  const row = element("button", { type: "button" },
-    quoted(label), bar, element("span", { className: "note", textContent: note }));
-  row.setAttribute("aria-label", `${label}: ${heard}${chosen ? ", in the text" : ""}`);
-  row.classList.toggle("chosen", chosen);
-  row.classList.toggle("removed", removed);
-  row.onclick = () => onChoose({ id, label });
-  return element("li", {}, row);
-}
-
 const isNarrow = () => matchMedia("(max-width: 40rem)").matches;
 
 // The box with the alternatives to a token. It appears on hover and focus, and stays open after a click, a tap or Enter.

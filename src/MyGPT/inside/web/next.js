@@ -1,0 +1,68 @@
+// The next token: the sliders of the sampling options, and lists of tokens with their probabilities. The pages of
+// `mygpt explain`, `mygpt explain --live` and `mygpt serve` share this file; sampling.html and next.html have the elements.
+
+const SLIDERS = { temperature: [], top_k: [0], top_p: [1], min_p: [0] }; // with the value that turns a filter off
+const N_ROWS = 12; // rows in the list of next tokens
+
+// Return the options of the sliders. Filters that are off are left out.
+function sampling() {
+  const options = {};
+  for (const [name, off] of Object.entries(SLIDERS)) {
+    const value = Number($(name).value);
+    if (!off.includes(value)) options[name] = value;
+  }
+  return options;
+}
+
+// Show the value of each slider beside it.
+function showSettings() {
+  for (const [name, off] of Object.entries(SLIDERS)) {
+    const slider = $(name), value = Number(slider.value);
+    const text = off.includes(value) ? "off" : name === "temperature" && value === 0 ? "0, greedy" : String(value);
+    slider.nextElementSibling.textContent = text;
+    slider.setAttribute("aria-valuetext", text);
+  }
+}
+
+// Return one row of a list of tokens: the label, bars, and a note such as the probability. Without `onChoose`, the row is not a
+// button. `p` and `before` are lengths of bars from 0 to 1.
+function alternativeRow([id, label], { p, before = null, note, heard = note, chosen = false, removed = false, onChoose = null }) {
+  const bar = element("span", { className: "bar" });
+  const add = (className, share) => {
+    const fill = element("span", { className });
+    fill.style.width = `${100 * share}%`;
+    bar.append(fill);
+  };
+  if (before !== null) add("before", before);
+  add("now", p);
+  const row = element(onChoose ? "button" : "div", { className: "alternative" },
+    quoted(label), bar, element("span", { className: "note", textContent: note }));
+  row.classList.toggle("chosen", chosen);
+  row.classList.toggle("removed", removed);
+  if (onChoose) {
+    row.type = "button";
+    row.setAttribute("aria-label", `${label}: ${heard}${chosen ? ", in the text" : ""}`);
+    row.onclick = () => onChoose({ id, label });
+  }
+  return element("li", {}, row);
+}
+
+// Draw the probabilities of the next token before and after the sampling options (next_token_data in inside/page.py).
+// `place` begins a sentence, and `chosenId` is the token that follows in the text, if any.
+function drawDistribution({ tokens, n_kept, removed, vocab_size }, place, chosenId, onChoose = null) {
+  const shown = tokens.slice(0, N_ROWS), largest = Math.max(...shown.map(([, , before, now]) => Math.max(before, now)));
+  const count = n_kept === 1 ? "1 token" : `${n_kept.toLocaleString("en")} tokens`;
+  $("next-hint").replaceChildren(...place, `the settings keep ${count} of ${vocab_size.toLocaleString("en")}.`);
+  refill($("next"), ...shown.map(([id, label, before, now, isKept]) => alternativeRow([id, label], {
+    p: now / largest, before: before / largest, note: isKept ? percent(now) : "removed", removed: !isKept,
+    chosen: chosenId === id, heard: `${isKept ? percent(now) : "removed"}, model ${percent(before)}`,
+    onChoose: onChoose && (token => onChoose(token, before)),
+  })));
+  const more = n_kept - shown.filter(([, , , , isKept]) => isKept).length;
+  const rest = 1 - shown.reduce((sum, [, , , now]) => sum + now, 0);
+  $("next-rest").textContent = [
+    "Full bars show the probabilities after the settings, outlines those of the model.",
+    more > 0 ? `${more.toLocaleString("en")} more kept tokens: ${percent(Math.max(0, rest))}.` : "",
+    n_kept < vocab_size ? `The removed tokens had ${percent(removed)} before.` : "",
+  ].join(" ");
+}
