@@ -25,6 +25,11 @@ class Answers {
     if (!ids.length) throw new Error("the text is empty; it must have at least one token");
     const wrong = ids.find(id => !Number.isInteger(id) || id < 0 || id >= V);
     if (wrong !== undefined) throw new Error(`token id ${wrong} is outside the model's vocabulary of ${V} tokens`);
+    const { n_layers: L, n_heads: H } = this.data.config;
+    for (const [layer, head] of headsOff) {
+      checkNumber("layer", layer, L);
+      checkNumber("head", head, H);
+    }
     const key = JSON.stringify(headsOff), reading = this.readings.get(key) ?? new Reading(this.model, headsOff);
     this.readings.delete(key);
     this.readings.set(key, reading);
@@ -134,6 +139,9 @@ class Answers {
   walk(ids, { layer: l, head: h, token: t, heads_off: headsOff = [] }) {
     const shown = this.shown(ids), reading = this.reading(shown, headsOff), model = this.model;
     const { n_layers: L, n_heads: H, emb_dim: C, vocab_size: V } = this.data.config;
+    checkNumber("layer", l, L);
+    checkNumber("head", h, H);
+    checkNumber("token", t, shown.length);
     const T = shown.length, D = C / H, id = shown[t];
     const x = reading.residual(t, l).slice();
     const seen = model.layer(l, x, 1, t, reading.caches[l], reading.headsOff[l]);
@@ -174,6 +182,11 @@ class Answers {
       steps: Object.entries(steps).map(([name, tensors]) => ({ name, tensors })),
     };
   }
+}
+
+function checkNumber(name, value, count) {
+  if (Number.isInteger(value) && value >= 0 && value < count) return;
+  throw new Error(`${name} must be a whole number from 0 to ${count - 1}, got ${value}`);
 }
 
 const rounded = p => Math.round(p * 1e5) / 1e5;
