@@ -54,7 +54,7 @@ def explain(
             raise ValueError(
                 f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
             )
-        _write_replay(text, out, device)
+        _write_replay(text, out, device, with_)
         print(out)
         return
     missing = [name for name, is_given in (("TEXT", text or live), ("--model", model)) if not is_given]
@@ -65,7 +65,7 @@ def explain(
             raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
         if with_ is not None:
             raise ValueError(
-                f"--with does not apply to --live, whose page computes GPT-2's own parts; got --with {with_}"
+                f"--with does not apply to --live, whose page computes only GPT-2's parts; got --with {with_}"
             )
         _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     else:
@@ -112,8 +112,11 @@ def _write_live_page(
         file.writelines(page.pieces())
 
 
-def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
-    """Write a page that replays the run that the first argument names. The other arguments are the text of the page."""
+def _write_replay(arguments: Sequence[str], out: str, device: str, parts: str | None) -> None:
+    """Write a page that replays the run that the first argument names. The other arguments are the text of the page.
+
+    `parts` is the file with the custom parts of the run, or None.
+    """
     from MyGPT.commands._recipe import fields_of, read_recipe
     from MyGPT.commands._run import command_of_recipe
     from MyGPT.files import atomic_write
@@ -131,7 +134,10 @@ def _write_replay(arguments: Sequence[str], out: str, device: str) -> None:
     if command_of_recipe(recipe) == "classify":
         raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
     page = replay_page(
-        run, TrainConfig(**fields_of(TrainConfig, recipe)), lambda path: open_model(path, device), text or None
+        run,
+        TrainConfig(**fields_of(TrainConfig, recipe)),
+        lambda path: open_model(path, device, parts=parts),
+        text or None,
     )
     with atomic_write(out) as file:
         file.write(page)
