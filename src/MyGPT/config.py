@@ -233,17 +233,17 @@ class GPTConfig:
         return read_config_json(path)
 
 
-def read_config_json(path: Path, has_own_parts: bool = False) -> GPTConfig:
+def read_config_json(path: Path, has_custom_parts: bool = False) -> GPTConfig:
     """Return the config in the `config.json` at `path`, with the content of `generation_config.json` beside it.
 
     A damaged file or another kind of model raises ValueError. So does a model with custom parts (see parts.py), unless
-    `has_own_parts` is True because the caller has them.
+    `has_custom_parts` is True because the caller has them.
     """
-    if not has_own_parts and (record := read_record(path)) is not None:
+    if not has_custom_parts and (record := read_record(path)) is not None:
         require_parts(record, path.parent, None)
     try:
         content = read_json(path)
-        config = GPTConfig.from_dict({**content, "model_type": GPTConfig.model_type} if has_own_parts else content)
+        config = GPTConfig.from_dict({**content, "model_type": GPTConfig.model_type} if has_custom_parts else content)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
     generation = path.with_name("generation_config.json")

@@ -358,7 +358,7 @@ class GPTModel(nn.Module):
             dtype: dtype of the weights; None keeps the stored dtype. Weights that need no conversion are memory-mapped: their
                 file may be replaced or deleted afterwards, but not truncated. Training never changes the file. On several
                 ranks of torch.distributed, weights are contiguous instead, as `fully_shard` requires.
-            parts: the Python file (or its module, or a dict) with the model's own parts, which is run. A model that was
+            parts: the Python file (or its module, or a dict) with the model's custom parts, which is run. A model that was
                 trained with custom parts is never opened without them.
         """
         parts = as_parts(parts)
@@ -386,8 +386,11 @@ def model_of(config: GPTConfig, state_dict: Mapping[str, Tensor], parts: Parts |
 
 def load_own_weights(model: GPTModel, state_dict: Mapping[str, Tensor]) -> None:
     """Copy the weights of a saved model into a model with custom parts. Raises ValueError with all mismatches."""
-    expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    problems = [f"{name} is missing" for name in expected if name not in state_dict]
+    tensors = model.state_dict(keep_vars=True)
+    expected = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    first_names = {id(tensor): name for name, tensor in reversed(expected.items())}  # a shared weight is saved once
+    required = [name for name, tensor in expected.items() if first_names[id(tensor)] == name]
+    problems = [f"{name} is missing" for name in required if name not in state_dict]
     problems += [f"{name} is unknown" for name in state_dict if name not in expected]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"

@@ -29,7 +29,7 @@ PARTS_FILE = "parts.py"
 """The name of the copy of the user's file in the directory of a model or a run."""
 MODEL_TYPE = "mygpt"
 """The model_type in config.json of a model with custom parts. transformers does not know this type and refuses the model."""
-KEY = "own_parts"
+KEY = "custom_parts"
 """The key in config.json under which the names of the parts and the hash of their file are stored."""
 CLASSES = {"CausalSelfAttention": "config, layer", "MLP": "config", "Block": "config, layer"}
 """The classes that a file may define, with the arguments from which an object of the class is made."""
@@ -137,14 +137,14 @@ class Parts:
             raise PartsError(f"{self.path}: {name} returned {returned}, expected {tuple(shape)}")
 
     @contextmanager
-    def reporting_errors(self) -> Iterator[None]:
-        """Raise PartsError, with the file and the line, for any other error in the `with` block."""
+    def reporting_errors(self, hint: str = "") -> Iterator[None]:
+        """Raise PartsError, with the file, the line and `hint`, for any other error in the `with` block."""
         try:
             yield
         except PartsError:
             raise
         except Exception as error:
-            raise PartsError(describe_error(error) or f"{self.path}: {_named(error)}") from error
+            raise PartsError(f"{describe_error(error) or f'{self.path}: {_named(error)}'}{hint}") from error
 
 
 def _calls(calling_function: Callable[..., Tensor], parts: Parts, standard: Any) -> type[nn.Module]:
@@ -259,7 +259,7 @@ def _named(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class PartsRecord:
-    """What config.json records about a model's own parts."""
+    """What config.json records about a model's custom parts."""
 
     names: tuple[str, ...]
     file: str | None
@@ -312,7 +312,7 @@ def require_parts(record: PartsRecord, directory: Path, parts: Parts | None) -> 
 def refuse_parts(model: Any, user: str) -> None:
     """Raise PartsError if the model has custom parts, which `user`, such as "an ONNX file", does not compute."""
     if getattr(model, "parts", None) is not None:
-        raise PartsError(f"{user} computes GPT-2's own parts, but this model has {model.parts.description}")
+        raise PartsError(f"{user} computes only GPT-2's parts, but this model has {model.parts.description}")
 
 
 def check_parts(model: Any) -> None:
@@ -328,7 +328,9 @@ def check_parts(model: Any) -> None:
     device = model.transformer.wte.weight.device
     if parts is None or device.type == "meta":
         return
-    T = max(1, min(8, context - 1))
+    T = max(
+        1, min(7, context - 1)
+    )  # not a power of two, as the width of a head often is, so that wrong shapes are found
     ids = torch.arange(2 * T, device=device).view(2, T) % model.config.vocab_size
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + model.config.vocab_size // 2) % model.config.vocab_size
@@ -357,11 +359,12 @@ def check_parts(model: Any) -> None:
                     f"{parts.path} looks ahead, so the loss would have no meaning: another last token changes the outputs "
                     f"before it; {way_out}"
                 )
-            if T > 2 and differ(_in_pieces(model, ids), hidden):
-                way_out = "with a cache, the queries are the last T of S tokens, and a class must call cache.append"
-                raise PartsError(
-                    f"{parts.path} gives other results with a KV cache, so generated text is wrong: {way_out}"
-                )
+            way_out = "with a cache, the queries are the last T of S tokens, and a class must call cache.append"
+            with parts.reporting_errors(f" (computed with a KV cache: {way_out})"):
+                if T > 2 and differ(_in_pieces(model, ids), hidden):
+                    raise PartsError(
+                        f"{parts.path} gives other results with a KV cache, so generated text would be wrong: {way_out}"
+                    )
             if context > T:
                 padded = torch.cat([ids[:, :1], ids], dim=1)  # (2, T + 1)
                 mask = (torch.arange(T + 1, device=device) > 0).long().expand(2, T + 1)

@@ -28,7 +28,13 @@ TEXT_ORDER = """    i = 0
     return ids
     ids = list(ids)
 """
+COUNTED_APART = """        counts, last = Counter(), None
+        for pair in pairwise(ids):
+            last = None if pair == last else pair
+            counts.update([pair] * (last is not None))
+"""
 BPE = [
+    ("        counts = Counter(pairwise(ids))\n", COUNTED_APART, "overlapping pairs are counted once"),
     ("-counts[pair], pair)", "-counts[pair], 0)", "occurs first in the text, not the smallest"),
     ("-counts[pair], pair)", "-counts[pair], -pair[0], -pair[1])", "the largest, not the smallest"),
     ("-counts[pair], pair)", "counts[pair], pair)", "least frequent"),
@@ -108,6 +114,7 @@ ATTENTION = [
     (WEIGHTS, "    weights = (scores + mask).softmax(dim=-1) if mask.dim() == 4 else scores.masked_fill(~mask, -math.inf).softmax(-1)", "added to the scores"),
     (SCORES, "    scores = q.div_(math.sqrt(D)) @ k.transpose(-2, -1)", "argument number 1 is changed in place"),
     ("weights @ v", "(weights @ v).detach()", "does not require grad"),
+    ("weights @ v", "1.01 * weights @ v", "no common mistake gives these numbers; work the example"),
 ]  # fmt: skip
 BLOCK = [
     ("x = x + self.attention", "x = self.attention", "the first residual connection is missing"),

@@ -170,9 +170,12 @@ def test_heads_that_are_off_change_every_part_as_python_does(page: Page, model: 
 
 def test_walk_shows_the_numbers_of_python(page: Page, model: GPTModel) -> None:
     page.set("layer", 1)
+    page.set("head", 2)
     page.run("document.querySelectorAll('#tokens button')[4].click()")
-    page.until(lambda: page.run("const w = look.walk.walk; return w.layer === 1 && w.token === 4"), "the walk")
-    steps = walk_data(model, TOKENIZER, torch.tensor([TOKENIZER.encode(TEXT)]), 1, 0, 4)["steps"]
+    page.until(
+        lambda: page.run("const w = look.walk.walk; return `${w.layer} ${w.head} ${w.token}`") == "1 2 4", "the walk"
+    )
+    steps = walk_data(model, TOKENIZER, torch.tensor([TOKENIZER.encode(TEXT)]), 1, 2, 4)["steps"]
     page.run("$('walk-step').focus()")
     for i, step in enumerate(steps):
         shown = page.run("return [...document.querySelectorAll('#walk-tensors .cell')].map(cell => Number(cell.title))")

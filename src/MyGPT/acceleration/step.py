@@ -149,8 +149,10 @@ def write_packed_model(
 
 def _lazy(checkpoint: Checkpoint) -> tuple[GPTConfig, dict[str, LazyTensor]]:
     """Return the config and the tensors of a saved model. Raises ValueError for a model with custom parts."""
-    if checkpoint.has_own_parts:
-        raise ValueError(f"accelerate computes GPT-2's own parts, but {checkpoint.path} belongs to {checkpoint.format}")
+    if checkpoint.has_custom_parts:
+        raise ValueError(
+            f"accelerate computes only GPT-2's parts, but {checkpoint.path} belongs to {checkpoint.format}"
+        )
     return checkpoint.lazy()
 
 

@@ -142,23 +142,20 @@ def _report(result: Result, path: Path) -> list[str]:
         lines += [f"  wrong {printable(result.sentence)}."]
         lines += [f"        {result.detail}"] if result.detail else []
         return [*lines, f"{result.task}: not solved yet"]
-    return [*lines, f"{result.task}: solved. {_what_comes_next(result.task, path)}"]
+    return [*lines, f"{result.task}: solved", *_what_comes_next(result.task, path)]
 
 
-def _what_comes_next(task: str, path: Path) -> str:
-    """Return where the library does the same, a command to try, and the next task."""
+def _what_comes_next(task: str, path: Path) -> list[str]:
+    """Return lines that name where the library does the same, a command to try, and the next task."""
     from MyGPT.exercises import check_of
 
     solved = check_of(task)
-    sentences = [f"The library does the same in src/MyGPT/{solved.library}."]
+    lines = [f"  The library does the same in src/MyGPT/{solved.library}"]
     if solved.after:
-        sentences.append(f"{solved.after.format(path=quote(path))}.")
+        lines.append(f"  {solved.after.format(path=quote(path))}")
     following = TASKS[TASKS.index(task) + 1 :]
-    if following:
-        sentences.append(f"Next task: {path.with_name(following[0] + '.py')}.")
-    else:
-        sentences.append("This was the last task.")
-    return " ".join(sentences)
+    lines.append(f"  Next task: {path.with_name(following[0] + '.py')}" if following else "  This was the last task")
+    return lines
 
 
 def _command(directory: Path, task: str) -> str:

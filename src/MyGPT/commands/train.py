@@ -85,10 +85,10 @@ def train(
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
-    own_parts = None if with_ is None else load_parts(with_)
+    custom_parts = None if with_ is None else load_parts(with_)
     run_options = run.for_trainer(training)
-    if own_parts is None and run_options.get("resume") and "with" not in run_options["allow_changed"]:
-        require_own_parts(run_options["run_dir"])
+    if custom_parts is None and run_options.get("resume") and "with" not in run_options["allow_changed"]:
+        require_custom_parts(run_options["run_dir"])
     # The order of the sources in a recipe has no meaning, but the sample texts and the tokenizer follow an order.
     weights = dict(sorted(text.data.items())) if isinstance(text.data, dict) else {}
     sources, coder = load_sources(
@@ -102,7 +102,7 @@ def train(
     if run_options["device"].type == "cpu":
         tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
         require_memory(step_memory(config, training, False, "cpu", ranks.world_size()).peak + tokens)
-    gpt = GPTModel(config, own_parts)
+    gpt = GPTModel(config, custom_parts)
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     own = {} if with_ is None else {"with": with_}
     recipe = {**vars(text), **own, "device": run.device, **sizes, **vars(training)}
@@ -143,7 +143,7 @@ def train(
     print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
 
 
-def require_own_parts(run: Path) -> None:
+def require_custom_parts(run: Path) -> None:
     """Raise ValueError if the run in the directory `run` was trained with custom parts, which are not given to resume it."""
     from MyGPT.commands._recipe import read_recipe
     from MyGPT.parts import PARTS_FILE

@@ -7,7 +7,7 @@ mistake gives for the same input. If the student's numbers are those of a mistak
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def expect_tensor(
     call: str,
     got: Any,
     expected: Tensor,
-    mistakes: Mistakes = (),
+    mistakes: Mistakes | Callable[[], Mistakes] = (),
     *,
     name: str = "the result",
     tolerance: float = 1e-4,
@@ -40,7 +40,8 @@ def expect_tensor(
         call: the student's call in words, with which the sentence begins.
         got: the student's result.
         expected: the right result.
-        mistakes: results of common mistakes. The first one that equals `got` is named.
+        mistakes: results of common mistakes, or a function that computes them when `got` is wrong. The first one that equals
+            `got` is named.
         name: the name of the result in the sentence.
         tolerance: largest allowed difference, relative to the size of the expected number if that is above 1.
     """
@@ -50,7 +51,10 @@ def expect_tensor(
         raise Wrong(
             f"{call}: {name} is a {'sparse' if got.is_sparse else 'meta'} tensor, but an ordinary one is expected"
         )
-    cause = next((text for text, wrong in mistakes if _close(got, wrong, tolerance)), "")
+    if got.shape == expected.shape and got.dtype == expected.dtype and _close(got, expected, tolerance):
+        return
+    known = mistakes() if callable(mistakes) else mistakes
+    cause = next((text for text, wrong in known if _close(got, wrong, tolerance)), "")
     if got.shape != expected.shape:
         cause = cause or _cause_of_shape(got, expected)
         raise _wrong(call, f"{name} has the shape {tuple(got.shape)}, but {tuple(expected.shape)} is expected", cause)

@@ -33,7 +33,7 @@ def check_files(files: Mapping[str, Path], seconds: float) -> Iterator[Result]:
 
     A missing file counts as not started. `seconds` is the time limit per task.
     """
-    present = {task: path.absolute() for task, path in files.items() if path.exists()}
+    present = {task: path.absolute() for task, path in files.items() if os.path.lexists(path)}
     results = _results(present, seconds)
     for task, path in files.items():
         missing = Result(task, "not started", f"there is no file {path.name}")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from MyGPT.exercises.checking import Result
 from MyGPT.exercises.running import check_files
+from MyGPT.messages import error_message, printable
 
 FIRST_COLUMNS = ("student", "solved")
 TOTAL = "all students"
 """The first cell of the last row, which has the number of solved files of each task."""
 _SKIPPED = ("__MACOSX", "__pycache__", "solutions")
 """Directories in a submission that have no files of the student."""
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
+_FORMULA_STARTS = ("=", "+", "-", "@", "|", "%")
 
 
 def find_students(directory: Path) -> list[Path]:
@@ -37,9 +38,11 @@ def find_students(directory: Path) -> list[Path]:
 def find_file(student: Path, task: str) -> Path:
     """Return a student's file of a task: the one in the student's directory, or else the only one below it.
 
-    If there is none, the path at which it should be is returned. Raises ValueError if several files are found below.
+    If there is none, the path at which it should be is returned. Raises ValueError if several files are found below, and OSError
+    if the directory cannot be read.
     """
     direct = student / f"{task}.py"
+    os.listdir(student)  # raises OSError if the directory cannot be read, which os.walk would pass over
     if os.path.lexists(direct):
         return direct
     found = sorted(_below(student, direct.name))
@@ -86,16 +89,20 @@ def check_student(student: Path, tasks: Sequence[str], seconds: float) -> list[R
         try:
             files[task] = find_file(student, task)
         except (ValueError, OSError) as error:
-            problems[task] = Result(task, "wrong", getattr(error, "strerror", None) or str(error))
+            problems[task] = Result(task, "wrong", error_message(error))
     checked = {result.task: result for result in check_files(files, seconds)}
     return [problems.get(task) or checked[task] for task in tasks]
 
 
 def as_text(cell: object) -> object:
-    """Return a cell that a spreadsheet does not run as a formula: a text that begins like one gets an apostrophe before it."""
-    if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS):
-        return f"'{cell}"
-    return cell
+    """Return a cell that a spreadsheet does not run as a formula: a text that begins like one gets an apostrophe before it.
+
+    Control characters become escapes such as \\n.
+    """
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell, keep="")
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
 def _mark(result: Result) -> str:

@@ -73,7 +73,7 @@ class Trace(Described, dict[str, Tensor]):
         weights = [value for place, value in self.items() if place.endswith(".attn.weights")]
         if not weights:
             way_out = "only a function attention(q, k, v, mask) that is linear in v shows them"
-            raise ValueError(f"the attention weights of this model's own parts are unknown: {way_out}")
+            raise ValueError(f"the attention weights of this model's custom parts are unknown: {way_out}")
         return torch.stack(weights)
 
     @property

@@ -248,7 +248,7 @@ def identify(model: GPTModel, train: Any, val: Any, device: torch.device) -> dic
         data["architecture"] = hashlib.sha256(repr(architecture).encode()).hexdigest()
     own = getattr(model, "parts", None)  # a classifier has none
     if own is not None:
-        data["own_parts"] = own.sha256 or ", ".join(own.used)
+        data["custom_parts"] = own.sha256 or ", ".join(own.used)
     # The last digits of the results depend on the machine.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     machine = {"torch": str(torch.__version__), "device": name, "threads": torch.get_num_threads()}
@@ -273,14 +273,14 @@ def check_unchanged(snapshot: Snapshot, context: Mapping[str, Mapping[str, Any]]
     saved, current = snapshot.context["data"], context["data"]
     keys = {"training_data": "data_content", "validation_data": "data_content", "frozen_weights": "model_content"}
     changed = {name: keys[name] for name in keys if name in current and saved.get(name) != current[name]}
-    if saved.get("own_parts") != current.get("own_parts"):
-        changed["own_parts"] = "with"
+    if saved.get("custom_parts") != current.get("custom_parts"):
+        changed["custom_parts"] = "with"
     same_data = "training_data" in current and ("data_content" in allowed or "data_content" not in changed.values())
     same_model = (
         "frozen_weights" in current and ("model_content" in allowed or "frozen_weights" not in changed)
     ) or saved.get("architecture", _ABSENT) == current.get("architecture")
     # A tokenizer or template may also be given by a name such as "bpe", which is not a path that can move.
-    moved = {"data": same_data, "model": same_model, "with": "own_parts" not in changed} | {
+    moved = {"data": same_data, "model": same_model, "with": "custom_parts" not in changed} | {
         key: same_data and Path(str(now.get(key))).exists() for key in ("tokenizer", "template")
     }
     values = {  # An earlier version did not know every option. Its runs behaved as the defaults do.

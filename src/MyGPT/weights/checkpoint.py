@@ -34,7 +34,7 @@ class Checkpoint:
     """The weights under MyGPT's names. The matrices of linear layers have the shape (out_features, in_features)."""
     notes: tuple[str, ...] = ()
     """The contradictions between the config in the files and the tensors, and how they were resolved. `read` reports them."""
-    has_own_parts: bool = False
+    has_custom_parts: bool = False
     """True if the model was trained with custom parts (see parts.py). Its tensors may differ from GPT-2's."""
 
     @classmethod
@@ -88,7 +88,7 @@ class Checkpoint:
         """
         config = self.known_config()
         try:
-            tensors = dict(self.tensors) if self.has_own_parts else fit(self.tensors, config)
+            tensors = dict(self.tensors) if self.has_custom_parts else fit(self.tensors, config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         for note in self.notes:

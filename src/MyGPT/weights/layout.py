@@ -280,11 +280,13 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
 def to_own(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return the state dict of a model with custom parts as it is saved: unchanged, but without a tied output head.
 
-    Buffers that are not floating-point numbers are left out, because the parts make them again. transformers' GPT-2 refuses
-    these matrices, which have the shape (out, in).
+    Buffers that are not floating-point numbers are left out, because the parts make them again. A weight that layers share
+    has the name of the first. transformers' GPT-2 refuses these matrices, which have the shape (out, in).
     """
     weights = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
-    return _without_tied_head(weights, config)
+    first_names = {id(tensor): name for name, tensor in reversed(weights.items())}
+    ours = _without_tied_head(weights, config)
+    return {name: tensor for name, tensor in ours.items() if first_names[id(weights[name])] == name}
 
 
 def to_gguf(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, LazyTensor]:

@@ -129,6 +129,6 @@ CHECK = Check(
         ("has a head with an induction score of at least 0.5", _scores),
     ],
     library="inside/tracing.py (induction_scores)",
-    after='See the head of a trained model: mygpt explain --model runs/demo "Alice Alice"',
+    after="Measure the heads of a model that you trained: docs/guide/inside.md shows how",
 )
 """The check of the task induction_head."""

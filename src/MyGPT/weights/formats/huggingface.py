@@ -64,7 +64,7 @@ def read(path: Path, parts: Parts | None = None) -> Checkpoint:
     weights = find_weights(directory) if index is None else _with_shards(index)
     if record is not None:
         name = f"a model directory of MyGPT with its own {' and '.join(record.names)}"
-        return Checkpoint(name, weights, config, _read_tensors(weights), has_own_parts=True)
+        return Checkpoint(name, weights, config, _read_tensors(weights), has_custom_parts=True)
     return Checkpoint.of(weights, _read_tensors(weights), config, "a model directory in Hugging Face's layout")
 
 
