@@ -6,14 +6,19 @@ import subprocess
 import sys
 
 from MyGPT import inside
-from MyGPT.inside import tracing
+from MyGPT.inside import sae, tracing
 
 
-def test_the_package_offers_every_public_name_of_tracing() -> None:
-    defined = {name for name, value in vars(tracing).items() if getattr(value, "__module__", "") == tracing.__name__}
-    assert set(inside.__all__) == {name for name in defined if not name.startswith("_")}
+def test_the_package_offers_every_public_name_of_tracing_and_sae() -> None:
+    defined = {
+        name: value
+        for module in (tracing, sae)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    assert set(inside.__all__) == {*defined} - {"check_number"}  # which the other modules of the package share
     for name in inside.__all__:
-        assert getattr(inside, name) is getattr(tracing, name)
+        assert getattr(inside, name) is defined[name]
         assert name in dir(inside)
     assert not hasattr(inside, "no_such_name")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from MyGPT.commands._options import bare_flags
 
 OPTIONAL = ("text",)
-EXPAND = bare_flags("--live", "--replay")
+EXPAND = bare_flags("--live", "--replay", "--features")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -20,6 +21,11 @@ def explain(
     live: bool = False,
     replay: bool = False,
     precision: Literal["fp16", "int8"] | None = None,
+    features: bool = False,
+    layer: int | None = None,
+    data: str | list[str] | None = None,
+    n_features: int | None = None,
+    k: int | None = None,
     adapter: str | None = None,
     out: str = "explain.html",
     device: str = "auto",
@@ -29,27 +35,43 @@ def explain(
 
     The page shows the tokens, the attention of every head, the prediction after every layer, and the most likely next tokens.
     It is one file that works without a network. With --live, the page contains the model and computes while you type.
+    With --features, the page shows what a sparse autoencoder finds in one layer: the features, and where each one fires.
     With --replay, the page shows how a run learned: its losses, its texts and its attention at each model that the run kept
     (--keep_every of mygpt train).
 
     Examples:
         mygpt explain --model runs/book "The wizard entered"
         mygpt explain --model runs/book --live "The wizard"
+        mygpt explain --model runs/book --features --layer 1
         mygpt explain runs/book --replay --out replay.html
 
     Args:
-        text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it.
+        text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it. With
+            --features, the text is optional too, at most 512 tokens, and the page shows every token of it.
             With --replay, the run, and after it optionally the text whose attention the page shows.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
+        features: Train a sparse autoencoder on one layer, and write a page that shows where each of its features fires.
+        layer: With --features, the layer, counted from 0. Default: the middle layer.
+        data: With --features, the text files on which the autoencoder is trained, or one of the names alice and
+            tinyshakespeare. Default: the text of the run, or else alice.
+        n_features: With --features, the number of features. Default: 512.
+        k: With --features, the number of features that describe each token. Default: 16.
         out: The .html file to write.
     """
     from MyGPT.commands._model import check_html_path
 
     check_html_path(out)
+    of_features = {"layer": layer, "data": data, "n_features": n_features, "k": k}
     if replay:
-        given = {"--live": live or None, "--model": model, "--precision": precision, "--adapter": adapter}
+        given: dict[str, object] = {
+            "--live": live or None,
+            "--features": features or None,
+            "--model": model,
+            "--precision": precision,
+        }
+        given |= {"--adapter": adapter, **{f"--{name}": value for name, value in of_features.items()}}
         if wrong := [option for option, value in given.items() if value is not None]:
             raise ValueError(
                 f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
@@ -57,7 +79,14 @@ def explain(
         _write_replay(text, out, device, with_)
         print(out)
         return
-    missing = [name for name, is_given in (("TEXT", text or live), ("--model", model)) if not is_given]
+    kinds = [name for name, is_chosen in (("--live", live), ("--features", features)) if is_chosen]
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds)} write different pages: choose one of them")
+    for kind, options in (("--live", {"precision": precision}), ("--features", of_features)):
+        for name, value in options.items():
+            if value is not None and kind not in kinds:
+                raise ValueError(f"--{name} is an option of {kind}, got --{name} {value} without {kind}")
+    missing = [name for name, is_given in (("TEXT", text or kinds), ("--model", model)) if not is_given]
     if model is None or missing:
         raise ValueError(f"missing {' and '.join(missing)}; for example: {_EXAMPLE} (see mygpt explain --help)")
     if live:
@@ -68,9 +97,10 @@ def explain(
                 f"--with does not apply to --live, whose page computes only GPT-2's parts; got --with {with_}"
             )
         _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
+    elif features:
+        sizes = {name: size for name, size in (("n_features", n_features), ("k", k)) if size is not None}
+        _write_features_page(" ".join(text), model, adapter, device, with_, layer, data, sizes, out)
     else:
-        if precision is not None:
-            raise ValueError(f"--precision is an option of --live, got --precision {precision} without --live")
         _write_page(text, model, adapter, out, device, with_)
     print(out)
 
@@ -110,6 +140,51 @@ def _write_live_page(
     print(f"the page has {page.n_bytes / 1e6:,.1f} MB, with {n:,} parameters in {precision}", file=sys.stderr)
     with atomic_write(out) as file:
         file.writelines(page.pieces())
+
+
+def _write_features_page(
+    text: str,
+    model: str,
+    adapter: str | None,
+    device: str,
+    parts: str | None,
+    layer: int | None,
+    data: str | list[str] | None,
+    sizes: dict[str, int],
+    out: str,
+) -> None:
+    """Train a sparse autoencoder on a layer of a model and write a page about its features.
+
+    The model has the custom parts in the file `parts` if it is not None. `sizes` may have n_features and k.
+    """
+    import torch
+
+    from MyGPT.commands._model import report_tokenizer
+    from MyGPT.data.sources import find_files, read_documents
+    from MyGPT.files import atomic_write
+    from MyGPT.inside.features import features_page
+    from MyGPT.opening import open_model
+
+    files = find_files(data or _text_of_run(Path(model)) or "alice", report=partial(print, file=sys.stderr))
+    gpt, tokenizer = open_model(model, device, adapter, parts)
+    report_tokenizer(tokenizer)
+    ids = torch.tensor(tokenizer.encode("".join(read_documents(files))))
+    passage = torch.tensor(tokenizer.encode(text)) if text else None
+    page = features_page(gpt, tokenizer, ids, layer, passage, **sizes, name=Path(model).name, progress=True)
+    with atomic_write(out) as file:
+        file.write(page)
+
+
+def _text_of_run(run: Path) -> str | list[str] | None:
+    """Return the option --data of a training run, or None if `run` is not the directory of a run of mygpt train."""
+    from MyGPT.commands._recipe import read_recipe
+    from MyGPT.commands._run import command_of_recipe
+
+    config = run / "config.yaml"
+    if not config.is_file():
+        return None
+    recipe = read_recipe(config)
+    return recipe.get("data") if command_of_recipe(recipe) == "train" else None
 
 
 def _write_replay(arguments: Sequence[str], out: str, device: str, parts: str | None) -> None:
