@@ -13,11 +13,13 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 GROUPS = {
+    "Kind of page": "live replay features",
     "Model": "model adapter with context_length emb_dim n_heads n_layers drop_rate qkv_bias tie_weights layer_norm_eps init_std "
     "activation init",
     "LoRA": "full merge frozen_dtype train_only lora lora.r lora.alpha lora.dropout lora.targets lora.dora lora.rslora",
     "Data": "data val_data test_data text file text_column label_column tokenizer tokenizer_size val_fraction max_length rows "
     "balance train_fraction test_fraction split_seed",
+    "Sparse autoencoder": "layer n_features k",
     "Prompt": "prompt template mask_prompt system memory slide",
     "Training": "max_steps epochs beta label_smoothing batch_size micro_batch_size order early_stop max_skipped_steps",
     "Optimizer": "optimizer learning_rate min_learning_rate warmup_steps schedule decay_fraction weight_decay grad_clip beta1 "
