@@ -22,6 +22,7 @@ from MyGPT import BPETokenizer, GPTConfig, GPTDataset, GPTModel, SamplingConfig,
 from MyGPT.data.sources import find_files, read_documents
 from MyGPT.finetuning.lora import LinearWithLoRA
 from MyGPT.inside import places, trace
+from MyGPT.inside.sae import collect_activations, train_autoencoder
 from MyGPT.sampling import filter_logits
 from MyGPT.serving.engine import Engine
 from MyGPT.tokenizers.chars import CharTokenizer
@@ -728,6 +729,36 @@ def checkpoints(trained: Trained) -> Picture:
     return picture
 
 
+def features(trained: Trained) -> Picture:
+    """The features of a sparse autoencoder that fire in a few words."""
+    text, place, n_features, k, n_rows = "Alice was very tired", "h.2", 256, 8, 7
+    picture = Picture(
+        "The features of a sparse autoencoder that fire most in a few words, and the characters at which they fire", 318
+    )
+    ids = trained.ids(_alice()[:80_000])[0]
+    activations = collect_activations(trained.model, ids, place)
+    autoencoder = train_autoencoder(activations[:-8000], n_features, k, steps=600)
+    with torch.no_grad():
+        held_out = activations[-8000:]
+        error = (held_out - autoencoder(held_out)).pow(2).sum() / (held_out - held_out.mean(0)).pow(2).sum()
+        strengths = autoencoder.encode(trace(trained.model, trained.ids(text))[place][0])  # (T, F)
+    rows = strengths.sum(0).topk(n_rows).indices.sort().values.tolist()
+    labels, unit, left = trained.labels(text), 18, 104
+    highest = float(strengths[:, rows].max())
+    C = trained.model.config.emb_dim
+    picture.text(20, 28, f"x ({C} numbers) ≈ center + {k} of {n_features} directions", style="bold")
+    picture.text(20, 50, f"explains {1 - error:.0%} of the variance on other text", 14, colour=GREY)
+    for t, label in enumerate(labels):
+        picture.text(left + t * unit + 9, 82, label, anchor="middle", style="mono")
+    for i, feature in enumerate(rows):
+        y = 92 + i * 28
+        picture.text(16, y + 17, f"feature {feature}", 14)
+        for t, strength in enumerate(strengths[:, feature].tolist()):
+            picture.box(left + t * unit, y, unit - 1, 24, "", _shade(strength / highest), stroke=LINE, round_=2)
+    picture.text(20, 308, "Dark: the feature fires strongly at this character.", 14, colour=GREY)
+    return picture
+
+
 LESSONS: dict[str, Callable[[], Picture]] = {
     "parameters": parameters,
     "merges": merges,
@@ -749,6 +780,7 @@ TRAINED_LESSONS: dict[str, Callable[[Trained], Picture]] = {
     "decoding": decoding,
     "training": training,
     "checkpoints": checkpoints,
+    "features": features,
 }
 """The pictures that show a trained run of the quick start."""
 

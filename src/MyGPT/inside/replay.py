@@ -235,7 +235,7 @@ def _continue(model: GPTModel, tokenizer: Any, prompt: Sequence[int], config: Tr
     """Return the prompt with its continuation by the model, sampled as the sample texts of the run are."""
     device = model.transformer.wte.weight.device
     ids = generate(
-        accelerate(model) if device.type == "cpu" else model,
+        accelerate(model) if device.type == "cpu" and model.parts is None else model,
         torch.tensor([list(prompt)], device=device),
         min(60, config.sample_tokens),
         temperature=config.sample_temperature,
