@@ -24,6 +24,7 @@ from texts import OPENAI_FILES
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 # Training commands are shortened to a few steps; all other commands run unchanged.
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()
+SHORTER = {"train": SHORT, "finetune": ["--epochs", "0.5"], "--features": ["--data", "start.txt"]}
 
 
 def write_random_gpt2(directory: Path) -> None:
@@ -45,8 +46,10 @@ def write_random_gpt2(directory: Path) -> None:
 def test_every_block_runs(
     in_tmp_path: Path, alice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(ROOT / "configs", "configs")
+    for directory in ("configs", "exercises"):
+        shutil.copytree(ROOT / directory, directory)
     Path("book.txt").write_text(alice, encoding="utf-8")
+    Path("start.txt").write_text(alice[:20000], encoding="utf-8")
     records = [
         {"instruction": f"Spell {word}.", "output": " ".join(word)} for word in alice.split()[:60] if word.isalpha()
     ]
@@ -68,9 +71,12 @@ def test_every_block_runs(
                         with urllib.request.urlopen(server.url) as page:
                             assert "<title>MyGPT" in page.read().decode()
                         assert server.stop() in (0, 1)  # 1 on Windows, where processes end without a signal
+                elif words == ["make", "demo"]:  # test_replay.py tests its other commands
+                    assert main(["train", "--config", "configs/quickstart.yaml", "--out", "runs/demo", *SHORT]) == 0
                 elif words[:1] == ["mygpt"] and words[1] not in ("doctor", "--help"):
-                    short = SHORT if words[1] == "train" else ["--epochs", "0.5"] if words[1] == "finetune" else []
-                    assert main([*words[1:], *short]) == 0, (line, capsys.readouterr().err)
+                    short = next((SHORTER[word] for word in words if word in SHORTER), [])
+                    status = int(words[1] == "check")  # the exercises are not solved
+                    assert main([*words[1:], *short]) == status, (line, capsys.readouterr().err)
                 else:
                     assert not words or words[0] in ("make", ".", "pip", "jupyter", "mygpt"), f"not run: {line}"
     assert languages == {"python", "bash"}
