@@ -149,7 +149,7 @@ def _number(value: float) -> str:
 
 
 def parameters() -> Picture:
-    """Where the parameters of a small and of a larger model are."""
+    """The distribution of the parameters over the parts of a small and of a larger model."""
     picture = Picture("The share of the parameters in the embeddings, attention and MLP of two models", 236)
     colours = {"token embedding": BLUE, "position embedding": VIOLET, "attention": ORANGE, "MLP": GREEN}
 
@@ -271,7 +271,7 @@ def block(lengths: Sequence[float] = ()) -> Picture:
 
 
 def cache() -> Picture:
-    """Which tokens a model computes in each step, with and without a cache."""
+    """The tokens that a model computes in each step, with and without a cache."""
     picture = Picture(
         "With a cache each step computes one new token; without a cache it computes all tokens again", 246
     )

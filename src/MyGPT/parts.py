@@ -259,7 +259,7 @@ def _named(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class PartsRecord:
-    """What config.json records about a model's custom parts."""
+    """The record of a model's custom parts in config.json."""
 
     names: tuple[str, ...]
     file: str | None

@@ -21,7 +21,7 @@ class Check:
     """The check of one task."""
 
     steps: Sequence[tuple[str, Callable[[Student], None]]]
-    """What each step tests, in a few words, and a function that raises Wrong at the first difference."""
+    """The steps of the check: a few words about each, and a function that raises Wrong at the first difference."""
     library: str
     """The place in this library that does the same as the exercise."""
     after: str = ""

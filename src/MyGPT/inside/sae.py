@@ -31,7 +31,7 @@ from MyGPT.progress import progress_bar
 from MyGPT.sampling import require_finite
 
 N_RESAMPLINGS = 10
-"""How often training replaces dead features. All replacements happen in the first half of the steps."""
+"""The number of times that training replaces dead features, all in the first half of the steps."""
 
 
 class SparseAutoencoder(nn.Module):
@@ -201,7 +201,7 @@ def collect_activations(
 
 @dataclass(frozen=True)
 class AutoencoderQuality(Described):
-    """How well a sparse autoencoder describes the activations of a text, and how many features it needs."""
+    """The quality of a sparse autoencoder on the activations of a text, and the number of features that it uses."""
 
     variance_explained: float
     """The fraction of the variance of the activations that the reconstruction explains: 1 is perfect, 0 is the mean."""
