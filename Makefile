@@ -58,6 +58,7 @@ docs: $(VENV)/.dev
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing MyGPT and PyTorch in $(VENV). This takes a few minutes and shows no progress."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	touch $@
 

@@ -523,7 +523,8 @@ def test_train_and_resume_on_the_command_line(in_tmp_path: Path, capsys: pytest.
     Path("recipe.yaml").write_text("with: a.py\ndata: text.txt\n")
     command = ["train", "--config", "recipe.yaml", "--out", "run", *SIZES.split()]
     assert main(command) == 0
-    assert "with attention from a.py\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "with attention from a.py\n" in out and out.endswith("try: mygpt generate --model run --with a.py\n")
     more = ["--max_steps", "6", "--allow_changed", '["max_steps"]']
     assert "read run/parts.py, a copy of it, and then resume with --with run/parts.py" in error_of(
         ["train", "--resume", "run", *more], capsys

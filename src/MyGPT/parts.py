@@ -295,7 +295,7 @@ def require_parts(record: PartsRecord, directory: Path, parts: Parts | None) -> 
     names = " and ".join(record.names)
     if parts is None:
         copy = directory / PARTS_FILE
-        code = f"read {copy}, a copy of their code, and then pass --with {quote(copy)}"
+        code = f"read the code in {copy}, and then pass --with {quote(copy)}"
         if not copy.is_file():
             code = "pass --with and the file with their code"
         raise PartsError(

@@ -148,6 +148,7 @@ HOSTILE = {
     "no function": ("attention = 3\n", "defines attention, but not as a function"),
     "arguments": ("def attention(q):\n    return q\n", "raises TypeError: attention.. takes 1 positional argument but 3 were given"),
     "exception": (ATTENTION + "    return q @ k\n", "line 3 of attention.py raises RuntimeError: "),
+    "full stop": (ATTENTION + "    raise ValueError('two sizes differ.')\n", "raises ValueError: two sizes differ$"),
     "helper": ("def half(x):\n    return x / 0\n" + ATTENTION + "    return half(1)\n", "line 2 of attention.py raises ZeroDivisionError"),
     "None": (ATTENTION + "    q + k\n", "the result is None, but a tensor is expected; likely cause: a return statement is missing"),
     "tuple": (ATTENTION + "    return q,\n", "the type tuple, .*a comma at the end of a line"),

@@ -447,6 +447,23 @@ def test_tokens_are_drawn_with_their_probabilities(browser: Any) -> None:
     assert chi_squared < 16.3  # three degrees of freedom: a fair generator exceeds this once in a thousand seeds
 
 
+# ---- The text ----
+
+
+def test_a_text_that_cannot_be_read_is_reported_and_not_continued(browser: Any, tmp_path: Path) -> None:
+    ask = open_page(browser, write_page(tmp_path, LivePage(model_of("chars"), tokenizer_of("chars"), "ab", "tiny")))
+    ask("($('text').value = 'abé', readText())")
+    assert ask("$('error').textContent").startswith(
+        "Character 'é' at position 2 is not in the vocabulary of 96 characters. The page"
+    )
+    ask("(generate(), 0)")
+    assert ask("$('text').value") == "abé" and ask("running") is None
+    ask("($('text').value = 'abc', readText())")
+    assert ask("$('error').textContent") == "" and ask("ids") == tokenizer_of("chars").encode("abc")
+    ask("(generate(), running.ended)")
+    assert ask("$('text').value").startswith("abc") and ask("ids.length") > 3
+
+
 # ---- Safety ----
 
 

@@ -193,7 +193,7 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
     for arguments, words in [
         ([], "--replay needs the directory of a run"),
         ([str(tmp_path / "nothing")], "there is no run "),
-        ([str(tmp_path / "bare")], "kept no models to replay: train with --keep_every 64"),
+        ([str(tmp_path / "bare")], "--max_steps 10 --keep_every 64 --allow_changed '[keep_every,max_steps]'"),
         ([str(tmp_path / "labels")], "is a run of mygpt classify"),
         ([str(run), "é"], "'é'"),
         ([str(run), "T"], "at least 2 tokens, got 1"),

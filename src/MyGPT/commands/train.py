@@ -140,7 +140,8 @@ def train(
         print(f"tokens in the batches of {trainer.step_number:,} steps: {', '.join(parts)}")
     if not math.isnan(loss):
         print(f"validation loss {loss:.4f} nats per token on the whole validation text (step {trainer.best_step})")
-    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}")
+    with_parts = "" if gpt.parts is None else f" --with {quote(gpt.parts.path)}"
+    print(f"model saved in {directory / 'model'}; try: mygpt generate --model {quote(directory)}{with_parts}")
 
 
 def require_custom_parts(run: Path) -> None:

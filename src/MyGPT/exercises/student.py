@@ -124,7 +124,7 @@ class Student:
         frame = self._frame(error)
         where = f"line {frame.lineno} of {self.path.name}" if frame else f"the code of {self.path.name}"
         try:
-            message = " ".join(printable(str(error)).split())
+            message = " ".join(printable(str(error)).split()).removesuffix(".")
         except Exception:  # a student's exception may have a __str__ that fails
             message = ""
         if isinstance(error, SystemExit):

@@ -72,7 +72,8 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
     if not kept:
         raise FileNotFoundError(
             f"{run} kept no models to replay: train with --keep_every 64, which keeps a model every 64 steps, or extend "
-            f"the run with --resume {quote(run)} --keep_every 64 --allow_changed keep_every,max_steps"
+            f"a run of mygpt train: mygpt train --resume {quote(run)} --max_steps {2 * config.max_steps} --keep_every 64 "
+            "--allow_changed '[keep_every,max_steps]'"
         )
     steps = _evenly_spaced(list(kept), MAX_MODELS)
     notes = (

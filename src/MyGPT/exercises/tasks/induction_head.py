@@ -29,7 +29,8 @@ def build_model() -> GPTModel:
     """Return a GPTModel with two layers that contains an induction head.
 
     You may change CONFIG, as long as the model has two layers, at least 32 tokens in the vocabulary, and a context of at least
-    16 tokens. Change weights under torch.no_grad(). The names of the parameters are those of `model.named_parameters()`.
+    16 tokens. Change weights under torch.no_grad(). `model.named_parameters()` lists their names, such as
+    transformer.wte.weight and transformer.h.0.attn.c_attn.weight, which is model.transformer.h[0].attn.c_attn.weight in Python.
     """
     raise NotImplementedError
 

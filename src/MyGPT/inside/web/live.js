@@ -31,19 +31,24 @@ const look = new Look(source, {
 
 // The text
 
-// Read the text of the field. Until the answer comes, the page shows the last one.
+// Read the text of the field. Until the answer comes, the page shows the last one. A text that the tokenizer cannot read
+// stays in the field, and the model cannot continue it.
 async function readText() {
   const now = ++version;
   try {
     const answer = await source.read($("text").value);
     if (now === version) showIds(answer.ids);
   } catch (error) {
-    if (now === version) showError(error);
+    if (now !== version) return;
+    showError(error);
+    $("error").textContent += " The page below still shows the last text that the model could read.";
+    $("go").setAttribute("aria-disabled", true);
   }
 }
 
 function showIds(newIds) {
   ids = newIds;
+  $("go").setAttribute("aria-disabled", false);
   $("error").textContent = "";
   if (ids.length) return look.read(ids);
   $("status").textContent = "Write a text: the page shows how the model reads it.";
@@ -82,6 +87,7 @@ async function refreshNext() {
 // Writing
 
 async function generate() {
+  if ($("go").getAttribute("aria-disabled") === "true") return;
   const controller = running = new AbortController(), start = [...ids], now = ++version;
   $("go").textContent = "Stop";
   $("go").classList.add("running");
