@@ -293,7 +293,7 @@ def test_models_that_a_page_cannot_hold_are_refused() -> None:
     ):
         LivePage(big, tokenizer)
     own = GPTModel(model_of("chars").config, parts={"attention": plain_attention})
-    with pytest.raises(ValueError, match="a live page computes GPT-2's own parts, but this model has attention from"):
+    with pytest.raises(ValueError, match="a live page computes only GPT-2's parts, but this model has attention from"):
         LivePage(own, tokenizer)
     model = model_of("chars")
     with torch.no_grad():
