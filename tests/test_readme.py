@@ -24,7 +24,11 @@ from texts import OPENAI_FILES
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 # Training commands are shortened to a few steps; all other commands run unchanged.
 SHORT = "--max_steps 3 --warmup_steps 1 --eval_every 2 --eval_windows 4 --sample_every 2 --sample_tokens 5".split()
-SHORTER = {"train": SHORT, "finetune": ["--epochs", "0.5"], "--features": "--data start.txt --n_features 16 --k 2".split()}
+SHORTER = {
+    "train": SHORT,
+    "finetune": ["--epochs", "0.5"],
+    "--features": "--data start.txt --n_features 16 --k 2".split(),
+}
 
 
 def write_random_gpt2(directory: Path) -> None:

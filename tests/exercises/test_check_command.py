@@ -101,7 +101,7 @@ def test_one_task_is_tested_step_by_step(in_tmp_path: Path, capsys: pytest.Captu
     )
     assert "mygpt train --with exercises/attention.py\n  Next task: exercises/block.py\n" in printed
     assert "windows.py printed:\n  \\x1b[2J" in printed and printed.count("\n  x") == 19 and "\n  …\n" in printed
-    assert "  wrong make_windows(7 ids, length=3, stride=2): argument number 1 is changed in place" in printed
+    assert "  wrong: make_windows(7 ids, length=3, stride=2): argument number 1 is changed in place" in printed
     assert printed.endswith("bpe: not started: replace `raise NotImplementedError` in exercises/bpe.py by your code\n")
     assert not list(directory.rglob("__pycache__"))
 

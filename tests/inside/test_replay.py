@@ -185,7 +185,11 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
     out = str(tmp_path / "a.html")
     assert main(["explain", "--replay", str(run), "Tom", "--out", out]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    assert (tmp_path / "a.html").read_text(encoding="utf-8") == replay_page(run, CONFIG, open_kept, "Tom")
+    page = replay_page(run, CONFIG, open_kept, "Tom")
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == page
+    assert main(["explain", "--model", str(run), "--replay", "Tom", "--out", out]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == page
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/config.yaml").write_text("max_steps: 5")
     (tmp_path / "labels").mkdir()
@@ -197,7 +201,7 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
         ([str(tmp_path / "labels")], "is a run of mygpt classify"),
         ([str(run), "é"], "'é'"),
         ([str(run), "T"], "at least 2 tokens, got 1"),
-        ([str(run), "--model", "gpt2"], "--model does not apply to --replay"),
+        (["--model", str(run), "--precision", "int8"], "--precision does not apply to --replay"),
         ([str(run), "--live"], "--live does not apply to --replay"),
     ]:
         assert main(["explain", *arguments, "--replay", "--out", str(tmp_path / "b.html")]) == 2

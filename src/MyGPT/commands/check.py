@@ -139,7 +139,7 @@ def _report(result: Result, path: Path) -> list[str]:
     if result.status == "not started":
         return [*lines, f"{result.task}: not started: replace `raise NotImplementedError` in {path} by your code"]
     if result.status == "wrong":
-        lines += [f"  wrong {printable(result.sentence)}."]
+        lines += [f"  wrong: {printable(result.sentence)}."]
         lines += [f"        {result.detail}"] if result.detail else []
         return [*lines, f"{result.task}: not solved yet"]
     return [*lines, f"{result.task}: solved", *_what_comes_next(result.task, path)]

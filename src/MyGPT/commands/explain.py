@@ -11,6 +11,7 @@ from typing import Literal
 from MyGPT.commands._options import bare_flags
 
 OPTIONAL = ("text",)
+COMMON = "text model live replay features out".split()
 EXPAND = bare_flags("--live", "--replay", "--features")
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
@@ -48,7 +49,7 @@ def explain(
     Args:
         text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it. With
             --features, the text is optional too, at most 512 tokens, and the page shows every token of it.
-            With --replay, the run, and after it optionally the text whose attention the page shows.
+            With --replay, the run, unless --model names it, and optionally the text whose attention the page shows.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
@@ -68,7 +69,6 @@ def explain(
         given: dict[str, object] = {
             "--live": live or None,
             "--features": features or None,
-            "--model": model,
             "--precision": precision,
         }
         given |= {"--adapter": adapter, **{f"--{name}": value for name, value in of_features.items()}}
@@ -76,7 +76,7 @@ def explain(
             raise ValueError(
                 f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
             )
-        _write_replay(text, out, device, with_)
+        _write_replay(text if model is None else (model, *text), out, device, with_)
         print(out)
         return
     kinds = [name for name, is_chosen in (("--live", live), ("--features", features)) if is_chosen]
