@@ -45,13 +45,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        y = self.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        # Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
+        is_causal = mask is None and (cache is None or T > 1)
+        y = self.attention(q, k, v, mask, is_causal).transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.drop_rate, self.training)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Return softmax(QKᵀ/√D + mask)V, (B, H, T, D)."""
-        # Without a mask there are no earlier tokens, or one new token, which sees the whole cache.
-        is_causal = mask is None and q.shape[2] == k.shape[2]
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Return softmax(QKᵀ/√D + mask)V, (B, H, T, D). If is_causal is True, a token sees itself and the tokens before it."""
         drop_rate = self.drop_rate if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=is_causal)
 

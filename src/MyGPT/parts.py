@@ -154,7 +154,7 @@ def _calls(calling_function: Callable[..., Tensor], parts: Parts, standard: Any)
         # Not called as a method: the function has no `self`.
         function = staticmethod(calling_function)
 
-        def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
             y = self.function(q, k, v, mask)
             parts.check_output("attention", y, q.shape)
             return y
