@@ -1,4 +1,4 @@
-"""The inputs of the checks tell the common mistakes apart: no two different causes give the same numbers."""
+"""On the inputs of the checks, no two common mistakes with different causes give the same numbers."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_measures_equal_plain_computations(model: GPTModel, ids: Tensor, autoenc
 
 @torch.no_grad()
 def test_logit_effects_are_those_of_a_small_step(model: GPTModel, autoencoder: SparseAutoencoder) -> None:
-    """Where the residual stream is long and orthogonal to a direction, the LayerNorm is nearly linear in this direction."""
+    """The LayerNorm is nearly linear in a direction that is orthogonal to a long residual stream."""
     model64 = copy.deepcopy(model).double()
     torch.manual_seed(0)
     for direction in autoencoder.directions[:3].double():

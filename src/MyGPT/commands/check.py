@@ -129,7 +129,7 @@ def _summary(results: Sequence[Result], directory: Path) -> str:
 
 
 def _report(result: Result, path: Path) -> list[str]:
-    """Return the lines about a task that was named: the steps that passed, and what comes next or the first difference."""
+    """Return the lines about one task: the passed steps, and then the next task or the first difference."""
     lines = []
     if result.printed:
         printed = result.printed.rstrip("\n").split("\n")
