@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 from MyGPT.files import read_json
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
 from MyGPT.notebooks import html_table
-from MyGPT.parts import read_record, require_parts
+from MyGPT.parts import PartsError, record_of, require_parts
 
 # Each field of GPTConfig and its key in Hugging Face's config.json. Hugging Face's three dropout rates are one field
 # here, because the released models have equal rates.
@@ -239,11 +239,15 @@ def read_config_json(path: Path, has_custom_parts: bool = False) -> GPTConfig:
     A damaged file or another kind of model raises ValueError. So does a model with custom parts (see parts.py), unless
     `has_custom_parts` is True because the caller has them.
     """
-    if not has_custom_parts and (record := read_record(path)) is not None:
-        require_parts(record, path.parent, None)
     try:
         content = read_json(path)
-        config = GPTConfig.from_dict({**content, "model_type": GPTConfig.model_type} if has_custom_parts else content)
+        if has_custom_parts:
+            content = {**content, "model_type": GPTConfig.model_type}
+        elif (record := record_of(content, path)) is not None:
+            require_parts(record, path.parent, None)
+        config = GPTConfig.from_dict(content)
+    except PartsError:
+        raise
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe a GPT-2 model: {error}") from None
     generation = path.with_name("generation_config.json")

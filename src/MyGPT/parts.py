@@ -272,9 +272,15 @@ def read_record(config_json: Path) -> PartsRecord | None:
     A damaged file counts as a model with GPT-2's parts, because reading its config reports the damage.
     """
     try:
-        content = read_json(config_json)
+        return record_of(read_json(config_json), config_json)
+    except PartsError:
+        raise
     except ValueError:
         return None
+
+
+def record_of(content: Any, config_json: Path) -> PartsRecord | None:
+    """Return the record of custom parts in `content`, which was read from the file config.json, or None if it has none."""
     if not isinstance(content, dict) or KEY not in content:
         return None
     values = content[KEY] if isinstance(content[KEY], dict) else {}
