@@ -200,10 +200,10 @@ def results_on_ranks(directory: Path) -> tuple[float, dict[str, float], dict[str
 @pytest.mark.torchrun
 @pytest.mark.slow
 def test_two_ranks_see_the_rows_and_counts_of_one(tmp_path: Path) -> None:
-    """The order of summation differs in float32, and the losses are about 7.6, whose last place is 5e-7."""
+    """The order of summation differs in float32. The losses are about 7.6, where two neighbouring numbers differ by 5e-7."""
     loss, losses, weights = results_on_ranks(tmp_path / "one")
     for other in run_on_ranks(2, results_on_ranks, tmp_path / "two"):
-        assert other[0] == pytest.approx(loss, abs=1e-6) and other[1] == pytest.approx(losses, abs=1e-6)
+        assert other[0] == pytest.approx(loss, abs=2e-6) and other[1] == pytest.approx(losses, abs=2e-6)
         assert max(np.abs(other[2][name] - weight).max() for name, weight in weights.items()) < 1e-6
     counts = [[r["tokens/code"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("one", "two")]
     assert counts[0] == counts[1] and len(counts[0]) == 3
