@@ -20,25 +20,27 @@ import psutil
 from killing import differences, leftovers, remains
 from ranks import without_coverage
 
-STEPS = 120
 OPTIONS = (
-    f"--data alice --device cpu --max_steps {STEPS} --context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --batch_size 8 "
+    "--data alice --device cpu --context_length 16 --emb_dim 16 --n_heads 2 --n_layers 2 --batch_size 8 "
     "--warmup_steps 3 --checkpoint_every 5 --eval_every 20 --eval_windows 5 --sample_every 40 --sample_tokens 6 --log_every 1 "
     "--drop_rate 0.1"
 ).split()
 
 
-def command(out: Path, n_ranks: int, n_restarts: int, parallel: str) -> list[str]:
+def command(out: Path, n_ranks: int, n_restarts: int, parallel: str, n_steps: int = 120) -> list[str]:
     """Return the command line of a run of several ranks in the directory `out`."""
     ranks = ["--nproc", str(n_ranks), "--max_restarts", str(n_restarts), "--parallel", parallel]
-    return [sys.executable, "-m", "MyGPT", "train", *OPTIONS, *ranks, "--out", str(out), "--resume", "auto"]
+    options = [*OPTIONS, "--max_steps", str(n_steps), *ranks, "--out", str(out), "--resume", "auto"]
+    return [sys.executable, "-m", "MyGPT", "train", *options]
 
 
-def run_and_kill(out: Path, n_ranks: int, n_kills: int, parallel: str, draw: random.Random) -> tuple[int, int]:
+def run_and_kill(
+    out: Path, n_ranks: int, n_kills: int, parallel: str, draw: random.Random, n_steps: int = 120
+) -> tuple[int, int]:
     """Run a training in the directory `out`, kill ranks n_kills times, and return the numbers of kills and of starts."""
     environment = {**without_coverage(), "OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "w") as log:
-        arguments = command(out, n_ranks, n_kills + 5, parallel)
+        arguments = command(out, n_ranks, n_kills + 5, parallel, n_steps)
         launcher = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
     struck, starts, known = 0, 0, set[int]()
     while launcher.poll() is None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from tiny_parallel import CONFIG
 from tiny_runs import TEXT
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
-# torchrun would wait 30 seconds for a rank that is suspended.
-ENVIRONMENT = {**without_coverage(), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+ENVIRONMENT = {**without_coverage(), "OMP_NUM_THREADS": "1"}
 
 
 def mygpt(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,19 +37,20 @@ def mygpt(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_whose_rank_is_killed_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     draw = random.Random(0)
-    run_and_kill(tmp_path / "undisturbed", 2, 0, "fsdp", draw)
-    assert run_and_kill(tmp_path / "killed", 2, 1, "fsdp", draw) == (1, 2)
+    run_and_kill(tmp_path / "undisturbed", 2, 0, "fsdp", draw, 40)
+    assert run_and_kill(tmp_path / "killed", 2, 1, "fsdp", draw, 40) == (1, 2)
     assert not differences(remains(tmp_path / "undisturbed"), remains(tmp_path / "killed"))
     assert not leftovers(tmp_path / "killed")
 
 
 def test_a_rank_that_hangs_is_named_and_a_signal_saves_a_checkpoint(tmp_path: Path) -> None:
-    arguments = [*command(tmp_path / "run", 2, 0, "ddp"), "--max_steps", "100000", "--timeout_minutes", "0.05"]
+    arguments = [*command(tmp_path / "run", 2, 0, "ddp", 100_000), "--timeout_minutes", "0.05"]
     launcher = start(arguments, tmp_path / "log")
     hung = next(rank for rank in wait_for_steps(launcher, tmp_path / "run") if rank.environ()["RANK"] == "1")
     hung.suspend()
+    wait_until(lambda: "rank 1 of 2 ended or did not respond in time" in (tmp_path / "log").read_text())
+    hung.resume()  # torchrun would wait 30 seconds for a suspended process to end
     assert launcher.wait(90) == 2
-    assert "rank 1 of 2 ended or did not respond in time" in (tmp_path / "log").read_text()
 
     launcher = start(arguments, tmp_path / "log")
     wait_for_steps(launcher, tmp_path / "run")
@@ -66,14 +67,19 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(arguments, stdout=file, stderr=file, env=ENVIRONMENT)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def wait_for_steps(launcher: subprocess.Popen[bytes], run: Path) -> list[psutil.Process]:
     """Wait until a run has logged further steps, and return the processes of its ranks."""
     log = run / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
-    end = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size > size + 500):
-        assert launcher.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: launcher.poll() is not None or (log.exists() and log.stat().st_size > size + 500))
+    assert launcher.poll() is None
     return [process for process in psutil.Process(launcher.pid).children() if "RANK" in process.environ()]
 
 
