@@ -201,7 +201,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     If the first argument is a key of `KINDS` in the command's module, such as "attention" for "plot", the function stored
     under that key is called instead.
     """
-    from MyGPT.commands._options import call, make_parser, underscored
+    from MyGPT.commands._options import call, join_repeated, make_parser, underscored
 
     module = importlib.import_module(f"MyGPT.commands.{name}")
     command = getattr(module, name)
@@ -214,7 +214,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
     expand = getattr(module, "EXPAND", None)
-    options = parser.parse_args(expand(arguments, name) if expand else arguments)
+    joined = join_repeated(arguments, parser)
+    options = parser.parse_args(expand(joined, name) if expand else joined)
     if options.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ:
         from MyGPT.commands._ranks import launch
 

@@ -14,7 +14,7 @@ import pytest
 
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import COMMANDS, main
-from MyGPT.commands._options import CommandParser, make_parser
+from MyGPT.commands._options import CommandParser, join_repeated, make_parser
 from MyGPT.commands.plot import KINDS
 
 NAMES = [*COMMANDS, *(f"plot {kind}" for kind in KINDS)]
@@ -128,6 +128,44 @@ def test_a_misspelt_path_is_suggested(in_tmp_path: Path, model: str, capsys: pyt
     assert "did you mean runs/book?" in error_of("generate --model runs/bok".split(), capsys)
     assert "did you mean story.txt?" in error_of("train --data stroy.txt".split(), capsys)
     assert "did you mean story.txt?" in error_of(f"finetune --model {model} --data stori.txt".split(), capsys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repeated_list_option_adds_to_its_list(name: str) -> None:
+    """argparse would keep only the last value. Any other option keeps it, as in argparse and click."""
+    parser = parser_of(name)
+    values = {"--format": "gguf"}
+    required = [
+        f"{option}={values.get(option, 'x')}"
+        for option in options_of(parser)
+        if parser._option_string_actions[option].required
+    ]
+    listed = ["x" for action in parser._actions if not action.option_strings]
+    for option in options_of(parser):
+        if "list[" not in str(getattr(parser._option_string_actions[option], "_typehint", "")):
+            continue
+        arguments = [*listed, *(one for one in required if not one.startswith(f"{option}=")), option, "a=1,2"]
+        once = parser.parse_args(join_repeated(arguments, parser))
+        assert once.get(option[2:]) == "a=1,2"
+        again = join_repeated([*arguments, f"{option}=[b, c]", option, "{d: 1}"], parser)
+        assert parser.parse_args(again).get(option[2:]) == ["a=1,2", "b", "c", "{d: 1}"]
+    assert join_repeated(["--out", "a", "--out", "b"], parser) == ["--out", "a", "--out", "b"]
+
+
+@pytest.mark.parametrize("texts", [["[", "]"], ["null", "# x"], ["12", "1e400"], ["true", "{}"], ["\n", "\t "], ["😀", "\x7f"],
+                                   ["\\", "\"'"], ["- a", "b: c"], ["[1, 2]", "[a"], ["*a", "&b"]])  # fmt: skip
+def test_any_text_can_be_repeated(texts: list[str]) -> None:
+    arguments = ["--model", "x", *(f"--stop={text}" for text in texts)]
+    assert parser_of("generate").parse_args(join_repeated(arguments, parser_of("generate"))).stop == texts
+
+
+def test_a_repeated_option_keeps_its_place() -> None:
+    """It overrides the file of --config if one of the options follows --config. Texts after -- are not options."""
+    parser = parser_of("explain")
+    assert join_repeated(["--data", "a", "--config", "c", "--data=b", "--", "--data", "c", "--data", "d"], parser) == [
+        "--config", "c", '--data=["a", "b"]', "--", "--data", "c", "--data", "d",
+    ]  # fmt: skip
+    assert join_repeated(["--data", "a", "--config", "c", "--data"], parser) == ["--data=a", "--config", "c", "--data"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -436,3 +474,5 @@ def test_allow_changed_names_an_option(in_tmp_path: Path, capsys: pytest.Capture
     (in_tmp_path / "run" / "config.yaml").write_text("max_steps: 2\nlearning_rate: 1.0\n")
     error = error_of("train --resume run --allow_changed lr".split(), capsys)
     assert "--allow_changed lr names no option of the run in run; did you mean learning_rate?" in error
+    error = error_of("train --resume run --allow_changed lr --allow_changed max_steps".split(), capsys)
+    assert "--allow_changed lr names no option of the run in run" in error

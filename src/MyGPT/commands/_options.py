@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from types import NoneType
 from typing import Any, Literal
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from MyGPT.commands._help import SHARED_HELP, HelpAllAction, HelpFormatter, show_options, value_name
@@ -190,6 +192,44 @@ def bare_flags(*flags: str) -> Callable[[Sequence[str], str], list[str]]:
         ]
 
     return expand
+
+
+def join_repeated(arguments: Sequence[str], parser: CommandParser) -> list[str]:
+    """Join the values of a list option that is given several times into one list.
+
+    argparse would keep only the last value. The list replaces the last of the options. Values that are lists are joined too.
+    """
+    joined: list[list[str]] = []
+    """One list per argument. For a list option: its name and all of its values."""
+    left = iter(arguments)
+    for argument in left:
+        option, equals, text = argument.partition("=")
+        value = None
+        if f"{option}+" in parser._option_string_actions:  # jsonargparse has --data+ for the list option --data
+            value = text if equals else next(left, None)
+        if value is not None:
+            before = next((one for one in joined if one[0] == option and len(one) > 1), [option])
+            joined = [*(one for one in joined if one is not before), [*before, value]]
+        else:
+            joined.append([argument])
+        if argument == "--":  # only texts follow
+            joined += [[text] for text in left]
+    return [f"{one}={_listed(values)}" if values else one for one, *values in joined]
+
+
+def _listed(values: Sequence[str]) -> str:
+    """Return a single value unchanged, and several values of a list option as one list."""
+    if len(values) == 1:
+        return values[0]
+    texts: list[str] = []
+    for value in values:
+        try:
+            several = yaml.safe_load(value) if value.startswith("[") else None
+        except (yaml.YAMLError, RecursionError):  # a text such as "["
+            several = None
+        is_list = isinstance(several, list) and all(isinstance(text, str) for text in several)
+        texts += several if is_list else [value]
+    return yaml.safe_dump(texts, default_flow_style=True, default_style='"', width=math.inf).strip()
 
 
 def underscored(argument: str, parser: CommandParser) -> str:
