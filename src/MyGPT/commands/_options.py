@@ -224,11 +224,10 @@ def _listed(values: Sequence[str]) -> str:
     texts: list[str] = []
     for value in values:
         try:
-            several = yaml.safe_load(value) if value.startswith("[") else None
+            several: Any = yaml.safe_load(value) if value.startswith("[") else [value]
         except (yaml.YAMLError, RecursionError):  # a text such as "["
-            several = None
-        is_list = isinstance(several, list) and all(isinstance(text, str) for text in several)
-        texts += several if is_list else [value]
+            several = [value]
+        texts += several if isinstance(several, list) and all(isinstance(text, str) for text in several) else [value]
     return yaml.safe_dump(texts, default_flow_style=True, default_style='"', width=math.inf).strip()
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from MyGPT.commands._memory import require_memory, step_memory
+from MyGPT.commands._memory import least_step_memory, require_memory, step_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import error_message, quote
@@ -99,10 +99,13 @@ def train(
     val_ids = {name: ids[n_train[name] :] for name, ids in sources.items()}
     torch.manual_seed(training.seed)
     config = dataclasses.replace(model, vocab_size=coder.n_vocab)
-    if run_options["device"].type == "cpu":
+    is_on_cpu, n_ranks = run_options["device"].type == "cpu", ranks.world_size()
+    if is_on_cpu and custom_parts is None:
         tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
-        require_memory(step_memory(config, training, False, "cpu", ranks.world_size()).peak + tokens)
+        require_memory(step_memory(config, training, False, "cpu", n_ranks).peak + tokens)
     gpt = GPTModel(config, custom_parts)
+    if is_on_cpu and custom_parts is not None:  # what the parts themselves store for the backward pass is not known
+        require_memory(least_step_memory(gpt.num_parameters(), training, n_ranks))
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     own = {} if with_ is None else {"with": with_}
     recipe = {**vars(text), **own, "device": run.device, **sizes, **vars(training)}
