@@ -14,7 +14,7 @@ import pytest
 
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import COMMANDS, main
-from MyGPT.commands._options import CommandParser, join_repeated, make_parser
+from MyGPT.commands._options import CommandParser, join_repeated, make_parser, texts_first
 from MyGPT.commands.plot import KINDS
 
 NAMES = [*COMMANDS, *(f"plot {kind}" for kind in KINDS)]
@@ -157,6 +157,22 @@ def test_a_repeated_list_option_adds_to_its_list(name: str) -> None:
 def test_any_text_can_be_repeated(texts: list[str]) -> None:
     arguments = ["--model", "x", *(f"--stop={text}" for text in texts)]
     assert parser_of("generate").parse_args(join_repeated(arguments, parser_of("generate"))).stop == texts
+
+
+def test_texts_may_stand_between_options() -> None:
+    """argparse would refuse the second text, and read the first one as the value of --live."""
+    parser = parser_of("explain")
+    for arguments, expected in [
+        ("--live a --k 3 b", "a b --live=true --k 3"),
+        ("a --live false -5 --k=3 - b", "a -5 - b --live=false --k=3"),
+        ("--out live --live", "--out live --live=true"),
+        ("a --live --k 3 -- --live b", "--live=true --k 3 -- a --live b"),
+        ("a --k", "a --k"),
+        ("-h a", "a -h"),
+    ]:
+        assert texts_first(arguments.split(), parser) == expected.split()
+    without_texts = ["--overwrite", "maybe", "x"]
+    assert texts_first(without_texts, parser_of("train")) == without_texts
 
 
 def test_a_repeated_option_keeps_its_place() -> None:

@@ -178,20 +178,29 @@ def make_parser(name: str, command: Command) -> CommandParser:
     return parser
 
 
-def bare_flags(*flags: str) -> Callable[[Sequence[str], str], list[str]]:
-    """Return a function for EXPAND that writes these flags as --flag=true, unless true or false follows them.
+def texts_first(arguments: Sequence[str], parser: CommandParser) -> list[str]:
+    """Move the arguments that belong to no option to the front, and write flags as --flag=true, if the command has both.
 
-    Without the function, the argument after a flag, such as a text, would be read as the flag's value.
+    argparse accepts these arguments only in one place, and would read the one after a flag, such as --live, as its value.
     """
-
-    def expand(arguments: Sequence[str], command: str) -> list[str]:
-        following = [*arguments, ""][1:]
-        return [
-            f"{one}=true" if one in flags and after.lower() not in ("true", "false") else one
-            for one, after in zip(arguments, following, strict=True)
-        ]
-
-    return expand
+    if all(action.option_strings for action in parser._actions):
+        return list(arguments)
+    texts, options, left = list[str](), list[str](), list(reversed(arguments))
+    while left:
+        argument = left.pop()
+        action: Any = parser._option_string_actions.get(argument)
+        if argument == "--":  # only texts follow
+            return [*options, argument, *texts, *reversed(left)]
+        if action is None and not argument.startswith("--"):
+            texts.append(argument)
+        elif getattr(action, "_typehint", None) is bool:
+            is_given = left and left[-1].lower() in ("true", "false")
+            options.append(f"{argument}={left.pop() if is_given else 'true'}")
+        else:
+            options.append(argument)
+            if action is not None and action.nargs is None:
+                options += [left.pop()] if left else []
+    return [*texts, *options]
 
 
 def join_repeated(arguments: Sequence[str], parser: CommandParser) -> list[str]:
