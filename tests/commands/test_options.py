@@ -378,6 +378,20 @@ def test_sample_to_end_without_an_end_token_is_reported(in_tmp_path: Path, capsy
     assert "sample_to_end has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("options", "is_said"), [("", True), ("--tokenizer chars", False), ("--tokenizer bpe", False),
+                                                  ("--config run/config.yaml", False)])  # fmt: skip
+def test_a_missing_end_token_is_said_to_those_who_did_not_choose_it(
+    options: str, is_said: bool, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe of the quick start names the tokenizer, and so does the recipe that a run stores."""
+    (in_tmp_path / "text.txt").write_text("abc " * 100)
+    if "config" in options:
+        assert main(["train", "--data", "text.txt", "--out", "run", *RUN]) == 0
+        capsys.readouterr()
+    assert main(["train", *options.split(), "--data", "text.txt", "--out", "other", *RUN]) == 0
+    assert ("which mygpt finetune and dpo need" in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_ctrl_c_prints_a_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
