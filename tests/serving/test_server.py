@@ -421,6 +421,27 @@ def test_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "mygpt serve: mygpt serve needs no_such_package: pip install 'mygpt[serve]'\n"
 
 
+def test_models_have_names(tmp_path: Path) -> None:
+    run, file = tmp_path / "book", tmp_path / "ckpt.v2.pt"
+    run.mkdir()
+    file.touch()
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    with contextlib.chdir(run):
+        here = serve.list_models(["."])
+    assert here == {"book": "."}
+    given = [f"{run}/", str(file), "gpt2", "hf://user/tiny", f"other={run}", "tiny2=hf://user/tiny"]
+    names = serve.list_models(given)
+    assert names == dict(
+        zip(
+            ["book", "ckpt.v2", "gpt2", "tiny", "other", "tiny2"], [*given[:4], str(run), "hf://user/tiny"], strict=True
+        )
+    )
+    with pytest.raises(ValueError, match="a model needs a name"):
+        serve.list_models([str(odd)])
+    assert serve.list_models([f"x={odd}"]) == {"x": str(odd)}
+
+
 @pytest.mark.slow
 def test_slots_that_never_fit_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny_model(tmp_path / "tiny")
