@@ -41,7 +41,7 @@ PROGRAMS = {
     "(q @ k.mT).masked_fill(torch.ones(4, 4) == 0, 0)": "the shapes (2, 3, 5, 5) and (4, 4) do not fit: from the right, size number 1",
     "torch.where(torch.ones(7, 1) == 0, q, 0)": "the shapes (7, 1) and (2, 3, 5, 4) do not fit: from the right, size number 2 is 7 and 5",
     "q.expand(2, 3, 5, 8)": "a tensor of the shape (2, 3, 5, 4) does not fit into the shape (2, 3, 5, 8): from the right, size number 1",
-    "torch.zeros(2, 4).copy_(q[0])": "; the shapes are (2, 4) and (3, 5, 4)",
+    "torch.zeros(2, 4).copy_(q[0])": "the shapes (2, 4) and (3, 5, 4) do not fit: from the right, size number 2 is 2 and 5",
     "q.softmax(dim=4)": "dim=4 does not exist in a tensor of the shape (2, 3, 5, 4), where dim is from -4 to 3",
     "q.transpose(1, -5)": "dim=-5 does not exist in a tensor of the shape (2, 3, 5, 4), where dim is from -4 to 3",
     "q[:, :, 7]": "index 7 is out of bounds for dimension 2 with size 5; the shape is (2, 3, 5, 4)",
