@@ -262,7 +262,10 @@ def test_runs_of_finetune_and_dpo_are_replayed_with_a_question(
     (tmp_path / "base").rename(tmp_path / "moved")
     if is_adapter:
         assert main(["explain", str(run), "Say owl.", "--replay", "--out", out]) == 2
-        assert f"is an adapter of {tmp_path / 'base'}, which is not on this machine: move" in capsys.readouterr().err
+        assert (
+            f"is an adapter of {tmp_path / 'base'}, which is not on this machine: put it back there"
+            in capsys.readouterr().err
+        )
 
 
 def test_runs_with_custom_parts_are_replayed_with_their_file(
