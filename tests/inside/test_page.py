@@ -155,7 +155,7 @@ def test_every_page_takes_the_model_as_an_option_or_as_the_first_argument(
         forms += [["--model", str(tmp_path / "model"), *given], [str(tmp_path / "model"), *given]]
     pages = []
     for form in forms:
-        assert main(["explain", *form, "--out", str(tmp_path / "a.html")]) == 0, capsys.readouterr().err
+        assert main(["explain", "--out", str(tmp_path / "a.html"), *form]) == 0, capsys.readouterr().err
         pages.append((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert len({*pages[:5]}) == 1
     assert not given or pages[5] == pages[6] != pages[0]
