@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,8 @@ def explain(
     Args:
         text: The model, unless --model names it, and the text in quotes, at most 128 tokens. With --live, the text is optional,
             and the page starts with it. With --features, the text is optional too, at most 512 tokens, and the page shows every
-            token of it. With --replay, the model is a run, and the page shows the attention in the text, which is optional.
+            token of it. With --replay, the model is a run, and the page shows the attention in the text, which is optional;
+            for a run of mygpt finetune or mygpt dpo, it is a question to the models.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
@@ -216,9 +218,10 @@ def _write_replay(model: str | None, text: str, out: str, device: str, parts: st
     from MyGPT.commands._run import command_of_recipe
     from MyGPT.files import atomic_write
     from MyGPT.inside.replay import replay_page
-    from MyGPT.messages import near_path
+    from MyGPT.messages import near_path, quote
     from MyGPT.opening import open_model
     from MyGPT.training.config import TrainConfig
+    from MyGPT.training.names import HISTORY, by_step
 
     if model is None:
         raise ValueError("--replay needs the directory of a run, as in mygpt explain RUN --replay")
@@ -226,13 +229,30 @@ def _write_replay(model: str | None, text: str, out: str, device: str, parts: st
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"there is no run {run}{near_path(run) or ': it has no config.yaml'}")
     recipe = read_recipe(run / "config.yaml")
-    if command_of_recipe(recipe) == "classify":
+    command, config = command_of_recipe(recipe), TrainConfig(**fields_of(TrainConfig, recipe))
+    if command == "classify":
         raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
-    page = replay_page(
-        run,
-        TrainConfig(**fields_of(TrainConfig, recipe)),
-        lambda path: open_model(path, device, parts=parts),
-        text or None,
-    )
+    kept = [*by_step(run / HISTORY).values()]
+    if command != "train" and kept:
+        if not text:
+            example = f"mygpt explain {quote(run)} QUESTION --replay"
+            raise ValueError(f"{run} is a run of mygpt {command}: give a question for its models, as in {example}")
+        config = replace(config, sample_prompt=_prompt_for(kept[0], text))
+    page = replay_page(run, config, lambda path: open_model(path, device, parts=parts), text or None)
     with atomic_write(out) as file:
         file.write(page)
+
+
+def _prompt_for(model: Path, question: str) -> str:
+    """Return the prompt that asks a fine-tuned model a question. `model` is its directory, or that of its adapter."""
+    from MyGPT.finetuning.foreign_adapters import base_of_adapter
+    from MyGPT.opening import find_model_files
+
+    try:
+        template = find_model_files(model).template()
+    except FileNotFoundError:
+        base = base_of_adapter(model)
+        raise FileNotFoundError(
+            f"{model} is an adapter of {base}, which is not on this machine: put it back there, or download it if that is a name"
+        ) from None
+    return question if template is None else template.prompt(template.question(question))
