@@ -90,7 +90,7 @@ def explanation(call: Callable[[], Tensor]) -> str | None:
 
 
 def test_the_advice_is_right_for_random_shapes() -> None:
-    """Where the explanation says that a dimension or an exchange would fit, torch accepts it."""
+    """Torch accepts each dimension or exchange that the explanation proposes."""
     generator = torch.Generator().manual_seed(0)
 
     def shape(n: int) -> list[int]:
