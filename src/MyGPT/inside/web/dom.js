@@ -36,13 +36,16 @@ function change(node, properties) {
   for (const name in properties) if (node[name] !== properties[name]) node[name] = properties[name];
 }
 
+// Write the text of a node that contains nothing else. An old text node is changed, which is faster than a new one.
 function setText(node, text) {
-  change(node, { textContent: String(text) });
+  if (node.firstChild) change(node.firstChild, { data: String(text) });
+  else node.textContent = text;
 }
 
 // Write the label of a token. Only a long one can be cut off, because the browser needs more time for labels that can.
 function setLabel(node, label) {
-  change(node, { textContent: label, className: label.length > 7 ? "mono long" : "mono" });
+  setText(node, label);
+  change(node, { className: label.length > 7 ? "mono long" : "mono" });
 }
 
 // Colour a node that shows a weight or a probability.
