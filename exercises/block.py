@@ -1,9 +1,9 @@
 """Exercise 4: a transformer block. Write `Block.forward`.
 
-GPT-2 is a stack of equal blocks. The vectors of the tokens flow through all of them; this is the residual stream. A block adds
-to the stream twice: first the output of attention, which moves information between tokens, then the output of an MLP, which
-works on each token separately. Both read a normalised copy of the stream (pre-LN). Because the block only adds, gradients
-reach the first block without loss, which makes deep models trainable.
+GPT-2 is a stack of blocks of the same structure. The vectors of the tokens flow through all of them; this is the residual
+stream. A block adds to the stream twice: first the output of attention, which moves information between tokens, then the
+output of an MLP, which works on each token separately. Both read a normalised copy of the stream (pre-LN). Because a block
+only adds, gradients flow back along the stream unchanged, which makes deep models trainable.
 
 Example of the splitting into heads: C = 4 and H = 2, so D = 2. If the query of a token is [1, 2, 3, 4], head 0 gets [1, 2] and
 head 1 gets [3, 4]. After attention, the outputs of the heads are put side by side again in the same order.

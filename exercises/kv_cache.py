@@ -1,8 +1,8 @@
 """Exercise 7: the key-value cache. Write `KVCache.append` and `forward_cached`.
 
 A model generates one token at a time. Without a cache, every step would compute the keys and values of all earlier tokens
-again. But causal attention never changes them: they depend on earlier tokens only. So they are stored, and each step computes
-the new token alone. Its query still attends to all stored keys. Every fast generator works in this way.
+again. But these never change, because causal attention makes them independent of later tokens. So they are stored, and each
+step computes the new token alone. Its query still attends to all stored keys. Every fast generator works in this way.
 
 Example: a sequence has the ids [5, 3, 8], and its keys and values are in the cache, so cache.length is 3. The next call gets
 the ids [[4]]. This token has position 3, not 0. It adds one key and one value, attends to all four, and the length becomes 4.
@@ -89,5 +89,6 @@ if __name__ == "__main__":
 
 # Hint. `append` is two calls of torch.cat along the dimension of the tokens, and both results must be stored. Start
 # `forward_cached` as a copy of `OneLayerModel.forward` and change three things: the positions start at cache.length (read it
-# before append), k and v come back from append, and the mask has T rows and S columns. Row 0 is token number S - T, so use
-# torch.ones(T, S, dtype=torch.bool).tril(S - T). Do not use is_causal=True: it aligns the mask with the first key.
+# before append), k and v come back from append, and the mask has T rows and S columns, where S now counts the new tokens too.
+# Row 0 is token number S - T, so use torch.ones(T, S, dtype=torch.bool).tril(S - T). Do not use is_causal=True: it aligns the
+# mask with the first key.

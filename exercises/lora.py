@@ -3,7 +3,7 @@
 Fine-tuning all weights of a large model needs much memory. LoRA leaves each weight matrix as it is and trains a correction
 that is the product of two thin matrices: A (in, rank) and B (rank, out). With 768 inputs, 768 outputs and rank 8, the matrix
 has 589,824 weights and the correction only 12,288. A starts random and B starts at zero, so the layer computes the same as
-before when training begins. The factor alpha / rank keeps the size of the correction alike for different ranks.
+before when training begins. The factor alpha / rank keeps the size of the correction similar for different ranks.
 
 Example: the input is x = [1, 2], rank is 1, alpha is 3, A = [[1], [1]] and B = [[10, 20]].
     x A = [3], and (x A) B = [30, 60]. The factor is 3 / 1, so [90, 180] is added to the output of the frozen layer.

@@ -1,13 +1,13 @@
 """Exercise 2: windows. Cut a text of token ids into training examples. Write `make_windows`.
 
 A language model learns to predict the next token. A training example is a window: `length` ids as the input, and the ids one
-position later as the targets. At every position the target is the token that follows the input. One window of 1,024 tokens
+position later as the targets. The target at each position is the token that follows in the text. One window of 1,024 tokens
 therefore gives 1,024 predictions to learn from, all computed in one forward pass.
 
 Example: ids = [10, 11, 12, 13, 14, 15, 16], length = 3 and stride = 2 give two windows:
     inputs  [[10, 11, 12], [12, 13, 14]]
     targets [[11, 12, 13], [13, 14, 15]]
-A third window would start at 14. Its targets would need an id after 16, which does not exist.
+A third window would start at id 14. Its targets would need an id after 16, which does not exist.
 
 Check your work with `mygpt check windows`. A hint is at the end of this file.
 """

@@ -29,3 +29,12 @@ def test_configs_contains_the_recipes() -> None:
 def test_a_recipe_trains(config: Path, tmp_path: Path) -> None:
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), *SMALL.split()]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_the_quick_start_begins_without_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A newcomer once read, before the first step, that a token was missing."""
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    assert main(["train", "--config", quickstart, "--out", str(tmp_path / "run"), *SMALL.split()]) == 0
+    captured = capsys.readouterr()
+    assert "training and" in captured.out.splitlines()[0]
+    assert "<|" not in captured.out + captured.err

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from MyGPT import GPT2_CONFIGS, GPTConfig, GPTModel
 from MyGPT.cli import main
+from MyGPT.commands._findings import find_recipe
 from MyGPT.costs import cache_bytes, generation_bytes, parameters_by_part, training_memory
 from places import ROOT
 
@@ -174,6 +175,20 @@ def test_info_reads_a_recipe_as_train_would(tmp_path: Path, capsys: pytest.Captu
     recipe.write_text("batch_size: [\n")
     assert main(["info", str(recipe)]) == 2
     assert "is not YAML" in capsys.readouterr().err
+
+
+def test_custom_parts_of_a_recipe_are_not_run_and_not_counted(tmp_path: Path, capsys: Any) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: alice\nmax_steps: 9\n")
+    assert main(["info", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert "GPT-2's parts" not in printed
+    recipe.write_text("data: alice\nmax_steps: 9\nwith: no_such_file.py\n")
+    assert main(["info", str(recipe)]) == 0
+    row = "  with                         no_such_file.py is not run, so all numbers are those of GPT-2's parts\n"
+    assert capsys.readouterr().out.replace(row, "", 1) == printed
+    found = find_recipe(recipe, torch.device("cpu"), 1e9).text
+    assert found.endswith(" GB with GPT-2's parts (no_such_file.py is not run)")
 
 
 def test_info_shows_the_rank_with_most_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

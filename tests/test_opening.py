@@ -292,7 +292,7 @@ def test_every_format_is_tried_and_describes_itself(tmp_path: Path, model: GPTMo
     shutil.copy(tmp_path / "model/model.safetensors", tmp_path)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     found = [open_checkpoint(path).format for path in (OPENAI, tmp_path / "model", tmp_path / "model.safetensors")]
-    write_gguf(tmp_path / "model.gguf", model.config, model.state_dict(), None)
+    write_gguf(model, tmp_path / "model.gguf", None)
     write_llmc(tmp_path / "model.bin", model, torch.float32)
     found += [open_checkpoint(tmp_path / name).format for name in ("model.pth", "model.gguf", "model.bin")]
     assert len(found) == len(set(found)) == len(FORMATS)

@@ -34,6 +34,7 @@ from MyGPT import (
 from MyGPT.acceleration.captured import CapturedModel
 from MyGPT.cli import main
 from MyGPT.ecosystem.onnx import write_onnx
+from MyGPT.ecosystem.transformers import GPTForCausalLM
 from MyGPT.finetuning.classification import GPTForClassification
 from MyGPT.finetuning.lora import add_lora, merge
 from MyGPT.inside.live import LivePage
@@ -44,6 +45,7 @@ from MyGPT.parts import PARTS_FILE, PartsError, check_parts, load_parts
 from MyGPT.sampling import SamplingConfig
 from MyGPT.serving.engine import Engine
 from MyGPT.weights.formats import open_checkpoint
+from MyGPT.weights.formats.gguf import write_gguf
 from test_cli import error_of
 
 CONFIG = GPTConfig(vocab_size=27, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, init_std=0.1)
@@ -620,6 +622,8 @@ def test_rounded_precision_and_other_programs_are_refused(
         lambda: CapturedModel(model),
         lambda: GPTForClassification(model, ["a", "b"]),
         lambda: as_transformers(model),
+        lambda: GPTForCausalLM(model),
+        lambda: write_gguf(model, "a.gguf", None),
         lambda: write_onnx(model, "a.onnx"),
         lambda: walk_data(model, TOKENIZER, IDS[None, :5], 0, 0, 0),
         lambda: LivePage(model, TOKENIZER),

@@ -152,7 +152,8 @@ def draw_serve(run: Path) -> None:
                 do(f"story().host.children[{token}].click()")
                 do(f"$('popover-list').children[{alternative}].firstChild.click()")
 
-            do("for (const [id, value] of [['max_tokens', 40], ['seed', 42], ['temperature', 0.7], ['top_k', 40]]) "
+            settings = "[['max_tokens', 40], ['seed', 42], ['temperature', 0.8], ['top_k', 40], ['top_p', 1]]"
+            do(f"for (const [id, value] of {settings}) "
                "{ $(id).value = value; $(id).dispatchEvent(new Event('input')); } $('keep-seed').checked = true")  # fmt: skip
             do(f"$('text').value = {WRITTEN!r}; $('go').click()")
             choose(14, 1)

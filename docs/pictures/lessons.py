@@ -21,8 +21,7 @@ import yaml
 from MyGPT import BPETokenizer, GPTConfig, GPTDataset, GPTModel, SamplingConfig, TrainConfig, generate, load_tokenizer
 from MyGPT.data.sources import find_files, read_documents
 from MyGPT.finetuning.lora import LinearWithLoRA
-from MyGPT.inside import places, trace
-from MyGPT.inside.sae import collect_activations, train_autoencoder
+from MyGPT.inside import collect_activations, places, trace, train_autoencoder
 from MyGPT.sampling import filter_logits
 from MyGPT.serving.engine import Engine
 from MyGPT.tokenizers.chars import CharTokenizer

@@ -201,7 +201,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     If the first argument is a key of `KINDS` in the command's module, such as "attention" for "plot", the function stored
     under that key is called instead.
     """
-    from MyGPT.commands._options import call, make_parser, underscored
+    from MyGPT.commands._options import call, join_repeated, make_parser, texts_first, underscored
 
     module = importlib.import_module(f"MyGPT.commands.{name}")
     command = getattr(module, name)
@@ -214,7 +214,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     arguments = [underscored(argument, parser) for argument in arguments]
     parser.refuse_unknown(arguments)
     expand = getattr(module, "EXPAND", None)
-    options = parser.parse_args(expand(arguments, name) if expand else arguments)
+    given = join_repeated(texts_first(arguments, parser), parser)
+    options = parser.parse_args(expand(given, name) if expand else given)
     if options.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ:
         from MyGPT.commands._ranks import launch
 

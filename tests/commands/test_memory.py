@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,36 @@ def test_a_run_without_memory_keeps_its_directory_usable(
         )
         == 0
     )
+
+
+MLP = """
+from torch import nn
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.emb_dim, WIDTH)
+        self.c_proj = nn.Linear(WIDTH, config.emb_dim)
+
+    def forward(self, x):
+        return self.c_proj(self.c_fc(x).relu())
+"""
+
+
+@pytest.mark.parametrize("width", [1, 4000])
+def test_the_weights_of_custom_parts_are_counted(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Training with GPT-2's MLP needs more than 1 MB. With the narrow MLP it needs less, and with the wide one more."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # 1,000 pages of 1,000 bytes
+    (tmp_path / "text.txt").write_text("abcdefgh " * 100)
+    (tmp_path / "own.py").write_text(MLP.replace("WIDTH", str(width)))
+    sizes = "--context_length 8 --emb_dim 40 --n_heads 1 --n_layers 2 --max_steps 1 --sample_every 0 --warmup_steps 0"
+    command = ["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), *sizes.split()]
+    assert main(command) == 2
+    capsys.readouterr()
+    assert main([*command, "--with", str(tmp_path / "own.py")]) == (0 if width == 1 else 2)
+    if width > 1:  # weights, gradients and two moments of 2 layers with 2 matrices
+        needed = re.search(r"\(([\d.]+) GB are needed", capsys.readouterr().err)
+        assert needed and float(needed[1]) * 1e9 == pytest.approx(4 * 4 * 2 * 2 * 40 * width, rel=0.05)

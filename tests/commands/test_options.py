@@ -14,7 +14,7 @@ import pytest
 
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import COMMANDS, main
-from MyGPT.commands._options import CommandParser, make_parser
+from MyGPT.commands._options import CommandParser, join_repeated, make_parser, texts_first
 from MyGPT.commands.plot import KINDS
 
 NAMES = [*COMMANDS, *(f"plot {kind}" for kind in KINDS)]
@@ -128,6 +128,60 @@ def test_a_misspelt_path_is_suggested(in_tmp_path: Path, model: str, capsys: pyt
     assert "did you mean runs/book?" in error_of("generate --model runs/bok".split(), capsys)
     assert "did you mean story.txt?" in error_of("train --data stroy.txt".split(), capsys)
     assert "did you mean story.txt?" in error_of(f"finetune --model {model} --data stori.txt".split(), capsys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repeated_list_option_adds_to_its_list(name: str) -> None:
+    """argparse would keep only the last value. Any other option keeps it, as in argparse and click."""
+    parser = parser_of(name)
+    values = {"--format": "gguf"}
+    required = [
+        f"{option}={values.get(option, 'x')}"
+        for option in options_of(parser)
+        if parser._option_string_actions[option].required
+    ]
+    listed = ["x" for action in parser._actions if not action.option_strings]
+    for option in options_of(parser):
+        if "list[" not in str(getattr(parser._option_string_actions[option], "_typehint", "")):
+            continue
+        arguments = [*listed, *(one for one in required if not one.startswith(f"{option}=")), option, "a=1,2"]
+        once = parser.parse_args(join_repeated(arguments, parser))
+        assert once.get(option[2:]) == "a=1,2"
+        again = join_repeated([*arguments, f"{option}=[b, c]", option, "{d: 1}"], parser)
+        assert parser.parse_args(again).get(option[2:]) == ["a=1,2", "b", "c", "{d: 1}"]
+    assert join_repeated(["--out", "a", "--out", "b"], parser) == ["--out", "a", "--out", "b"]
+
+
+@pytest.mark.parametrize("texts", [["[", "]"], ["null", "# x"], ["12", "1e400"], ["true", "{}"], ["\n", "\t "], ["😀", "\x7f"],
+                                   ["\\", "\"'"], ["- a", "b: c"], ["[1, 2]", "[a"], ["*a", "&b"]])  # fmt: skip
+def test_any_text_can_be_repeated(texts: list[str]) -> None:
+    arguments = ["--model", "x", *(f"--stop={text}" for text in texts)]
+    assert parser_of("generate").parse_args(join_repeated(arguments, parser_of("generate"))).stop == texts
+
+
+def test_texts_may_stand_between_options() -> None:
+    """argparse would refuse the second text, and read the first one as the value of --live."""
+    parser = parser_of("explain")
+    for arguments, expected in [
+        ("--live a --k 3 b", "a b --live=true --k 3"),
+        ("a --live false -5 --k=3 - b", "a -5 - b --live=false --k=3"),
+        ("--out live --live", "--out live --live=true"),
+        ("a --live --k 3 -- --live b", "--live=true --k 3 -- a --live b"),
+        ("a --k", "a --k"),
+        ("-h a", "a -h"),
+    ]:
+        assert texts_first(arguments.split(), parser) == expected.split()
+    without_texts = ["--overwrite", "maybe", "x"]
+    assert texts_first(without_texts, parser_of("train")) == without_texts
+
+
+def test_a_repeated_option_keeps_its_place() -> None:
+    """It overrides the file of --config if one of the options follows --config. Texts after -- are not options."""
+    parser = parser_of("explain")
+    assert join_repeated(["--data", "a", "--config", "c", "--data=b", "--", "--data", "c", "--data", "d"], parser) == [
+        "--config", "c", '--data=["a", "b"]', "--", "--data", "c", "--data", "d",
+    ]  # fmt: skip
+    assert join_repeated(["--data", "a", "--config", "c", "--data"], parser) == ["--data=a", "--config", "c", "--data"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -324,6 +378,20 @@ def test_sample_to_end_without_an_end_token_is_reported(in_tmp_path: Path, capsy
     assert "sample_to_end has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("options", "is_said"), [("", True), ("--tokenizer chars", False), ("--tokenizer bpe", False),
+                                                  ("--config run/config.yaml", False)])  # fmt: skip
+def test_a_missing_end_token_is_said_to_those_who_did_not_choose_it(
+    options: str, is_said: bool, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe of the quick start names the tokenizer, and so does the recipe that a run stores."""
+    (in_tmp_path / "text.txt").write_text("abc " * 100)
+    if "config" in options:
+        assert main(["train", "--data", "text.txt", "--out", "run", *RUN]) == 0
+        capsys.readouterr()
+    assert main(["train", *options.split(), "--data", "text.txt", "--out", "other", *RUN]) == 0
+    assert ("which mygpt finetune and dpo need" in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_ctrl_c_prints_a_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -436,3 +504,5 @@ def test_allow_changed_names_an_option(in_tmp_path: Path, capsys: pytest.Capture
     (in_tmp_path / "run" / "config.yaml").write_text("max_steps: 2\nlearning_rate: 1.0\n")
     error = error_of("train --resume run --allow_changed lr".split(), capsys)
     assert "--allow_changed lr names no option of the run in run; did you mean learning_rate?" in error
+    error = error_of("train --resume run --allow_changed lr --allow_changed max_steps".split(), capsys)
+    assert "--allow_changed lr names no option of the run in run" in error

@@ -106,7 +106,7 @@ ATTENTION = [
     (WEIGHTS, "    weights = scores.masked_fill(~mask, 0)", "the softmax is missing"),
     ("weights @ v", "weights", "the attention weights are returned"),
     ("weights @ v", "weights @ k", "the keys are used in place of the values"),
-    ("weights @ v", "(weights @ v).transpose(1, 2)", "the heads are moved behind the tokens"),
+    ("weights @ v", "(weights @ v).transpose(1, 2)", "dimensions of heads and tokens are exchanged"),
     ("weights @ v", "(weights @ v).transpose(1, 2).reshape(q.shape[0], T, -1)", "side by side"),
     ("q @ k.transpose(-2, -1)", "(q @ k.transpose(-2, -1) if T != S else k @ q.transpose(-2, -1))", "q and k are exchanged"),
     ("    if mask is None:", "    if True:", "ignored, and the causal mask is used"),

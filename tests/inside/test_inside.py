@@ -6,16 +6,17 @@ import subprocess
 import sys
 
 from MyGPT import inside
-from MyGPT.inside import sae, tracing
+from MyGPT.inside import features, sae, tracing
 
 
-def test_the_package_offers_every_public_name_of_tracing_and_sae() -> None:
+def test_the_package_offers_every_public_name_of_tracing_and_sae_and_the_measures() -> None:
     defined = {
         name: value
         for module in (tracing, sae)
         for name, value in vars(module).items()
         if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
     }
+    defined |= {name: getattr(features, name) for name in ("AutoencoderQuality", "measure_autoencoder")}
     assert set(inside.__all__) == {*defined} - {"check_number"}  # which the other modules of the package share
     for name in inside.__all__:
         assert getattr(inside, name) is defined[name]

@@ -21,6 +21,7 @@ from conftest import lively_model
 from MyGPT import CharTokenizer, GPTConfig, GPTModel
 from MyGPT.cli import main
 from MyGPT.inside.page import MAX_TOKENS, explain_page, page_data
+from MyGPT.inside.sae import train_autoencoder
 from oracles_model import transformers_twin
 
 TOKENIZER = CharTokenizer([*(chr(32 + i) for i in range(95)), "\n", "\u2028"])
@@ -135,6 +136,93 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
         errors = capsys.readouterr().err
         assert words in errors and len(errors.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "model"]
+
+
+@pytest.mark.parametrize("options", ["", "--live", "--features --layer 0 --n_features 8 --k 2 --data {0}/text.txt"])
+def test_every_page_takes_the_model_as_an_option_or_as_the_first_argument(
+    options: str, model: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tests/inside/test_replay.py has the same test of --replay."""
+    few_steps = lambda *values, **options: train_autoencoder(*values, **{**options, "steps": 2})  # noqa: E731
+    monkeypatch.setattr("MyGPT.inside.features.train_autoencoder", few_steps)
+    model.save_pretrained(tmp_path / "model", TOKENIZER)
+    (tmp_path / "text.txt").write_text("The Cat" * 300)
+    given = options.format(tmp_path).split()
+    forms = [["--model", str(tmp_path / "model"), "The Cat", *given], [str(tmp_path / "model"), "The Cat", *given],
+             [*given, str(tmp_path / "model"), "The Cat"], [str(tmp_path / "model"), *given, "The Cat"],
+             [*given, str(tmp_path / "model"), "--", "The Cat"]]  # fmt: skip
+    if given:  # the text is optional
+        forms += [["--model", str(tmp_path / "model"), *given], [str(tmp_path / "model"), *given]]
+    pages = []
+    for form in forms:
+        assert main(["explain", "--out", str(tmp_path / "a.html"), *form]) == 0, capsys.readouterr().err
+        pages.append((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert len({*pages[:5]}) == 1
+    assert not given or pages[5] == pages[6] != pages[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("{0}", "missing TEXT; for example: mygpt explain --model runs/book"),
+        ("text", "missing --model; for example: mygpt explain --model runs/book"),
+        ("--live", "missing --model; for example"),
+        ("--replay", "--replay needs the directory of a run, as in mygpt explain RUN --replay"),
+        ("nowhere text", "no model at nowhere"),
+        ("nowhere --live", "no model at nowhere"),
+        ("nowhere --replay", "there is no run nowhere"),
+    ],
+)
+def test_a_missing_model_or_text_is_named(
+    arguments: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", *arguments.format(tmp_path).split(), "--out", str(tmp_path / "a.html")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"mygpt explain: {error}") and errors.count("\n") == 1
+
+
+KINDS_OF_PAGE = {"": {"adapter", "device", "with"}, "--live": {"precision", "adapter"},
+                 "--features": {"layer", "data", "n_features", "k", "adapter", "device", "with"},
+                 "--replay": {"device", "with"}}  # fmt: skip
+"""The options of each kind of page."""
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PAGE)
+def test_every_option_that_does_not_apply_is_refused_before_the_model_is_opened(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        "precision": "int8",
+        "layer": 1,
+        "data": "alice",
+        "n_features": 3,
+        "k": 2,
+        "adapter": "x",
+        "device": "cpu",
+        "with": "x",
+    }
+    assert {*values} == {*set().union(*KINDS_OF_PAGE.values())}
+    for name, value in values.items():
+        command = [
+            "explain",
+            *kind.split(),
+            "nowhere",
+            "text",
+            f"--{name}",
+            str(value),
+            "--out",
+            str(tmp_path / "a.html"),
+        ]
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        is_refused = f"--{name} does not apply to {kind}" in error or f"--{name} is an option of --" in error
+        assert is_refused == (name not in KINDS_OF_PAGE[kind]), error
+    for other in KINDS_OF_PAGE:
+        if other not in ("", kind) and kind:
+            assert main(["explain", "nowhere", kind, other]) == 2
+            error = capsys.readouterr().err
+            assert "write different pages: choose one of them" in error or "does not apply to --replay" in error
 
 
 PIXELS = """

@@ -6,17 +6,20 @@ import base64
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from browser import open_browser
-from MyGPT import CharTokenizer, GPTModel, TrainConfig, Trainer, open_model
+from conftest import lively_model
+from MyGPT import BPETokenizer, CharTokenizer, GPTConfig, GPTModel, TrainConfig, Trainer, open_model
 from MyGPT.cli import main
 from MyGPT.inside import induction_scores, replay
 from MyGPT.inside.replay import findings, read_samples, replay_data, replay_page, uniform_scores, word_numbers
@@ -208,6 +211,101 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
         errors = capsys.readouterr().err
         assert words in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "b.html").exists()
+
+
+RECORDS = [
+    {"prompt": f"Say {word}.", "chosen": f" {word}", "rejected": f" no {word}"} for word in ("cat", "dog", "owl")
+] * 4
+TUNING = "--batch_size 2 --learning_rate 1e-2 --warmup_steps 0 --eval_every 9 --sample_tokens 6 --epochs 1 --device cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["finetune --full", "finetune", "dpo"])
+def test_runs_of_finetune_and_dpo_are_replayed_with_a_question(
+    tuning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers and the attention are those of transformers and PEFT."""
+    tokenizer = BPETokenizer.train([text for record in RECORDS for text in record.values()], 280, progress=False)
+    config = GPTConfig(tokenizer.n_vocab, context_length=192, emb_dim=24, n_heads=H, n_layers=L, drop_rate=0.0)
+    lively_model(config).save_pretrained(tmp_path / "base", tokenizer)
+    as_instructions = [{"instruction": it["prompt"], "input": "", "output": it["chosen"]} for it in RECORDS]
+    records = RECORDS if tuning == "dpo" else as_instructions
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run, out = tmp_path / "run", str(tmp_path / "a.html")
+    files = ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "data.jsonl"), "--out", str(run)]
+    assert main([*tuning.split(), *files, *TUNING.split(), "--keep_every", "3"]) == 0, capsys.readouterr().err
+    assert main(["explain", str(run), "Say owl.", "--replay", "--out", out, "--device", "cpu"]) == 0
+    found = data_of(Path(out).read_text(encoding="utf-8"))
+    assert len(found["models"]) >= 3
+    before, after = ("", "") if tuning == "dpo" else ("### Instruction:\n", "\n\n### Response:")
+    assert found["prompt"].endswith(f"{before}Say owl.{after}")
+    for it, weights in zip(found["models"], unpack(found), strict=True):
+        kept = run / f"history/step-{it['step']:06d}"
+        is_adapter = tuning != "finetune --full"
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "base" if is_adapter else kept, attn_implementation="eager")
+        if is_adapter:
+            with warnings.catch_warnings():  # PEFT warns about the layout of GPT-2's weights.
+                warnings.simplefilter("ignore")
+                theirs = PeftModel.from_pretrained(theirs, kept)
+        ids = torch.tensor([tokenizer.encode(found["prompt"])])
+        greedy = theirs.eval().generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )
+        assert it["written"] == tokenizer.decode(greedy[0].tolist()).removesuffix("<|endoftext|>")
+        ids = torch.tensor([tokenizer.encode("Say owl.")])
+        expected = torch.stack(theirs(ids, output_attentions=True).attentions)[:, 0]
+        assert (weights - expected).abs().max() <= 0.5 / 255 + 1e-5
+    capsys.readouterr()
+    assert main(["explain", str(run), "--replay", "--out", out]) == 2
+    words = f"{run} is a run of mygpt {tuning.split()[0]}: give a question for its models, as in mygpt explain {run} QUESTION"
+    assert words in capsys.readouterr().err
+    (tmp_path / "base").rename(tmp_path / "moved")
+    if is_adapter:
+        assert main(["explain", str(run), "Say owl.", "--replay", "--out", out]) == 2
+        assert (
+            f"is an adapter of {tmp_path / 'base'}, which is not on this machine: put it back there"
+            in capsys.readouterr().err
+        )
+
+
+def test_runs_with_custom_parts_are_replayed_with_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Attention of this file is the mean of all tokens so far, so the weights are known."""
+    mean = (
+        "n = 1 + torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]\n    return v.cumsum(2)[:, :, -len(n):] / n"
+    )
+    (tmp_path / "mine.py").write_text(f"import torch\ndef attention(q, k, v, mask):\n    {mean}\n")
+    (tmp_path / "class.py").write_text(
+        "from MyGPT.model import CausalSelfAttention as Base\nclass CausalSelfAttention(Base):\n    pass\n"
+    )
+    (tmp_path / "book.txt").write_text("The cat sat. " * 200)
+    sizes = f"--context_length 16 --emb_dim 24 --n_heads {H} --n_layers {L} --drop_rate 0 --tokenizer chars"
+    steps = "--max_steps 2 --keep_every 1 --batch_size 2 --sample_tokens 5 --device cpu"
+    for name in ("mine", "class"):
+        files = ["--data", str(tmp_path / "book.txt"), "--out", str(tmp_path / name), "--with", f"{tmp_path / name}.py"]
+        assert main(["train", *files, *sizes.split(), *steps.split()]) == 0, capsys.readouterr().err
+    out = tmp_path / "a.html"
+    replay_ = ["explain", str(tmp_path / "mine"), "The cat", "--replay", "--out", str(out), "--device", "cpu"]
+    assert main([*replay_, "--with", str(tmp_path / "mine.py")]) == 0
+    found = data_of(out.read_text(encoding="utf-8"))
+    even = torch.ones(7, 7).tril() / torch.arange(1, 8)[:, None]
+    assert [it["step"] for it in found["models"]] == [0, 1, 2]
+    assert (unpack(found) - even).abs().max() <= 0.5 / 255 + 1e-5
+    assert "Previous token: no head of this run learned this." in found["findings"][0]
+    out.unlink()
+    capsys.readouterr()
+    assert main(replay_) == 2 and "pass --with " in capsys.readouterr().err
+    replay_[1] = str(tmp_path / "class")
+    assert main([*replay_, "--with", str(tmp_path / "class.py")]) == 2
+    assert "only a function attention(q, k, v, mask) that is linear in v shows them" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
 
 
 @pytest.fixture(scope="module")

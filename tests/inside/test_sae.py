@@ -28,15 +28,15 @@ TOKENIZER = CharTokenizer(ALPHABET)
 V, T, C = len(ALPHABET), 16, 24
 
 
-def synthetic(seed: int, n_tokens: int = 10_000) -> tuple[Tensor, Tensor]:
-    """Return activations (N, 32) and the directions (64, 32) of which they are sparse sums, as in Elhage et al., 2022.
+def synthetic(seed: int, n_tokens: int = 10_000, width: int = 32) -> tuple[Tensor, Tensor]:
+    """Return activations (N, width) and the directions (2 width, width) of which they are sparse sums (Elhage et al., 2022).
 
-    Each of the 64 features is active with probability 0.03 and a strength from 0 to 1. There are twice as many features as
+    Each of the features is active with probability 0.03 and a strength from 0 to 1. There are twice as many features as
     dimensions, so their directions overlap.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = F.normalize(torch.randn(64, 32, generator=generator), dim=1)
-    shape = (n_tokens, 64)
+    directions = F.normalize(torch.randn(2 * width, width, generator=generator), dim=1)
+    shape = (n_tokens, 2 * width)
     strengths = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.03)
     return strengths @ directions, directions
 
@@ -48,20 +48,26 @@ def recovery(found: Tensor, directions: Tensor) -> float:
     return float((cosines[rows, columns] >= 0.9).sum()) / len(directions)
 
 
-def quick_autoencoder(activations: Tensor, seed: int, steps: int = 300) -> SparseAutoencoder:
-    return train_autoencoder(activations, 192, 3, steps=steps, batch_size=256, learning_rate=0.01, seed=seed)
+def quick_autoencoder(activations: Tensor, seed: int, steps: int = 300, k: int = 3) -> SparseAutoencoder:
+    n_features = 6 * activations.shape[1]
+    return train_autoencoder(activations, n_features, k, steps=steps, batch_size=256, learning_rate=0.02, seed=seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_at_least_nine_tenths_of_the_true_features_are_recovered(seed: int) -> None:
-    """Seeds 0 to 9 recover all 64 features. Random directions and the 32 principal components recover almost none."""
-    activations, directions = synthetic(seed)
+@pytest.mark.parametrize(("width", "k"), [(32, 3), (20, 4)])
+def test_at_least_nine_tenths_of_the_true_features_are_recovered(width: int, k: int, seed: int) -> None:
+    """Seeds 0 to 9 recover 98 to 100% in 32 dimensions, and 95 to 100% in 20 dimensions, where directions overlap more.
+
+    Principal components and random directions recover almost none.
+    """
+    activations, directions = synthetic(seed, width=width)
     # With the same seed, the autoencoder would start with the true directions.
-    assert recovery(quick_autoencoder(activations, 1000 + seed).directions.detach(), directions) >= 0.9
+    assert recovery(quick_autoencoder(activations, 1000 + seed, k=k).directions.detach(), directions) >= 0.9
     components = torch.linalg.svd(activations - activations.mean(0), full_matrices=False).Vh
-    assert recovery(torch.cat([components, -components]), directions) <= 0.1
-    assert recovery(torch.randn(192, 32, generator=torch.Generator().manual_seed(1000 + seed)), directions) <= 0.1
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for found in (torch.cat([components, -components]), torch.randn(6 * width, width, generator=generator)):
+        assert recovery(found, directions) <= 0.05
 
 
 def test_the_same_seed_gives_the_same_autoencoder() -> None:
@@ -103,10 +109,7 @@ def test_output_and_gradients_equal_those_of_the_formula() -> None:
 
 def _compare_with_formula(autoencoder: SparseAutoencoder, x: Tensor) -> None:
     for row in x:
-        f = [
-            max(0.0, float(w @ (row - autoencoder.center) - t))
-            for w, t in zip(autoencoder.encoder, autoencoder.threshold, strict=True)
-        ]
+        f = [max(0.0, float(w @ (row - autoencoder.center))) for w in autoencoder.encoder]
         kept = [s if s in sorted(f)[-3:] else 0.0 for s in f]
         assert autoencoder.encode(row).tolist() == pytest.approx(kept, abs=1e-12)
         sum_ = autoencoder.center + sum(s * d for s, d in zip(kept, autoencoder.directions, strict=True))
@@ -124,7 +127,7 @@ def test_dead_features_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
     replaced = n_dead()
     monkeypatch.setattr("MyGPT.inside.sae._replace", lambda *arguments: None)
-    assert replaced < n_dead() / 2  # with other seeds, 7 to 12 features are dead, and 39 to 45 if none are replaced
+    assert replaced < n_dead() / 4  # with seeds 0 to 5, 0 to 3 features are dead, and 42 to 46 if none are replaced
 
 
 @pytest.mark.parametrize(
@@ -144,18 +147,6 @@ def test_wrong_arguments_raise_an_error(change: dict[str, Any], words: str) -> N
         train_autoencoder(**{"activations": torch.ones(4, 3), "n_features": 8, "k": 2, **change})
     with pytest.raises(FloatingPointError, match="an activation"):
         train_autoencoder(torch.full((4, 3), torch.nan), 8, 2)
-
-
-def test_autoencoder_is_saved_and_loaded(tmp_path: Path) -> None:
-    autoencoder, x = SparseAutoencoder(5, 12, 3), torch.randn(7, 5)
-    autoencoder.save(tmp_path / "a.safetensors")
-    loaded = SparseAutoencoder.load(tmp_path / "a.safetensors")
-    assert loaded.k == 3 and torch.equal(loaded(x), autoencoder(x))
-    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])
-    lively_model(GPTConfig(V, T, C, 3, 2)).save_pretrained(tmp_path / "model")
-    for path in (tmp_path / "b.safetensors", tmp_path / "model" / "model.safetensors"):
-        with pytest.raises(ValueError, match=f"{path.name} does not contain a sparse autoencoder"):
-            SparseAutoencoder.load(path)
 
 
 @pytest.fixture(scope="module")

@@ -421,13 +421,6 @@ def test_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "mygpt serve: mygpt serve needs no_such_package: pip install 'mygpt[serve]'\n"
 
 
-def test_options_can_be_repeated() -> None:
-    arguments = ["--model", "a", "--api_key", "model", "--model=b=c", "--allowed_hosts", "x", "--slots", "2"]
-    expected = ['--model=["a", "b=c"]', "--api_key", "model", "--allowed_hosts=x", "--slots", "2"]
-    assert serve.EXPAND(arguments, "serve") == expected
-    assert serve.EXPAND(["--model"], "serve") == ["--model"]
-
-
 def test_models_have_names(tmp_path: Path) -> None:
     run, file = tmp_path / "book", tmp_path / "ckpt.v2.pt"
     run.mkdir()

@@ -69,7 +69,7 @@ def test_tensorboard_has_each_step_once_and_the_recipe(tmp_path: Path) -> None:
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """Return the records in a .wandb file: protocol buffers in LevelDB's log format, after a header of 7 bytes."""
+    """Return the complete records in a .wandb file: protocol buffers in LevelDB's log format, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, part, records = path.read_bytes(), 7, b"", []
@@ -78,13 +78,29 @@ def wandb_records(path: Path) -> list[Any]:
         if left < 7:  # too little for the header of another part
             position += left
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6 : position + 7]
+        if len(data) < position + 7 + length or not kind:
+            break  # W&B's process is still writing
         part += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
+        if kind in (b"\1", b"\4"):  # a whole record, or its last part
             records.append(Record.FromString(part))
             part = b""
     return records
+
+
+def records_of_finished_runs(directory: Path, n: int) -> list[list[Any]]:
+    """Return the records of `n` runs in order, as soon as each file has the record of the run's end.
+
+    W&B's finish() returns before its other process has written the file.
+    """
+    end = time.monotonic() + 120
+    while True:
+        found = [wandb_records(path) for path in sorted(directory.glob("offline-run-*/*.wandb"))]
+        n_ended = sum(any(record.HasField("exit") for record in records) for records in found)
+        if n_ended == n or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -98,11 +114,9 @@ def test_wandb_without_a_login_logs_to_files_and_resumes_the_same_run(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     losses = run_and_resume(tmp_path / "run", "wandb")
-    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime)
     tracker_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
     found: dict[int, float] = {}
-    for path, status in zip(files, (1, 0), strict=True):
-        records = wandb_records(path)
+    for records, status in zip(records_of_finished_runs(tmp_path / "run" / "wandb", 2), (1, 0), strict=True):
         runs = [record.run for record in records if record.HasField("run")]
         assert {(run.run_id, run.project) for run in runs} == {(tracker_id, "mygpt")}
         config = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}

@@ -43,7 +43,7 @@ def words() -> BPETokenizer:
 
 
 def export(model: GPTModel, path: Path, words: Any, dtype: Any = "f32") -> list[str]:
-    return write_gguf(path, model.config, model.state_dict(), words, dtype)
+    return write_gguf(model, path, words, dtype)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -256,7 +256,8 @@ def find_recipe(file: Path, device: torch.device, flops_per_second: float) -> Fi
     free = ranks.broadcast(free_memory(device))  # All ranks must take the same decision.
     if free is not None and device.type == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # All ranks of a machine share its memory.
-    text = f"{needed / 1e9:.1f} GB"
+    parts = f" with GPT-2's parts ({recipe['with']} is not run)" if recipe.get("with") is not None else ""
+    text = f"{needed / 1e9:.1f} GB{parts}"
     if free is not None and needed > free:
         fix = "use a smaller micro_batch_size, gradient_checkpointing: true, or a smaller model"
         return Finding(label, f"a step needs {text}, but only {free / 1e9:.1f} GB are free", fix)

@@ -48,6 +48,15 @@ def step_memory(config: GPTConfig, training: TrainConfig, bf16: bool, device: st
     )
 
 
+def least_step_memory(n_parameters: int, training: TrainConfig, n_ranks: int) -> int:
+    """Return the bytes for the weights of any model on one rank, their gradients and the optimizer's moments in float32.
+
+    Muon stores one moment per weight of a matrix in a block, and two per other weight. One per weight is counted.
+    """
+    numbers = 3 if training.optimizer == "muon" else 4
+    return 4 * numbers * n_parameters // (training.shard_size_on(n_ranks) or 1)
+
+
 def rows_per_rank(training: TrainConfig, n_ranks: int) -> tuple[int, int]:
     """Return the sequences of the rank with most of them: per step, and per forward pass."""
     n_rows = -(-training.batch_size // n_ranks)

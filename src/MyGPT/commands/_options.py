@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from types import NoneType
 from typing import Any, Literal
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from MyGPT.commands._help import SHARED_HELP, HelpAllAction, HelpFormatter, show_options, value_name
@@ -176,20 +178,66 @@ def make_parser(name: str, command: Command) -> CommandParser:
     return parser
 
 
-def bare_flags(*flags: str) -> Callable[[Sequence[str], str], list[str]]:
-    """Return a function for EXPAND that writes these flags as --flag=true, unless true or false follows them.
+def texts_first(arguments: Sequence[str], parser: CommandParser) -> list[str]:
+    """Move the arguments that belong to no option to the front, and write flags as --flag=true, if the command has both.
 
-    Without the function, the argument after a flag, such as a text, would be read as the flag's value.
+    argparse accepts these arguments only in one place, and would read the one after a flag, such as --live, as its value.
     """
+    if all(action.option_strings for action in parser._actions):
+        return list(arguments)
+    texts, options, left = list[str](), list[str](), list(reversed(arguments))
+    while left:
+        argument = left.pop()
+        action: Any = parser._option_string_actions.get(argument)
+        if argument == "--":  # only texts follow
+            return [*options, argument, *texts, *reversed(left)]
+        if action is None and not argument.startswith("--"):
+            texts.append(argument)
+        elif getattr(action, "_typehint", None) is bool:
+            is_given = left and left[-1].lower() in ("true", "false")
+            options.append(f"{argument}={left.pop() if is_given else 'true'}")
+        else:
+            options.append(argument)
+            if action is not None and action.nargs is None:
+                options += [left.pop()] if left else []
+    return [*texts, *options]
 
-    def expand(arguments: Sequence[str], command: str) -> list[str]:
-        following = [*arguments, ""][1:]
-        return [
-            f"{one}=true" if one in flags and after.lower() not in ("true", "false") else one
-            for one, after in zip(arguments, following, strict=True)
-        ]
 
-    return expand
+def join_repeated(arguments: Sequence[str], parser: CommandParser) -> list[str]:
+    """Join the values of a list option that is given several times into one list.
+
+    argparse would keep only the last value. The list replaces the last of the options. Values that are lists are joined too.
+    """
+    joined: list[list[str]] = []
+    """One list per argument. For a list option: its name and all of its values."""
+    left = iter(arguments)
+    for argument in left:
+        option, equals, text = argument.partition("=")
+        value = None
+        if f"{option}+" in parser._option_string_actions:  # jsonargparse has --data+ for the list option --data
+            value = text if equals else next(left, None)
+        if value is not None:
+            before = next((one for one in joined if one[0] == option and len(one) > 1), [option])
+            joined = [*(one for one in joined if one is not before), [*before, value]]
+        else:
+            joined.append([argument])
+        if argument == "--":  # only texts follow
+            joined += [[text] for text in left]
+    return [f"{one}={_listed(values)}" if values else one for one, *values in joined]
+
+
+def _listed(values: Sequence[str]) -> str:
+    """Return a single value unchanged, and several values of a list option as one list."""
+    if len(values) == 1:
+        return values[0]
+    texts: list[str] = []
+    for value in values:
+        try:
+            several: Any = yaml.safe_load(value) if value.startswith("[") else [value]
+        except (yaml.YAMLError, RecursionError):  # a text such as "["
+            several = [value]
+        texts += several if isinstance(several, list) and all(isinstance(text, str) for text in several) else [value]
+    return yaml.safe_dump(texts, default_flow_style=True, default_style='"', width=math.inf).strip()
 
 
 def underscored(argument: str, parser: CommandParser) -> str:

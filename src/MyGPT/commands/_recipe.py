@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from MyGPT.commands._run import RunOptions
-from MyGPT.commands.train import DEFAULTS, TextOptions
+from MyGPT.commands.train import DEFAULT_TOKENIZER, DEFAULTS, TextOptions
 from MyGPT.config import GPTConfig, as_config
 from MyGPT.files import read_text
 from MyGPT.messages import OPTION_SYNONYMS, did_you_mean
@@ -94,7 +94,7 @@ def _vocabulary(recipe: Mapping[str, Any], is_training: bool) -> int:
     from MyGPT.data.tokens import is_prepared
     from MyGPT.tokenizers import get_tokenizer, load_tokenizer
 
-    data, name = recipe.get("data", "alice"), recipe.get("tokenizer", "chars" if is_training else "gpt2")
+    data, name = recipe.get("data", "alice"), recipe.get("tokenizer") or (DEFAULT_TOKENIZER if is_training else "gpt2")
     for source in data if isinstance(data, dict) else [data]:  # the sources of a mixture have one tokenizer
         if isinstance(source, str) and is_prepared(source):
             return load_tokenizer(source).n_vocab

@@ -35,7 +35,7 @@ class RunOptions:
     otherwise starts it."""
     allow_changed: str | list[str] | None = None
     """Names of options whose values may differ from the values in the resumed run, such as max_steps or epochs to extend a
-    finished run; several as '[max_steps,keep_every]'. data_content also allows other data, and model_content other weights of
+    finished run. Repeat the option for several names. data_content also allows other data, and model_content other weights of
     the base model."""
 
     def __post_init__(self) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from MyGPT.commands._options import bare_flags
-
 OPTIONAL = ("text",)
 COMMON = "text model live replay features out".split()
-EXPAND = bare_flags("--live", "--replay", "--features")
+_PAGES = {
+    "precision": ("--live",),
+    **dict.fromkeys(("layer", "data", "n_features", "k"), ("--features",)),
+    "adapter": ("", "--live", "--features"),
+    **dict.fromkeys(("device", "with"), ("", "--features", "--replay")),
+}
+"""The kinds of page to which an option applies: --live and so on, or "" for the page about a text."""
 _EXAMPLE = 'mygpt explain --model runs/book "The wizard entered"'
 
 
@@ -47,9 +52,10 @@ def explain(
         mygpt explain runs/book --replay --out replay.html
 
     Args:
-        text: The text in quotes, at most 128 tokens. With --live, the text is optional, and the page starts with it. With
-            --features, the text is optional too, at most 512 tokens, and the page shows every token of it.
-            With --replay, the run, unless --model names it, and optionally the text whose attention the page shows.
+        text: The model, unless --model names it, and the text in quotes, at most 128 tokens. With --live, the text is optional,
+            and the page starts with it. With --features, the text is optional too, at most 512 tokens, and the page shows every
+            token of it. With --replay, the model is a run, and the page shows the attention in the text, which is optional;
+            for a run of mygpt finetune or mygpt dpo, it is a question to the models.
         live: Write a page that contains the model, which can have up to 32 million parameters.
         replay: Write a page that replays the training of a run.
         precision: With --live, the number format of the weights. int8 makes the page half as large as fp16. Default: fp16.
@@ -64,38 +70,20 @@ def explain(
     from MyGPT.commands._model import check_html_path
 
     check_html_path(out)
-    of_features = {"layer": layer, "data": data, "n_features": n_features, "k": k}
+    given = {"precision": precision, "layer": layer, "data": data, "n_features": n_features, "k": k, "adapter": adapter}
+    given |= {"device": None if device == "auto" else device, "with": with_}
+    page = _kind_of_page({"--live": live, "--features": features, "--replay": replay}, given)
+    if model is None and (len(text) > 1 or (text and (page or _is_model(text[0])))):
+        model, *rest = text
+        text = tuple(rest)
     if replay:
-        given: dict[str, object] = {
-            "--live": live or None,
-            "--features": features or None,
-            "--precision": precision,
-        }
-        given |= {"--adapter": adapter, **{f"--{name}": value for name, value in of_features.items()}}
-        if wrong := [option for option, value in given.items() if value is not None]:
-            raise ValueError(
-                f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay"
-            )
-        _write_replay(text if model is None else (model, *text), out, device, with_)
+        _write_replay(model, " ".join(text), out, device, with_)
         print(out)
         return
-    kinds = [name for name, is_chosen in (("--live", live), ("--features", features)) if is_chosen]
-    if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(kinds)} write different pages: choose one of them")
-    for kind, options in (("--live", {"precision": precision}), ("--features", of_features)):
-        for name, value in options.items():
-            if value is not None and kind not in kinds:
-                raise ValueError(f"--{name} is an option of {kind}, got --{name} {value} without {kind}")
-    missing = [name for name, is_given in (("TEXT", text or kinds), ("--model", model)) if not is_given]
+    missing = [name for name, is_given in (("TEXT", text or page), ("--model", model)) if not is_given]
     if model is None or missing:
         raise ValueError(f"missing {' and '.join(missing)}; for example: {_EXAMPLE} (see mygpt explain --help)")
     if live:
-        if device != "auto":
-            raise ValueError(f"--device does not apply to --live, because the browser computes; got --device {device}")
-        if with_ is not None:
-            raise ValueError(
-                f"--with does not apply to --live, whose page computes only GPT-2's parts; got --with {with_}"
-            )
         _write_live_page(" ".join(text) if text else None, model, precision or "fp16", adapter, out)
     elif features:
         sizes = {name: size for name, size in (("n_features", n_features), ("k", k)) if size is not None}
@@ -103,6 +91,40 @@ def explain(
     else:
         _write_page(text, model, adapter, out, device, with_)
     print(out)
+
+
+def _kind_of_page(kinds: Mapping[str, bool], given: Mapping[str, object]) -> str:
+    """Return the option among `kinds`, such as "--live", that chooses the kind of page, or "" for the page about a text.
+
+    Raises ValueError if several are chosen, or if an option in `given` does not apply to this page. A value of None means that
+    the option is not given.
+    """
+    chosen = [name for name, is_chosen in kinds.items() if is_chosen]
+    page = chosen[-1] if chosen else ""
+    wrong = [
+        *chosen[:-1],
+        *(f"--{name}" for name, value in given.items() if value is not None and page not in _PAGES[name]),
+    ]
+    if not wrong:
+        return page
+    if page == "--replay":
+        raise ValueError(f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay")
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} write different pages: choose one of them")
+    name = wrong[0].removeprefix("--")
+    if len(_PAGES[name]) == 1:
+        raise ValueError(
+            f"--{name} is an option of {_PAGES[name][0]}, got --{name} {given[name]} without {_PAGES[name][0]}"
+        )
+    reason = {"device": "because the browser computes", "with": "whose page computes only GPT-2's parts"}[name]
+    raise ValueError(f"--{name} does not apply to {page}, {reason}; got --{name} {given[name]}")
+
+
+def _is_model(name: str) -> bool:
+    """Return whether `name` is the name of a model or an existing path, and not a text."""
+    from MyGPT.weights.pretrained import is_name
+
+    return is_name(name) or Path(name).exists()
 
 
 def _write_page(
@@ -187,8 +209,8 @@ def _text_of_run(run: Path) -> str | list[str] | None:
     return recipe.get("data") if command_of_recipe(recipe) == "train" else None
 
 
-def _write_replay(arguments: Sequence[str], out: str, device: str, parts: str | None) -> None:
-    """Write a page that replays the run that the first argument names. The other arguments are the text of the page.
+def _write_replay(model: str | None, text: str, out: str, device: str, parts: str | None) -> None:
+    """Write a page that replays the run `model`. `text` is the text of the page, or "" for the newest sample text.
 
     `parts` is the file with the custom parts of the run, or None.
     """
@@ -196,23 +218,41 @@ def _write_replay(arguments: Sequence[str], out: str, device: str, parts: str | 
     from MyGPT.commands._run import command_of_recipe
     from MyGPT.files import atomic_write
     from MyGPT.inside.replay import replay_page
-    from MyGPT.messages import near_path
+    from MyGPT.messages import near_path, quote
     from MyGPT.opening import open_model
     from MyGPT.training.config import TrainConfig
+    from MyGPT.training.names import HISTORY, by_step
 
-    if not arguments:
+    if model is None:
         raise ValueError("--replay needs the directory of a run, as in mygpt explain RUN --replay")
-    run, text = Path(arguments[0]), " ".join(arguments[1:])
+    run = Path(model)
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"there is no run {run}{near_path(run) or ': it has no config.yaml'}")
     recipe = read_recipe(run / "config.yaml")
-    if command_of_recipe(recipe) == "classify":
+    command, config = command_of_recipe(recipe), TrainConfig(**fields_of(TrainConfig, recipe))
+    if command == "classify":
         raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
-    page = replay_page(
-        run,
-        TrainConfig(**fields_of(TrainConfig, recipe)),
-        lambda path: open_model(path, device, parts=parts),
-        text or None,
-    )
+    kept = [*by_step(run / HISTORY).values()]
+    if command != "train" and kept:
+        if not text:
+            example = f"mygpt explain {quote(run)} QUESTION --replay"
+            raise ValueError(f"{run} is a run of mygpt {command}: give a question for its models, as in {example}")
+        config = replace(config, sample_prompt=_prompt_for(kept[0], text))
+    page = replay_page(run, config, lambda path: open_model(path, device, parts=parts), text or None)
     with atomic_write(out) as file:
         file.write(page)
+
+
+def _prompt_for(model: Path, question: str) -> str:
+    """Return the prompt that asks a fine-tuned model a question. `model` is its directory, or that of its adapter."""
+    from MyGPT.finetuning.foreign_adapters import base_of_adapter
+    from MyGPT.opening import find_model_files
+
+    try:
+        template = find_model_files(model).template()
+    except FileNotFoundError:
+        base = base_of_adapter(model)
+        raise FileNotFoundError(
+            f"{model} is an adapter of {base}, which is not on this machine: put it back there, or download it if that is a name"
+        ) from None
+    return question if template is None else template.prompt(template.question(question))

@@ -65,7 +65,7 @@ def export(
 
         write_onnx(gpt, out, dtype)
     else:
-        notes = write_gguf(out, gpt.config, gpt.state_dict(), tokenizer, dtype)
+        notes = write_gguf(gpt, out, tokenizer, dtype)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(out)

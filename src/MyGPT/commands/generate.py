@@ -46,7 +46,7 @@ def generate(
             token, <|endoftext|> in GPT-2, or from the first token of a vocabulary that has no such token.
         max_new_tokens: Maximum number of tokens to generate.
         n_samples: Number of texts to generate.
-        stop: Text at which the generation stops, or a list of texts: '["first", "second"]'.
+        stop: Text at which the generation stops. Repeat the option for several texts.
         slide: Allow a prompt longer than the model's context; the model sees only its end.
     """
     require_positive(n_samples=n_samples)

@@ -74,10 +74,12 @@ def explain(name: str, n_ranks: int = 1, options: Mapping[str, Any] = MappingPro
     one_sequence = TrainConfig(batch_size=n_ranks, **options)
     one_sequence.shard_size_on(n_ranks)  # checks the options before a checkpoint is read
     if name.endswith((".yaml", ".yml")):
-        config, training, _ = read_plan(name)
+        config, training, recipe = read_plan(name)
         if training is not None:
             training = dataclasses.replace(training, **options)
-        return describe(name, config, (), training or one_sequence, n_ranks)
+        file = recipe.get("with")
+        rows = [] if file is None else [("with", f"{file} is not run, so all numbers are those of GPT-2's parts")]
+        return describe(name, config, rows, training or one_sequence, n_ranks)
     from MyGPT.files import reading
     from MyGPT.weights.formats import find_format
 

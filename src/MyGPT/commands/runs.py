@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from MyGPT.commands._options import bare_flags
 from MyGPT.commands._recipe import read_recipe
 from MyGPT.commands._run import RUNS, command_of_recipe
 from MyGPT.commands.train import DEFAULTS as MODEL_DEFAULTS
@@ -76,9 +75,6 @@ def runs(
         print(f"there are no runs in {' or '.join(directories or (RUNS,))}")
     else:
         print("\n".join(describe_runs(summaries)))
-
-
-EXPAND = bare_flags("--diff", "--json")
 
 
 @dataclass(frozen=True)

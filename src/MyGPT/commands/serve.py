@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from MyGPT.serving.models import ServedModel, Settings
 
 COMMON = "model host port api_key slots request_timeout device precision".split()
-_LISTS = ("--model", "--allowed_hosts", "--cors_origins")
-"""The options that can be given several times."""
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "pydantic")
 
 
@@ -84,30 +80,6 @@ def serve(
         server.run([listener])
     if server.stopped_by is not None:
         raise Stopped("stopped", server.stopped_by)
-
-
-def EXPAND(arguments: Sequence[str], command: str) -> list[str]:
-    """Join the values of an option that is given several times into one list, which is what the parser expects."""
-    import json
-
-    joined: list[list[str]] = []
-    """One list per argument. For an option in _LISTS: its name and all of its values."""
-    lists: dict[str, list[str]] = {}
-    left = iter(arguments)
-    for argument in left:
-        option, equals, value = argument.partition("=")
-        values = [] if option not in _LISTS else [value] if equals else list(itertools.islice(left, 1))
-        if not values:
-            joined.append([argument])
-        elif option in lists:
-            lists[option] += values
-        else:
-            lists[option] = [option, *values]
-            joined.append(lists[option])
-    return [
-        one if not values else f"{one}={values[0] if len(values) == 1 else json.dumps(values)}"
-        for one, *values in joined
-    ]
 
 
 def check_settings(

@@ -55,7 +55,7 @@ _FIXED = {
 def sweep(
     *recipe: str,
     out: str,
-    vary: list[str] | None = None,
+    vary: str | list[str] | None = None,
     seeds: int = 3,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -97,7 +97,9 @@ def sweep(
     path = Path(recipe[0], "config.yaml") if Path(recipe[0]).is_dir() else Path(recipe[0])
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}{near_path(path)}")
-    plan = make_plan(path, [read_vary(text) for text in vary or []], seeds, Path(out), command)
+    plan = make_plan(
+        path, [read_vary(text) for text in ([vary] if isinstance(vary, str) else vary or [])], seeds, Path(out), command
+    )
     directory = Path(out)
     _check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,24 +111,6 @@ def sweep(
         _write_recipes(plan)
         reasons = _train(plan, workers or 1, scheduler)
         _report(plan, reasons)
-
-
-def _joined_vary(arguments: Sequence[str], command: str) -> list[str]:
-    """Replace all options --vary by one, whose value is the list of their values."""
-    rest, values, following = list[str](), list[str](), iter(arguments)
-    for argument in following:
-        if argument == "--vary":
-            values += itertools.islice(following, 1)
-        elif argument.startswith("--vary="):
-            values.append(argument.partition("=")[2])
-        else:
-            rest.append(argument)
-    if "--vary" in arguments[-1:]:
-        raise ValueError("--vary needs a value such as learning_rate=1e-3,3e-3 (see mygpt sweep --help)")
-    return [*rest, *([f"--vary={json_text(values)}"] if values else [])]
-
-
-EXPAND = _joined_vary
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from MyGPT.commands._memory import require_memory, step_memory
+from MyGPT.commands._memory import least_step_memory, require_memory, step_memory
 from MyGPT.commands._run import RunOptions, with_options_of_run
 from MyGPT.config import SPECIAL_TOKEN_FIELDS, GPTConfig
 from MyGPT.messages import error_message, quote
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # A laptop trains a model of this size in minutes; configs/ has the released sizes.
 DEFAULTS = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "init_std": 0.05}
+DEFAULT_TOKENIZER = "chars"
 HIDDEN = ("vocab_size", *SPECIAL_TOKEN_FIELDS)
 COMMON = (
     "data tokenizer out resume max_steps batch_size learning_rate context_length emb_dim n_heads n_layers drop_rate "
@@ -40,9 +41,9 @@ class TextOptions:
     """Texts (.txt) or records (.jsonl, .ndjson, .json, .csv, .parquet), also as .gz or .zst; patterns such as
     'texts/*.txt'; a directory made by mygpt prepare; token files of datatrove (.ds); alice (built in) or
     tinyshakespeare (downloaded). A mixture such as '{web: 0.8, code: 0.2}' takes 80% of the tokens from web."""
-    tokenizer: str = "chars"
+    tokenizer: str | None = None
     """The tokenizer: chars, words or bpe, learned from the text; gpt2; or a directory with a tokenizer. Models of chars
-    cannot be fine-tuned, because chars has no end-of-text token."""
+    cannot be fine-tuned, because chars has no end-of-text token. Default: chars."""
     tokenizer_size: int = 1024
     val_fraction: float = 0.1
     """Fraction of the text, taken from its end, for validation."""
@@ -91,21 +92,23 @@ def train(
         require_custom_parts(run_options["run_dir"])
     # The order of the sources in a recipe has no meaning, but the sample texts and the tokenizer follow an order.
     weights = dict(sorted(text.data.items())) if isinstance(text.data, dict) else {}
-    sources, coder = load_sources(
-        {name: name for name in weights} or {"": text.data}, text.tokenizer, text.tokenizer_size
-    )
+    tokenizer = text.tokenizer or DEFAULT_TOKENIZER
+    sources, coder = load_sources({name: name for name in weights} or {"": text.data}, tokenizer, text.tokenizer_size)
     n_train = {name: len(ids) - round(len(ids) * text.val_fraction) for name, ids in sources.items()}
     train_ids = {name: ids[: n_train[name]] for name, ids in sources.items()}
     val_ids = {name: ids[n_train[name] :] for name, ids in sources.items()}
     torch.manual_seed(training.seed)
     config = dataclasses.replace(model, vocab_size=coder.n_vocab)
-    if run_options["device"].type == "cpu":
+    is_on_cpu, n_ranks = run_options["device"].type == "cpu", ranks.world_size()
+    if is_on_cpu and custom_parts is None:
         tokens = 2 * 8 * training.batch_size * config.context_length  # the batch and its targets, in int64
-        require_memory(step_memory(config, training, False, "cpu", ranks.world_size()).peak + tokens)
+        require_memory(step_memory(config, training, False, "cpu", n_ranks).peak + tokens)
     gpt = GPTModel(config, custom_parts)
+    if is_on_cpu and custom_parts is not None:  # what the parts themselves store for the backward pass is not known
+        require_memory(least_step_memory(gpt.num_parameters(), training, n_ranks))
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     own = {} if with_ is None else {"with": with_}
-    recipe = {**vars(text), **own, "device": run.device, **sizes, **vars(training)}
+    recipe = {**vars(text), "tokenizer": tokenizer, **own, "device": run.device, **sizes, **vars(training)}
     batches: dict[str, Any] = {"train": train_ids.get(""), "val": val_ids.get("")}
     if weights:
         batches = mix(train_ids, val_ids, weights, config.context_length, training)
@@ -121,13 +124,13 @@ def train(
     )
     if gpt.parts is not None:
         print(f"with {gpt.parts.description}")
-    if coder.eot_token is None:
+    if coder.eot_token is None and text.tokenizer != DEFAULT_TOKENIZER:  # who chose chars knows what its help says
         print(
             f"the tokenizer has no {ENDOFTEXT} token, which mygpt finetune and dpo need: for a model to train further with "
             "them, use --tokenizer bpe"
         )
-        if training.sample_to_end:
-            print(f"sample_to_end has no effect, because the tokenizer has no {ENDOFTEXT} token", file=sys.stderr)
+    if coder.eot_token is None and training.sample_to_end:
+        print(f"sample_to_end has no effect, because the tokenizer has no {ENDOFTEXT} token", file=sys.stderr)
     try:
         loss = trainer.run()
     except (KeyboardInterrupt, FloatingPointError):  # the curve of a stopped or diverged run is useful too

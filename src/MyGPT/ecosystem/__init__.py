@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from MyGPT.model import GPTModel
-from MyGPT.parts import refuse_parts
 
 if TYPE_CHECKING:
     from MyGPT.ecosystem.transformers import GPTForCausalLM
@@ -19,8 +18,8 @@ def as_transformers(model: GPTModel) -> GPTForCausalLM:
 
     Raises:
         ModuleNotFoundError: the transformers library is not installed.
+        ValueError: the model has custom parts.
     """
-    refuse_parts(model, "the transformers library")
     try:
         from MyGPT.ecosystem.transformers import GPTForCausalLM
     except ModuleNotFoundError as error:

@@ -53,7 +53,8 @@ def write_onnx(model: GPTModel, path: str | os.PathLike[str], dtype: Literal["f3
         dtype: number format of weights, keys, values and logits: f32 (float32) or f16 (float16).
 
     Raises:
-        ValueError: another dtype, different logits, or onnx, onnxscript or onnxruntime is not installed.
+        ValueError: another dtype, a model with custom parts, different logits, or one of the packages onnx, onnxscript and
+            onnxruntime is not installed.
         OSError: the file cannot be written.
     """
     if dtype not in _DTYPES:

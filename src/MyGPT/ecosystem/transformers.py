@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from MyGPT.cache import check_inputs, positions_and_mask
 from MyGPT.loss import one_tied_entry, untied
 from MyGPT.model import GPTModel
+from MyGPT.parts import refuse_parts
 from MyGPT.weights.formats.huggingface import write_directory
 from MyGPT.weights.layout import in_our_layout
 
@@ -35,6 +36,7 @@ class GPTForCausalLM(GenerationMixin, PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012
 
     def __init__(self, model: GPTModel) -> None:
+        refuse_parts(model, "the transformers library")
         self.gpt_config = model.config
         super().__init__(GPT2Config(**model.config.to_dict(), use_cache=True))
         # As for GPT2LMHeadModel. From another value, Trainer would conclude that it must count labels in another way.

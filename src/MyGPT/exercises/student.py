@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from MyGPT.exercises.comparing import NotWritten, Wrong
+from MyGPT.exercises.shapes import FailedCall, explain
 from MyGPT.files import refuse_pipe
 from MyGPT.messages import printable
 
@@ -92,16 +93,17 @@ class Student:
     @contextlib.contextmanager
     def _guarded(self, call: str) -> Iterator[None]:
         """Turn every exception of the block into a Wrong or a NotWritten, and refuse changes of torch's global state."""
-        state = _torch_state()
+        state, failed = _torch_state(), FailedCall()
         try:
-            yield
+            with failed:
+                yield
         except NotImplementedError as error:
             frame = self._frame(error)
             if frame is not None and "NotImplementedError" in self._line(frame.lineno or 0):
                 raise NotWritten(frame.name) from None
-            raise Wrong(f"{call}: {self._problem(error)}") from None
+            raise Wrong(f"{call}: {self._problem(error, failed)}") from None
         except BaseException as error:
-            raise Wrong(f"{call}: {self._problem(error)}") from None
+            raise Wrong(f"{call}: {self._problem(error, failed)}") from None
         finally:
             changed = [name for name, value in _torch_state().items() if value != state[name]]
             _restore(state)
@@ -119,8 +121,11 @@ class Student:
         lines = self._source.splitlines()
         return lines[number - 1].strip() if 0 < number <= len(lines) else ""
 
-    def _problem(self, error: BaseException) -> str:
-        """Return a part of a sentence about an exception: its place, its type and its message."""
+    def _problem(self, error: BaseException, failed: FailedCall) -> str:
+        """Return a part of a sentence about an exception: its place, its type, its message, and the reason if it is known.
+
+        `failed` is the last call of torch that failed.
+        """
         frame = self._frame(error)
         where = f"line {frame.lineno} of {self.path.name}" if frame else f"the code of {self.path.name}"
         try:
@@ -132,8 +137,8 @@ class Student:
         if isinstance(error, RecursionError):
             return f"{where} calls itself without an end (RecursionError)"
         message = message if len(message) <= MAX_ERROR else message[:MAX_ERROR] + "…"
-        hint = _hint(error, message)
-        return f"{where} raises {type(error).__name__}{': ' if message else ''}{message}{hint}"
+        hint = _hint(error, message) or explain(error, failed)
+        return f"{where} raises {type(error).__name__}{': ' if message else ''}{message}{f'; {hint}' if hint else ''}"
 
 
 def seed_everything() -> None:
@@ -167,11 +172,11 @@ def _syntax_problem(path: Path, error: BaseException) -> str:
 def _hint(error: BaseException, message: str) -> str:
     """Return an explanation of an exception that beginners often get, or an empty string."""
     if "is not contiguous" in message or "view size is not compatible" in message:
-        return "; use reshape instead of view after transpose"
+        return "use reshape instead of view after transpose"
     if isinstance(error, EOFError):
-        return "; a check cannot answer input()"
+        return "a check cannot answer input()"
     if "leaf Variable that requires grad" in message:
-        return "; do not change an argument in place"
+        return "do not change an argument in place"
     return ""
 
 

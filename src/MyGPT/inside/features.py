@@ -7,21 +7,19 @@ text in which each one fires, and shows which features fire at each token of a p
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from MyGPT.config import require_positive
+from MyGPT.evaluation.perplexity import strided_loss
 from MyGPT.inside.page import WEB, embedded_json, fill_page
-from MyGPT.inside.sae import (
-    AutoencoderQuality,
-    SparseAutoencoder,
-    collect_activations,
-    measure_autoencoder,
-    train_autoencoder,
-)
+from MyGPT.inside.sae import SparseAutoencoder, train_autoencoder
+from MyGPT.inside.tracing import collect_activations, edit
 from MyGPT.model import GPTModel
+from MyGPT.notebooks import Described
 from MyGPT.tokenizers.display import token_labels
 
 MAX_TOKENS = 200_000
@@ -103,14 +101,10 @@ def features_page(
     data = features_data(
         model, tokenizer, ids, activations, autoencoder, collect_activations(model, passage, place), passage
     )
-    data |= {"layer": layer, "n_all": n_all, "n_train": n_train, "quality": _rounded(quality)}
+    rounded = {name: round(value, 4) for name, value in quality.summary().items()}
+    data |= {"layer": layer, "n_all": n_all, "n_train": n_train, "quality": rounded}
     title = html.escape(f"Features in layer {layer} of {name}")
     return fill_page(WEB / "features.html", {"title": title, "data": embedded_json(data)})
-
-
-def _rounded(quality: AutoencoderQuality) -> dict[str, Any]:
-    """Return all measures of an autoencoder, rounded to four decimals."""
-    return {name: round(float(value), 4) for name, value in quality.summary().items()}  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -133,7 +127,7 @@ def features_data(
         ids: token ids of the text, (N,), and `activations` of its tokens, (N, C).
         passage: token ids of the passage, (P,), and `passage_activations` of its tokens, (P, C).
     """
-    n_features = len(autoencoder.threshold)
+    n_features = len(autoencoder.directions)
     table = _Labels(tokenizer)
     fired = find_firings(autoencoder, activations)
     effects = logit_effects(model, autoencoder.directions)
@@ -188,6 +182,58 @@ def find_firings(autoencoder: SparseAutoencoder, activations: Tensor, batch_size
         tokens, features = strengths.nonzero(as_tuple=True)
         parts.append((features, tokens + start, strengths[tokens, features]))
     return Firings(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class AutoencoderQuality(Described):
+    """The quality of a sparse autoencoder on the activations of a text, and the number of features that it uses."""
+
+    variance_explained: float
+    """The fraction of the variance of the activations that the reconstruction explains: 1 is perfect, 0 is the mean."""
+    n_active: float
+    """The mean number of features per token with a strength above zero (L0)."""
+    n_dead: int
+    """The number of features that fire at no token of the text."""
+    loss: float
+    """The loss of the language model, in nats per token."""
+    reconstructed_loss: float
+    """The loss when the reconstruction replaces the activation of every token."""
+    mean_loss: float
+    """The loss when the mean over all tokens replaces the activation of every token."""
+
+    @property
+    def loss_recovered(self) -> float:
+        """The fraction of the loss between `mean_loss` (0) and `loss` (1) that the reconstruction recovers."""
+        return (self.mean_loss - self.reconstructed_loss) / (self.mean_loss - self.loss)
+
+    def summary(self) -> dict[str, float]:
+        """Return all measures by name."""
+        return {**vars(self), "loss_recovered": self.loss_recovered}
+
+
+@torch.no_grad()
+def measure_autoencoder(model: GPTModel, ids: Tensor, place: str, autoencoder: SparseAutoencoder) -> AutoencoderQuality:
+    """Measure an autoencoder for the activation `place` on a text, which should not be the text of its training.
+
+    `ids` are the token ids of the text, (N,) int64. The model reads the text four times: to collect the activations, and for
+    each of the three losses.
+    """
+    x = collect_activations(model, ids, place)
+    fired = find_firings(autoencoder, x)
+    mean, device = x.mean(0), model.transformer.wte.weight.device
+    error = sum(float((batch - autoencoder(batch)).pow(2).sum()) for batch in x.split(4096))
+    with edit(model, {place: lambda activation: autoencoder(activation.float().cpu()).to(device, activation.dtype)}):
+        reconstructed_loss = strided_loss(model, ids).loss
+    with edit(model, {place: lambda activation: mean.to(device, activation.dtype).expand_as(activation)}):
+        mean_loss = strided_loss(model, ids).loss
+    return AutoencoderQuality(
+        variance_explained=1 - error / float((x - mean).pow(2).sum()),
+        n_active=len(fired.tokens) / len(x),
+        n_dead=len(autoencoder.directions) - len(fired.features.unique()),
+        loss=strided_loss(model, ids).loss,
+        reconstructed_loss=reconstructed_loss,
+        mean_loss=mean_loss,
+    )
 
 
 @torch.no_grad()

@@ -56,12 +56,13 @@ def embedded_json(value: Any) -> str:
 
 
 def fill_page(path: Path, values: Mapping[str, str], also: str = "") -> str:
-    """Return a page made from the template in `path`, with a content security policy for its own scripts and styles.
+    """Return a page made from head.html and the template in `path`, with a policy for its own scripts and styles.
 
-    The template has {{policy}} in a meta element above all values. `also` are further rules of the policy, such as
-    "worker-src blob:". For `values`, see `fill_template`.
+    head.html has {{policy}}, the content security policy, above all values. `also` are further rules of the policy, such as
+    "worker-src blob:". `values` has the title of the page; for other values, see `fill_template`.
     """
-    page = fill_template(path, {**values, "policy": "{{policy}}"})
+    values = {**values, "policy": "{{policy}}"}
+    page = fill_template(WEB / "head.html", values) + fill_template(path, values)
     return page.replace("{{policy}}", "; ".join(filter(None, [content_policy(page), also])), 1)
 
 

@@ -11,6 +11,7 @@ import html
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from MyGPT.acceleration.step import accelerate
-from MyGPT.generation import generate
 from MyGPT.inside.page import WEB, embedded_json, fill_page
 from MyGPT.inside.tracing import induction_scores, trace
 from MyGPT.messages import quote
@@ -29,6 +29,7 @@ from MyGPT.tokenizers.display import token_labels, token_texts
 from MyGPT.training.config import TrainConfig
 from MyGPT.training.metrics import read_metrics
 from MyGPT.training.names import HISTORY, by_step
+from MyGPT.training.texts import sample_text
 
 MAX_MODELS = 64
 """The maximum number of kept models on a page. If a run has more, the page shows some of them, evenly spaced."""
@@ -93,6 +94,7 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
     if n_tokens < len(ids):
         notes.append(f"The text has {len(ids):,} tokens; the page shows the first {n_tokens}.")
     prompt = tokenizer.encode(config.sample_prompt) if config.sample_prompt else ids[:8]
+    short = replace(config, sample_tokens=min(60, config.sample_tokens))
     ids = ids[:n_tokens]
     if n_tokens < 2:
         raise ValueError(f"the text must have at least 2 tokens, got {len(ids)}")
@@ -110,7 +112,8 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
         try:
             weights = _attention(model, ids)
             scores = {**attention_scores(weights, words), "induction": induction_scores(model).cpu()}
-            written = _continue(model, tokenizer, prompt, config)
+            is_plain_cpu = model.transformer.wte.weight.device.type == "cpu" and model.parts is None
+            written = sample_text(accelerate(model) if is_plain_cpu else model, tokenizer, prompt, short)
         except FloatingPointError as error:
             if not shown:
                 raise
@@ -230,21 +233,6 @@ def _attention(model: GPTModel, ids: Sequence[int]) -> Tensor:
     weights = trace(model, batch).attention[:, 0].float().cpu()
     require_finite("an attention weight", weights)
     return weights
-
-
-def _continue(model: GPTModel, tokenizer: Any, prompt: Sequence[int], config: TrainConfig) -> str:
-    """Return the prompt with its continuation by the model, sampled as the sample texts of the run are."""
-    device = model.transformer.wte.weight.device
-    ids = generate(
-        accelerate(model) if device.type == "cpu" and model.parts is None else model,
-        torch.tensor([list(prompt)], device=device),
-        min(60, config.sample_tokens),
-        temperature=config.sample_temperature,
-        top_k=200,
-        seed=config.seed,
-        tokenizer=tokenizer,
-    )
-    return tokenizer.decode(ids[0].tolist())
 
 
 def _longest(n_maps: int) -> int:

@@ -38,6 +38,7 @@ from MyGPT.config import require_index, require_positive
 from MyGPT.generation import evaluation_mode
 from MyGPT.model import GPTModel
 from MyGPT.notebooks import Described
+from MyGPT.progress import progress_bar
 from MyGPT.sampling import require_finite
 
 Edit = Callable[[Tensor], Tensor]
@@ -162,6 +163,40 @@ def edit(model: GPTModel, edits: Mapping[str, Edit]) -> Iterator[None]:
                 )
             hooks.enter_context(_hook(model, place, _checked_edit(place, function, model.config.n_heads)))
         yield
+
+
+@torch.no_grad()
+def collect_activations(
+    model: GPTModel, ids: Tensor, place: str, batch_size: int = 32, progress: bool = False
+) -> Tensor:
+    """Return one activation of each token of a long text, (N, C) float32 on the CPU.
+
+    The model reads the text in windows: token i is in window i // context_length, together with the tokens before it in this
+    window.
+
+    Args:
+        model: the model to run. It runs in evaluation mode.
+        ids: token ids of the text, (N,) int64.
+        place: the name of an activation with one vector per token, such as "h.3", which `edit` accepts.
+        batch_size: windows per forward pass.
+        progress: show a progress bar.
+    """
+    length, pieces = model.config.context_length, list[Tensor]()
+    n_whole = len(ids) // length * length
+    windows = [*ids[:n_whole].view(-1, length).split(batch_size), ids[None, n_whole:]]
+
+    def record(activation: Tensor) -> Tensor:
+        if activation.dim() != 3:
+            raise ValueError(f"the activation {place} has no vector per token, its shape is {tuple(activation.shape)}")
+        pieces.append(activation.flatten(0, 1).float().cpu())
+        return activation
+
+    bar = progress_bar(progress, total=len(ids), unit="token")
+    with evaluation_mode(model), edit(model, {place: record}), bar:
+        for batch in filter(Tensor.numel, windows):
+            model(batch.to(model.transformer.wte.weight.device), last_only=True)
+            bar.update(batch.numel())
+    return torch.cat(pieces)
 
 
 @contextmanager

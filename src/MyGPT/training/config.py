@@ -150,10 +150,10 @@ class TrainConfig:
 
         Raises ValueError for an unknown name.
         """
-        given = self.log_to.split(",") if isinstance(self.log_to, str) else self.log_to or []
+        given = [self.log_to] if isinstance(self.log_to, str) else self.log_to or []
         if not all(isinstance(name, str) for name in given):
             raise ValueError(f"log_to must be a list of texts, got {self.log_to!r}")
-        names = [name.strip() for name in given] + ["tensorboard"] * self.tensorboard
+        names = [name.strip() for text in given for name in text.split(",")] + ["tensorboard"] * self.tensorboard
         for name in names:
             if name not in get_args(TrackerName):
                 hint = did_you_mean(name, get_args(TrackerName))

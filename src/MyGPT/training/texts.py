@@ -71,14 +71,20 @@ class LiveSamples:
             return None
         prompt = self.prompts[step // config.sample_every % len(self.prompts)]
         with uncompiled(config):
-            ids = generate(
-                self.model,
-                torch.tensor([list(prompt)], device=next(self.model.parameters()).device),
-                config.sample_tokens,
-                temperature=config.sample_temperature,
-                top_k=200,
-                seed=config.seed,
-                eos_id=end_ids(self.model, tokenizer) or None if config.sample_to_end else None,
-                tokenizer=tokenizer,
-            )
-        return tokenizer.decode(ids[0].tolist())
+            return sample_text(self.model, tokenizer, prompt, config)
+
+
+def sample_text(model: Any, tokenizer: Tokenizer, prompt: Sequence[int], config: TrainConfig) -> str:
+    """Return a prompt with its continuation by a model or its accelerated copy, sampled with the options of a run."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    ids = generate(
+        model,
+        torch.tensor([list(prompt)], device=device),
+        config.sample_tokens,
+        temperature=config.sample_temperature,
+        top_k=200,
+        seed=config.seed,
+        eos_id=end_ids(model, tokenizer) or None if config.sample_to_end else None,
+        tokenizer=tokenizer,
+    )
+    return tokenizer.decode(ids[0].tolist())

@@ -104,7 +104,7 @@ def mistakes(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None) -> Mistakes:
             scores.masked_fill(~mask, -math.inf).softmax(-1),
         ),
         ("the keys are used in place of the values", weigh(scores, mask, k)),
-        ("the heads are moved behind the tokens; the result must be (B, H, T, D)", right.transpose(1, 2)),
+        ("the dimensions of heads and tokens are exchanged; the result must be (B, H, T, D)", right.transpose(1, 2)),
         ("the heads are put side by side; the result must be (B, H, T, D)", right.transpose(1, 2).flatten(2)),
     ]
     if T == S:
@@ -184,7 +184,7 @@ CHECK = Check(
         ("lets 1 query see 5 keys", _case(B, H, 1, 5, D)),
         ("uses a mask that is given", _mask),
         ("computes one token of one sequence with one head", _case(1, 1, 1, 1, 8)),
-        ("stays finite for large scores, and computes equal scores", _extreme),
+        ("stays finite for large scores, and handles equal scores", _extreme),
         ("returns float64 for float64", _case(1, 2, 3, 3, 8, torch.float64)),
         ("gives torch's gradients", _gradients),
     ],

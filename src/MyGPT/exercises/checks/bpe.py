@@ -104,7 +104,7 @@ def learning_mistakes(ids: list[int], n_merges: int) -> Mistakes:
             learn(ids, n_merges, count=count_apart),
         ),
         (
-            "overlapping pairs are joined twice: after a merge, continue behind its second id",
+            "overlapping pairs are joined twice: after a merge, continue after its second id",
             learn(ids, n_merges, overlapping=True),
         ),
         ("it stops when the best pair occurs only once", learn_while_frequent(ids, n_merges)),
@@ -165,7 +165,7 @@ def applying_mistakes(ids: list[int], merges: list[Pair]) -> Mistakes:
         (order, from_left),
         ("merges are applied in the reverse order", _apply(ids, numbered[::-1])),
         (
-            "overlapping pairs are joined twice: after a merge, continue behind its second id",
+            "overlapping pairs are joined twice: after a merge, continue after its second id",
             _apply(ids, numbered, overlapping=True),
         ),
         ("pairs are joined from right to left, not from left to right", mirrored),

@@ -76,11 +76,12 @@ def diagnosis(model: GPTModel, ids: Tensor) -> str:
         return f"no head of layer 0 attends to the previous token (its mean weight there is {previous:.2f}); {spread}"
     if induction < MIN_SCORE:
         if match > MIN_SCORE / 2:
-            return "the head of layer 1 attends to the same token, not to the next one: its key must read what layer 0 wrote"
+            place = "the first occurrence of the token, not to the token after it"
+            return f"the head of layer 1 attends to {place}: its key must read what layer 0 wrote"
         if own > MIN_SCORE:
             return "the head of layer 1 attends to the token itself: its key must read only what layer 0 wrote"
         spread = "its query must read the token, and its key what layer 0 wrote, in the same order"
-        return f"no head of layer 1 attends to the token after the first copy (mean weight {induction:.2f}); {spread}"
+        return f"no head of layer 1 attends to the token after the first occurrence (mean weight {induction:.2f}); {spread}"
     return "the heads attend to the right tokens, but the output is not the token found there: check values, c_proj and ln_f"
 
 

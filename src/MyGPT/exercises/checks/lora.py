@@ -108,7 +108,7 @@ def _start(student: Student) -> None:
         )
     if not B.any() and torch.unique(A).numel() < A.numel() // 2:
         raise Wrong(
-            f"{call}: the numbers of A are equal, so all ranks would learn the same; start A with random numbers"
+            f"{call}: the numbers of A are equal, so all its columns would learn the same; start A with random numbers"
         )
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def _start(student: Student) -> None:
         name = next(iter(sorted(trained ^ {"A", "B"})))
         is_free = name in trained
         raise Wrong(
-            f"{call}: {name} {'is trained, but only A and B are: freeze the linear layer' if is_free else 'is not trained'}"
+            f"{call}: {name} {'is trained, but only A and B may be: freeze the linear layer' if is_free else 'is not trained'}"
         )
 
 

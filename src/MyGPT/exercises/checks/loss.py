@@ -166,7 +166,7 @@ CHECK = Check(
         ("gives torch's loss for 3 sequences of 6 tokens", _case(3, 6, 5)),
         ("computes the example", _worked_example),
         ("computes one prediction", _case(1, 2, 4)),
-        ("computes equal logits", _equal),
+        ("handles equal logits", _equal),
         ("stays finite for logits in the thousands", _case(2, 5, 6, 3000.0)),
         ("gives torch's gradients", _gradients),
         ("computes the perplexity", _perplexity),

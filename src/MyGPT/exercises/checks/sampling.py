@@ -132,7 +132,7 @@ def top_p_mistakes(logits: Tensor, top_p: float) -> Mistakes:
             "tokens with a probability of at least 1 - p are kept; the sum of the probabilities decides",
             keep(p, p >= 1 - top_p),
         ),
-        ("the complement is kept: the tokens that should be removed", keep(p, ~back(kept))),
+        ("the tokens that should be removed are kept, and the others are removed", keep(p, ~back(kept))),
         (
             "excluded logits are set to 0, but they must be minus infinity",
             logits.masked_fill(~back(kept), 0).softmax(-1),
@@ -250,7 +250,7 @@ CHECK = Check(
         ("applies temperature, top-k and top-p in this order", _case(temperature=1.7, top_k=5, top_p=0.75)),
         ("takes the most likely token at temperature 0", _one_step),
         ("keeps at least one token, and all where the options allow", _edges),
-        ("computes equal logits", _equal),
+        ("handles equal logits", _equal),
     ],
     library="sampling.py (filter_logits)",
 )

@@ -1,9 +1,10 @@
 """Open task: an induction head by hand. Write `build_model`.
 
-An induction head continues repetitions: after "A B … A" it predicts B. It needs two layers. A head of layer 0 copies to every
-token which token came before it. A head of layer 1 looks for a place where the token before was the current token, attends to
-it, and copies the token that it finds there. Trained models develop such heads suddenly, and they carry much of a model's
-ability to learn from its prompt (Olsson et al., 2022). Here you set all weights yourself, so you know what each one does.
+An induction head continues repetitions: after "A B … A" it predicts B. It needs two layers. A head of layer 0 writes into
+every token which token came before it. A head of layer 1 looks for an earlier position that follows a copy of the current
+token, attends to it, and copies the token that it finds there. Trained models develop such heads suddenly, and they may carry
+much of a model's ability to learn from its prompt (Olsson et al., 2022). Here you set all weights yourself, so you know what
+each one does.
 
 A plan: use three parts of the embedding, C = 2 V + T.
     The first V numbers are one-hot for the token, which `wte` sets.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from MyGPT.config import GPTConfig
 from MyGPT.files import MAX_JSON_BYTES, atomic_write, begins_with
+from MyGPT.parts import refuse_parts
 from MyGPT.tokenizers import BPETokenizer, Tokenizer
 from MyGPT.tokenizers.added import AddedToken
 from MyGPT.tokenizers.bpe import from_visible
@@ -146,21 +147,14 @@ def read_tokenizer(path: Path) -> BPETokenizer | None:
     return tokenizer
 
 
-def write_gguf(
-    path: str | Path,
-    config: GPTConfig,
-    state_dict: Mapping[str, Tensor],
-    tokenizer: Tokenizer | None,
-    dtype: GGUFType = "f32",
-) -> list[str]:
+def write_gguf(model: Any, path: str | Path, tokenizer: Tokenizer | None, dtype: GGUFType = "f32") -> list[str]:
     """Write a model to a GGUF file for llama.cpp, read it again, and compare all values with the model.
 
     Biases, LayerNorms and the position embedding are always stored in float32, as llama.cpp's own converter does.
 
     Args:
+        model: a GPTModel with GPT-2's parts, without an unmerged adapter.
         path: the file to write.
-        config: the model's config.
-        state_dict: the model's weights under MyGPT's names.
         tokenizer: the model's tokenizer. None writes a file without a vocabulary, for programs that pass token ids.
         dtype: the type of the matrices.
 
@@ -168,10 +162,13 @@ def write_gguf(
         Sentences about what the file expresses differently, which may be empty.
 
     Raises:
-        ValueError: the package gguf is missing, the tokenizer is not a byte-level BPE with an end-of-text token, a weight
-            is not finite or exceeds the range of the type, or the file that was read again differs from the model.
+        ValueError: the model has custom parts, the package gguf is missing, the tokenizer is not a byte-level BPE with an
+            end-of-text token, a weight is not finite or exceeds the range of the type, or the file that was read again
+            differs from the model.
         OSError: the file cannot be written.
     """
+    refuse_parts(model, "a GGUF file")
+    config = model.config
     gguf = _import_gguf("writing a GGUF file")
     if dtype not in get_args(GGUFType):
         raise ValueError(f"dtype must be {', '.join(get_args(GGUFType))}, got {dtype!r}")
@@ -185,7 +182,7 @@ def write_gguf(
         notes += _add_tokenizer(writer, config, tokenizer)
     if config.activation == "gelu":
         notes.append("llama.cpp approximates GELU by tanh, so its logits differ slightly from the model's exact GELU")
-    tensors, types, others = to_gguf(state_dict, config), {}, 0
+    tensors, types, others = to_gguf(model.state_dict(), config), {}, 0
     for name, tensor in tensors.items():
         types[name] = wanted
         if len(tensor.shape) == 1 or name == "position_embd.weight":
