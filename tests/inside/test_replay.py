@@ -259,6 +259,11 @@ def test_runs_of_finetune_and_dpo_are_replayed_with_a_question(
     assert main(["explain", str(run), "--replay", "--out", out]) == 2
     words = f"{run} is a run of mygpt {tuning.split()[0]}: give a question for its models, as in mygpt explain {run} QUESTION"
     assert words in capsys.readouterr().err
+    (run / "history").rename(tmp_path / "kept")
+    assert main(["explain", str(run), "Say owl.", "--replay", "--out", out]) == 2
+    words = f"{run} kept no models to replay: repeat mygpt {tuning.split()[0]} with --keep_every 20"
+    assert words in capsys.readouterr().err
+    (tmp_path / "kept").rename(run / "history")
     (tmp_path / "base").rename(tmp_path / "moved")
     if is_adapter:
         assert main(["explain", str(run), "Say owl.", "--replay", "--out", out]) == 2

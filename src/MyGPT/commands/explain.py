@@ -233,7 +233,10 @@ def _write_replay(model: str | None, text: str, out: str, device: str, parts: st
     if command == "classify":
         raise ValueError(f"{run} is a run of mygpt classify, and --replay shows models that write text")
     kept = [*by_step(run / HISTORY).values()]
-    if command != "train" and kept:
+    if command != "train":
+        if not kept:
+            way_out = f"repeat mygpt {command} with --keep_every 20, which keeps a model every 20 steps"
+            raise FileNotFoundError(f"{run} kept no models to replay: {way_out}")
         if not text:
             example = f"mygpt explain {quote(run)} QUESTION --replay"
             raise ValueError(f"{run} is a run of mygpt {command}: give a question for its models, as in {example}")
