@@ -285,7 +285,10 @@ def test_typing_moves_nothing_above_the_growing_parts(page: Page) -> None:
 WATCH = """
 window.columns = new Set(), window.n_messages = 0, window.rows = [...$("next").children];
 new MutationObserver(changes => {
-  for (const { target } of changes) columns.add((target.closest ? target : target.parentElement).closest("td")?.cellIndex ?? "row");
+  for (const { target } of changes) {
+    const { cellIndex = "row" } = (target.closest ? target : target.parentElement).closest("td") ?? {};
+    columns.add(cellIndex);
+  }
 }).observe($("lens").tBodies[0], { subtree: true, childList: true, attributes: true, characterData: true });
 const post = Worker.prototype.postMessage;
 Worker.prototype.postMessage = function (...values) { n_messages++; post.apply(this, values); };
