@@ -282,6 +282,31 @@ def test_typing_moves_nothing_above_the_growing_parts(page: Page) -> None:
     assert page.run(places) == before
 
 
+WATCH = """
+window.columns = new Set(), window.n_messages = 0, window.rows = [...$("next").children];
+new MutationObserver(changes => {
+  for (const { target } of changes) {
+    const { cellIndex = "row" } = (target.closest ? target : target.parentElement).closest("td") ?? {};
+    columns.add(cellIndex);
+  }
+}).observe($("lens").tBodies[0], { subtree: true, childList: true, attributes: true, characterData: true });
+const post = Worker.prototype.postMessage;
+Worker.prototype.postMessage = function (...values) { n_messages++; post.apply(this, values); };
+"""
+"""A script that collects the columns of the lens that change, and counts the messages to the worker."""
+
+
+def test_typing_asks_the_worker_twice_and_changes_only_what_is_new(page: Page, model: GPTModel) -> None:
+    """Unnecessary messages and changes cost frames."""
+    page.run(WATCH)
+    page.one("#text").send_keys("s")
+    page.shows(model, "The Cats")
+    assert page.run("return n_messages") == 2
+    # The rows get a cell, which is the new choice, and the old choice changes.
+    assert sorted(page.run("return [...columns]"), key=str) == [7, 8, "row"]
+    assert page.run("return rows.every((row, i) => row === $('next').children[i])")  # so the keyboard focus stays
+
+
 def test_nothing_is_fetched_and_narrow_screens_need_no_sideways_scrolling(page: Page, browser: Any) -> None:
     events = [entry["message"] for entry in browser.get_log("performance")]
     urls = {url for event in events for url in re.findall(r'"url":"([a-z]+:)', event) if "requestWillBeSent" in event}

@@ -258,7 +258,7 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     labels = list("The·Cat")
     assert texts("#tokens button .mono") == labels
     assert texts("#tokens .chosen .mono") == ["t"]
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#heads canvas")) == 6
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#heads button")) == 6
     assert texts("#map .rows span") == texts("#map .columns span") == labels
     assert texts("#lens tr")[-1].split() == ["after", "token", *labels]
     assert texts("#bars .mono")[:-1] == [label for label, _, _ in data["next"][6]["top"]]
@@ -270,8 +270,18 @@ def test_every_part_of_the_page_follows_the_choice_in_a_browser(
     weights = attention[(1 * 3 + 2) * 49 + 4 * 7 :][:5]
     shown = [text.removesuffix(" %").removeprefix("< ") for text in texts("#taken small")]
     assert [float(text) for text in shown] == pytest.approx([100 * weight / 255 for weight in weights], abs=0.51)
-    pixels = browser.execute_script(PIXELS, "#map canvas")
-    assert pixels == [*attention[(1 * 3 + 2) * 49 :][:49]] == browser.execute_script(PIXELS, "#heads .chosen canvas")
+    assert browser.execute_script(PIXELS, "#map canvas") == [*attention[(1 * 3 + 2) * 49 :][:49]]
+    # The small maps of all heads are in one canvas, each within its button.
+    small = torch.tensor(browser.execute_script(PIXELS, "#heads canvas")).view(2 * 74 - 6, 3 * 74 - 6)
+    for i, button in enumerate(browser.find_elements(By.CSS_SELECTOR, "#heads button")):
+        row, column = 74 * (i // 3) + 2, 74 * (i % 3) + 2
+        map_ = small[row : row + 64, column : column + 64]
+        nearest = torch.arange(64) * 7 // 64
+        expected = torch.tensor([*attention[49 * i :][:49]]).view(7, 7)[nearest][:, nearest]
+        assert torch.equal(map_, expected)
+        canvas = browser.find_element(By.CSS_SELECTOR, "#heads canvas").rect
+        assert button.rect["x"] - canvas["x"] == pytest.approx((column - 2) / 2, abs=0.01)
+        assert button.rect["y"] - canvas["y"] == pytest.approx((row - 2) / 2, abs=0.01)
     assert "In layer 1, head 2, C (token 4) attends to:" in browser.find_element(By.ID, "reading").text
     assert "The text continues with a, which has rank" in browser.find_element(By.ID, "question").text
     assert browser.execute_script("return location.hash") == "#layer=1&head=2&token=4"

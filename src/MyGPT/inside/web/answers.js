@@ -61,7 +61,9 @@ class Answers {
 
   // ---- inside: page_data in inside/page.py ----
 
-  inside(ids, { heads_off: headsOff = [] } = {}) {
+  // `text` is a string or a list of ids.
+  inside(text, { heads_off: headsOff = [] } = {}) {
+    const ids = typeof text === "string" ? this.tokenizer.encode(text) : text;
     const shown = this.shown(ids), reading = this.reading(shown, headsOff);
     const { n_layers: L, n_heads: H } = this.data.config;
     const tokens = shown.map(id => ({ id, label: this.label(id) }));
@@ -208,6 +210,7 @@ function attentionBase64(reading, L, H, T) {
     }
   }
   let text = "";
-  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  // apply is ten times as fast as the spread syntax.
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode.apply(null, bytes.subarray(i, i + 8192));
   return btoa(text);
 }

@@ -27,9 +27,29 @@ function refill(parent, ...children) {
 function fill(parent, n, make, update) {
   while (parent.children.length > n) parent.lastElementChild.remove();
   while (parent.children.length < n) parent.append(make(parent.children.length));
-  [...parent.children].forEach(update);
+  let i = 0;
+  for (let child = parent.firstElementChild; child; child = child.nextElementSibling) update(child, i++);
 }
 
+// Change properties of a node. Writing a value costs the browser time even if it is the old one, so equal values are not written.
+function change(node, properties) {
+  for (const name in properties) if (node[name] !== properties[name]) node[name] = properties[name];
+}
+
+// Write the text of a node that contains nothing else. An old text node is changed, which is faster than a new one.
 function setText(node, text) {
-  if (node.textContent !== String(text)) node.textContent = text;
+  if (node.firstChild) change(node.firstChild, { data: String(text) });
+  else node.textContent = text;
+}
+
+// Write the label of a token. Only a long one can be cut off, because the browser needs more time for labels that can.
+function setLabel(node, label) {
+  setText(node, label);
+  change(node, { className: label.length > 7 ? "mono long" : "mono" });
+}
+
+// Colour a node that shows a weight or a probability.
+function setHeat(node, p) {
+  if (node.heat !== p) node.style.backgroundColor = p ? paleHeat(p) : "";
+  node.heat = p;
 }

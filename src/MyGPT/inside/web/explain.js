@@ -12,8 +12,8 @@ function drawPrediction(t) {
   if (actual && !top.some(([, , id]) => id === actual[3])) shown.push([actual[0], actual[1], actual[3]]);
   shown.push(["all others", Math.max(0, rest - (shown.length > top.length ? actual[1] : 0)), null]);
   const largest = Math.max(...shown.map(([, p]) => p));
-  $("bars").replaceChildren(...shown.map(([label, p, id]) =>
-    alternativeRow([id, label], { p: p / largest, note: percent(p), chosen: actual !== null && id === actual[3] })));
+  drawRows($("bars"), shown.map(([label, p, id]) =>
+    [[id, label], { p: p / largest, note: percent(p), chosen: actual !== null && id === actual[3] }]));
 }
 
 function onChoose() {

@@ -1,6 +1,10 @@
 // Draw how a model reads a text: its tokens, the attention maps and the prediction after each layer. inside.html has the
 // elements, and page_data (inside/page.py) describes the numbers. All pages that explain a text share this file.
 
+// The small map of a head in pixels of its canvas, which are half the size of a pixel in inside.css: the map, the border of its
+// button, the gap between buttons, and the distance from one map to the next.
+const SIDE = 64, EDGE = 2, GAP = 6, PITCH = SIDE + 2 * EDGE + GAP;
+
 class Inside {
   // `start` may name a layer, a head and a token to begin with. Those that do not exist are ignored.
   // `onChoose` is called after each choice. With `onSwitch`, heads can be switched off; it is called after each change.
@@ -23,7 +27,17 @@ class Inside {
       const cell = event.target.closest("td");
       if (cell) this.chooseCell({ token: cell.cellIndex - 1, depth: this.data.layers - cell.parentElement.rowIndex });
     };
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.data && this.draw());
+    this.readColour();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+      this.readColour();
+      if (this.data) this.draw();
+    });
+  }
+
+  // Read the colour of the attention weights as a pixel without opacity. Its lowest byte is red, as on all usual computers.
+  readColour() {
+    const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ");
+    this.colour = red | green << 8 | blue << 16;
   }
 
   get T() { return this.data.tokens.length; }
@@ -32,15 +46,21 @@ class Inside {
   label(t) { return this.data.tokens[t].label; }
   weight(layer, head, row, column) { return this.weights[((layer * this.data.heads + head) * this.T + row) * this.T + column] / 255; }
 
-  // Draw new numbers. The choice of the reader stays as far as it exists.
   show(data) {
+    this.take(data);
+    this.draw();
+  }
+
+  // Take new numbers, without drawing them yet. The choice of the reader stays as far as it exists.
+  take(data) {
     const isOther = this.data?.layers !== data.layers || this.data?.heads !== data.heads;
     this.data = data;
     // Attention weights as bytes, 255 for 1, in the order layer, head, row, column.
-    this.weights = Uint8Array.from(atob(data.attention), c => c.charCodeAt(0));
+    const text = atob(data.attention);
+    this.weights = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) this.weights[i] = text.charCodeAt(i);
     if (!this.headsOff.length) this.allOn = data;
     if (isOther) this.prepare();
-    this.draw();
   }
 
   // Make what depends only on the numbers of layers and heads.
@@ -57,8 +77,8 @@ class Inside {
     this.start = {};
     const edge = text => element("span", { className: "edge", textContent: text });
     $("heads").style.gridTemplateColumns = `repeat(${heads + 1}, max-content)`;
-    $("heads").replaceChildren(edge("layer"), ...numbers(heads).map(edge),
-      ...numbers(layers).flatMap(layer => [edge(layer), ...numbers(heads).map(head => this.thumbnail(layer, head))]));
+    $("heads").replaceChildren(element("canvas"), edge("layer"), ...numbers(heads).map(edge),
+      ...numbers(layers).flatMap(layer => [edge(layer), ...numbers(heads).map(head => this.headButton(layer, head))]));
   }
 
   choose({ layer = this.layer, head = this.head, token = this.token, depth = this.depth }) {
@@ -104,11 +124,9 @@ class Inside {
     $("switch").lastElementChild.textContent = isOn ? "head on" : "head off";
     for (const button of $("heads").querySelectorAll("button")) {
       const [l, h] = button.dataset.place.split(".").map(Number), isChosen = l === layer && h === head;
-      button.classList.toggle("chosen", isChosen);
-      button.classList.toggle("off", this.isOff(l, h));
-      button.tabIndex = isChosen ? 0 : -1;
-      button.title = `layer ${l}, head ${h}${this.isOff(l, h) ? ", switched off" : ""}`;
-      button.setAttribute("aria-label", button.title);
+      const isOff = this.isOff(l, h), title = `layer ${l}, head ${h}${isOff ? ", switched off" : ""}`;
+      const className = [isChosen && "chosen", isOff && "off"].filter(Boolean).join(" ");
+      change(button, { className, tabIndex: isChosen ? 0 : -1, title, ariaLabel: title });
     }
     const chip = ([l, h]) => {
       const button = element("button", { type: "button", textContent: `layer ${l}, head ${h} ×` });
@@ -140,6 +158,20 @@ class Inside {
     this.drawEffect();
     this.drawAttention();
     this.drawLens();
+    this.scrollToChosen();
+  }
+
+  // Scroll the map and the lens as far as needed to show the choice. This comes last, because the browser computes the layout
+  // again when a size is read after a change.
+  scrollToChosen() {
+    const map = $("map"), box = map.parentElement, { cell } = this, later = (this.T - 1 - this.token) * cell;
+    // The cell of the map in which the token attends to itself.
+    const right = map.offsetWidth - later, bottom = map.offsetHeight - later;
+    if (right > box.scrollLeft + box.clientWidth || right - cell < box.scrollLeft) box.scrollLeft = right - box.clientWidth;
+    if (bottom > box.scrollTop + box.clientHeight || bottom - cell < box.scrollTop) box.scrollTop = bottom - box.clientHeight;
+    const lens = $("lens").parentElement, chosen = lens.querySelector(".chosen");
+    const start = chosen.offsetLeft - lens.querySelector("th").offsetWidth, end = chosen.offsetLeft + chosen.offsetWidth;
+    if (start < lens.scrollLeft || end > lens.scrollLeft + lens.clientWidth) lens.scrollLeft = start;
   }
 
   // Fill `parent` with buttons for the first n tokens. Each has a note and, if the note is a weight, a colour.
@@ -152,8 +184,8 @@ class Inside {
     fill(parent, n, make, (button, t) => {
       setText(button.firstElementChild, this.label(t));
       setText(button.lastElementChild, note(t));
-      button.className = t === this.token ? "chosen" : "";
-      button.style.background = strength(t) ? paleHeat(strength(t)) : "";
+      change(button, { className: t === this.token ? "chosen" : "" });
+      setHeat(button, strength(t));
     });
   }
 
@@ -165,26 +197,34 @@ class Inside {
     const { layer, head, token } = this;
     $("layer").value = layer;
     $("head").value = head;
-    const colour = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ").map(Number);
-    for (const button of $("heads").querySelectorAll("button"))
-      this.paint(button.firstElementChild, ...button.dataset.place.split(".").map(Number), colour);
-    this.paint(this.map, layer, head, colour);
+    this.paintHeads();
+    this.paintMap();
     this.drawMap();
     $("reading").replaceChildren(`In layer ${layer}, head ${head}, `, quoted(this.label(token)), ` (token ${token}) attends to:`);
     const weight = t => this.weight(layer, head, token, t);
     this.drawButtons($("taken"), token + 1, t => percent(weight(t)), weight);
   }
 
-  // Draw the attention weights of a head, one pixel for each pair of tokens. `colour` has red, green and blue.
-  paint(canvas, layer, head, colour) {
-    const { T } = this, size = T * T, first = (layer * this.data.heads + head) * size;
-    if (canvas.width !== T) canvas.width = canvas.height = T;
-    const context = canvas.getContext("2d"), image = context.createImageData(T, T), { data } = image;
-    for (let i = 0; i < size; i++) {
-      [data[4 * i], data[4 * i + 1], data[4 * i + 2]] = colour;
-      data[4 * i + 3] = this.weights[first + i];
-    }
-    context.putImageData(image, 0, 0);
+  // Draw the attention weights of the chosen head, one pixel for each pair of tokens.
+  paintMap() {
+    const { T } = this, first = (this.layer * this.data.heads + this.head) * T * T;
+    paint(this.map, T, T, pixels => {
+      for (let i = 0; i < T * T; i++) pixels[i] = this.colour | this.weights[first + i] << 24;
+    });
+  }
+
+  // Draw the small maps of all heads below their buttons. They share one canvas, because the browser needs much longer for many.
+  paintHeads() {
+    const { T, data: { layers, heads } } = this, width = heads * PITCH - GAP, cell = numbers(SIDE).map(i => Math.floor(i * T / SIDE));
+    paint($("heads").firstElementChild, width, layers * PITCH - GAP, pixels => {
+      for (let layer = 0; layer < layers; layer++) for (let head = 0; head < heads; head++) {
+        const strength = this.isOff(layer, head) ? 0.3 : 1, map = (layer * heads + head) * T * T;
+        for (let y = 0; y < SIDE; y++) {
+          const to = (layer * PITCH + EDGE + y) * width + head * PITCH + EDGE, row = map + cell[y] * T;
+          for (let x = 0; x < SIDE; x++) pixels[to + x] = this.colour | this.weights[row + cell[x]] * strength << 24;
+        }
+      }
+    });
   }
 
   makeMap() {
@@ -214,20 +254,16 @@ class Inside {
     fill(columns, T, makeLabel, (span, t) => setText(span, this.label(t)));
     fill(rows, T, makeLabel, (span, t) => {
       setText(span, this.label(t));
-      span.className = t === token ? "chosen" : "";
+      change(span, { className: t === token ? "chosen" : "" });
     });
-    mark.style.gridRow = token + 2;
-    const cell = Math.min(Math.max(Math.floor((innerWidth < 640 ? 290 : 400) / T), 11), 26), box = map.parentElement;
-    map.style.setProperty("--cell", `${cell}px`);
-    map.style.setProperty("--n", T);
-    // Scroll as far as needed to show the cell in which the token attends to itself.
-    const right = map.offsetWidth - (T - 1 - token) * cell, bottom = map.offsetHeight - (T - 1 - token) * cell;
-    if (right > box.scrollLeft + box.clientWidth || right - cell < box.scrollLeft) box.scrollLeft = right - box.clientWidth;
-    if (bottom > box.scrollTop + box.clientHeight || bottom - cell < box.scrollTop) box.scrollTop = bottom - box.clientHeight;
+    this.cell = Math.min(Math.max(Math.floor((innerWidth < 640 ? 290 : 400) / T), 11), 26);
+    map.style.setProperty("--cell", `${this.cell}px`);
+    this.map.style.width = this.map.style.height = `${T * this.cell}px`;
+    mark.style.marginTop = `${token * this.cell}px`;
   }
 
-  thumbnail(layer, head) {
-    const button = element("button", { type: "button" }, element("canvas"));
+  headButton(layer, head) {
+    const button = element("button", { type: "button" });
     button.dataset.place = `${layer}.${head}`;
     button.onclick = () => this.choose({ layer, head });
     return button;
@@ -251,18 +287,13 @@ class Inside {
       fill(row, this.T + 1, makeCell, (cell, column) => {
         if (!column) return setText(cell, name);
         const [text, p] = lens[depth][column - 1][0], isChosen = column - 1 === this.token && depth === this.depth;
-        setText(cell.firstElementChild, text);
-        cell.title = `${text} ${percent(p)}`;
-        cell.style.background = paleHeat(p);
-        cell.className = isChosen ? "chosen" : "";
-        cell.tabIndex = isChosen ? 0 : -1;
+        setLabel(cell.firstElementChild, text);
+        change(cell, { title: `${text} ${percent(p)}`, className: isChosen ? "chosen" : "", tabIndex: isChosen ? 0 : -1 });
+        setHeat(cell, p);
       });
     });
     const makeName = column => element("th", { className: column ? "" : "row", scope: "col" }, ...(column ? [quoted("")] : ["after token"]));
-    fill(names.firstElementChild, this.T + 1, makeName, (cell, column) => column && setText(cell.firstElementChild, this.label(column - 1)));
-    const box = $("lens").parentElement, chosen = $("lens").querySelector(".chosen");
-    const left = chosen.offsetLeft - box.querySelector("th").offsetWidth, right = chosen.offsetLeft + chosen.offsetWidth;
-    if (left < box.scrollLeft || right > box.scrollLeft + box.clientWidth) box.scrollLeft = left;
+    fill(names.firstElementChild, this.T + 1, makeName, (cell, column) => column && setLabel(cell.firstElementChild, this.label(column - 1)));
     const runners = this.data.lens[this.depth][this.token].flatMap(([text, p]) => [" ", quoted(text), ` ${percent(p)},`]);
     runners.push(runners.pop().replace(/,$/, "."));
     const where = this.depth === 0 ? "After the embeddings" : `After layer ${this.depth - 1}`;
@@ -282,4 +313,12 @@ class Inside {
     this.choose(change);
     $("lens").querySelector(".chosen").focus({ preventScroll: true });
   }
+}
+
+// Set the size of a canvas and its pixels: `fill` receives them as numbers in the form of Inside.colour.
+function paint(canvas, width, height, fill) {
+  change(canvas, { width, height });
+  const image = new ImageData(width, height);
+  fill(new Uint32Array(image.data.buffer));
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }

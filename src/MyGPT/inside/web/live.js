@@ -9,6 +9,7 @@ const state = new URLSearchParams(location.hash.slice(1));
 
 let ids = []; // the token ids of the text
 let version = 0; // counts the changes of the text, so that late answers are dropped
+let generated = 0; // the version that Generate wrote, whose status stays
 let running = null; // while the model writes: the AbortController that stops it
 
 const showError = error => { $("error").textContent = sentence(error.message); };
@@ -18,7 +19,7 @@ const look = new Look(source, {
   start: { ...Object.fromEntries(state) },
   onData({ tokens: { length: n }, n_left_out }) {
     $("inside").hidden = false;
-    if (!running) $("status").textContent = n_left_out
+    if (version !== generated) $("status").textContent = n_left_out
       ? `The page shows the last ${n} tokens; ${n_left_out} earlier ones are left out.`
       : `${n} ${n === 1 ? "token" : "tokens"} of at most ${info.max_inside}.`;
   },
@@ -34,10 +35,11 @@ const look = new Look(source, {
 // Read the text of the field. Until the answer comes, the page shows the last one. A text that the tokenizer cannot read
 // stays in the field, and the model cannot continue it.
 async function readText() {
-  const now = ++version;
+  const now = ++version, text = $("text").value;
+  if (text) look.read(text); // at the same time, so that the worker answers both at once
   try {
-    const answer = await source.read($("text").value);
-    if (now === version) showIds(answer.ids);
+    const answer = await source.read(text);
+    if (now === version) takeIds(answer.ids);
   } catch (error) {
     if (now !== version) return;
     showError(error);
@@ -46,12 +48,11 @@ async function readText() {
   }
 }
 
-function showIds(newIds) {
+function takeIds(newIds) {
   ids = newIds;
   $("go").setAttribute("aria-disabled", false);
   $("error").textContent = "";
-  if (ids.length) return look.read(ids);
-  $("status").textContent = "Write a text: the page shows how the model reads it.";
+  if (!ids.length) $("status").textContent = "Write a text: the page shows how the model reads it.";
 }
 
 // Put a token after the chosen token of the text, in place of the rest.
@@ -62,7 +63,8 @@ async function append(token) {
   if (now !== version) return;
   $("text").value = text;
   look.inside.chosenToken = null;
-  showIds(all);
+  takeIds(all);
+  look.read(all);
 }
 
 // Return the ids up to the chosen token, with those that are too early to be shown.
@@ -88,7 +90,7 @@ async function refreshNext() {
 
 async function generate() {
   if ($("go").getAttribute("aria-disabled") === "true") return;
-  const controller = running = new AbortController(), start = [...ids], now = ++version;
+  const controller = running = new AbortController(), start = [...ids], now = generated = ++version;
   $("go").textContent = "Stop";
   $("go").classList.add("running");
   $("error").textContent = "";

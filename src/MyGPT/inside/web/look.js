@@ -1,13 +1,12 @@
 // Look inside a model: keep the views of inside.js and walk.js up to date with the numbers of a source.
 //
 // The source computes them: a worker on the page of `mygpt explain --live`, or the server on that of `mygpt serve`.
-//   source.inside(text, {heads_off})                    page_data in inside/page.py; the text as token ids or, for the
-//                                                       server, as a string
+//   source.inside(text, {heads_off})                    page_data in inside/page.py; the text as a string or as token ids
 //   source.walk(ids, {layer, head, token, heads_off})   walk_data in inside/walk.py
 
 class Look {
-  // `onData` receives new numbers before they are drawn. `onChange` is called after they are drawn, and when the reader chooses
-  // something else. `onError` receives errors.
+  // `onData` receives new numbers just before they are drawn. `onChange` is called when new numbers arrive, and when the reader
+  // chooses something else. `onError` receives errors.
   constructor(source, { start = {}, onData = () => {}, onChange = () => {}, onError }) {
     Object.assign(this, { source, onData, onChange, onError, asked: [], ids: [], version: 0 });
     this.inside = new Inside({ start, onChoose: () => this.changed(), onSwitch: () => this.read(this.asked) });
@@ -26,10 +25,14 @@ class Look {
     try {
       const data = await this.source.inside(text, { heads_off: headsOff });
       if (version !== this.version) return;
-      this.onData(data);
       this.ids = data.tokens.map(({ id }) => id);
-      inside.show(data);
-      await this.changed();
+      inside.take(data);
+      // A frame costs time, so one frame shows all changes, unless the walk takes long.
+      const changed = this.changed();
+      await Promise.race([changed, new Promise(resolve => setTimeout(resolve, 30))]);
+      this.onData(this.data);
+      inside.draw();
+      await changed;
       if (version === this.version && headsOff.length && !inside.isCompared) {
         const allOn = await this.source.inside(this.ids, { heads_off: [] });
         if (version === this.version) inside.compare(allOn);

@@ -24,27 +24,29 @@ function showSettings() {
   }
 }
 
-// Return one row of a list of tokens: the label, bars, and a note such as the probability. Without `onChoose`, the row is not a
-// button. `p` and `before` are lengths of bars from 0 to 1.
-function alternativeRow([id, label], { p, before = null, note, heard = note, chosen = false, removed = false, onChoose = null }) {
-  const bar = element("span", { className: "bar" });
-  const add = (className, share) => {
-    const fill = element("span", { className });
-    fill.style.width = `${100 * share}%`;
-    bar.append(fill);
-  };
-  if (before !== null) add("before", before);
-  add("now", p);
-  const row = element(onChoose ? "button" : "div", { className: "alternative" },
-    quoted(label), bar, element("span", { className: "note", textContent: note }));
-  row.classList.toggle("chosen", chosen);
-  row.classList.toggle("removed", removed);
-  if (onChoose) {
-    row.type = "button";
-    row.setAttribute("aria-label", `${label}: ${heard}${chosen ? ", in the text" : ""}`);
-    row.onclick = () => onChoose({ id, label });
+// Fill a list with rows of tokens. A row is a pair of a token [id, label] and options: a note such as the probability, and
+// lengths of bars from 0 to 1, `p` and `before`. Without `onChoose`, the row is not a button.
+function drawRows(list, rows) {
+  fill(list, rows.length, () => element("li"), (item, i) => drawRow(item, ...rows[i]));
+}
+
+function drawRow(item, [id, label], { p, before = null, note, heard = note, chosen = false, removed = false, onChoose = null }) {
+  const kind = onChoose ? "button" : "div", span = className => element("span", { className });
+  if (item.firstElementChild?.localName !== kind) {
+    const bar = element("span", { className: "bar" }, span("before"), span("now"));
+    item.replaceChildren(element(kind, onChoose ? { type: "button" } : {}, quoted(""), bar, span("note")));
   }
-  return element("li", {}, row);
+  const row = item.firstElementChild, [name, { children: [outline, full] }, noted] = row.children;
+  setText(name, label);
+  setText(noted, note);
+  change(outline, { hidden: before === null });
+  outline.style.width = `${100 * before}%`;
+  full.style.width = `${100 * p}%`;
+  change(row, {
+    className: ["alternative", chosen && "chosen", removed && "removed"].filter(Boolean).join(" "),
+    ariaLabel: onChoose && `${label}: ${heard}${chosen ? ", in the text" : ""}`,
+    onclick: onChoose && (() => onChoose({ id, label })),
+  });
 }
 
 // Draw the probabilities of the next token before and after the sampling options (next_token_data in inside/page.py).
@@ -53,11 +55,11 @@ function drawDistribution({ tokens, n_kept, removed, vocab_size }, place, chosen
   const shown = tokens.slice(0, N_ROWS), largest = Math.max(...shown.map(([, , before, now]) => Math.max(before, now)));
   const count = n_kept === 1 ? "1 token" : `${n_kept.toLocaleString("en")} tokens`;
   $("next-hint").replaceChildren(...place, `the settings keep ${count} of ${vocab_size.toLocaleString("en")}.`);
-  refill($("next"), ...shown.map(([id, label, before, now, isKept]) => alternativeRow([id, label], {
+  drawRows($("next"), shown.map(([id, label, before, now, isKept]) => [[id, label], {
     p: now / largest, before: before / largest, note: isKept ? percent(now) : "removed", removed: !isKept,
     chosen: chosenId === id, heard: `${isKept ? percent(now) : "removed"}, model ${percent(before)}`,
     onChoose: onChoose && (token => onChoose(token, before)),
-  })));
+  }]));
   const more = n_kept - shown.filter(([, , , , isKept]) => isKept).length;
   const rest = 1 - shown.reduce((sum, [, , , now]) => sum + now, 0);
   $("next-rest").textContent = [

@@ -12,8 +12,9 @@
 //   source.read(text)                {ids, tokens: [{id, label}]}. Special tokens in the text become single ids.
 //   source.decode(ids)               the text of the ids
 //   source.logits(ids, {heads_off})  the logits of the next token, one number for each id of the vocabulary
-//   source.inside(ids, {heads_off})  the dict of page_data (inside/page.py) for the last `max_inside` ids, and n_left_out,
-//                                    the number of earlier ids. heads_off is a list of pairs [layer, head].
+//   source.inside(text, {heads_off}) the dict of page_data (inside/page.py) for the last `max_inside` ids of a string or a list
+//                                    of ids, and n_left_out, the number of earlier ids. heads_off is a list of pairs
+//                                    [layer, head].
 //   source.next(ids, {temperature, top_k, top_p, min_p, heads_off})
 //                                    the dict of next_token_data (inside/page.py). temperature defaults to 0, which is greedy.
 //   source.walk(ids, {layer, head, token, heads_off})
@@ -25,8 +26,8 @@
 //
 // A promise is rejected with an Error whose message is one sentence for the reader. A newer call of read, inside, next or
 // walk supersedes an older one of the same method that has no answer yet: the promise of the older call stays pending for
-// ever, so its stale answer is never drawn. The worker computes one call at a time. Of the waiting calls of a method, it computes
-// only the newest.
+// ever, so its stale answer is never drawn. While the worker computes, later calls wait. Of the waiting calls of a method, it
+// computes only the newest.
 
 function openSource() {
   const data = JSON.parse(document.getElementById("live").textContent);
@@ -46,36 +47,38 @@ function takeTensors() {
 
 function workerSource(worker, data, tensors) {
   const waiting = new Map(); // the requests that were not sent yet, by the method that a newer request supersedes
-  let current = null, calls = 0;
+  let sent = [], calls = 0;
 
-  // Send the next request if the worker is idle. If one method is called at each key press, the others still get their turn.
+  // Send all waiting requests together if the worker is idle, so that the page can draw their answers in one frame.
   function send() {
-    if (current || !waiting.size) return;
-    const [key, request] = waiting.entries().next().value;
-    waiting.delete(key);
-    current = request;
-    const { number, name, args } = request;
-    worker.postMessage({ number, name, args });
+    if (sent.length || !waiting.size) return;
+    sent = [...waiting.values()];
+    waiting.clear();
+    worker.postMessage(sent.map(({ name, args }) => ({ name, args })));
   }
 
   function call(name, args, key = name) {
+    calls++;
     return new Promise((resolve, reject) => {
-      waiting.delete(key);
-      if (current?.key === key) current.isStale = true;
-      waiting.set(key, { number: ++calls, key, name, args, resolve, reject, isStale: false });
-      send();
+      for (const request of sent) if (request.key === key) request.isStale = true;
+      waiting.set(key, { key, name, args, resolve, reject, isStale: false });
+      queueMicrotask(send); // after the other calls of this moment
     });
   }
 
-  worker.onmessage = ({ data: { value, error } }) => {
-    const { resolve, reject, isStale } = current;
-    current = null;
-    if (!isStale) error === undefined ? resolve(value) : reject(new Error(error));
+  worker.onmessage = ({ data: answers }) => {
+    const answered = sent;
+    sent = [];
+    answered.forEach(({ resolve, reject, isStale }, i) => {
+      const { value, error } = answers[i];
+      if (!isStale) error === undefined ? resolve(value) : reject(new Error(error));
+    });
     send();
   };
   worker.onerror = event => {
     event.preventDefault();
-    current?.reject(new Error(`the page cannot run the model: ${event.message || "the browser does not start a worker"}`));
+    const reason = event.message || "the browser does not start a worker";
+    for (const { reject } of sent) reject(new Error(`the page cannot run the model: ${reason}`));
   };
 
   let generations = 0;
@@ -99,7 +102,7 @@ function workerSource(worker, data, tensors) {
     read: text => call("read", [text]),
     decode: ids => call("decode", [ids], `decode ${calls}`),
     logits: (ids, options = {}) => call("logits", [ids, options], `logits ${calls}`),
-    inside: (ids, options = {}) => call("inside", [ids, options]),
+    inside: (text, options = {}) => call("inside", [text, options]),
     next: (ids, options = {}) => call("next", [ids, options]),
     walk: (ids, options) => call("walk", [ids, options]),
     generate,

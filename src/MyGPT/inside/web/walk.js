@@ -166,24 +166,26 @@ class Walk {
     $("walk-name").textContent = title;
     $("walk-text").textContent = text(walk);
     $("walk-formula").replaceChildren(...withIndices(formula(walk)));
-    $("walk-tensors").replaceChildren(...walk.numbersOf[name].map(tensor => this.tensor(tensor, tensors[tensor.name])));
+    const shown = walk.numbersOf[name], span = (className = "") => element("span", { className });
+    const makeTensor = () => element("div", { className: "tensor" },
+      element("div", { className: "tensor-head" }, span("letter"), span(), element("small")), element("div", { className: "cells" }));
+    fill($("walk-tensors"), shown.length, makeTensor, (node, i) => this.drawTensor(node, shown[i], tensors[shown[i].name]));
   }
 
-  // Return the element of one tensor: its letter, its name, its shape and coloured cells with numbers.
-  tensor({ name, shape, row, top }, [letter, description]) {
+  // Draw one tensor: its letter, its name, its shape and coloured cells with numbers.
+  drawTensor(node, { name, shape, row, top }, [letter, description]) {
     const { walk } = this, text = typeof description === "function" ? description(walk) : description;
     const sizes = shape.length ? `${SHAPES[name]} = ${shape.join(" × ")}` : "one number";
-    const isRow = shape.length === 2;
-    const head = element("div", { className: "tensor-head" }, element("span", { className: "letter", textContent: letter }),
-      element("span", { textContent: text }),
-      element("small", { textContent: isRow ? `row ${walk.token} of ${sizes}` : sizes }));
+    const isRow = shape.length === 2, [head, cells] = node.children;
+    [letter, text, isRow ? `row ${walk.token} of ${sizes}` : sizes].forEach((part, i) => setText(head.children[i], part));
     const values = top ? top.map(([, value]) => value) : row;
     const labels = top ? top.map(([label]) => label) : this.labels(name, row.length);
     const largest = Math.max(...values.map(Math.abs));
-    const cells = values.map((value, i) => numberCell(value, largest, labels?.[i], name === "ids"));
     const hidden = top || labels ? 0 : (shape.at(-1) ?? 1) - row.length;
-    if (hidden > 0) cells.push(element("span", { className: "more", textContent: `and ${hidden.toLocaleString("en")} more` }));
-    return element("div", { className: "tensor" }, head, element("div", { className: "cells" }, ...cells));
+    const makeCell = () => element("span", {}, element("small"), element("span"));
+    fill(cells, values.length + (hidden > 0), makeCell, (cell, i) => i < values.length
+      ? drawNumber(cell, values[i], largest, labels?.[i], name === "ids")
+      : drawCell(cell, "more", "", `and ${hidden.toLocaleString("en")} more`));
   }
 
   // Return the labels of the numbers of a tensor, or null if they are the numbers of a vector.
@@ -193,15 +195,18 @@ class Walk {
   }
 }
 
-// Return a cell with a number: blue for positive and orange for negative ones, the stronger the larger.
-function numberCell(value, largest, label, isPlain) {
-  const cell = element("span", { className: "cell" });
-  if (label !== undefined) cell.append(element("small", { className: "mono", textContent: label }));
-  cell.append(element("span", { textContent: isPlain ? value : shortNumber(value) }));
-  const strength = isPlain || !largest ? 0 : Math.abs(value) / largest;
-  if (strength) cell.style.background = `rgb(var(${value < 0 ? "--cold" : "--heat"}) / calc(var(--pale) * .6 * ${strength.toFixed(3)}))`;
-  cell.title = String(value);
-  return cell;
+// Draw a cell with a number: blue for positive and orange for negative ones, the stronger the larger.
+function drawNumber(cell, value, largest, label, isPlain) {
+  const strength = isPlain || !largest ? 0 : Math.abs(value) / largest, colour = value < 0 ? "--cold" : "--heat";
+  drawCell(cell, "cell", label, isPlain ? value : shortNumber(value), String(value),
+    strength ? `rgb(var(${colour}) / calc(var(--pale) * .6 * ${strength.toFixed(3)}))` : "");
+}
+
+function drawCell(cell, className, label = "", text, title = "", backgroundColor = "") {
+  setLabel(cell.firstElementChild, label);
+  setText(cell.lastElementChild, text);
+  change(cell, { className, title });
+  change(cell.style, { backgroundColor });
 }
 
 // Return a number with three significant digits, such as 0.0123, −1.23 or 1.2e−7.

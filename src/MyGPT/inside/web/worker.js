@@ -1,13 +1,14 @@
-// The worker of the live page. It owns the model and answers one request after another (see source.js).
+// The worker of the live page. It owns the model, and answers a list of requests with the list of their answers (see source.js).
 
 let answers = null;
 
-self.onmessage = ({ data: { number, name, args } }) => {
+self.onmessage = ({ data: requests }) => self.postMessage(requests.map(answer));
+
+function answer({ name, args }) {
   try {
     if (name === "start") answers = new Answers(...args);
-    const value = name === "start" ? null : answers[name](...args);
-    self.postMessage({ number, value });
+    return { value: name === "start" ? null : answers[name](...args) };
   } catch (error) {
-    self.postMessage({ number, error: error.message });
+    return { error: error.message };
   }
-};
+}

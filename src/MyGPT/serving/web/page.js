@@ -236,7 +236,7 @@ $("branches").onkeydown = event => {
 let isAsking = false, isStale = false, typingTimer = 0;
 
 function question() {
-  if (tab === "inside") return $("inside").hidden ? { ids: [] } : { ids: look.chosenIds, heads_off: look.headsOff };
+  if (tab === "inside") return { ids: look.chosenIds, heads_off: look.headsOff };
   if (selected) return { ids: story().ids(selected.parent) };
   return isEditing ? { text: $("text").value.slice(0, $("text").selectionEnd) } : { ids: story().ids() };
 }
@@ -490,6 +490,7 @@ const look = new Look(serverSource, {
 async function lookInside() {
   const text = isEditing ? $("text").value : story().ids();
   $("inside").hidden = true;
+  look.ids = []; // until the answer comes, the next token of the old text is not asked for
   $("inside-hint").textContent = text.length ? "The model reads the text …"
     : "Write a text first. This tab then shows how the model reads it.";
   if (text.length) await look.read(text);

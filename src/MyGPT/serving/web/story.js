@@ -221,7 +221,7 @@ const alternatives = {
       : `${percent(Math.exp(logprob))}, ${rank >= 0 ? `rank ${rank + 1}` : `not among the first ${top.length}`}. ` +
         "Choose another token to start a branch.";
     const largest = top?.length ? Math.exp(top[0][2]) : 1;
-    $("popover-list").replaceChildren(...(top ?? []).map(entry => alternativeRow(entry, {
+    drawRows($("popover-list"), (top ?? []).map(entry => [entry, {
       p: Math.exp(entry[2]) / largest, note: percent(Math.exp(entry[2])), chosen: entry[0] === id,
       onChoose: ({ id, label }) => {
         const { node } = this.token;
@@ -229,7 +229,7 @@ const alternatives = {
         const [, , logprob] = node.top.find(([other]) => other === id);
         this.onChoose(story, node.parent, { id, label, logprob, top: node.top });
       },
-    })));
+    }]));
     $("popover-close").hidden = !isPinned;
     $("popover").hidden = false;
     this.place();
