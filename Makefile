@@ -9,8 +9,9 @@ RESULTS ?= bench-results
 # The page that ends `make demo` shows how the heads read this text. Its repetitions would show an induction head.
 TEXT_OF_REPLAY = Alice said to the Cat, and the Cat said to Alice that the Queen
 
-# Processes that run tests, each on one thread. One that has nothing left takes tests from the other.
-JOBS   ?= 2
+# Processes that run tests, each on one thread. One that has nothing left takes tests from another. A quarter of the time, a test
+# waits for something else than a core, so three processes suit two cores.
+JOBS   ?= 3
 PYTEST  = $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 LINTED  = src tests benchmarks docs examples exercises
 

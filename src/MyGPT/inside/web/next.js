@@ -65,6 +65,6 @@ function drawDistribution({ tokens, n_kept, removed, vocab_size }, place, chosen
   $("next-rest").textContent = [
     "Full bars show the probabilities after the settings, outlines those of the model.",
     more > 0 ? `${more.toLocaleString("en")} more kept tokens: ${percent(Math.max(0, rest))}.` : "",
-    n_kept < vocab_size ? `The removed tokens had ${percent(removed)} before.` : "",
+    n_kept < vocab_size ? `Before the settings, the removed tokens had ${percent(removed)}.` : "",
   ].join(" ");
 }

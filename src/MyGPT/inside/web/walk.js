@@ -66,8 +66,8 @@ const STEPS = {
   },
   mlp: {
     title: "MLP",
-    text: w => `The MLP normalises x again, computes ${w.config.C * 4} neurons, applies GELU, and returns to ${w.config.C} numbers, which ` +
-      "are added to the residual stream. It sees this token alone.",
+    text: w => `LayerNorm normalises x again. The MLP computes ${w.config.C * 4} neurons, applies GELU, and returns to ${w.config.C} numbers, ` +
+      "which are added to the residual stream. It sees this token alone.",
     formula: () => "x ← x + GELU(LayerNorm(x) W_1 + b_1) W_2 + b_2",
     tensors: {
       ln_2: ["LayerNorm(x)", "input of the MLP"], activations: ["neurons", "after GELU"], mlp: ["MLP", "output of the MLP"],
@@ -90,8 +90,8 @@ const STEPS = {
   logits: {
     title: "Logits",
     text: w => `The output head gives each of the ${w.config.V.toLocaleString("en")} tokens of the vocabulary one number, its logit: the ` +
-      "dot product of y and the row of this token. The eight largest are shown.",
-    formula: () => "logit_i = y · w_i",
+      "dot product of y and the token's row of the output matrix W. The eight largest are shown.",
+    formula: () => "logit_i = y · W_i",
     tensors: { logits: ["logits", "the eight largest"] },
   },
   probabilities: {
@@ -154,7 +154,7 @@ class Walk {
   draw() {
     const { walk, step } = this, name = this.names[step], { title, text, formula, tensors } = STEPS[name];
     $("walk-hint").replaceChildren("Follow token ", quoted(walk.label), ` (token ${walk.token}) through layer ${walk.layer}, ` +
-      `head ${walk.head}${walk.isOff ? ", which is switched off" : ""}. Choose others above. The arrow keys change the step.`);
+      `head ${walk.head}${walk.isOff ? ", which is switched off" : ""}. Choose another token, layer or head above. The arrow keys change the step.`);
     [...$("walk-steps").children].forEach(({ firstElementChild: button }, i) => {
       button.classList.toggle("past", i < step);
       if (i === step) button.setAttribute("aria-current", "step");
