@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from MyGPT.exercises.checking import Result, check_file
 from MyGPT.exercises.student import MAX_PRINTED
@@ -177,26 +178,25 @@ HOSTILE = {
 }  # fmt: skip
 
 
+def state_of_torch() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        len(_get_current_function_mode_stack()),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        Path.cwd(),
+    )
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_failing_file_gives_one_sentence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, sentence = HOSTILE[name]
     monkeypatch.setattr(torch.Tensor, "masked_fill", torch.Tensor.masked_fill)  # restored after the last case
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    state = (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        Path.cwd(),
-    )
+    before = state_of_torch()
     result = checked("attention", source, tmp_path)
-    assert (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        Path.cwd(),
-    ) == state
+    assert state_of_torch() == before
     assert result.status == ("wrong" if sentence else "not started")
     assert re.search(sentence, result.sentence), result.sentence
     assert "\n" not in result.sentence and "Traceback" not in result.sentence and len(result.sentence) < 700

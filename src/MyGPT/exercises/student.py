@@ -230,7 +230,8 @@ def _restore(state: dict[str, Any]) -> None:
     dtype, device, grad, threads, directory = state.values()
     torch.set_default_dtype(dtype)
     if torch.get_default_device() != device:
-        torch.set_default_device(device)
+        # With "cpu", every later operation of torch would call a Python function.
+        torch.set_default_device(None if device.type == "cpu" else device)
     torch.set_grad_enabled(grad)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
