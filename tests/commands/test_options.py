@@ -130,21 +130,26 @@ def test_a_misspelt_path_is_suggested(in_tmp_path: Path, model: str, capsys: pyt
     assert "did you mean story.txt?" in error_of(f"finetune --model {model} --data stori.txt".split(), capsys)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_repeated_list_option_adds_to_its_list(name: str) -> None:
-    """argparse would keep only the last value. Any other option keeps it, as in argparse and click."""
-    parser = parser_of(name)
+def required_arguments(parser: CommandParser) -> list[str]:
+    """Return a value for each argument and each option that a command needs."""
     values = {"--format": "gguf"}
-    required = [
+    listed = ["x" for action in parser._actions if not action.option_strings]
+    return listed + [
         f"{option}={values.get(option, 'x')}"
         for option in options_of(parser)
         if parser._option_string_actions[option].required
     ]
-    listed = ["x" for action in parser._actions if not action.option_strings]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repeated_list_option_adds_to_its_list(name: str) -> None:
+    """argparse would keep only the last value. Any other option keeps it, as in argparse and click."""
+    parser = parser_of(name)
+    required = required_arguments(parser)
     for option in options_of(parser):
         if "list[" not in str(getattr(parser._option_string_actions[option], "_typehint", "")):
             continue
-        arguments = [*listed, *(one for one in required if not one.startswith(f"{option}=")), option, "a=1,2"]
+        arguments = [*(one for one in required if not one.startswith(f"{option}=")), option, "a=1,2"]
         once = parser.parse_args(join_repeated(arguments, parser))
         assert once.get(option[2:]) == "a=1,2"
         again = join_repeated([*arguments, f"{option}=[b, c]", option, "{d: 1}"], parser)
@@ -201,13 +206,7 @@ def test_abbreviated_options_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> None:
     parser = parser_of(name)
-    values = {"--format": "gguf"}
-    required = [
-        f"{option}={values.get(option, 'x')}"
-        for option in options_of(parser)
-        if parser._option_string_actions[option].required
-    ]
-    listed = ["x" for action in parser._actions if not action.option_strings]
+    required = required_arguments(parser)
     shared: Any = parser_of("train")._option_string_actions
     wrong = ["abc", "", "1e400", "{a: 1}", "☃\u202e", "*a"]
     n_refused = 0
@@ -218,7 +217,7 @@ def test_every_wrong_value_of_every_option_gives_a_plain_sentence(name: str) -> 
         if name != "train" and option in shared and shared[option]._typehint == action._typehint:
             continue  # tested with mygpt train
         for value in wrong:
-            arguments = [*listed, *required, f"{option}={value}"]
+            arguments = [*required, f"{option}={value}"]
             try:
                 parser.refuse_unknown(arguments)
                 parser.parse_args(arguments)
