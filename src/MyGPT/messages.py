@@ -176,7 +176,9 @@ def did_you_mean(name: str, known: Iterable[str], synonyms: Mapping[str, str] | 
 
 
 def near_path(path: str | os.PathLike[str]) -> str:
-    """Return did_you_mean's suggestion of a file or directory beside `path`, which does not exist, or an empty string."""
+    """Return did_you_mean's suggestion of a file or directory beside `path`, or an empty string if `path` exists."""
+    if os.path.lexists(path):
+        return ""
     parent, name = os.path.split(os.path.normpath(path))
     try:
         names = [entry for entry in os.listdir(parent or os.curdir) if not entry.startswith(".")]

@@ -306,7 +306,8 @@ def require_parts(record: PartsRecord, directory: Path, parts: Parts | None) -> 
             code = "pass --with and the file with their code"
         raise PartsError(
             f"the model in {directory} has its own {names}, and MyGPT runs code of a model only if you name it: {code} "
-            "(mygpt generate, chat, serve, evaluate, explain and plot have this option, open_model in Python has parts=)"
+            "(mygpt generate, chat, serve, evaluate, explain and plot have this option, and open_model in Python has parts=; "
+            "other commands do not accept such a model)"
         )
     if missing := [name for name in record.names if name not in parts.names]:
         raise PartsError(f"the model in {directory} has its own {missing[0]}, but {parts.path} does not define it")

@@ -167,6 +167,7 @@ def test_a_table_of_a_class(
     hand_in(class_, "zoe/a", SOLVED)
     hand_in(class_, "zoe/b", SOLVED)
     hand_in(class_, "late/solutions", SOLVED)
+    hand_in(class_, "solutions", SOLVED)
     (class_ / ".git").mkdir()
     arguments = ["check", "attention", "--submissions", "class", "--csv", "marks.csv"]
     assert main(arguments) == 1
@@ -216,9 +217,11 @@ def test_an_interrupted_run_keeps_its_rows_and_other_files_are_kept(
     assert len(list(write_marks(tmp_path / "class", table, ["attention"], 1.0))) == 2
     assert rows_of(table)[3] == ["all students", "2", "2", ""]
     table.write_text("my own notes")
-    with pytest.raises(ValueError, match="is no table of mygpt check"):
+    with pytest.raises(ValueError, match="is not a table of mygpt check"):
         next(write_marks(tmp_path / "class", table, ["attention"], 1.0))
     assert table.read_text() == "my own notes"
+    with pytest.raises(IsADirectoryError, match=r"class is a directory: .* as in .*class/marks\.csv"):
+        next(write_marks(tmp_path / "class", tmp_path / "class", ["attention"], 1.0))
 
 
 def test_files_are_searched_in_the_directory_before_its_subdirectories(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_attention_and_scores_equal_those_of_transformers(run: Path, data: dict[
         assert scores["word"] == pytest.approx(same.flatten().tolist(), abs=6e-5)
         induction = induction_scores(open_model(place, "cpu")[0]).flatten()
         assert scores["induction"] == pytest.approx(induction.tolist(), abs=6e-5)
+
+
+def test_without_a_prompt_in_the_run_the_given_text_is_continued(run: Path) -> None:
+    config = replace(CONFIG, sample_prompt="", sample_tokens=3)
+    data = replay_data(run, config, open_kept, "<b>Tom</b> <b>")
+    assert data["prompt"] == "<b>Tom</b> <b>"
+    assert all(it["written"].startswith(data["prompt"]) for it in data["models"])
 
 
 def test_losses_and_texts_are_those_of_the_run(run: Path, data: dict[str, Any]) -> None:
@@ -200,7 +208,11 @@ def test_command_writes_the_page_and_reports_errors_in_one_line(
     for arguments, words in [
         ([], "--replay needs the directory of a run"),
         ([str(tmp_path / "nothing")], "there is no run "),
-        ([str(tmp_path / "bare")], "--max_steps 10 --keep_every 64 --allow_changed '[keep_every,max_steps]'"),
+        ([str(run / "history")], "history: it has no config.yaml"),
+        (
+            [str(tmp_path / "bare")],
+            "--max_steps 10 --keep_every 1 --allow_changed keep_every --allow_changed max_steps",
+        ),
         ([str(tmp_path / "labels")], "is a run of mygpt classify"),
         ([str(run), "é"], "'é'"),
         ([str(run), "T"], "at least 2 tokens, got 1"),

@@ -108,7 +108,9 @@ def _kind_of_page(kinds: Mapping[str, bool], given: Mapping[str, object]) -> str
     if not wrong:
         return page
     if page == "--replay":
-        raise ValueError(f"{wrong[0]} does not apply to --replay, which takes only a run: mygpt explain RUN --replay")
+        raise ValueError(
+            f"{wrong[0]} does not apply to --replay, which takes a run and a text: mygpt explain RUN TEXT --replay"
+        )
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} write different pages: choose one of them")
     name = wrong[0].removeprefix("--")

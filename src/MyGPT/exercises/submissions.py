@@ -23,11 +23,13 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "|", "%")
 def find_students(directory: Path) -> list[Path]:
     """Return the subdirectories of `directory`, one per student, in the order of their names.
 
-    Raises ValueError if there are none. Names that begin with a dot or an underscore are left out.
+    Raises ValueError if there are none. "solutions" and names that begin with a dot or an underscore are left out.
     """
     if not directory.is_dir():
         raise ValueError(f"--submissions must be a directory with one subdirectory per student, got {str(directory)!r}")
-    students = sorted(path for path in directory.iterdir() if path.is_dir() and path.name[0] not in "._")
+    students = sorted(
+        path for path in directory.iterdir() if path.is_dir() and path.name[0] not in "._" and path.name not in _SKIPPED
+    )
     if not students:
         raise ValueError(
             f"{directory} has no subdirectories: give each student a subdirectory with the files of the exercises"
@@ -118,7 +120,11 @@ def _below(directory: Path, name: str) -> Iterator[Path]:
 
 
 def _refuse_other_file(table: Path) -> None:
-    """Raise ValueError if `table` exists and is not a table of an earlier run."""
+    """Raise an error if `table` is a directory, or another file than a table of an earlier run."""
+    if table.is_dir():
+        raise IsADirectoryError(
+            f"{table} is a directory: give the name of a file with --csv, as in {table / 'marks.csv'}"
+        )
     start = ",".join(FIRST_COLUMNS).encode()
     if table.exists() and not (table.is_file() and start in table.read_bytes()[:100]):
-        raise ValueError(f"{table} exists and is no table of mygpt check: give another name with --csv")
+        raise ValueError(f"{table} exists and is not a table of mygpt check: give another name with --csv")

@@ -71,16 +71,17 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
     """
     kept = by_step(run / HISTORY)
     if not kept:
+        every = min(64, -(-config.max_steps // 10))
         raise FileNotFoundError(
-            f"{run} kept no models to replay: train with --keep_every 64, which keeps a model every 64 steps, or extend "
-            f"a run of mygpt train: mygpt train --resume {quote(run)} --max_steps {2 * config.max_steps} --keep_every 64 "
-            "--allow_changed '[keep_every,max_steps]'"
+            f"{run} kept no models to replay: train with --keep_every {every}, which keeps a model every {every} steps, or "
+            f"extend a run of mygpt train: mygpt train --resume {quote(run)} --max_steps {2 * config.max_steps} --keep_every "
+            f"{every} --allow_changed keep_every --allow_changed max_steps"
         )
     steps = _evenly_spaced(list(kept), MAX_MODELS)
     notes = (
         [] if len(steps) == len(kept) else [f"The run kept {len(kept):,} models; the page shows {len(steps)} of them."]
     )
-    samples = read_samples(run)
+    samples, is_given = read_samples(run), text is not None
     if text is None:
         text = samples[max(samples)] if samples else config.sample_prompt
     model, tokenizer = open_kept(kept[steps[0]])
@@ -93,7 +94,7 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
     n_tokens = min(len(ids), MAX_TOKENS, config_of_first.context_length, _longest(len(steps) * n_heads))
     if n_tokens < len(ids):
         notes.append(f"The text has {len(ids):,} tokens; the page shows the first {n_tokens}.")
-    prompt = tokenizer.encode(config.sample_prompt) if config.sample_prompt else ids[:8]
+    prompt = tokenizer.encode(config.sample_prompt) if config.sample_prompt else ids[: n_tokens if is_given else 8]
     short = replace(config, sample_tokens=min(60, config.sample_tokens))
     ids = ids[:n_tokens]
     if n_tokens < 2:
@@ -132,9 +133,9 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
     losses = read_losses(run)
     return {
         "description": (
-            f"{len(shown)} models that the run kept from step {shown[0]['step']:,} to step {shown[-1]['step']:,}. Each has "
-            f"{model.config.n_layers} layers of {model.config.n_heads} heads and {model.num_parameters():,} parameters. "
-            "Layers and heads are numbered from 0."
+            f"{_n(len(shown), 'model')} that the run kept from step {shown[0]['step']:,} to step {shown[-1]['step']:,}. Each "
+            f"has {_n(model.config.n_layers, 'layer')} of {_n(model.config.n_heads, 'head')} and "
+            f"{model.num_parameters():,} parameters. Layers and heads are numbered from 0."
         ),
         "notes": notes,
         "findings": findings(shown, uniform, model.config.n_heads),
@@ -148,6 +149,10 @@ def replay_data(run: Path, config: TrainConfig, open_kept: OpenModel, text: str 
         "train": _evenly_spaced(losses["loss"], MAX_LOSSES),
         "val": _evenly_spaced(losses["val_loss"], MAX_LOSSES),
     }
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def read_samples(run: Path) -> dict[int, str]:

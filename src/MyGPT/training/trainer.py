@@ -80,8 +80,8 @@ class Trainer:
         device: the device on which the model is trained.
         overwrite: replace an earlier run in run_dir.
         resume: continue the run in run_dir. The recipe and the data must be unchanged.
-        allow_changed: recipe keys that may differ on resuming; "data_content" and "model_content" allow other data and
-            other frozen weights.
+        allow_changed: recipe keys that may differ on resuming, in a list or with commas; "data_content" and "model_content"
+            allow other data and other frozen weights.
         console: prints all messages. Default: `Console(progress)`, with a progress bar if `progress` is True.
     """
 
@@ -115,6 +115,7 @@ class Trainer:
         self.samples = LiveSamples(model, tokenizer, prompts if len(prompts) > 0 else start, config)
         self.autocast_dtype = autocast_dtype(self.device, config.precision, model.config.emb_dim)
         console = Console(progress) if console is None else console
+        allowed = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         self.console = console if ranks.rank() == 0 else SilentConsole()
         self.files = Run(
             None if run_dir is None else Path(run_dir),
@@ -126,7 +127,7 @@ class Trainer:
             partial(check_fit, model, config),
             overwrite=overwrite,
             resume=resume,
-            allow_changed=[allow_changed] if isinstance(allow_changed, str) else allow_changed,
+            allow_changed=[name.strip() for names in allowed for name in names.split(",")],
             parts=getattr(model, "parts", None),
         )
         self._contexts, self._is_ready = ExitStack(), False
