@@ -499,10 +499,25 @@ SIZES = (
 )
 
 
+def test_an_error_in_the_check_leaves_no_directory_and_a_note_is_printed_once(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.txt").write_text(TEXT)
+    write(in_tmp_path, "def attention(q, k, v, mask=None):\n    raise NotImplementedError\n")
+    command = ["train", "--with", "own.py", "--data", "text.txt", "--out", "run", *SIZES.split()]
+    assert error_of(command, capsys) == "mygpt train: own.py, line 2, in attention: NotImplementedError"
+    assert not Path("run").exists()
+    write(in_tmp_path, MATRIX.replace("if mask is None", "if True"))
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("gives other results after padding") == 1
+
+
 def test_an_error_during_training_is_one_line(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text(TEXT)
     source = MATRIX + "\ncalls = []\n"
-    source = source.replace("    T, S =", "    calls.append(1)\n    if len(calls) == 9:\n        [][0]\n    T, S =")
+    source = source.replace(
+        "    T, S =", "    calls.append(1)\n    if len(calls) == 16:  # after both checks\n        [][0]\n    T, S ="
+    )
     write(in_tmp_path, source)
     command = ["train", "--with", "own.py", "--data", "text.txt", "--out", "run", *SIZES.split()]
     assert (

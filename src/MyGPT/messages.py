@@ -126,11 +126,13 @@ class FileWarning(UserWarning):
 def plain_warnings() -> Iterator[None]:
     """Print each different FileWarning once, as a line on stderr, during the `with` block. Python shows other warnings."""
     with warnings.catch_warnings():
-        show = warnings.showwarning
+        show, printed = warnings.showwarning, set[str]()
 
         def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, FileWarning):
-                print(f"note: {printable(' '.join(str(message).split()), keep='')}", file=sys.stderr)
+                if str(message) not in printed:
+                    print(f"note: {printable(' '.join(str(message).split()), keep='')}", file=sys.stderr)
+                printed.add(str(message))
             else:
                 show(message, category, *place, **more)
 

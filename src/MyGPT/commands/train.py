@@ -82,7 +82,7 @@ def train(
 
     from MyGPT import ranks
     from MyGPT.model import GPTModel
-    from MyGPT.parts import load_parts
+    from MyGPT.parts import check_parts, load_parts
     from MyGPT.tokenizers import ENDOFTEXT
     from MyGPT.training.trainer import Trainer
 
@@ -106,6 +106,7 @@ def train(
     gpt = GPTModel(config, custom_parts)
     if is_on_cpu and custom_parts is not None:  # what the parts themselves store for the backward pass is not known
         require_memory(least_step_memory(gpt.num_parameters(), training, n_ranks))
+        check_parts(gpt)  # before the directory of the run is made, so that the corrected file can be used with it
     sizes = {name: value for name, value in vars(model).items() if name not in HIDDEN}
     own = {} if with_ is None else {"with": with_}
     recipe = {**vars(text), "tokenizer": tokenizer, **own, "device": run.device, **sizes, **vars(training)}
