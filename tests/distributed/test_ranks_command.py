@@ -48,9 +48,10 @@ def test_a_rank_that_hangs_is_named_and_a_signal_saves_a_checkpoint(tmp_path: Pa
     launcher = start(arguments, tmp_path / "log")
     hung = next(rank for rank in wait_for_steps(launcher, tmp_path / "run") if rank.environ()["RANK"] == "1")
     hung.suspend()
-    wait_until(lambda: "rank 1 of 2 ended or did not respond in time" in (tmp_path / "log").read_text())
+    wait_until(lambda: is_asked_to_end(hung))
     hung.resume()  # torchrun would wait 30 seconds for a suspended process to end
     assert launcher.wait(90) == 2
+    assert "rank 1 of 2 ended or did not respond in time" in (tmp_path / "log").read_text()
 
     launcher = start(arguments, tmp_path / "log")
     wait_for_steps(launcher, tmp_path / "run")
@@ -65,6 +66,13 @@ def test_a_rank_that_hangs_is_named_and_a_signal_saves_a_checkpoint(tmp_path: Pa
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     with open(log, "a") as file:
         return subprocess.Popen(arguments, stdout=file, stderr=file, env=ENVIRONMENT)
+
+
+def is_asked_to_end(process: psutil.Process) -> bool:
+    """Return True if a suspended process was sent SIGTERM, which it will receive when it is resumed."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = int(status.partition("ShdPnd:")[2].split()[0], 16)
+    return bool(pending & 1 << (signal.SIGTERM - 1))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
